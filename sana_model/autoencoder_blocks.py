@@ -1,0 +1,135 @@
+"""DC-AE's blocks (arXiv 2410.10733). Maps are (B, C, H, W) tensors in channels-last memory: a pixel's channels lie together."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sana_model.blocks import MixFFN
+from sana_model.kernels.linear import Linear
+from sana_model.kernels.linear_attention import relu_linear_attention
+from sana_model.kernels.upsample_conv import upsample_conv
+
+ATTENTION_HEAD_DIM = 32
+FFN_EXPANSION = 4
+
+Variant = Literal["in", "sana"]
+"""The two published families: "in" (f32c32-in, f64c128, f128c512; also called mix) moves pixels to channels to resample,
+"sana" strides and interpolates, and adds 5x5 multi-scale attention."""
+
+
+class ChannelRMSNorm(nn.RMSNorm):
+    """RMSNorm over the channels of a (B, C, H, W) map, with a bias."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, eps=1e-5)
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (super().forward(x.permute(0, 2, 3, 1)) + self.bias).permute(0, 3, 1, 2)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions and a residual. The decoders of the "in" family have batch norm and ReLU here."""
+
+    def __init__(self, channels: int, *, batch_norm: bool):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(channels) if batch_norm else ChannelRMSNorm(channels)
+        self.activation = F.relu if batch_norm else F.silu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.conv2(self.activation(self.conv1(x), inplace=True)))
+
+
+class MultiScaleAttention(nn.Module):
+    """ReLU linear attention over all pixels; with `multiscale`, also over queries, keys and values pooled by a 5x5 kernel.
+
+    The published layout of the 3C channels is by head: 32 query, 32 key, 32 value channels, then the next head.
+    """
+
+    def __init__(self, channels: int, *, multiscale: bool):
+        super().__init__()
+        self.qkv = Linear(channels, 3 * channels, bias=False)
+        if multiscale:
+            width = 3 * channels
+            self.pool_depthwise = nn.Conv2d(width, width, 5, padding=2, groups=width, bias=False)
+            self.pool_pointwise = nn.Conv2d(width, width, 1, groups=width // ATTENTION_HEAD_DIM, bias=False)
+        self.multiscale = multiscale
+        self.proj = Linear((2 if multiscale else 1) * channels, channels, bias=False)
+        self.norm = ChannelRMSNorm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[-2:]
+        qkv = self.qkv(x.permute(0, 2, 3, 1))  # (B, H, W, 3C)
+        if self.multiscale:
+            pooled = self.pool_pointwise(self.pool_depthwise(qkv.permute(0, 3, 1, 2)))
+            qkv = torch.cat([qkv, pooled.permute(0, 2, 3, 1)], dim=-1)
+        heads = qkv.flatten(1, 2).unflatten(-1, (-1, 3 * ATTENTION_HEAD_DIM))  # (B, H*W, heads, 96)
+        attended = relu_linear_attention(*heads.chunk(3, dim=-1)).flatten(2)
+        return self.norm(self.proj(attended).unflatten(1, size).permute(0, 3, 1, 2))
+
+
+class EfficientViTBlock(nn.Module):
+    """Linear attention, then the convolutional feed-forward, each with a norm at its end and a residual."""
+
+    def __init__(self, channels: int, *, multiscale: bool):
+        super().__init__()
+        self.attention = MultiScaleAttention(channels, multiscale=multiscale)
+        self.ffn = MixFFN(channels, FFN_EXPANSION * channels)
+        self.ffn_norm = ChannelRMSNorm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        return x + self.ffn_norm(self.ffn(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
+
+class Downsample(nn.Module):
+    """Halve height and width; the shortcut moves 2x2 pixels to channels and averages groups of them (DC-AE section 3.2)."""
+
+    def __init__(self, in_channels: int, out_channels: int, variant: Variant, *, shortcut: bool = True):
+        super().__init__()
+        self.out_channels, self.variant, self.shortcut = out_channels, variant, shortcut
+        if variant == "in":
+            self.conv = nn.Conv2d(in_channels, out_channels // 4, 3, padding=1)
+        else:
+            self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        down = F.pixel_unshuffle(self.conv(x), 2) if self.variant == "in" else self.conv(x)
+        return down + average_channels(F.pixel_unshuffle(x, 2), self.out_channels) if self.shortcut else down
+
+
+class Upsample(nn.Module):
+    """Double height and width; the shortcut duplicates channels and moves them to 2x2 pixels (DC-AE section 3.2)."""
+
+    def __init__(self, in_channels: int, out_channels: int, variant: Variant, *, shortcut: bool = True):
+        super().__init__()
+        self.out_channels, self.variant, self.shortcut = out_channels, variant, shortcut
+        self.conv = nn.Conv2d(in_channels, out_channels * (4 if variant == "in" else 1), 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.variant == "in":
+            up = F.pixel_shuffle(self.conv(x), 2)
+        else:
+            up = upsample_conv(x, self.conv.weight, self.conv.bias)
+        return up + F.pixel_shuffle(duplicate_channels(x, 4 * self.out_channels), 2) if self.shortcut else up
+
+
+def average_channels(x: Tensor, channels: int) -> Tensor:
+    """(B, C, H, W) to (B, channels, H, W): means of neighbouring channels."""
+    return x.unflatten(1, (channels, -1)).mean(dim=2)
+
+
+def duplicate_channels(x: Tensor, channels: int) -> Tensor:
+    """(B, C, H, W) to (B, channels, H, W): each channel repeated in place."""
+    return x.repeat_interleave(channels // x.shape[1], dim=1)
+
+
+def make_stage(index: int, channels: int, depth: int, variant: Variant, *, decoder: bool) -> list[nn.Module]:
+    """The blocks of one resolution: residual blocks in the first three stages, EfficientViT blocks in the later ones."""
+    if index < 3:
+        return [ResBlock(channels, batch_norm=decoder and variant == "in") for _ in range(depth)]
+    return [EfficientViTBlock(channels, multiscale=variant == "sana") for _ in range(depth)]

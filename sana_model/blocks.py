@@ -1,0 +1,126 @@
+"""The linear DiT's block: ReLU linear attention, cross-attention to the caption, Mix-FFN, adaLN-single modulation."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sana_model.kernels.linear import Linear
+from sana_model.kernels.linear_attention import relu_linear_attention
+
+KeyValue = tuple[Tensor, Tensor]
+
+
+class LinearAttention(nn.Module):
+    """ReLU linear self-attention (Sana section 2.2, equation 2): cost linear in the number of tokens."""
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = Linear(dim, 3 * dim, bias=False)
+        self.proj = Linear(dim, dim)
+        self.query_norm = nn.RMSNorm(dim, eps=1e-5) if qk_norm else nn.Identity()
+        self.key_norm = nn.RMSNorm(dim, eps=1e-5) if qk_norm else nn.Identity()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        query, key, value = self.qkv(tokens).chunk(3, dim=-1)  # each (B, N, D)
+        query, key = self.query_norm(query), self.key_norm(key)
+        query, key, value = (x.unflatten(-1, (self.num_heads, -1)) for x in (query, key, value))
+        return self.proj(relu_linear_attention(query, key, value).flatten(2))
+
+
+class CaptionTokens:
+    """The real tokens of a batch of captions, packed, and where they belong: padding is neither computed nor seen.
+
+    `packed` (T, D) holds the T real tokens of the batch one after another, `positions` (T,) their places in the padded
+    (B * L), and `attention_mask` (B, 1, 1, L) is False at padding, or None where there is none.
+    """
+
+    def __init__(self, packed: Tensor, positions: Tensor, attention_mask: Tensor | None, batch_size: int, length: int):
+        self.packed, self.positions, self.attention_mask = packed, positions, attention_mask
+        self.batch_size, self.length = batch_size, length
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """(T, D) to (B, L, D), zeros at the padding."""
+        if self.attention_mask is None:
+            return packed.unflatten(0, (self.batch_size, self.length))
+        padded = packed.new_zeros(self.batch_size * self.length, packed.shape[-1])
+        return padded.index_copy(0, self.positions, packed).unflatten(0, (self.batch_size, self.length))
+
+
+class CrossAttention(nn.Module):
+    """Softmax attention from image tokens to the caption; neither modulated nor gated."""
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool):
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = Linear(dim, dim)
+        self.key_value = Linear(dim, 2 * dim)
+        self.proj = Linear(dim, dim)
+        self.query_norm = nn.RMSNorm(dim, eps=1e-5) if qk_norm else nn.Identity()
+        self.key_norm = nn.RMSNorm(dim, eps=1e-5) if qk_norm else nn.Identity()
+
+    def project_caption(self, caption: CaptionTokens) -> KeyValue:
+        """Keys and values (B, heads, L, head_dim): they depend on the caption alone, so a sampling loop keeps them."""
+        key, value = self.key_value(caption.packed).chunk(2, dim=-1)
+        return self._split_heads(caption.pad(self.key_norm(key))), self._split_heads(caption.pad(value))
+
+    def forward(self, tokens: Tensor, key_value: KeyValue, attention_mask: Tensor | None) -> Tensor:
+        query = self._split_heads(self.query_norm(self.query(tokens)))
+        attended = F.scaled_dot_product_attention(query, *key_value, attn_mask=attention_mask)
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+class MixFFN(nn.Module):
+    """GLUMBConv: 1x1 expand, SiLU, depth-wise 3x3, gate, 1x1 project (Sana section 2.2; DC-AE's EfficientViT block).
+
+    Works on (B, H, W, D) maps, in which a 1x1 convolution is a matrix product. The 3x3 convolution gives the model its sense
+    of place, which is why it needs no positional embedding.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.expand = Linear(dim, 2 * hidden_dim)
+        self.depthwise = nn.Conv2d(2 * hidden_dim, 2 * hidden_dim, kernel_size=3, padding=1, groups=2 * hidden_dim)
+        self.project = Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.expand(x), inplace=not torch.is_grad_enabled())
+        x = self.depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x, gate = x.chunk(2, dim=-1)
+        return self.project(x * F.silu(gate))
+
+
+class SanaBlock(nn.Module):
+    """One block of the linear DiT."""
+
+    def __init__(self, dim: int, *, num_heads: int, num_cross_heads: int, ffn_dim: int, qk_norm: bool, cross_qk_norm: bool):
+        super().__init__()
+        self.dim = dim
+        self.attention = LinearAttention(dim, num_heads, qk_norm)
+        self.cross_attention = CrossAttention(dim, num_cross_heads, cross_qk_norm)
+        self.ffn = MixFFN(dim, ffn_dim)
+        self.modulation = nn.Parameter(torch.empty(6, dim))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        modulation: Tensor,
+        caption: CaptionTokens | KeyValue,
+        attention_mask: Tensor | None,
+        size: tuple[int, int],
+    ) -> Tensor:
+        """Tokens (B, H*W, D), modulation (B, 6, D), caption as tokens or as this block's keys and values -> (B, H*W, D)."""
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (modulation + self.modulation).chunk(6, dim=1)
+        tokens = torch.addcmul(tokens, gate_1, self.attention(modulate(tokens, shift_1, scale_1)))
+        key_value = caption if isinstance(caption, tuple) else self.cross_attention.project_caption(caption)
+        tokens = tokens + self.cross_attention(tokens, key_value, attention_mask)
+        mixed = self.ffn(modulate(tokens, shift_2, scale_2).unflatten(1, size)).flatten(1, 2)
+        return torch.addcmul(tokens, gate_2, mixed)
+
+
+def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm without affine, then scale and shift: (B, N, D) with shift and scale (B, 1, D)."""
+    return torch.addcmul(shift, F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6), 1 + scale)

@@ -1,0 +1,180 @@
+"""Where checkpoints lie (a local path, the Hugging Face hub, any fsspec URI) and how their files are read: nothing executes."""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+CACHE_DIR = Path(os.environ.get("SANA_CACHE", Path.home() / ".cache" / "sana_model"))
+UNWANTED = ["*.bin", "*.onnx", "*.msgpack", "*.h5", "*.ckpt"]
+
+
+def resolve(path: str | Path) -> Path:
+    """A local path for `path`: itself, a hub snapshot (`hf://owner/name[@revision][/folder]`), or a cached copy of a URI.
+
+    Raises FileNotFoundError if there is nothing, and says how to write a hub address.
+    """
+    text = str(path)
+    if "://" not in text:
+        if not Path(text).exists():
+            raise FileNotFoundError(f"no file or folder {text!r}; a model on the Hugging Face hub is written hf://owner/name")
+        return Path(text)
+    protocol, _, rest = text.partition("://")
+    if protocol == "file":
+        return resolve(rest)
+    return _from_hub(rest) if protocol == "hf" else _from_uri(text)
+
+
+def _from_hub(address: str) -> Path:
+    owner, name, *folder = address.strip("/").split("/")
+    name, _, revision = name.partition("@")
+    patterns = [f"{'/'.join(folder)}*"] if folder else None
+    snapshot = snapshot_download(
+        f"{owner}/{name}", revision=revision or None, allow_patterns=patterns, ignore_patterns=UNWANTED
+    )
+    return Path(snapshot, *folder)
+
+
+def _from_uri(uri: str) -> Path:
+    """Copy the files below `uri` to the cache, in a folder named by their names, sizes and times, so that a change is seen."""
+    filesystem, root = fsspec.url_to_fs(uri)
+    found = filesystem.find(root, detail=True)
+    if not found:
+        raise FileNotFoundError(f"nothing at {uri!r}")
+    stamps = [
+        (name, info.get("size"), str(info.get("ETag") or info.get("mtime") or info.get("created")))
+        for name, info in found.items()
+    ]
+    key = hashlib.sha256(repr((uri, sorted(stamps))).encode()).hexdigest()[:24]
+    is_file = list(found) == [root.rstrip("/")] or filesystem.isfile(root)
+    target = CACHE_DIR / key
+    if not target.exists():
+        CACHE_DIR.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=CACHE_DIR, prefix=f"{key}."))
+        try:
+            for name in found:
+                relative = Path(name).name if is_file else os.path.relpath(name, root)
+                (partial / relative).parent.mkdir(parents=True, exist_ok=True)
+                filesystem.get_file(name, str(partial / relative))
+            partial.rename(target)
+        except OSError:
+            if not target.exists():  # another process may have been first
+                raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return target / Path(root).name if is_file else target
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ValueError naming the file if it is not one."""
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): the file is damaged or incomplete") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not an object")
+    return content
+
+
+def read_safetensors_folder(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder: one file, or shards with their index; a variant (".bf16.") where there is no plain file.
+
+    Raises FileNotFoundError if there is no safetensors file, ValueError if a file is damaged, a shard is missing, or several
+    variants leave the choice open.
+    """
+    variants = _find_variants(folder)
+    chosen = variants[find_variant(folder) or ""]
+    if chosen.suffix == ".safetensors":
+        return read_safetensors(chosen)
+    shards = sorted(set(read_json(chosen)["weight_map"].values()))
+    missing = [name for name in shards if not (folder / name).exists()]
+    if missing:
+        raise ValueError(f"{chosen} names shards that are not there: {', '.join(missing)}")
+    return {name: tensor for shard in shards for name, tensor in read_safetensors(folder / shard).items()}
+
+
+def find_variant(folder: Path) -> str | None:
+    """Which variant ("bf16") of its weights `folder` holds; None: the plain one. Raises as `read_safetensors_folder`."""
+    variants = _find_variants(folder)
+    if not variants:
+        raise FileNotFoundError(f"{folder} holds no .safetensors file")
+    if "" not in variants and len(variants) > 1:
+        raise ValueError(f"{folder} holds the variants {sorted(variants)} and no plain file: keep one of them")
+    return None if "" in variants else next(iter(variants))
+
+
+def _find_variants(folder: Path) -> dict[str, Path]:
+    """Index or single weights file by variant; "" is the plain one."""
+    indexes = {_variant(path.name): path for path in folder.glob("*.safetensors.index*.json")}
+    singles = {_variant(path.name): path for path in folder.glob("*.safetensors") if "-of-" not in path.name}
+    return indexes | singles
+
+
+def _variant(name: str) -> str:
+    """ "bf16" of `model.bf16.safetensors` and `model.safetensors.index.bf16.json`; "" of a plain name."""
+    words = name.removesuffix(".json").removesuffix(".safetensors").split(".")[1:]
+    return next((word for word in words if word not in ("safetensors", "index")), "")
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Raises ValueError naming the file if it is damaged or cut short."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read ({error}): the file is damaged or incomplete, fetch it again") from error
+
+
+def read_pth(path: Path, *, use_ema: bool = False) -> dict[str, Tensor]:
+    """The state dict of an NVlabs `.pth`: `state_dict` (or `state_dict_ema`) of the file, or the file itself.
+
+    Read with `weights_only=True`: a pickle that would run code is refused. Raises ValueError then, if the file is damaged, or
+    if it holds no EMA that was asked for, or something else than tensors.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} is refused: it holds more than tensors and could run code on loading ({error})") from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): the file is damaged or incomplete") from error
+    key = "state_dict_ema" if use_ema else "state_dict"
+    if use_ema and key not in content:
+        raise ValueError(f"{path} holds no {key}: it has {', '.join(map(str, content))}")
+    state = content.get(key, content)
+    not_tensors = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if not_tensors:
+        raise ValueError(f"{path}: these entries are not tensors: {', '.join(map(str, not_tensors[:5]))}")
+    return state
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` fill a temporary file beside `path`, then put it in place: readers see the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
+    try:
+        write(Path(temporary))
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def write_safetensors(path: Path, state: dict[str, Tensor]) -> None:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))

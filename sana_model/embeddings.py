@@ -1,0 +1,86 @@
+"""What enters the linear DiT: latents as tokens, the timestep, the caption, and (2K, 4K) a positional embedding."""
+
+import math
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sana_model.kernels.linear import Linear
+
+TIMESTEP_FREQUENCIES = 256
+
+
+class PatchEmbed(nn.Module):
+    """Latents (B, C, H, W) to tokens (B, H/p * W/p, D)."""
+
+    def __init__(self, in_channels: int, dim: int, patch_size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.proj(latents).flatten(2).transpose(1, 2)
+
+
+def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
+    """Cosines then sines of `timestep` (B,) at `dim`/2 frequencies from 1 to 1/10000 (DDPM; DiT's order): (B, dim), fp32."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half)
+    angles = timestep.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    """Timestep (B,) to its embedding (B, D) and the shared adaLN-single modulation (B, 6, D) (PixArt-alpha, section 2.3)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.linear_1 = Linear(TIMESTEP_FREQUENCIES, dim)
+        self.linear_2 = Linear(dim, dim)
+        self.modulation = Linear(dim, 6 * dim)
+
+    def forward(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        frequencies = sinusoidal_embedding(timestep, TIMESTEP_FREQUENCIES).to(self.linear_1.weight.dtype)
+        embedding = self.linear_2(F.silu(self.linear_1(frequencies)))
+        return embedding, self.modulation(F.silu(embedding)).unflatten(-1, (6, -1))
+
+
+class CaptionProjection(nn.Module):
+    """Text encoder's width to the model's: MLP, then the RMSNorm that the published code puts after it.
+
+    Sana section 2.3: the norm's scale starts at 0.01, since a decoder-only LLM's embeddings are orders of magnitude larger
+    than T5's and would make training diverge.
+    """
+
+    def __init__(self, caption_dim: int, dim: int):
+        super().__init__()
+        self.linear_1 = Linear(caption_dim, dim)
+        self.linear_2 = Linear(dim, dim)
+        self.norm = nn.RMSNorm(dim, eps=1e-5)
+
+    def forward(self, caption_embeds: Tensor) -> Tensor:
+        return self.norm(self.linear_2(F.gelu(self.linear_1(caption_embeds), approximate="tanh")))
+
+
+@lru_cache(maxsize=16)
+def sincos_position_embedding(
+    dim: int, height: int, width: int, base_size: int, interpolation_scale: float, device: torch.device
+) -> Tensor:
+    """2-D sine-cosine positional embedding (height * width, dim), fp32; the first half of `dim` encodes the column.
+
+    Positions are stretched so that any grid spans `base_size / interpolation_scale` (PixArt-Sigma, section 2.4; Sana uses it
+    at 2048 px with scale 1.0 and at 4096 px with 2.0).
+    """
+
+    def encode(positions: Tensor) -> Tensor:
+        quarter = dim // 4
+        frequencies = 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
+        angles = positions.double()[:, None] * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+    rows = torch.arange(height, dtype=torch.float32) / (height / base_size) / interpolation_scale
+    columns = torch.arange(width, dtype=torch.float32) / (width / base_size) / interpolation_scale
+    by_column = encode(columns)[None].expand(height, -1, -1)
+    by_row = encode(rows)[:, None].expand(-1, width, -1)
+    return torch.cat([by_column, by_row], dim=-1).flatten(0, 1).float().to(device)

@@ -1,0 +1,151 @@
+"""Rectified flow: noise levels, noising, the velocity target and its loss.
+
+x_t = (1 - sigma) x_0 + sigma eps: sigma 0 is clean, sigma 1 is pure noise, and the velocity dx_t/dsigma is eps - x_0
+(Liu et al., arXiv 2209.03003; Sana, arXiv 2410.10629).
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+NUM_TRAIN_TIMESTEPS = 1000
+"""The model's time input is sigma times this."""
+
+VelocityModel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(noisy_latents, timestep, caption_embeds, caption_mask) -> velocity: a SanaTransformer, or an engine around one."""
+
+
+def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
+    """Move noise levels towards 1, as larger images need: s sigma / (1 + (s - 1) sigma).
+
+    Any shape and dtype; 0 and 1 stay where they are (Esser et al., arXiv 2403.03206, on timestep shifting). Sana
+    publishes shift 3 (4 for 0.6B at 1024 px, 6 at 4096 px).
+
+    Raises:
+        ValueError: shift is not positive.
+    """
+    if shift <= 0:
+        raise ValueError(f"shift={shift} must be positive; 1 leaves the noise levels as they are")
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def sample_sigmas(
+    num: int,
+    *,
+    distribution: Literal["logit_normal", "uniform"] = "logit_normal",
+    mean: float = 0.0,
+    std: float = 1.0,
+    shift: float = 1.0,
+    generator: torch.Generator,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Draw the noise levels to train at: (num,) float32, strictly between 0 and 1.
+
+    `mean` and `std` are those of the logit of sigma before the shift, for "logit_normal" only; the published
+    configurations train with logit-normal(0, 1) and the shift of the sampler. Drawn on the generator's device, so that
+    a CPU generator gives the same values for every `device`, then moved to `device` (None: the generator's).
+
+    Raises:
+        ValueError: unknown distribution, or std or shift not positive.
+    """
+    if std <= 0:
+        raise ValueError(f"std={std} must be positive")
+    if distribution == "logit_normal":
+        sigmas = torch.sigmoid(mean + std * torch.randn(num, generator=generator, device=generator.device))
+    elif distribution == "uniform":
+        sigmas = torch.rand(num, generator=generator, device=generator.device)
+    else:
+        raise ValueError(f"distribution={distribution!r} must be 'logit_normal' or 'uniform'")
+    eps = torch.finfo(torch.float32).eps
+    return shift_sigmas(sigmas, shift).clamp(eps, 1 - eps).to(device or generator.device)
+
+
+def sigma_to_timestep(sigma: Tensor, *, integer: bool = False) -> Tensor:
+    """The model's time input for a noise level: 1000 sigma, of the shape and dtype of `sigma`.
+
+    Training here, flow-Euler and NVlabs' solver use the continuous value. `integer` truncates, as the int64 timesteps
+    of diffusers' DPMSolverMultistepScheduler, with which its Sana pipeline draws. Where 1000 sigma is a whole number
+    (only grids of shift 1 whose number of steps divides by 3 or 37), diffusers may be one lower: its float64 product
+    lies just below that number.
+    """
+    timestep = sigma * NUM_TRAIN_TIMESTEPS
+    return timestep.trunc() if integer else timestep
+
+
+def timestep_to_sigma(timestep: Tensor) -> Tensor:
+    """The noise level of a (continuous) timestep: the inverse of `sigma_to_timestep`. Any shape and floating dtype."""
+    return timestep / NUM_TRAIN_TIMESTEPS
+
+
+def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """(1 - sigma) latents + sigma noise: (B, C, H, W) in the dtype of `latents`, computed at no less than float32.
+
+    Args:
+        latents: (B, C, H, W).
+        noise: standard normal, the shape of `latents`.
+        sigma: (B,) float32, one noise level per sample.
+
+    Raises:
+        ValueError: noise or sigma of another shape.
+    """
+    if noise.shape != latents.shape:
+        raise ValueError(f"noise has shape {tuple(noise.shape)}, latents {tuple(latents.shape)}: they must be equal")
+    if sigma.shape != latents.shape[:1]:
+        raise ValueError(f"sigma has shape {tuple(sigma.shape)}, must be ({len(latents)},): one noise level per sample")
+    sigma = sigma.float().view(-1, *[1] * (latents.ndim - 1))
+    return ((1 - sigma) * latents + sigma * noise).to(latents.dtype)
+
+
+def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
+    """noise - latents, (B, C, H, W) float32: the velocity at every point of the straight line between the two."""
+    return noise.float() - latents.float()
+
+
+def flow_loss(
+    model: VelocityModel,
+    latents: Tensor,
+    caption_embeds: Tensor,
+    caption_mask: Tensor,
+    *,
+    sigma: Tensor,
+    noise: Tensor,
+) -> Tensor:
+    """Squared error of the model's velocity at the noised latents, averaged over each sample: (B,) float32.
+
+    One value per sample, so that callers may weight it and report it by noise level (`loss_by_sigma`). Sana trains on
+    the plain mean of it.
+
+    Args:
+        model: called with the noisy latents in the dtype of `latents`, and the timestep (B,) in float32.
+        latents: (B, C, H, W), scaled.
+        caption_embeds: (B, L, D).
+        caption_mask: (B, L).
+        sigma: (B,) float32.
+        noise: standard normal, the shape of `latents`.
+
+    Raises:
+        ValueError: noise or sigma of another shape.
+    """
+    noisy_latents = add_noise(latents, noise, sigma)
+    velocity = model(noisy_latents, sigma_to_timestep(sigma.float()), caption_embeds, caption_mask)
+    return (velocity.float() - velocity_target(latents, noise)).square().flatten(1).mean(1)
+
+
+def loss_by_sigma(loss: Tensor, sigma: Tensor, *, num_bins: int = 10) -> tuple[Tensor, Tensor]:
+    """Mean loss and number of samples in each of `num_bins` equal ranges of sigma, for reports.
+
+    Args:
+        loss: (N,), per sample, of any number of batches and workers.
+        sigma: (N,) in [0, 1].
+
+    Returns:
+        mean: (num_bins,) in the dtype of `loss`; NaN where no sample fell. Range i is [i, i + 1) / num_bins, the last
+            one closed.
+        count: (num_bins,) int64.
+    """
+    index = (sigma.detach() * num_bins).long().clamp(max=num_bins - 1)
+    total = loss.new_zeros(num_bins).index_add(0, index, loss.detach())
+    count = torch.bincount(index, minlength=num_bins)
+    return total / count, count

@@ -1,0 +1,279 @@
+"""Prompts to images: text encoder, linear DiT, solver and DC-AE put together."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from sana_model.autoencoder import DCAutoencoder
+from sana_model.checkpoint_files import find_variant, read_json, resolve, write_json
+from sana_model.flow import sigma_to_timestep
+from sana_model.solver import SOLVERS, OnStep, PredictVelocity, classifier_free_guidance
+from sana_model.text_encoder import DEFAULT_MODEL, DIFFUSERS_PROMPTS, TextEncoder, TextEncoderConfig
+from sana_model.transformer import CaptionState, SanaTransformer
+
+DEFAULT_AUTOENCODER = "hf://mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"
+DEFAULT_FLOW_SHIFT = 3.0
+MAX_DECODE_PIXELS = 2048**2  # decoded at once; a larger image is decoded in tiles
+DECODE_TILE = 1024
+
+
+class TextToImage(nn.Module):
+    """The whole model; `.to(device)` moves all of it.
+
+    Args:
+        flow_shift: of the sampling grid; published: 3.0, 4.0 for 0.6B at 1024 px, 6.0 at 4096 px (FACTS section 4).
+    """
+
+    def __init__(
+        self,
+        transformer: SanaTransformer,
+        autoencoder: DCAutoencoder,
+        text_encoder: TextEncoder,
+        *,
+        flow_shift: float = DEFAULT_FLOW_SHIFT,
+    ):
+        super().__init__()
+        if transformer.config.in_channels != autoencoder.config.latent_channels:
+            raise ValueError(
+                f"the transformer works on {transformer.config.in_channels} latent channels, "
+                f"the autoencoder makes {autoencoder.config.latent_channels}: they do not belong together"
+            )
+        if transformer.config.caption_dim != text_encoder.embed_dim:
+            raise ValueError(
+                f"the transformer takes captions of width {transformer.config.caption_dim}, "
+                f"the text encoder gives {text_encoder.embed_dim}: they do not belong together"
+            )
+        self.transformer = transformer.eval()
+        self.autoencoder = autoencoder.eval()
+        self.text_encoder = text_encoder
+        self.flow_shift = flow_shift
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        use_ema: bool = False,
+        autoencoder: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+        flow_shift: float | None = None,
+    ) -> "TextToImage":
+        """Load our own pipeline folder, diffusers' `SanaPipeline` folder, or an NVlabs `.pth`; local, hf:// or an fsspec URI.
+
+        A `.pth` holds the transformer alone: `autoencoder` and `text_encoder` then name the others (published ones by default).
+        They also replace what a folder holds, as does `flow_shift`. A diffusers folder is prompted as `SanaPipeline` does.
+
+        Raises FileNotFoundError or ValueError as `load_transformer` does.
+        """
+        local = resolve(path)
+        prompts, tokenizer_path = TextEncoderConfig(), None
+        encoder_source, autoencoder_source = text_encoder or DEFAULT_MODEL, autoencoder or DEFAULT_AUTOENCODER
+        shift = DEFAULT_FLOW_SHIFT
+        if (local / "pipeline.json").exists():
+            settings = read_json(local / "pipeline.json")
+            prompts, shift = TextEncoderConfig(**settings["prompts"]), settings["flow_shift"]
+            encoder_source, autoencoder_source = text_encoder or local / "text_encoder", autoencoder or local / "autoencoder"
+        elif (local / "model_index.json").exists():
+            scheduler = read_json(local / "scheduler" / "scheduler_config.json")
+            prompts, shift = DIFFUSERS_PROMPTS, scheduler.get("flow_shift", scheduler.get("shift", shift))
+            encoder_source, autoencoder_source = text_encoder or local / "text_encoder", autoencoder or local / "vae"
+            tokenizer_path = None if text_encoder else local / "tokenizer"
+        elif local.is_dir():
+            raise ValueError(f"{path} is no pipeline: it has neither pipeline.json (ours) nor model_index.json (diffusers)")
+        encoder_folder = Path(encoder_source)
+        return cls(
+            SanaTransformer.from_pretrained(local, use_ema=use_ema, dtype=dtype),
+            DCAutoencoder.from_pretrained(autoencoder_source, dtype=dtype),
+            TextEncoder.from_pretrained(
+                encoder_source,
+                config=prompts,
+                dtype=dtype,
+                tokenizer_path=tokenizer_path,
+                variant=find_variant(encoder_folder) if encoder_folder.is_dir() else None,
+            ),
+            flow_shift=shift if flow_shift is None else flow_shift,
+        )
+
+    def save_pretrained(self, path: str | Path, *, layout: str = "sana") -> None:
+        """Write a folder of ours, a folder that diffusers' `SanaPipeline` loads, or ("nvlabs") the transformer's `.pth`.
+
+        An NVlabs `.pth` carries the null caption's embeddings, which its training code puts in place of dropped captions: they
+        are computed here. diffusers has no place for our instruction text: it prompts with its own.
+        """
+        path = Path(path)
+        if layout == "nvlabs":
+            self._save_nvlabs(path)
+            return
+        self.transformer.save_pretrained(path / "transformer", layout=layout)
+        self.autoencoder.save_pretrained(path / ("vae" if layout == "diffusers" else "autoencoder"), layout=layout)
+        if layout == "diffusers":
+            self._save_diffusers_rest(path)
+            return
+        self.text_encoder.save_pretrained(path / "text_encoder")
+        write_json(
+            path / "pipeline.json",
+            {"model_type": "sana_pipeline", "flow_shift": self.flow_shift, "prompts": asdict(self.text_encoder.config)},
+        )
+
+    def _save_nvlabs(self, path: Path) -> None:
+        caption_embeds, _ = self.text_encoder.null()
+        padded = caption_embeds.new_zeros(self.text_encoder.config.max_tokens, caption_embeds.shape[-1])
+        padded[: caption_embeds.shape[1]] = caption_embeds[0]
+        kept = self.transformer.null_caption_embeds
+        self.transformer.null_caption_embeds = padded if kept is None else kept
+        self.transformer.save_pretrained(path, layout="nvlabs")
+        self.transformer.null_caption_embeds = kept
+
+    def _save_diffusers_rest(self, path: Path) -> None:
+        self.text_encoder.model.save_pretrained(path / "text_encoder")
+        self.text_encoder.tokenizer.save_pretrained(path / "tokenizer")
+        scheduler = {
+            "_class_name": "DPMSolverMultistepScheduler",
+            "_diffusers_version": "0.42.1",
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+            "flow_shift": self.flow_shift,
+        }
+        write_json(path / "scheduler" / "scheduler_config.json", scheduler)
+        index = {
+            "_class_name": "SanaPipeline",
+            "_diffusers_version": "0.42.1",
+            "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+            "text_encoder": ["transformers", type(self.text_encoder.model).__name__],
+            "tokenizer": ["transformers", type(self.text_encoder.tokenizer).__name__],
+            "transformer": ["diffusers", "SanaTransformer2DModel"],
+            "vae": ["diffusers", "AutoencoderDC"],
+        }
+        write_json(path / "model_index.json", index)
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.head.weight.device
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        prompts: list[str],
+        height: int | None = None,
+        width: int | None = None,
+        *,
+        num_steps: int = 20,
+        guidance_scale: float = 4.5,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        negative_prompt: str = "",
+        seed: int | Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+        solver: str = "flow_dpm_solver",
+        integer_timesteps: bool = False,
+        on_step: OnStep | None = None,
+    ) -> list[Image.Image]:
+        """Draw one image for each prompt.
+
+        Args:
+            prompts: list of str.
+            height, width: pixels, multiples of the autoencoder's factor; the size that the model was made for unless given.
+            num_steps: predictions of velocity, each over the whole batch.
+            guidance_scale: weight of classifier-free guidance; 1 turns it off and halves the cost.
+            guidance_interval: (lo, hi) in sigma; guidance acts only there (see `classifier_free_guidance`).
+            negative_prompt: what to guide away from, for all images; encoded without the instruction, as published.
+            seed: of the noise. One number: each image is drawn from it, so that a prompt's image does not depend on the batch it
+                is in. A sequence: one for each image. None: a new one every time.
+            generator: draws the noise of the whole batch at once, as diffusers does; in place of `seed`.
+            solver: "flow_dpm_solver" (14 to 20 steps) or "flow_euler" (28 to 50).
+            integer_timesteps: give the model whole timesteps, as diffusers does, in place of exact ones.
+            on_step: called after each step with (index, latents), e.g. for a progress bar.
+
+        Raises:
+            TypeError: prompts are not a list of str.
+            ValueError: no prompts, a size that does not divide, an unknown solver, seeds that do not match the prompts.
+        """
+        if solver not in SOLVERS:
+            raise ValueError(f"unknown solver {solver!r}: choose one of {', '.join(SOLVERS)}")
+        solve, make_grid = SOLVERS[solver]
+        latent_size = self._latent_size(height, width)
+        predict_velocity = self._make_predictor(
+            prompts, negative_prompt, guidance_scale, guidance_interval, integer_timesteps
+        )
+        noise = self._draw_noise(len(prompts), latent_size, seed, generator)
+        sigmas = make_grid(num_steps, self.flow_shift)
+        return self._to_images(solve(predict_velocity, noise, sigmas, on_step=on_step))
+
+    def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        config, factor = self.transformer.config, self.autoencoder.compression
+        default = config.base_size * config.patch_size * factor
+        height, width = default if height is None else height, default if width is None else width
+        unit = factor * config.patch_size
+        for name, size in (("height", height), ("width", width)):
+            if size <= 0 or size % unit:
+                nearest = max(round(size / unit), 1) * unit
+                raise ValueError(f"{name}={size} must be a positive multiple of {unit}; the nearest is {nearest}")
+        return height // factor, width // factor
+
+    def _make_predictor(
+        self,
+        prompts: list[str],
+        negative_prompt: str,
+        guidance_scale: float,
+        guidance_interval: tuple[float, float],
+        integer_timesteps: bool,
+    ) -> PredictVelocity:
+        """Guided velocity of latents (B, C, h, w) at a sigma; captions are encoded here, once for all steps."""
+        dtype = self.transformer.head.weight.dtype
+        both = self._encode_captions(prompts, negative_prompt)
+        conditional = both.rows(slice(len(prompts), None))
+
+        def predict(latents: Tensor, sigma: Tensor, captions: CaptionState) -> Tensor:
+            timestep = sigma_to_timestep(sigma, integer=integer_timesteps).to(latents.device).expand(len(latents))
+            return self.transformer(latents.to(dtype), timestep, captions)
+
+        def predict_both(latents: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+            null, guided = predict(torch.cat([latents, latents]), sigma, both).chunk(2)
+            return null, guided
+
+        return classifier_free_guidance(
+            predict_both, lambda latents, sigma: predict(latents, sigma, conditional), guidance_scale, guidance_interval
+        )
+
+    def _encode_captions(self, prompts: list[str], negative_prompt: str) -> CaptionState:
+        """State of the negative prompt, once for each image, then of the prompts."""
+        embeds, mask = self.text_encoder.encode(prompts)
+        null_embeds, null_mask = self.text_encoder.encode([negative_prompt], use_instruction=False)
+        count, length = len(prompts), max(mask.shape[1], null_mask.shape[1])
+        caption_embeds = embeds.new_zeros(2 * count, length, embeds.shape[-1])
+        caption_mask = mask.new_zeros(2 * count, length)
+        caption_embeds[:count, : null_mask.shape[1]], caption_mask[:count, : null_mask.shape[1]] = null_embeds, null_mask
+        caption_embeds[count:, : mask.shape[1]], caption_mask[count:, : mask.shape[1]] = embeds, mask
+        caption_embeds = caption_embeds.to(self.transformer.head.weight.dtype)
+        return self.transformer.encode_captions(caption_embeds, caption_mask)
+
+    def _draw_noise(
+        self, count: int, size: tuple[int, int], seed: int | Sequence[int] | None, generator: torch.Generator | None
+    ) -> Tensor:
+        """(B, C, h, w) float32; drawn on the CPU if from seeds, so that a seed means the same image on every device."""
+        shape = (self.transformer.config.in_channels, *size)
+        if generator is not None:
+            if seed is not None:
+                raise ValueError(f"seed={seed} and a generator were given: give one of them")
+            return torch.randn((count, *shape), generator=generator, device=generator.device).to(self.device)
+        if seed is None:
+            return torch.randn((count, *shape), device=self.device)
+        seeds = [seed] * count if isinstance(seed, int) else list(seed)
+        if len(seeds) != count:
+            raise ValueError(f"{len(seeds)} seeds came with {count} prompts: give one to each, or a single number")
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(one)) for one in seeds]
+        return torch.stack(noise).to(self.device)
+
+    def _to_images(self, latents: Tensor) -> list[Image.Image]:
+        pixels = latents.shape[-2] * latents.shape[-1] * self.autoencoder.compression**2
+        tile_size = DECODE_TILE if pixels > MAX_DECODE_PIXELS else None
+        images = []
+        for chunk in latents.to(self.autoencoder.decoder.conv_in.weight.dtype).split(max(MAX_DECODE_PIXELS // pixels, 1)):
+            decoded = self.autoencoder.decode(chunk, tile_size=tile_size).float()
+            values = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+            images += [Image.fromarray(value) for value in values]
+        return images

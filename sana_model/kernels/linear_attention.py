@@ -1,0 +1,30 @@
+"""ReLU linear attention."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EPS = 1e-15  # diffusers; NVlabs has 1e-8. Either only decides what a token with no positive key gets: zero.
+
+
+def relu_linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """O_i = ReLU(Q_i) sum_j ReLU(K_j)^T V_j / ReLU(Q_i) sum_j ReLU(K_j)^T over (B, N, heads, head_dim), fp32 inside.
+
+    Sana section 2.2. The sums over j are one (head_dim x head_dim) matrix and one vector per head, so the N x N weights are
+    never formed.
+    """
+    dtype = value.dtype
+    query = F.relu(query).float().transpose(1, 2)  # (B, heads, N, head_dim)
+    key = F.relu(key).float().transpose(1, 2)
+    value = value.float().transpose(1, 2)
+    key_value = key.transpose(-1, -2) @ value  # (B, heads, head_dim, head_dim)
+    key_sum = key.sum(dim=-2).unsqueeze(-1)  # (B, heads, head_dim, 1)
+    attended = (query @ key_value) / (query @ key_sum + EPS)
+    return attended.transpose(1, 2).to(dtype)
+
+
+def relu_attention_reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The same by the explicit N x N weights: what the test compares with."""
+    weights = torch.einsum("bihd,bjhd->bhij", F.relu(query).float(), F.relu(key).float())
+    weights = weights / (weights.sum(dim=-1, keepdim=True) + EPS)
+    return torch.einsum("bhij,bjhd->bihd", weights, value.float()).to(value.dtype)

@@ -1,0 +1,141 @@
+"""Names of published weights. Ours are on the left; this is the only file that knows the others.
+
+An entry maps a dotted piece of our tensor names to theirs. `{q,k,v}`: theirs are several tensors, ours is their concatenation
+along the first dimension. `@1x1`: theirs is a 1x1 convolution (out, in, 1, 1), ours the same matrix (out, in).
+"""
+
+import re
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+KeyMap = dict[str, str]
+
+TRANSFORMER_NVLABS: KeyMap = {
+    "patch_embed.proj": "x_embedder.proj",
+    "time_embed.linear_1": "t_embedder.mlp.0",
+    "time_embed.linear_2": "t_embedder.mlp.2",
+    "time_embed.modulation": "t_block.1",
+    "caption_proj.linear_1": "y_embedder.y_proj.fc1",
+    "caption_proj.linear_2": "y_embedder.y_proj.fc2",
+    "caption_proj.norm": "attention_y_norm",
+    "null_caption_embeds": "y_embedder.y_embedding",
+    "modulation": "scale_shift_table",
+    "attention.qkv": "attn.qkv",
+    "attention.proj": "attn.proj",
+    "attention.query_norm": "attn.q_norm",
+    "attention.key_norm": "attn.k_norm",
+    "cross_attention.query": "cross_attn.q_linear",
+    "cross_attention.key_value": "cross_attn.kv_linear",
+    "cross_attention.proj": "cross_attn.proj",
+    "cross_attention.query_norm": "cross_attn.q_norm",
+    "cross_attention.key_norm": "cross_attn.k_norm",
+    "ffn.expand": "mlp.inverted_conv.conv@1x1",
+    "ffn.depthwise": "mlp.depth_conv.conv",
+    "ffn.project": "mlp.point_conv.conv@1x1",
+    "final_modulation": "final_layer.scale_shift_table",
+    "head": "final_layer.linear",
+}
+
+TRANSFORMER_DIFFUSERS: KeyMap = {
+    "time_embed.linear_1": "time_embed.emb.timestep_embedder.linear_1",
+    "time_embed.linear_2": "time_embed.emb.timestep_embedder.linear_2",
+    "time_embed.modulation": "time_embed.linear",
+    "caption_proj.linear_1": "caption_projection.linear_1",
+    "caption_proj.linear_2": "caption_projection.linear_2",
+    "caption_proj.norm": "caption_norm",
+    "blocks": "transformer_blocks",
+    "modulation": "scale_shift_table",
+    "attention.qkv": "attn1.to_{q,k,v}",
+    "attention.proj": "attn1.to_out.0",
+    "attention.query_norm": "attn1.norm_q",
+    "attention.key_norm": "attn1.norm_k",
+    "cross_attention.query": "attn2.to_q",
+    "cross_attention.key_value": "attn2.to_{k,v}",
+    "cross_attention.proj": "attn2.to_out.0",
+    "cross_attention.query_norm": "attn2.norm_q",
+    "cross_attention.key_norm": "attn2.norm_k",
+    "ffn.expand": "ff.conv_inverted@1x1",
+    "ffn.depthwise": "ff.conv_depth",
+    "ffn.project": "ff.conv_point@1x1",
+    "final_modulation": "scale_shift_table",
+    "head": "proj_out",
+}
+
+AUTOENCODER_DIFFUSERS: KeyMap = {
+    "encoder.stages": "encoder.down_blocks",
+    "decoder.stages": "decoder.up_blocks",
+    "attention.qkv": "attn.to_{q,k,v}",
+    "attention.pool_depthwise": "attn.to_qkv_multiscale.0.proj_in",
+    "attention.pool_pointwise": "attn.to_qkv_multiscale.0.proj_out",
+    "attention.proj": "attn.to_out",
+    "attention.norm": "attn.norm_out",
+    "ffn.expand": "conv_out.conv_inverted@1x1",
+    "ffn.depthwise": "conv_out.conv_depth",
+    "ffn.project": "conv_out.conv_point@1x1",
+    "ffn_norm": "conv_out.norm",
+}
+
+# efficientvit (mit-han-lab), where the published DC-AEs come from.
+AUTOENCODER_NVLABS: KeyMap = {
+    "encoder.conv_in": "encoder.project_in.conv",
+    "encoder.conv_out": "encoder.project_out.main.op_list.0.conv",
+    "decoder.conv_in": "decoder.project_in.main.conv",
+    "decoder.norm_out": "decoder.project_out.op_list.0",
+    "decoder.conv_out": "decoder.project_out.op_list.2.conv",
+    "conv1": "main.conv1.conv",
+    "conv2": "main.conv2.conv",
+    "norm": "main.conv2.norm",
+    "conv": "main.conv.conv",
+    "attention.qkv": "context_module.main.qkv.conv@1x1",
+    "attention.pool_depthwise": "context_module.main.aggreg.0.0",
+    "attention.pool_pointwise": "context_module.main.aggreg.0.1",
+    "attention.proj": "context_module.main.proj.conv@1x1",
+    "attention.norm": "context_module.main.proj.norm",
+    "ffn.expand": "local_module.main.inverted_conv.conv@1x1",
+    "ffn.depthwise": "local_module.main.depth_conv.conv",
+    "ffn.project": "local_module.main.point_conv.conv@1x1",
+    "ffn_norm": "local_module.main.point_conv.norm",
+    "encoder.conv_in.conv": "encoder.project_in.conv.conv",
+    "decoder.conv_out.conv": "decoder.project_out.op_list.2.conv.conv",
+}
+
+# Tensors that only the published training code reads.
+NVLABS_IGNORED = {"pos_embed", "logvar_linear.weight", "logvar_linear.bias"}
+
+
+class Foreign(NamedTuple):
+    """How another layout stores one of our tensors."""
+
+    names: list[str]
+    is_1x1: bool
+
+
+def translate(key: str, key_map: KeyMap) -> Foreign:
+    """The other layout's name or names for our tensor `key`."""
+    pieces = "|".join(re.escape(piece) for piece in sorted(key_map, key=len, reverse=True))
+    name = re.sub(rf"(?:^|(?<=\.))(?:{pieces})(?=\.|$)", lambda match: key_map[match.group()], key)
+    if key_map is AUTOENCODER_NVLABS:
+        name = re.sub(r"\.stages\.(\d+)\.", r".stages.\1.op_list.", name)
+    is_1x1 = "@1x1" in name
+    name = name.replace("@1x1", "")
+    match = re.search(r"\{(.*)\}", name)
+    if match is None:
+        return Foreign([name], is_1x1)
+    return Foreign([name.replace(match.group(), part) for part in match.group(1).split(",")], is_1x1)
+
+
+def to_ours(foreign: Foreign, state: dict[str, Tensor]) -> Tensor:
+    """Our tensor from theirs. Raises KeyError with the first of their names that is missing."""
+    tensors = [state[name] for name in foreign.names]
+    if foreign.is_1x1 and tensors[0].ndim == 4 and tensors[0].shape[2:] == (1, 1):
+        tensors = [tensor.flatten(1) for tensor in tensors]
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def from_ours(foreign: Foreign, tensor: Tensor) -> dict[str, Tensor]:
+    """Their tensors from ours."""
+    if foreign.is_1x1 and tensor.ndim == 2:
+        tensor = tensor[:, :, None, None]
+    return dict(zip(foreign.names, tensor.chunk(len(foreign.names)), strict=True))

@@ -1,0 +1,173 @@
+"""The shape of a published checkpoint, from its tensors and its config.json, and the config.json that diffusers reads."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sana_model.autoencoder import AutoencoderConfig
+from sana_model.autoencoder_blocks import Variant
+from sana_model.embeddings import sincos_position_embedding
+from sana_model.key_maps import KeyMap, translate
+from sana_model.transformer import LINEAR_HEAD_DIM, SanaConfig
+
+
+def transformer_shape_from_weights(state: dict[str, Tensor], key_map: KeyMap, source: Path) -> dict[str, Any]:
+    """The `SanaConfig` fields that tensors show."""
+
+    def their_names(key: str) -> list[str]:
+        return translate(key, key_map).names
+
+    needed = ("patch_embed.proj.weight", "blocks.0.ffn.project.weight", "caption_proj.linear_1.weight")
+    absent = [name for key in needed for name in their_names(key) if name not in state]
+    if absent:
+        raise ValueError(f"{source} is no checkpoint of a linear DiT: it has no {', '.join(absent)}")
+    patch_embed, ffn_project, caption = (state[their_names(key)[0]].shape for key in needed)
+    depth = 0
+    while their_names(f"blocks.{depth}.modulation")[0] in state:
+        depth += 1
+    return {
+        "dim": patch_embed[0],
+        "in_channels": patch_embed[1],
+        "patch_size": patch_embed[2],
+        "ffn_dim": ffn_project[1],
+        "caption_dim": caption[1],
+        "depth": depth,
+        "qk_norm": their_names("blocks.0.attention.query_norm.weight")[0] in state,
+        "cross_qk_norm": their_names("blocks.0.cross_attention.query_norm.weight")[0] in state,
+    }
+
+
+def positions_from_nvlabs(pos_embed: Tensor | None) -> dict[str, Any]:
+    """NVlabs' `pos_embed` (1, base_size^2, D): zeros where the model has no positional embedding.
+
+    Its first frequency is 1, so the second column's first value is sin(1 / interpolation scale).
+    """
+    if pos_embed is None or not pos_embed.any():
+        return {}
+    scale = 1 / math.asin(float(pos_embed[0, 1, 0]))
+    return {"position_scale": round(scale, 2), "base_size": math.isqrt(pos_embed.shape[1])}
+
+
+def positions_for_nvlabs(config: SanaConfig, dtype: torch.dtype) -> Tensor:
+    if config.position_scale is None:
+        return torch.zeros(1, config.base_size**2, config.dim, dtype=dtype)
+    size = config.base_size
+    positions = sincos_position_embedding(config.dim, size, size, size, config.position_scale, torch.device("cpu"))
+    return positions[None].to(dtype)
+
+
+def diffusers_transformer_config(config: SanaConfig) -> dict[str, Any]:
+    return {
+        "_class_name": "SanaTransformer2DModel",
+        "_diffusers_version": "0.42.1",
+        "in_channels": config.in_channels,
+        "out_channels": config.in_channels,
+        "num_attention_heads": config.num_heads,
+        "attention_head_dim": LINEAR_HEAD_DIM,
+        "num_layers": config.depth,
+        "num_cross_attention_heads": config.num_cross_heads,
+        "cross_attention_head_dim": config.dim // config.num_cross_heads,
+        "cross_attention_dim": config.dim,
+        "caption_channels": config.caption_dim,
+        "mlp_ratio": config.ffn_dim / config.dim,
+        "attention_bias": False,
+        "sample_size": config.base_size * config.patch_size,
+        "patch_size": config.patch_size,
+        "norm_elementwise_affine": False,
+        "norm_eps": 1e-6,
+        "interpolation_scale": config.position_scale,
+        "qk_norm": "rms_norm_across_heads" if config.qk_norm else None,
+    }
+
+
+def autoencoder_config_from_diffusers(settings: dict[str, Any], folder: Path) -> AutoencoderConfig:
+    variant: Variant = "in" if settings["downsample_block_type"] == "pixel_unshuffle" else "sana"
+    config = AutoencoderConfig(
+        latent_channels=settings["latent_channels"],
+        widths=tuple(settings["encoder_block_out_channels"]),
+        encoder_depths=tuple(settings["encoder_layers_per_block"]),
+        decoder_depths=tuple(settings["decoder_layers_per_block"]),
+        variant=variant,
+        scaling_factor=settings["scaling_factor"],
+    )
+    expected = diffusers_autoencoder_config(config)
+    for name in set(expected) & set(settings) - {"_diffusers_version"}:
+        came, wanted = _spread(settings[name], len(config.widths)), _spread(expected[name], len(config.widths))
+        if came != wanted:
+            raise ValueError(f"{folder}: {name}={settings[name]} is of no published DC-AE family, which have {expected[name]}")
+    return config
+
+
+def _spread(value: Any, count: int) -> Any:
+    """diffusers writes one string for a value that all stages share."""
+    if isinstance(value, str):
+        return [value] * count
+    return (
+        [list(item) if isinstance(item, list | tuple) else item for item in value] if isinstance(value, list | tuple) else value
+    )
+
+
+def diffusers_autoencoder_config(config: AutoencoderConfig) -> dict[str, Any]:
+    count, shuffles = len(config.widths), config.variant == "in"
+    blocks = ["ResBlock" if index < 3 else "EfficientViTBlock" for index in range(count)]
+    multiscales = [[] if index < 3 or shuffles else [5] for index in range(count)]
+    return {
+        "_class_name": "AutoencoderDC",
+        "_diffusers_version": "0.42.1",
+        "in_channels": 3,
+        "latent_channels": config.latent_channels,
+        "attention_head_dim": 32,
+        "encoder_block_types": blocks,
+        "decoder_block_types": blocks,
+        "encoder_block_out_channels": list(config.widths),
+        "decoder_block_out_channels": list(config.widths),
+        "encoder_layers_per_block": list(config.encoder_depths),
+        "decoder_layers_per_block": list(config.decoder_depths),
+        "encoder_qkv_multiscales": multiscales,
+        "decoder_qkv_multiscales": multiscales,
+        "upsample_block_type": "pixel_shuffle" if shuffles else "interpolate",
+        "downsample_block_type": "pixel_unshuffle" if shuffles else "conv",
+        "decoder_norm_types": ["batch_norm" if shuffles and index < 3 else "rms_norm" for index in range(count)],
+        "decoder_act_fns": ["relu" if shuffles and index < 3 else "silu" for index in range(count)],
+        "encoder_out_shortcut": True,
+        "decoder_in_shortcut": True,
+        "decoder_conv_act_fn": "relu",
+        "scaling_factor": config.scaling_factor,
+    }
+
+
+def autoencoder_config_from_weights(state: dict[str, Tensor], source: Path) -> AutoencoderConfig:
+    """The shape that efficientvit's tensors show; the scale, which they do not, is 1."""
+
+    def count(prefix: str) -> int:
+        return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
+
+    try:
+        shuffles = "encoder.project_in.conv.conv.weight" in state
+        depths: dict[str, list[int]] = {}
+        widths: list[int] = []
+        num_stages = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("encoder.stages."))
+        for half in ("encoder", "decoder"):
+            blocks = [count(f"{half}.stages.{stage}.op_list.") for stage in range(num_stages)]
+            resamples = [depth > 0 and stage + 1 < num_stages for stage, depth in enumerate(blocks)]
+            depths[half] = [depth - resample for depth, resample in zip(blocks, resamples, strict=True)]
+        for stage in range(num_stages):
+            prefix = f"encoder.stages.{stage}.op_list.0."
+            norm = "main.conv2.norm.weight" if stage < 3 else "context_module.main.proj.norm.weight"
+            widths.append(len(state[prefix + norm]) if depths["encoder"][stage] else 0)
+        latent_channels = len(state["encoder.project_out.main.op_list.0.conv.bias"])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{source} is no checkpoint of a DC-AE: {error} is not in it") from error
+    if widths[0] == 0:  # a first stage without blocks leaves no trace of its width; every published one has 128
+        widths[0] = 128
+    return AutoencoderConfig(
+        latent_channels=latent_channels,
+        widths=tuple(widths),
+        encoder_depths=tuple(depths["encoder"]),
+        decoder_depths=tuple(depths["decoder"]),
+        variant="in" if shuffles else "sana",
+        scaling_factor=1.0,
+    )

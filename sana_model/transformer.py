@@ -1,0 +1,256 @@
+"""The linear DiT of Sana (arXiv 2410.10629) and Sana 1.5 (2501.18427)."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sana_model.blocks import CaptionTokens, KeyValue, SanaBlock, modulate
+from sana_model.embeddings import CaptionProjection, PatchEmbed, TimestepEmbedding, sincos_position_embedding
+from sana_model.kernels.linear import Linear
+
+LINEAR_HEAD_DIM = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class SanaConfig:
+    """Shape of a linear DiT; the presets are the published ones (FFN 2.5x, linear heads of 32)."""
+
+    dim: int = 1152
+    depth: int = 28
+    num_cross_heads: int = 16
+    ffn_dim: int = 2880
+    in_channels: int = 32
+    patch_size: int = 1
+    caption_dim: int = 2304
+    qk_norm: bool = False
+    cross_qk_norm: bool = False
+    position_scale: float | None = None
+    """Interpolation scale of the sincos positional embedding; None: no positional embedding (512 and 1024 px)."""
+    base_size: int = 32
+    """Side, in tokens, of the square grid that the model was made for; only the positional embedding reads it."""
+
+    def __post_init__(self) -> None:
+        if self.dim % LINEAR_HEAD_DIM or self.dim % self.num_cross_heads:
+            raise ValueError(
+                f"dim={self.dim} must be a multiple of the linear head size {LINEAR_HEAD_DIM} "
+                f"and of num_cross_heads={self.num_cross_heads}"
+            )
+        if self.position_scale is not None and self.dim % 4:
+            raise ValueError(f"dim={self.dim} must be a multiple of 4 for a positional embedding")
+
+    @property
+    def num_heads(self) -> int:
+        return self.dim // LINEAR_HEAD_DIM
+
+
+_SANA_1_6B = SanaConfig(dim=2240, depth=20, num_cross_heads=20, ffn_dim=5600)
+
+PRESETS: dict[str, SanaConfig] = {
+    "sana-0.6b": SanaConfig(),
+    "sana-1.6b": _SANA_1_6B,
+    "sana-1.6b-2k": replace(_SANA_1_6B, position_scale=1.0, base_size=64),
+    "sana-1.6b-4k": replace(_SANA_1_6B, position_scale=2.0, base_size=128),
+    "sana-4.8b": replace(_SANA_1_6B, depth=60, qk_norm=True, cross_qk_norm=True),
+    "tiny": SanaConfig(dim=64, depth=2, num_cross_heads=4, ffn_dim=160, in_channels=8, caption_dim=64, base_size=8),
+}
+
+
+@dataclass(frozen=True)
+class CaptionState:
+    """What the blocks need of a batch of captions, computed once by `SanaTransformer.encode_captions`."""
+
+    key_values: list[KeyValue]
+    """Per block, keys and values (B, heads, L, head_dim)."""
+    attention_mask: Tensor | None
+    """(B, 1, 1, L), False at padding; None where no caption is padded."""
+
+    def rows(self, chosen: slice) -> "CaptionState":
+        """The state of some captions of the batch."""
+        mask = None if self.attention_mask is None else self.attention_mask[chosen]
+        return CaptionState([(key[chosen], value[chosen]) for key, value in self.key_values], mask)
+
+
+class SanaTransformer(nn.Module):
+    """Predicts the velocity (eps - x0) of noisy latents, given the timestep and the caption."""
+
+    def __init__(self, config: SanaConfig):
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embed = PatchEmbed(config.in_channels, dim, config.patch_size)
+        self.time_embed = TimestepEmbedding(dim)
+        self.caption_proj = CaptionProjection(config.caption_dim, dim)
+        self.blocks = nn.ModuleList(
+            SanaBlock(
+                dim,
+                num_heads=config.num_heads,
+                num_cross_heads=config.num_cross_heads,
+                ffn_dim=config.ffn_dim,
+                qk_norm=config.qk_norm,
+                cross_qk_norm=config.cross_qk_norm,
+            )
+            for _ in range(config.depth)
+        )
+        self.final_modulation = nn.Parameter(torch.empty(2, dim))
+        self.head = Linear(dim, config.patch_size**2 * config.in_channels)
+        self.checkpoint_every = 0
+        # Not a parameter: the null caption's embeddings (300, caption_dim) that NVlabs files carry. Kept so that none is lost.
+        self.register_buffer("null_caption_embeds", None)
+        self.reset_parameters()
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "SanaTransformer":
+        """A freshly initialised model of a published shape, e.g. `from_preset("sana-0.6b", depth=4)`.
+
+        Raises ValueError for an unknown name, TypeError for an unknown override.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+        return cls(replace(PRESETS[name], **overrides))
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, use_ema: bool = False, dtype: torch.dtype | None = None, **overrides: Any
+    ) -> "SanaTransformer":
+        """Load our own, a diffusers or an NVlabs checkpoint: see `weights.load_transformer`."""
+        from sana_model import weights
+
+        return weights.load_transformer(path, use_ema=use_ema, dtype=dtype, **overrides)
+
+    def save_pretrained(self, path: str | Path, *, layout: str = "sana") -> None:
+        """Write the weights as "sana", "diffusers" or "nvlabs" lays them out: see `weights.save_transformer`."""
+        from sana_model import weights
+
+        weights.save_transformer(self, path, layout=layout)
+
+    def enable_gradient_checkpointing(self, every: int = 1) -> None:
+        """Recompute every `every`-th block in the backward pass instead of keeping its activations; 0 turns it off.
+
+        Raises ValueError if `every` is negative.
+        """
+        if every < 0:
+            raise ValueError(f"every={every} must be 0 (off) or a positive number of blocks")
+        self.checkpoint_every = every
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        caption_embeds: Tensor | CaptionState,
+        caption_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Predict velocity, (B, C, H, W), the shape of `latents`.
+
+        Args:
+            latents: noisy latents (B, C, H, W), any H and W that divide by the patch size.
+            timestep: (B,), 1000 * sigma; need not be whole numbers.
+            caption_embeds: the text encoder's output (B, L, caption_dim), or the state that `encode_captions` made of it.
+            caption_mask: (B, L), nonzero at real tokens; None: all are real.
+
+        Raises ValueError if a shape does not fit.
+        """
+        batch_size, channels, height, width = self._check_latents(latents, timestep)
+        patch = self.config.patch_size
+        size = (height // patch, width // patch)
+        caption = (
+            caption_embeds if isinstance(caption_embeds, CaptionState) else self._project_captions(caption_embeds, caption_mask)
+        )
+        if _batch_size(caption) != batch_size:
+            raise ValueError(f"{_batch_size(caption)} captions came with {batch_size} latents: give one to each")
+
+        tokens = self._add_positions(self.patch_embed(latents), size)  # (B, H*W, D)
+        time_embedding, modulation = self.time_embed(timestep)  # (B, D), (B, 6, D)
+        for index, (block, block_caption) in enumerate(zip(self.blocks, self._per_block(caption), strict=True)):
+            arguments = (tokens, modulation, block_caption, caption.attention_mask, size)
+            if self.training and self.checkpoint_every and index % self.checkpoint_every == 0:
+                tokens = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                tokens = block(*arguments)
+
+        shift, scale = (time_embedding[:, None] + self.final_modulation).chunk(2, dim=1)
+        patches = self.head(modulate(tokens, shift, scale))  # (B, H*W, p*p*C)
+        patches = patches.view(batch_size, *size, patch, patch, channels)
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(batch_size, channels, height, width)
+
+    def encode_captions(self, caption_embeds: Tensor, caption_mask: Tensor | None = None) -> CaptionState:
+        """Every block's cross-attention keys and values, to be given to `forward` at each step in place of the embeddings.
+
+        Takes (B, L, caption_dim) and (B, L) as `forward` does, and raises as it does.
+        """
+        caption = self._project_captions(caption_embeds, caption_mask)
+        key_values = [block.cross_attention.project_caption(caption) for block in self._blocks()]
+        return CaptionState(key_values, caption.attention_mask)
+
+    def _check_latents(self, latents: Tensor, timestep: Tensor) -> torch.Size:
+        channels, patch = self.config.in_channels, self.config.patch_size
+        if latents.ndim != 4 or latents.shape[1] != channels:
+            raise ValueError(f"latents have shape {tuple(latents.shape)}: this model takes (B, {channels}, H, W)")
+        if latents.shape[2] % patch or latents.shape[3] % patch:
+            raise ValueError(f"latents of {latents.shape[2]}x{latents.shape[3]} must divide by patch_size={patch}")
+        if timestep.shape != latents.shape[:1]:
+            raise ValueError(f"timestep has shape {tuple(timestep.shape)}: give ({latents.shape[0]},), one per image")
+        return latents.shape
+
+    def _project_captions(self, caption_embeds: Tensor, caption_mask: Tensor | None) -> CaptionTokens:
+        """(B, L, caption_dim) to the model's width, real tokens only."""
+        if caption_embeds.ndim != 3 or caption_embeds.shape[-1] != self.config.caption_dim:
+            raise ValueError(
+                f"caption_embeds have shape {tuple(caption_embeds.shape)}: this model takes (B, L, {self.config.caption_dim})"
+            )
+        batch_size, length = caption_embeds.shape[:2]
+        if caption_mask is None:
+            caption_mask = torch.ones(batch_size, length, dtype=torch.bool, device=caption_embeds.device)
+        if caption_mask.shape != (batch_size, length):
+            raise ValueError(f"caption_mask has shape {tuple(caption_mask.shape)}, caption_embeds {batch_size, length}")
+        real = caption_mask != 0
+        if not real.any(dim=1).all():
+            raise ValueError("caption_mask masks every token of a caption: the null caption too has one (the BOS token)")
+        last = int(real.any(dim=0).nonzero().max()) + 1  # a column that is padding in every caption is dropped
+        real, caption_embeds = real[:, :last], caption_embeds[:, :last]
+        positions = real.flatten().nonzero().squeeze(1)
+        packed = self.caption_proj(caption_embeds.flatten(0, 1).index_select(0, positions))
+        attention_mask = None if len(positions) == real.numel() else real[:, None, None]
+        return CaptionTokens(packed, positions, attention_mask, batch_size, last)
+
+    def _per_block(self, caption: CaptionTokens | CaptionState) -> Iterable[CaptionTokens | KeyValue]:
+        return caption.key_values if isinstance(caption, CaptionState) else [caption] * len(self.blocks)
+
+    def _blocks(self) -> Iterable[SanaBlock]:
+        return cast(Iterable[SanaBlock], self.blocks)
+
+    def _add_positions(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
+        config = self.config
+        if config.position_scale is None:
+            return tokens
+        positions = sincos_position_embedding(config.dim, *size, config.base_size, config.position_scale, tokens.device)
+        return tokens + positions.to(tokens.dtype)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise as published: Xavier for linear layers, N(0, 0.02) for the time and caption MLPs, none of them zero."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and "ffn" not in name:  # the FFN's 1x1 are convolutions there
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
+        for linear in (
+            self.time_embed.linear_1,
+            self.time_embed.linear_2,
+            self.time_embed.modulation,
+            self.caption_proj.linear_1,
+            self.caption_proj.linear_2,
+        ):
+            nn.init.normal_(linear.weight, std=0.02)
+        nn.init.constant_(self.caption_proj.norm.weight, 0.01)
+        for table in (*(block.modulation for block in self._blocks()), self.final_modulation):
+            nn.init.normal_(table, std=self.config.dim**-0.5)
+
+
+def _batch_size(caption: CaptionTokens | CaptionState) -> int:
+    return caption.key_values[0][0].shape[0] if isinstance(caption, CaptionState) else caption.batch_size

@@ -1,0 +1,282 @@
+"""The solvers against diffusers' schedulers, exact flows and each other."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
+
+from sana_model.flow import shift_sigmas, sigma_to_timestep
+from sana_model.solver import (
+    SOLVERS,
+    PredictVelocity,
+    classifier_free_guidance,
+    euler_sigmas,
+    flow_dpm_solver,
+    flow_euler,
+    sampling_sigmas,
+)
+
+STEPS = (8, 14, 20, 28, 50)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def dpm_scheduler(shift: float, order: int = 2) -> Any:  # diffusers' schedulers have no types
+    return DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=shift, solver_order=order
+    )
+
+
+def euler_scheduler(shift: float) -> Any:
+    return FlowMatchEulerDiscreteScheduler(shift=shift)
+
+
+class ConvVelocity(nn.Module):
+    """A small seeded network of (latents, timestep)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.enter, self.leave = nn.Conv2d(4, 16, 3, padding=1), nn.Conv2d(16, 4, 3, padding=1)
+
+    @torch.no_grad()
+    def forward(self, latents: Tensor, timestep: Tensor) -> Tensor:
+        velocity: Tensor = self.leave(torch.tanh(2 * self.enter(latents) + torch.sin(timestep / 100)))
+        return latents + velocity
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
+def test_grids_are_those_of_diffusers_to_the_bit(shift: float) -> None:
+    dpm, euler = dpm_scheduler(shift), euler_scheduler(shift)
+    for num_steps in range(1, 51):
+        dpm.set_timesteps(num_steps)
+        euler.set_timesteps(num_steps)
+        for ours, theirs in (
+            (sampling_sigmas(num_steps, shift), dpm.sigmas),
+            (euler_sigmas(num_steps, shift), euler.sigmas),
+        ):
+            assert ours.dtype == torch.float32 and torch.equal(ours, theirs)
+            assert (ours.diff() < 0).all() and ours[-1] == 0
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 14, 15, 20])
+@pytest.mark.parametrize("order", [1, 2])
+def test_flow_dpm_solver_draws_what_diffusers_draws(num_steps: int, order: int) -> None:
+    model = ConvVelocity()
+    start = torch.randn(2, 4, 8, 8, generator=generator())
+    scheduler = dpm_scheduler(3.0, order)
+    scheduler.set_timesteps(num_steps)
+    expected = start
+    for timestep in scheduler.timesteps:  # int64
+        expected = scheduler.step(model(expected, timestep), timestep, expected).prev_sample
+
+    latents = flow_dpm_solver(
+        lambda latents, sigma: model(latents, sigma_to_timestep(sigma, integer=True)),
+        start,
+        sampling_sigmas(num_steps, 3.0),
+        order=order,
+    )
+    assert (latents - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 14, 15, 20])
+def test_flow_euler_draws_what_diffusers_draws(num_steps: int) -> None:
+    model = ConvVelocity()
+    start = torch.randn(2, 4, 8, 8, generator=generator())
+    scheduler = euler_scheduler(3.0)
+    scheduler.set_timesteps(num_steps)
+    expected = start
+    for timestep in scheduler.timesteps:
+        expected = scheduler.step(model(expected, timestep), timestep, expected).prev_sample
+
+    latents = flow_euler(
+        lambda latents, sigma: model(latents, sigma_to_timestep(sigma)), start, euler_sigmas(num_steps, 3.0)
+    )
+    assert (latents - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("solver_name", SOLVERS)
+@pytest.mark.parametrize("grid_name", SOLVERS)
+def test_one_step_is_exact_when_all_data_is_one_point(solver_name: str, grid_name: str) -> None:
+    solver, grid = SOLVERS[solver_name][0], SOLVERS[grid_name][1]
+    point = torch.randn(1, 4, 3, 3, generator=generator(1))
+    start = torch.randn(5, 4, 3, 3, generator=generator(2))
+    for num_steps in (1, 7):
+        latents = solver(lambda latents, sigma: (latents - point) / sigma, start, grid(num_steps, 3.0))
+        torch.testing.assert_close(latents, point.expand_as(start))
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 20])
+def test_a_grid_from_exactly_1_stays_finite_and_close(num_steps: int) -> None:
+    model = ConvVelocity()
+    start = torch.randn(2, 4, 8, 8, generator=generator())
+    sigmas = sampling_sigmas(num_steps, 3.0)
+    from_1 = torch.cat([torch.ones(1), sigmas[1:]])  # 0.99967 -> 1
+    drawn = [flow_dpm_solver(lambda x, sigma: model(x, 1000 * sigma), start, grid) for grid in (sigmas, from_1)]
+    assert torch.isfinite(drawn[1]).all()
+    # Not closer, because the second step is of second order from 0.99967 and of first order from 1.
+    assert (drawn[0] - drawn[1]).abs().max() < 0.05 * drawn[0].abs().max()
+
+
+def test_second_order_converges_with_the_square_of_the_step() -> None:
+    """On a part of the trajectory without the first-order ends' singularity: halving the steps quarters the error."""
+
+    def curved(latents: Tensor, sigma: Tensor) -> Tensor:
+        return torch.sin(3 * latents) + 4 * sigma * latents.cos()
+
+    start = torch.randn(1, 1, 4, 4, generator=generator(), dtype=torch.float64)
+
+    def grid(num_steps: int) -> Tensor:
+        return torch.linspace(0.9, 0.1, num_steps + 1, dtype=torch.float64)
+
+    reference = flow_dpm_solver(curved, start, grid(6400))
+    error = {
+        (solver, num_steps): (solver(curved, start, grid(num_steps)) - reference).abs().max().item()
+        for solver in (flow_dpm_solver, flow_euler)
+        for num_steps in (200, 400)
+    }
+    assert error[flow_dpm_solver, 200] / error[flow_dpm_solver, 400] == pytest.approx(4, rel=0.15)
+    assert error[flow_euler, 200] / error[flow_euler, 400] == pytest.approx(2, rel=0.15)
+
+
+def mixture_velocity(latents: Tensor, sigma: Tensor, means: Tensor, std: float) -> Tensor:
+    """Exact velocity E[eps - x0 | x_t] = (x_t - E[x0 | x_t]) / sigma of data from equal Gaussians N(means[k], std^2 I).
+
+    Args: latents (N, D), sigma 0-d, means (K, D). Returns (N, D).
+    """
+    alpha = 1 - sigma
+    variance = (alpha * std) ** 2 + sigma**2
+    log_weight = (alpha * latents @ means.T - 0.5 * alpha**2 * means.square().sum(1)) / variance  # (N, K)
+    shrink = alpha * std**2 / variance
+    x0 = (1 - alpha * shrink) * log_weight.softmax(1) @ means + shrink * latents
+    return (latents - x0) / sigma
+
+
+def test_flow_dpm_solver_needs_fewer_steps_than_euler_on_a_gaussian_mixture() -> None:
+    """Sana's claim (14-20 steps where flow-Euler needs 28-50) where the velocity is exact: 32-d, 16 modes, shift 3."""
+    draw = generator()
+    means = torch.randn(16, 32, generator=draw, dtype=torch.float64)
+    start = torch.randn(512, 32, generator=draw, dtype=torch.float64)
+
+    def exact(latents: Tensor, sigma: Tensor) -> Tensor:
+        return mixture_velocity(latents, sigma.double(), means, std=0.3)
+
+    fine_grid = shift_sigmas(torch.linspace(1, 0, 2001, dtype=torch.float64), 3.0)
+    reference = flow_euler(exact, start, fine_grid)
+    assert reference.dtype == torch.float64
+    rmse = {
+        name: {n: (solver(exact, start, grid(n, 3.0)) - reference).square().mean().sqrt().item() for n in STEPS}
+        for name, (solver, grid) in SOLVERS.items()
+    }
+    print("\n" + " ".join(["steps".ljust(16), *(f"{n:>6}" for n in STEPS)]))
+    for name, row in rmse.items():
+        print(" ".join([name.ljust(16), *(f"{value:6.4f}" for value in row.values())]))
+
+    dpm, euler = rmse["flow_dpm_solver"], rmse["flow_euler"]
+    for row in (dpm, euler):
+        assert sorted(row.values(), reverse=True) == list(row.values()), "more steps must be closer"
+    assert all(dpm[n] < euler[n] for n in STEPS)
+    assert dpm[14] < euler[28] and dpm[20] < euler[28] and dpm[20] < euler[50]
+
+
+@pytest.mark.parametrize("solver_name", SOLVERS)
+def test_latents_stay_in_float32_around_a_bf16_model(solver_name: str) -> None:
+    solver, grid = SOLVERS[solver_name]
+    start = torch.randn(2, 4, 8, 8, generator=generator())
+    seen, done = [], []
+
+    def bf16_velocity(latents: Tensor, sigma: Tensor) -> Tensor:
+        assert sigma.ndim == 0
+        seen.append(latents.dtype)
+        return latents.bfloat16()
+
+    latents = solver(bf16_velocity, start.bfloat16(), grid(5, 3.0), on_step=lambda i, x: done.append((i, x)))
+    assert set(seen) == {torch.float32} and latents.dtype == torch.float32
+    assert [i for i, _ in done] == [0, 1, 2, 3, 4]
+    assert torch.equal(done[-1][1], latents)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("solver_name", SOLVERS)
+def test_a_grid_on_the_cpu_serves_latents_on_a_gpu(solver_name: str) -> None:
+    solver, grid = SOLVERS[solver_name]
+    start = torch.randn(2, 4, 8, 8, generator=generator())
+
+    def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
+        return torch.tanh(latents) + sigma
+
+    on_gpu = solver(velocity, start.cuda(), grid(20, 3.0))
+    assert on_gpu.device.type == "cuda"
+    torch.testing.assert_close(on_gpu.cpu(), solver(velocity, start, grid(20, 3.0)), rtol=1e-4, atol=1e-5)
+
+
+class TwoCaptions:
+    """A conditional model with a count of the samples that it was asked for."""
+
+    def __init__(self) -> None:
+        self.num_samples = 0
+
+    def __call__(self, latents: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
+        self.num_samples += len(latents)
+        return torch.tanh(latents) * condition.view(-1, 1, 1, 1) + sigma
+
+    def predict_both(self, latents: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        condition = torch.tensor([0.0, 1.0]).repeat_interleave(len(latents))
+        null, conditional = self(latents.repeat(2, 1, 1, 1), sigma, condition).bfloat16().chunk(2)
+        return null, conditional
+
+    def predict_conditional(self, latents: Tensor, sigma: Tensor) -> Tensor:
+        return self(latents, sigma, torch.ones(len(latents)))
+
+    def guided(self, guidance_scale: float, interval: tuple[float, float] = (0.0, 1.0)) -> PredictVelocity:
+        return classifier_free_guidance(self.predict_both, self.predict_conditional, guidance_scale, interval)
+
+
+def test_guidance_extrapolates_in_the_dtype_of_the_latents() -> None:
+    latents, sigma = torch.randn(3, 4, 2, 2, generator=generator()), torch.tensor(0.4)
+    model = TwoCaptions()
+    null, conditional = model.predict_both(latents, sigma)
+    velocity = model.guided(4.5)(latents, sigma)
+    assert velocity.dtype == torch.float32
+    torch.testing.assert_close(velocity, null.float() + 4.5 * (conditional.float() - null.float()))
+
+
+@pytest.mark.parametrize(
+    ("guidance_scale", "interval", "num_guided"),
+    [(4.5, (0.0, 1.0), 10), (1.0, (0.0, 1.0), 0), (4.5, (0.3, 0.8), 6), (0.0, (0.0, 0.1), 1)],
+)
+def test_guidance_costs_a_second_sample_only_inside_its_interval(
+    guidance_scale: float, interval: tuple[float, float], num_guided: int
+) -> None:
+    model = TwoCaptions()
+    velocity = model.guided(guidance_scale, interval)
+    sigmas = torch.tensor([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0])  # 0.8 and 0.3 are inside: inclusive
+    flow_euler(velocity, torch.randn(3, 4, 2, 2, generator=generator()), sigmas)
+    assert model.num_samples == 3 * (10 + num_guided)
+
+
+def test_without_guidance_the_velocity_is_the_conditional_one() -> None:
+    latents = torch.randn(3, 4, 2, 2, generator=generator())
+    model = TwoCaptions()
+    for velocity, sigma in ((model.guided(1.0), 0.5), (model.guided(7.0, (0.1, 0.4)), 0.5)):
+        assert torch.equal(
+            velocity(latents, torch.tensor(sigma)), model.predict_conditional(latents, torch.tensor(sigma))
+        )
+
+
+def test_bad_input_is_refused_by_name() -> None:
+    for grid in (sampling_sigmas, euler_sigmas):
+        with pytest.raises(ValueError, match="num_steps=0"):
+            grid(0, 3.0)
+        with pytest.raises(ValueError, match="shift=0"):
+            grid(20, 0)
+    with pytest.raises(ValueError, match="order=3"):
+        flow_dpm_solver(lambda x, sigma: x, torch.zeros(1, 1, 1, 1), sampling_sigmas(2, 1.0), order=3)
+    for interval in ((0.5, 0.5), (0.8, 0.2), (-0.1, 1.0), (0.0, 1.5)):
+        with pytest.raises(ValueError, match="guidance interval"):
+            TwoCaptions().guided(4.5, interval)
