@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 CACHE_DIR = Path(os.environ.get("SANA_CACHE", Path.home() / ".cache" / "sana_model"))
+WEIGHT_STEMS = ("model", "diffusion_pytorch_model")  # ours, transformers' and efficientvit's; diffusers'
 UNWANTED = ["*.bin", "*.onnx", "*.msgpack", "*.h5", "*.ckpt"]
 
 
@@ -117,8 +118,9 @@ def find_variant(folder: Path) -> str | None:
 
 def _find_variants(folder: Path) -> dict[str, Path]:
     """Index or single weights file by variant; "" is the plain one."""
-    indexes = {_variant(path.name): path for path in folder.glob("*.safetensors.index*.json")}
-    singles = {_variant(path.name): path for path in folder.glob("*.safetensors") if "-of-" not in path.name}
+    files = [path for stem in WEIGHT_STEMS for path in folder.glob(f"{stem}.*") if "-of-" not in path.name]
+    indexes = {_variant(path.name): path for path in files if ".safetensors.index" in path.name}
+    singles = {_variant(path.name): path for path in files if path.suffix == ".safetensors"}
     return indexes | singles
 
 
@@ -142,8 +144,10 @@ def read_pth(path: Path, *, use_ema: bool = False) -> dict[str, Tensor]:
     Read with `weights_only=True`: a pickle that would run code is refused. Raises ValueError then, if the file is damaged, or
     if it holds no EMA that was asked for, or something else than tensors.
     """
+    with path.open("rb") as file:
+        is_zip = file.read(2) == b"PK"  # as torch.save writes since 1.6; only such a file can be mapped
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} is refused: it holds more than tensors and could run code on loading ({error})") from error
     except (RuntimeError, EOFError, OSError) as error:

@@ -181,8 +181,8 @@ class TextToImage(nn.Module):
             guidance_scale: weight of classifier-free guidance; 1 turns it off and halves the cost.
             guidance_interval: (lo, hi) in sigma; guidance acts only there (see `classifier_free_guidance`).
             negative_prompt: what to guide away from, for all images; encoded without the instruction, as published.
-            seed: of the noise. One number: each image is drawn from it, so that a prompt's image does not depend on the batch it
-                is in. A sequence: one for each image. None: a new one every time.
+            seed: of the noise. One number: each image is drawn from it, so that a prompt's image does not depend on its batch.
+                A sequence: one for each image. None: a new one every time.
             generator: draws the noise of the whole batch at once, as diffusers does; in place of `seed`.
             solver: "flow_dpm_solver" (14 to 20 steps) or "flow_euler" (28 to 50).
             integer_timesteps: give the model whole timesteps, as diffusers does, in place of exact ones.
@@ -196,9 +196,7 @@ class TextToImage(nn.Module):
             raise ValueError(f"unknown solver {solver!r}: choose one of {', '.join(SOLVERS)}")
         solve, make_grid = SOLVERS[solver]
         latent_size = self._latent_size(height, width)
-        predict_velocity = self._make_predictor(
-            prompts, negative_prompt, guidance_scale, guidance_interval, integer_timesteps
-        )
+        predict_velocity = self._make_predictor(prompts, negative_prompt, guidance_scale, guidance_interval, integer_timesteps)
         noise = self._draw_noise(len(prompts), latent_size, seed, generator)
         sigmas = make_grid(num_steps, self.flow_shift)
         return self._to_images(solve(predict_velocity, noise, sigmas, on_step=on_step))

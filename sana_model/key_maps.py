@@ -138,4 +138,5 @@ def from_ours(foreign: Foreign, tensor: Tensor) -> dict[str, Tensor]:
     """Their tensors from ours."""
     if foreign.is_1x1 and tensor.ndim == 2:
         tensor = tensor[:, :, None, None]
-    return dict(zip(foreign.names, tensor.chunk(len(foreign.names)), strict=True))
+    parts = tensor.chunk(len(foreign.names)) if len(foreign.names) > 1 else [tensor]
+    return dict(zip(foreign.names, parts, strict=True))

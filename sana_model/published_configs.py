@@ -41,14 +41,16 @@ def transformer_shape_from_weights(state: dict[str, Tensor], key_map: KeyMap, so
 
 
 def positions_from_nvlabs(pos_embed: Tensor | None) -> dict[str, Any]:
-    """NVlabs' `pos_embed` (1, base_size^2, D): zeros where the model has no positional embedding.
+    """From NVlabs' `pos_embed` (1, base_size^2, D), which is zeros where the model has no positional embedding.
 
     Its first frequency is 1, so the second column's first value is sin(1 / interpolation scale).
     """
-    if pos_embed is None or not pos_embed.any():
+    if pos_embed is None:
         return {}
-    scale = 1 / math.asin(float(pos_embed[0, 1, 0]))
-    return {"position_scale": round(scale, 2), "base_size": math.isqrt(pos_embed.shape[1])}
+    base_size = math.isqrt(pos_embed.shape[1])
+    if not pos_embed.any():
+        return {"base_size": base_size}
+    return {"base_size": base_size, "position_scale": round(1 / math.asin(float(pos_embed[0, 1, 0])), 2)}
 
 
 def positions_for_nvlabs(config: SanaConfig, dtype: torch.dtype) -> Tensor:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
+from sana_model.checkpoint_files import resolve
+
 DEFAULT_MODEL = "Efficient-Large-Model/gemma-2-2b-it"
 
 # Complex human instruction: NVlabs, configs/sana_config/512ms/Sana_600M_img512.yaml, `chi_prompt`.
@@ -86,15 +88,19 @@ class TextEncoder(nn.Module):
         dtype: torch.dtype | None = None,
         tokenizer_path: str | Path | None = None,
         attn_implementation: str | None = None,
+        variant: str | None = None,
     ) -> Self:
         """Load any decoder-only transformers model; of a causal LM, the decoder without its head.
 
         A diffusers pipeline keeps its tokenizer in another folder: `tokenizer_path`. `dtype=None` is the checkpoint's.
         `attn_implementation=None` is transformers' default, as in diffusers: sdpa, which ignores Gemma-2's soft-capping
-        of attention logits; "eager" applies it.
+        of attention logits; "eager" applies it. `variant` is the one of the weights' file name ("bf16").
+        `path` is a local folder, a model id on the hub, or an hf:// or fsspec URI.
         """
-        model = AutoModel.from_pretrained(path, dtype=dtype or "auto", attn_implementation=attn_implementation)
-        return cls(model, AutoTokenizer.from_pretrained(tokenizer_path or path), config)
+        options = {"dtype": dtype or "auto", "attn_implementation": attn_implementation, "variant": variant}
+        local = resolve(path) if "://" in str(path) else path
+        model = AutoModel.from_pretrained(local, **options)
+        return cls(model, AutoTokenizer.from_pretrained(tokenizer_path or local), config)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write model and tokenizer into one folder. `config` is left to the caller."""

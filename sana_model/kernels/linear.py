@@ -20,7 +20,7 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear`, by oneDNN where that serves: (..., in), (out, in), (out,) -> (..., out)."""
-    if not _served(x, weight):
+    if torch.compiler.is_compiling() or not _served(x, weight):  # the compiler chooses its own kernels
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _OneDnnLinear.apply(x, weight, bias)
@@ -36,7 +36,6 @@ def _served(x: Tensor, weight: Tensor) -> bool:
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()  # the compiler chooses its own kernels
     )
 
 

@@ -48,8 +48,9 @@ def shrink(config: AutoencoderConfig, channels: int = 16) -> AutoencoderConfig:
     """A published family with narrow stages and at most one block each; factor and layout stay."""
     from dataclasses import replace
 
-    narrow = tuple(max(width * channels // 128, 32) if index > 2 else width * channels // 128
-                   for index, width in enumerate(config.widths))
+    narrow = tuple(
+        max(width * channels // 128, 32) if index > 2 else width * channels // 128 for index, width in enumerate(config.widths)
+    )
     return replace(
         config,
         latent_channels=8,

@@ -64,7 +64,7 @@ def test_sampled_sigmas_follow_the_generator() -> None:
 @pytest.mark.parametrize("mean", [-40.0, 40.0])
 def test_sampled_sigmas_stay_inside_0_and_1_where_the_sigmoid_saturates(mean: float) -> None:
     sigmas = sample_sigmas(10_000, mean=mean, std=20.0, shift=6.0, generator=generator())
-    assert 0 < sigmas.min() and sigmas.max() < 1
+    assert sigmas.min() > 0 and sigmas.max() < 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -88,7 +88,7 @@ def test_bad_sampling_input_is_refused_by_name() -> None:
 def test_sigma_and_timestep_round_trip() -> None:
     sigma = sample_sigmas(1000, generator=generator())
     timestep = sigma_to_timestep(sigma)
-    assert timestep.dtype == torch.float32 and 0 < timestep.min() and timestep.max() < NUM_TRAIN_TIMESTEPS
+    assert timestep.dtype == torch.float32 and timestep.min() > 0 and timestep.max() < NUM_TRAIN_TIMESTEPS
     torch.testing.assert_close(timestep_to_sigma(timestep), sigma)
 
 

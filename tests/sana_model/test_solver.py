@@ -94,9 +94,7 @@ def test_flow_euler_draws_what_diffusers_draws(num_steps: int) -> None:
     for timestep in scheduler.timesteps:
         expected = scheduler.step(model(expected, timestep), timestep, expected).prev_sample
 
-    latents = flow_euler(
-        lambda latents, sigma: model(latents, sigma_to_timestep(sigma)), start, euler_sigmas(num_steps, 3.0)
-    )
+    latents = flow_euler(lambda latents, sigma: model(latents, sigma_to_timestep(sigma)), start, euler_sigmas(num_steps, 3.0))
     assert (latents - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
@@ -264,9 +262,7 @@ def test_without_guidance_the_velocity_is_the_conditional_one() -> None:
     latents = torch.randn(3, 4, 2, 2, generator=generator())
     model = TwoCaptions()
     for velocity, sigma in ((model.guided(1.0), 0.5), (model.guided(7.0, (0.1, 0.4)), 0.5)):
-        assert torch.equal(
-            velocity(latents, torch.tensor(sigma)), model.predict_conditional(latents, torch.tensor(sigma))
-        )
+        assert torch.equal(velocity(latents, torch.tensor(sigma)), model.predict_conditional(latents, torch.tensor(sigma)))
 
 
 def test_bad_input_is_refused_by_name() -> None:

@@ -1,6 +1,5 @@
 import copy
 import inspect
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,13 +35,6 @@ CAPTIONS = [
     ". a full stop first",
 ]
 KINDS: list[TokenizerKind] = ["bpe", "merging", "word"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small are many times slower on several threads of a busy machine."""
-    num_threads = torch.get_num_threads()
-    yield
 
 
 @torch.no_grad()

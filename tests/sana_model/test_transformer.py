@@ -78,7 +78,9 @@ def test_gradients_of_a_training_step_equal_diffusers(config, tmp_path):
     ours.save_pretrained(tmp_path / "gradients", layout="diffusers")
     gradients = type(theirs).from_pretrained(tmp_path / "gradients").state_dict()
     for name, parameter in theirs.named_parameters():
-        assert_close(gradients[name], parameter.grad, 1e-3) if parameter.grad.abs().max() > 1e-3 else torch.testing.assert_close(
+        assert_close(
+            gradients[name], parameter.grad, 1e-3
+        ) if parameter.grad.abs().max() > 1e-3 else torch.testing.assert_close(
             gradients[name], parameter.grad, atol=1e-6, rtol=1e-3
         )
 
@@ -227,7 +229,7 @@ def test_bad_input_is_named():
     patched = SanaTransformer(replace(TINY, patch_size=2))
     with pytest.raises(ValueError, match="3x4 must divide by patch_size=2"):
         patched(latents[:, :, :3], timestep, caption_embeds, caption_mask)
-    with pytest.raises(ValueError, match="unknown preset 'sana-7b'.*sana-0.6b"):
+    with pytest.raises(ValueError, match=r"unknown preset 'sana-7b'.*sana-0.6b"):
         SanaTransformer.from_preset("sana-7b")
     with pytest.raises(TypeError, match="colour"):
         SanaTransformer.from_preset("tiny", colour="red")

@@ -1,0 +1,44 @@
+"""`sana_model` can be lifted out: it needs neither the cluster's libraries nor its peers."""
+
+import subprocess
+import sys
+
+BLOCKED = ("ray", "mlflow", "pyarrow", "diffusers", "vllm", "deepspeed", "pipelines", "jobs")
+PROGRAM = f"""
+import importlib, pkgutil, sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {BLOCKED!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}} (blocked by the test)", name=name)
+
+sys.meta_path.insert(0, Blocker())
+import sana_model
+
+modules = [module.name for module in pkgutil.walk_packages(sana_model.__path__, "sana_model.")]
+for name in modules:
+    importlib.import_module(name)
+loaded = sorted(set(name.split(".")[0] for name in sys.modules) & set({BLOCKED!r}))
+assert not loaded, loaded
+
+import torch
+from sana_model.transformer import SanaTransformer
+model = SanaTransformer.from_preset("tiny")
+model(torch.randn(1, 8, 4, 4), torch.tensor([500.0]), torch.randn(1, 3, 64)).sum().backward()
+print(len(modules))
+"""
+
+
+def test_every_module_imports_and_works_without_the_cluster_and_the_peers():
+    run = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert int(run.stdout) >= 13
+
+
+def test_import_has_no_side_effect_on_torch():
+    program = (
+        "import torch; before = (torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed());"
+        "import sana_model.generate, sana_model.weights;"
+        "assert before == (torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed())"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
