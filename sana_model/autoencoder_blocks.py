@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sana_model.blocks import MixFFN
+from sana_model.kernels import reuse
 from sana_model.kernels.linear import Linear
 from sana_model.kernels.linear_attention import relu_linear_attention
-from sana_model.kernels.upsample_conv import upsample_conv
+from sana_model.kernels.upsample_conv import PhaseKernels, upsample_conv
 
 ATTENTION_HEAD_DIM = 32
 FFN_EXPANSION = 4
@@ -19,15 +20,16 @@ Variant = Literal["in", "sana"]
 "sana" strides and interpolates, and adds 5x5 multi-scale attention."""
 
 
-class ChannelRMSNorm(nn.RMSNorm):
-    """RMSNorm over the channels of a (B, C, H, W) map, with a bias."""
+class ChannelRMSNorm(nn.Module):
+    """RMSNorm over the channels of a (B, C, H, W) map, with a bias. Its input must be fresh: it may be written over."""
 
     def __init__(self, channels: int):
-        super().__init__(channels, eps=1e-5)
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (super().forward(x.permute(0, 2, 3, 1)) + self.bias).permute(0, 3, 1, 2)
+        return reuse.rms_norm(x.permute(0, 2, 3, 1), self.weight, self.bias, 1e-5).permute(0, 3, 1, 2)
 
 
 class ResBlock(nn.Module):
@@ -41,7 +43,7 @@ class ResBlock(nn.Module):
         self.activation = F.relu if batch_norm else F.silu
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.norm(self.conv2(self.activation(self.conv1(x), inplace=True)))
+        return reuse.add(self.norm(self.conv2(self.activation(self.conv1(x), inplace=True))), x)
 
 
 class MultiScaleAttention(nn.Module):
@@ -82,8 +84,8 @@ class EfficientViTBlock(nn.Module):
         self.ffn_norm = ChannelRMSNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(x)
-        return x + self.ffn_norm(self.ffn(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+        x = reuse.add(self.attention(x), x)
+        return reuse.add(self.ffn_norm(self.ffn(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)), x)
 
 
 class Downsample(nn.Module):
@@ -99,7 +101,9 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         down = F.pixel_unshuffle(self.conv(x), 2) if self.variant == "in" else self.conv(x)
-        return down + average_channels(F.pixel_unshuffle(x, 2), self.out_channels) if self.shortcut else down
+        if not self.shortcut:
+            return down
+        return reuse.add(down, average_channels(F.pixel_unshuffle(x, 2), self.out_channels))
 
 
 class Upsample(nn.Module):
@@ -109,13 +113,16 @@ class Upsample(nn.Module):
         super().__init__()
         self.out_channels, self.variant, self.shortcut = out_channels, variant, shortcut
         self.conv = nn.Conv2d(in_channels, out_channels * (4 if variant == "in" else 1), 3, padding=1)
+        self.phase_kernels = PhaseKernels()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.variant == "in":
             up = F.pixel_shuffle(self.conv(x), 2)
         else:
-            up = upsample_conv(x, self.conv.weight, self.conv.bias)
-        return up + F.pixel_shuffle(duplicate_channels(x, 4 * self.out_channels), 2) if self.shortcut else up
+            up = upsample_conv(x, self.phase_kernels.of(self.conv.weight), self.conv.bias)
+        if not self.shortcut:
+            return up
+        return reuse.add(up, F.pixel_shuffle(duplicate_channels(x, 4 * self.out_channels), 2))
 
 
 def average_channels(x: Tensor, channels: int) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sana_model.kernels import reuse
 from sana_model.kernels.linear import Linear
 from sana_model.kernels.linear_attention import relu_linear_attention
 
@@ -90,7 +91,7 @@ class MixFFN(nn.Module):
         x = F.silu(self.expand(x), inplace=not torch.is_grad_enabled())
         x = self.depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         x, gate = x.chunk(2, dim=-1)
-        return self.project(x * F.silu(gate))
+        return self.project(reuse.multiply(F.silu(gate), x))
 
 
 class SanaBlock(nn.Module):

@@ -1,44 +1,64 @@
-"""Nearest-neighbour upsampling by two followed by a 3x3 convolution, without computing on the repeated pixels."""
+"""Nearest-neighbour upsampling by two followed by a 3x3 convolution, without computing on the repeated pixels.
+
+After the repetition, each output pixel's nine taps fall on four source pixels only. So each of the four output phases (even or
+odd row and column) is a 2x2 convolution of the source with summed taps: 16 multiplications in place of 36, and exact.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Which of a 3-tap kernel's taps fall on the same source pixel, for the even and the odd output pixel.
-_PHASE_TAPS = (((0,), (1, 2)), ((0, 1), (2,)))
 
-
-def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def upsample_conv(x: Tensor, phase_kernels: list[Tensor], bias: Tensor | None) -> Tensor:
     """(B, C, H, W) to (B, C_out, 2H, 2W), equal to `upsample_conv_reference` up to rounding.
 
-    After the repetition, each output pixel's nine taps fall on four source pixels only. So each of the four output phases
-    (even or odd row and column) is a 2x2 convolution of the source with summed taps: 16 multiplications in place of 36.
+    Args:
+        phase_kernels: `make_phase_kernels` of the 3x3 kernel.
     """
     batch_size, _, height, width = x.shape
     padded = F.pad(x, (1, 1, 1, 1)).contiguous(memory_format=torch.channels_last)
-    shape = (batch_size, weight.shape[0], 2 * height, 2 * width)
+    phases = (
+        F.conv2d(padded[:, :, i // 2 : i // 2 + height + 1, i % 2 : i % 2 + width + 1], kernel, bias)
+        for i, kernel in enumerate(phase_kernels)
+    )
+    if torch.is_grad_enabled():
+        by_row = torch.stack(list(phases), dim=-1).unflatten(-1, (2, 2))  # (B, C_out, H, W, row, column)
+        return by_row.permute(0, 1, 2, 4, 3, 5).reshape(batch_size, -1, 2 * height, 2 * width)
+    shape = (batch_size, len(phase_kernels[0]), 2 * height, 2 * width)
     output = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    phases = [
-        F.conv2d(padded[:, :, row : row + height + 1, column : column + width + 1], phase_weight, bias)
-        for row, column, phase_weight in _phase_weights(weight)
-    ]
-    if torch.is_grad_enabled() and any(phase.requires_grad for phase in phases):
-        rows = [torch.stack(phases[i : i + 2], dim=-1).flatten(-2) for i in (0, 2)]  # (B, C_out, H, 2W)
-        return torch.stack(rows, dim=-2).flatten(-3, -2)
-    for index, phase in enumerate(phases):
-        output[:, :, index // 2 :: 2, index % 2 :: 2] = phase
+    for i, phase in enumerate(phases):
+        output[:, :, i // 2 :: 2, i % 2 :: 2] = phase
     return output
 
 
-def _phase_weights(weight: Tensor) -> list[tuple[int, int, Tensor]]:
-    """(row, column, 2x2 kernel) of the four phases of a 3x3 kernel."""
-    phases = []
-    for row in (0, 1):
-        by_row = torch.stack([weight[:, :, list(taps)].sum(dim=2) for taps in _PHASE_TAPS[row]], dim=2)
-        for column in (0, 1):
-            kernel = torch.stack([by_row[:, :, :, list(taps)].sum(dim=3) for taps in _PHASE_TAPS[column]], dim=3)
-            phases.append((row, column, kernel.contiguous(memory_format=torch.channels_last)))
-    return phases
+def make_phase_kernels(weight: Tensor) -> list[Tensor]:
+    """The 2x2 kernels of the phases (even row, even column), (even, odd), (odd, even), (odd, odd) of a 3x3 kernel."""
+    top, middle, bottom = weight.unbind(2)
+    kernels = []
+    for rows in ((top, middle + bottom), (top + middle, bottom)):
+        left, centre, right = torch.stack(rows, dim=2).unbind(3)
+        for columns in ((left, centre + right), (left + centre, right)):
+            kernels.append(torch.stack(columns, dim=3).contiguous(memory_format=torch.channels_last))
+    return kernels
+
+
+class PhaseKernels:
+    """Keeps the phase kernels of a weight as long as the weight is the same and no gradient is recorded."""
+
+    def __init__(self) -> None:
+        self._made_of: tuple[object, ...] | None = None
+        self._kernels: list[Tensor] = []
+
+    def of(self, weight: Tensor) -> list[Tensor]:
+        if torch.is_grad_enabled() or weight.is_inference() or torch.compiler.is_compiling():
+            return make_phase_kernels(weight)
+        made_of = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
+        if made_of != self._made_of:
+            self._kernels, self._made_of = make_phase_kernels(weight), made_of
+        return self._kernels
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"_made_of": None, "_kernels": []}  # a copy or a pickle of the model makes its own
 
 
 def upsample_conv_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -5,19 +5,21 @@ import sys
 
 BLOCKED = ("ray", "mlflow", "pyarrow", "diffusers", "vllm", "deepspeed", "pipelines", "jobs")
 PROGRAM = f"""
-import importlib, pkgutil, sys
+import importlib, importlib.machinery, pkgutil, sys
 
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {BLOCKED!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}} (blocked by the test)", name=name)
+class WithoutBlocked(importlib.machinery.PathFinder):  # the usual finder; the blocked packages are not installed to it
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in {BLOCKED!r} else super().find_spec(name, path, target)
 
-sys.meta_path.insert(0, Blocker())
+assert importlib.machinery.PathFinder in sys.meta_path
+sys.meta_path = [WithoutBlocked if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path]
 import sana_model
 
 modules = [module.name for module in pkgutil.walk_packages(sana_model.__path__, "sana_model.")]
 for name in modules:
     importlib.import_module(name)
+assert importlib.util.find_spec("diffusers") is None
 loaded = sorted(set(name.split(".")[0] for name in sys.modules) & set({BLOCKED!r}))
 assert not loaded, loaded
 
