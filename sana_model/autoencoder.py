@@ -39,6 +39,9 @@ class AutoencoderConfig:
                 f"widths {self.widths}, encoder_depths {self.encoder_depths} and decoder_depths {self.decoder_depths} "
                 "must have the same length, 2 or more: one entry for each resolution"
             )
+        for width, following in zip(self.widths, self.widths[1:], strict=False):
+            if following not in (width, 2 * width, 4 * width):
+                raise ValueError(f"widths {self.widths}: each must be 1, 2 or 4 times the one before it")
         for width in self.widths[3:]:
             if width % ATTENTION_HEAD_DIM:
                 raise ValueError(f"widths {self.widths}: from the fourth on they must divide by {ATTENTION_HEAD_DIM}")

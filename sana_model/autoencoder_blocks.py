@@ -89,7 +89,7 @@ class EfficientViTBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve height and width; the shortcut moves 2x2 pixels to channels and averages groups of them (DC-AE section 3.2)."""
+    """Halve height and width, with the parameter-free shortcut of DC-AE section 3.2."""
 
     def __init__(self, in_channels: int, out_channels: int, variant: Variant, *, shortcut: bool = True):
         super().__init__()
@@ -101,13 +101,11 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         down = F.pixel_unshuffle(self.conv(x), 2) if self.variant == "in" else self.conv(x)
-        if not self.shortcut:
-            return down
-        return reuse.add(down, average_channels(F.pixel_unshuffle(x, 2), self.out_channels))
+        return reuse.add(down, space_to_channel(x, self.out_channels)) if self.shortcut else down
 
 
 class Upsample(nn.Module):
-    """Double height and width; the shortcut duplicates channels and moves them to 2x2 pixels (DC-AE section 3.2)."""
+    """Double height and width, with the parameter-free shortcut of DC-AE section 3.2."""
 
     def __init__(self, in_channels: int, out_channels: int, variant: Variant, *, shortcut: bool = True):
         super().__init__()
@@ -120,9 +118,31 @@ class Upsample(nn.Module):
             up = F.pixel_shuffle(self.conv(x), 2)
         else:
             up = upsample_conv(x, self.phase_kernels.of(self.conv.weight), self.conv.bias)
-        if not self.shortcut:
-            return up
-        return reuse.add(up, F.pixel_shuffle(duplicate_channels(x, 4 * self.out_channels), 2))
+        return add_channel_to_space(up, x) if self.shortcut else up
+
+
+# A 2x2 block of pixels becomes (channel, row, column) channels, of which groups of 1, 2 or 4 neighbours make one channel of the
+# other side. A group thus never spans less than the columns of a row; this is what is left of (rows, columns) to place.
+_REST_OF_BLOCK = {1: (2, 2), 2: (2, 1), 4: (1, 1)}
+
+
+def space_to_channel(x: Tensor, channels: int) -> Tensor:
+    """(B, C, H, W) to (B, channels, H/2, W/2): 2x2 pixels moved to channels, groups of 4C/channels of them averaged.
+
+    The same as `pixel_unshuffle` and a mean over groups, in which the mean is taken first, where pixels lie apart.
+    """
+    rows, columns = _REST_OF_BLOCK[4 * x.shape[1] // channels]
+    x = F.avg_pool2d(x, (2 // rows, 2 // columns)).unflatten(2, (-1, rows)).unflatten(4, (-1, columns))
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).permute(0, 3, 1, 2)
+
+
+def add_channel_to_space(up: Tensor, x: Tensor) -> Tensor:
+    """`up` (B, C_out, 2H, 2W) plus x (B, C, H, W), its channels repeated 4C_out/C times and moved to 2x2 pixels; `up` is lost."""
+    channels = up.shape[1]
+    rows, columns = _REST_OF_BLOCK[4 * channels // x.shape[1]]
+    moved = x.permute(0, 2, 3, 1).unflatten(-1, (channels, rows, columns)).permute(0, 1, 4, 2, 5, 3)
+    blocks = up.permute(0, 2, 3, 1).unflatten(1, (-1, 2)).unflatten(3, (-1, 2))  # (B, H, 2, W, 2, C_out)
+    return reuse.add(blocks, moved).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
 def average_channels(x: Tensor, channels: int) -> Tensor:

@@ -163,8 +163,8 @@ def autoencoder_config_from_weights(state: dict[str, Tensor], source: Path) -> A
         latent_channels = len(state["encoder.project_out.main.op_list.0.conv.bias"])
     except (KeyError, ValueError) as error:
         raise ValueError(f"{source} is no checkpoint of a DC-AE: {error} is not in it") from error
-    if widths[0] == 0:  # a first stage without blocks leaves no trace of its width; every published one has 128
-        widths[0] = 128
+    if widths[0] == 0:  # a first stage without blocks leaves no trace of its width; published ones are half the second
+        widths[0] = widths[1] // 2
     return AutoencoderConfig(
         latent_channels=latent_channels,
         widths=tuple(widths),

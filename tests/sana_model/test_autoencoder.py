@@ -122,6 +122,7 @@ def test_bad_input_is_named():
         (lambda: model.decode(torch.zeros(1, 8, 8, 8), tile_size=32, tile_overlap=24), "tile_overlap=24"),
         (lambda: DCAutoencoder.from_preset("dc-ae-f8"), "unknown preset 'dc-ae-f8'"),
         (lambda: DCAutoencoder.from_preset("tiny", widths=(1, 2)), "same length"),
+        (lambda: DCAutoencoder.from_preset("tiny", widths=(16, 32, 32, 96)), "1, 2 or 4 times"),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
