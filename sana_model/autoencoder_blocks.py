@@ -137,7 +137,7 @@ def space_to_channel(x: Tensor, channels: int) -> Tensor:
 
 
 def add_channel_to_space(up: Tensor, x: Tensor) -> Tensor:
-    """`up` (B, C_out, 2H, 2W) plus x (B, C, H, W), its channels repeated 4C_out/C times and moved to 2x2 pixels; `up` is lost."""
+    """`up` (B, C_out, 2H, 2W) plus x (B, C, H, W), channels repeated 4C_out/C times and moved to 2x2 pixels; `up` is lost."""
     channels = up.shape[1]
     rows, columns = _REST_OF_BLOCK[4 * channels // x.shape[1]]
     moved = x.permute(0, 2, 3, 1).unflatten(-1, (channels, rows, columns)).permute(0, 1, 4, 2, 5, 3)

@@ -21,6 +21,52 @@ MAX_DECODE_PIXELS = 2048**2  # decoded at once; a larger image is decoded in til
 DECODE_TILE = 1024
 
 
+Caption = tuple[Tensor, Tensor]
+"""caption_embeds (B, L, D) and caption_mask (B, L) of the text encoder."""
+
+
+def guided_velocity(
+    transformer: SanaTransformer,
+    captions: Caption,
+    null: Caption,
+    *,
+    guidance_scale: float,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    integer_timesteps: bool = False,
+) -> PredictVelocity:
+    """What a solver integrates: velocity of latents (B, C, h, w) at a sigma, for B captions and one null caption.
+
+    The captions' keys and values are computed here, once for all steps. Arguments are those of `TextToImage`.
+    """
+    dtype = transformer.head.weight.dtype
+    both = transformer.encode_captions(*_null_then_captions(captions, null, dtype))
+    conditional = both.rows(slice(len(captions[0]), None))
+
+    def predict(latents: Tensor, sigma: Tensor, state: CaptionState) -> Tensor:
+        timestep = sigma_to_timestep(sigma, integer=integer_timesteps).to(latents.device).expand(len(latents))
+        return transformer(latents.to(dtype), timestep, state)
+
+    def predict_both(latents: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        null_velocity, velocity = predict(torch.cat([latents, latents]), sigma, both).chunk(2)
+        return null_velocity, velocity
+
+    def predict_conditional(latents: Tensor, sigma: Tensor) -> Tensor:
+        return predict(latents, sigma, conditional)
+
+    return classifier_free_guidance(predict_both, predict_conditional, guidance_scale, guidance_interval)
+
+
+def _null_then_captions(captions: Caption, null: Caption, dtype: torch.dtype) -> Caption:
+    """A doubled batch: the null caption once for each caption, then the captions."""
+    (embeds, mask), (null_embeds, null_mask) = captions, null
+    count, length = len(embeds), max(mask.shape[1], null_mask.shape[1])
+    caption_embeds = embeds.new_zeros(2 * count, length, embeds.shape[-1], dtype=dtype)
+    caption_mask = mask.new_zeros(2 * count, length)
+    caption_embeds[:count, : null_mask.shape[1]], caption_mask[:count, : null_mask.shape[1]] = null_embeds, null_mask
+    caption_embeds[count:, : mask.shape[1]], caption_mask[count:, : mask.shape[1]] = embeds, mask
+    return caption_embeds, caption_mask
+
+
 class TextToImage(nn.Module):
     """The whole model; `.to(device)` moves all of it.
 
@@ -196,7 +242,14 @@ class TextToImage(nn.Module):
             raise ValueError(f"unknown solver {solver!r}: choose one of {', '.join(SOLVERS)}")
         solve, make_grid = SOLVERS[solver]
         latent_size = self._latent_size(height, width)
-        predict_velocity = self._make_predictor(prompts, negative_prompt, guidance_scale, guidance_interval, integer_timesteps)
+        predict_velocity = guided_velocity(
+            self.transformer,
+            self.text_encoder.encode(prompts),
+            self.text_encoder.encode([negative_prompt], use_instruction=False),
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            integer_timesteps=integer_timesteps,
+        )
         noise = self._draw_noise(len(prompts), latent_size, seed, generator)
         sigmas = make_grid(num_steps, self.flow_shift)
         return self._to_images(solve(predict_velocity, noise, sigmas, on_step=on_step))
@@ -211,43 +264,6 @@ class TextToImage(nn.Module):
                 nearest = max(round(size / unit), 1) * unit
                 raise ValueError(f"{name}={size} must be a positive multiple of {unit}; the nearest is {nearest}")
         return height // factor, width // factor
-
-    def _make_predictor(
-        self,
-        prompts: list[str],
-        negative_prompt: str,
-        guidance_scale: float,
-        guidance_interval: tuple[float, float],
-        integer_timesteps: bool,
-    ) -> PredictVelocity:
-        """Guided velocity of latents (B, C, h, w) at a sigma; captions are encoded here, once for all steps."""
-        dtype = self.transformer.head.weight.dtype
-        both = self._encode_captions(prompts, negative_prompt)
-        conditional = both.rows(slice(len(prompts), None))
-
-        def predict(latents: Tensor, sigma: Tensor, captions: CaptionState) -> Tensor:
-            timestep = sigma_to_timestep(sigma, integer=integer_timesteps).to(latents.device).expand(len(latents))
-            return self.transformer(latents.to(dtype), timestep, captions)
-
-        def predict_both(latents: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-            null, guided = predict(torch.cat([latents, latents]), sigma, both).chunk(2)
-            return null, guided
-
-        return classifier_free_guidance(
-            predict_both, lambda latents, sigma: predict(latents, sigma, conditional), guidance_scale, guidance_interval
-        )
-
-    def _encode_captions(self, prompts: list[str], negative_prompt: str) -> CaptionState:
-        """State of the negative prompt, once for each image, then of the prompts."""
-        embeds, mask = self.text_encoder.encode(prompts)
-        null_embeds, null_mask = self.text_encoder.encode([negative_prompt], use_instruction=False)
-        count, length = len(prompts), max(mask.shape[1], null_mask.shape[1])
-        caption_embeds = embeds.new_zeros(2 * count, length, embeds.shape[-1])
-        caption_mask = mask.new_zeros(2 * count, length)
-        caption_embeds[:count, : null_mask.shape[1]], caption_mask[:count, : null_mask.shape[1]] = null_embeds, null_mask
-        caption_embeds[count:, : mask.shape[1]], caption_mask[count:, : mask.shape[1]] = embeds, mask
-        caption_embeds = caption_embeds.to(self.transformer.head.weight.dtype)
-        return self.transformer.encode_captions(caption_embeds, caption_mask)
 
     def _draw_noise(
         self, count: int, size: tuple[int, int], seed: int | Sequence[int] | None, generator: torch.Generator | None

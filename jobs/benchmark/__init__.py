@@ -1,0 +1,1 @@
+"""Measurements that print their figures, each a ratio against a peer in the same process."""

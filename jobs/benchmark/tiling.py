@@ -1,0 +1,55 @@
+"""Peak memory of DC-AE with and without tiles."""
+
+import subprocess
+import sys
+
+from tqdm import tqdm
+
+MEASURE = """
+import resource, sys, torch
+from sana_model.autoencoder import DCAutoencoder
+what, preset, size, tile, dtype = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), getattr(torch, sys.argv[5])
+model = DCAutoencoder.from_preset(preset).to(dtype).eval()
+factor, channels = model.compression, model.config.latent_channels
+shape = (1, 3, size, size) if what == "encode" else (1, channels, size // factor, size // factor)
+x = torch.randn(shape, dtype=dtype)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with torch.no_grad():
+    getattr(model, what)(x, tile_size=tile or None)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def peak_mib(what: str, size: int, tile: int | None, preset: str, dtype: str) -> float:
+    """MiB by which encoding or decoding raises a fresh process's peak over what the loaded model takes (CPU)."""
+    arguments = [what, preset, str(size), str(tile or 0), dtype]
+    run = subprocess.run([sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"{what} at {size} px ended with {run.returncode}: {run.stderr[-500:]}")
+    return float(run.stdout)
+
+
+def benchmark_tiling(
+    sizes: list[int] = [512, 1024, 2048],  # noqa: B006 (jsonargparse shows it, nothing writes to it)
+    tile: int = 512,
+    preset: str = "dc-ae-f32c32-sana-1.1",
+    dtype: str = "bfloat16",
+    whole: bool = True,
+) -> None:
+    """Print the peak memory of encode and decode in one piece and in tiles, each in a process of its own, on the CPU.
+
+    Args:
+        sizes: image sides in pixels.
+        tile: side of a tile in pixels.
+        preset: of `DCAutoencoder`.
+        dtype: float32 or bfloat16.
+        whole: measure the run in one piece too (2048 px takes some 10 GiB).
+    """
+    print(f"{preset}, {dtype}: peak MiB above the loaded model")
+    print(f"{'':14}{'whole':>10}{f'tile {tile}':>12}{'image':>10}")
+    for what in ("encode", "decode"):
+        for size in tqdm(sizes, desc=what, leave=False):
+            in_one = f"{peak_mib(what, size, None, preset, dtype):.0f}" if whole else "-"
+            image = 3 * size * size * (4 if dtype == "float32" else 2) / 2**20
+            tiled = peak_mib(what, size, tile, preset, dtype)
+            print(f"{what} {size:<7}{in_one:>10}{tiled:>12.0f}{image:>10.0f}", flush=True)

@@ -1,0 +1,102 @@
+"""Interleaved timing of two ways to do the same work."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One line of the table: our way, the peer's way, and how often to time each."""
+
+    name: str
+    ours: Callable[[], object]
+    peer: Callable[[], object]
+    dtype: torch.dtype
+    repeats: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Medians in seconds, and the share of the device's `torch.mm` rate that each way reaches on the work it does."""
+
+    name: str
+    ours_s: float
+    peer_s: float
+    ours_share: float
+    peer_share: float
+
+    @property
+    def ratio(self) -> float:
+        return self.peer_s / self.ours_s
+
+
+def time_entry(entry: Entry, device: torch.device) -> Timing:
+    """Warm up, then time ours and the peer's in turns, so that what disturbs the machine disturbs both; medians."""
+    flops = [count_flops(run) for run in (entry.ours, entry.peer)]  # also the warm-up
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in tqdm(range(entry.repeats), desc=entry.name, leave=False):
+        for run, kept in zip((entry.ours, entry.peer), seconds, strict=True):
+            kept.append(_seconds(run, device))
+    ours_s, peer_s = (statistics.median(kept) for kept in seconds)
+    peak = measure_mm_peak(entry.dtype, device)
+    return Timing(
+        name=entry.name,
+        ours_s=ours_s,
+        peer_s=peer_s,
+        ours_share=flops[0] / ours_s / peak,
+        peer_share=flops[1] / peer_s / peak,
+    )
+
+
+def count_flops(run: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products, convolutions and attention in `run`; products by oneDNN included."""
+    custom = {torch.ops.mkldnn._linear_pointwise: _onednn_flops} if torch.backends.mkldnn.is_available() else {}
+    with FlopCounterMode(display=False, custom_mapping=custom) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def _onednn_flops(x_shape: torch.Size, weight_shape: torch.Size, *_: object, out_shape: torch.Size, **__: object) -> int:
+    return 2 * out_shape.numel() * weight_shape[1]
+
+
+def measure_mm_peak(dtype: torch.dtype, device: torch.device, size: int = 2048, repeats: int = 7) -> float:
+    """FLOP/s of torch.mm on square matrices, median; on a GPU larger ones."""
+    size = size * 4 if device.type == "cuda" else size
+    left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    torch.mm(left, right)
+    return 2 * size**3 / statistics.median(_seconds(lambda: torch.mm(left, right), device) for _ in range(repeats))
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def format_table(timings: list[Timing]) -> str:
+    width = max(len(timing.name) for timing in timings)
+    lines = [f"{'':{width}}  {'ours':>9}  {'diffusers':>9}  {'ratio':>6}  {'ours/mm':>8}  {'theirs/mm':>9}"]
+    for timing in timings:
+        lines.append(
+            f"{timing.name:{width}}  {_readable(timing.ours_s):>9}  {_readable(timing.peer_s):>9}  {timing.ratio:5.2f}x"
+            f"  {timing.ours_share:8.0%}  {timing.peer_share:9.0%}"
+        )
+    return "\n".join(lines)
+
+
+def _readable(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"

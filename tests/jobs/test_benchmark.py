@@ -1,0 +1,55 @@
+import subprocess
+import sys
+
+import pytest
+
+from jobs.benchmark.solver import STEPS, mixture_errors
+from jobs.benchmark.tiling import peak_mib
+
+
+def test_flow_dpm_solver_needs_fewer_steps_than_euler_on_a_gaussian_mixture():
+    """Sana's claim (14-20 steps where flow-Euler needs 28-50) where the velocity is exact."""
+    errors = mixture_errors()
+    dpm, euler = errors["flow_dpm_solver"], errors["flow_euler"]
+    for row in (dpm, euler):
+        assert sorted(row.values(), reverse=True) == list(row.values()), "more steps must be closer"
+    assert all(dpm[n] < euler[n] for n in STEPS)
+    assert dpm[14] < euler[28] and dpm[20] < euler[28] and dpm[20] < euler[50]
+
+
+@pytest.mark.parametrize("what", ["encode", "decode"])
+def test_memory_in_tiles_is_bounded_by_the_tile(what):
+    """Four times the pixels: in one piece the peak grows as many times, in tiles by little more than the image itself."""
+    peaks = {(size, tile): peak_mib(what, size, tile, "tiny", "float32") for size in (1024, 2048) for tile in (None, 256)}
+    image_mib = 3 * 2048**2 * 4 / 2**20
+    assert peaks[2048, None] > 3 * peaks[1024, None] > 6 * image_mib
+    assert peaks[2048, 256] < peaks[1024, 256] + 2 * image_mib
+    assert peaks[2048, 256] < peaks[2048, None] / 4
+
+
+def run_benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "jobs.benchmark", *arguments], capture_output=True, text=True)
+
+
+def test_solver_command_prints_the_table():
+    run = run_benchmark("solver")
+    assert run.returncode == 0, run.stderr
+    rows = {line.split()[0]: line.split()[1:] for line in run.stdout.splitlines()[1:]}
+    assert rows["steps"] == [str(n) for n in STEPS] and len(rows["flow_dpm_solver"]) == len(STEPS)
+
+
+def test_model_command_prints_a_ratio_for_every_part():
+    options = ["--depth=1", "--text_depth=1", "--sizes=[128]", "--dtypes=[float32]", "--autoencoder_size=64", "--repeats=1"]
+    run = run_benchmark("model", *options)
+    assert run.returncode == 0, run.stderr[-3000:]
+    table = run.stdout.split("\n\n")[-1].splitlines()
+    for part in ("transformer forward", "transformer training", "transformer sampling", "DC-AE encode", "DC-AE decode", "text"):
+        assert any(line.startswith(part) and "x  " in line for line in table), (part, table)
+
+
+def test_help_and_bad_values_are_clear():
+    assert "repeats" in run_benchmark("model", "--help").stdout
+    unknown = run_benchmark("model", "--parts=[forwards]")
+    assert unknown.returncode != 0 and "unknown parts ['forwards']" in unknown.stderr
+    misspelt = run_benchmark("solver", "--sede=1")
+    assert misspelt.returncode != 0 and "sede" in misspelt.stderr
