@@ -39,7 +39,15 @@ def test_solver_command_prints_the_table():
 
 
 def test_model_command_prints_a_ratio_for_every_part():
-    options = ["--depth=1", "--text_depth=1", "--sizes=[128]", "--dtypes=[float32]", "--autoencoder_size=64", "--repeats=1"]
+    options = [
+        "--depth=1",
+        "--text_depth=1",
+        "--sizes=[128]",
+        "--dtypes=[float32]",
+        "--autoencoder_size=64",
+        "--captions=2",
+        "--repeats=1",
+    ]
     run = run_benchmark("model", *options)
     assert run.returncode == 0, run.stderr[-3000:]
     table = run.stdout.split("\n\n")[-1].splitlines()
