@@ -1,5 +1,7 @@
 """The linear DiT's block: ReLU linear attention, cross-attention to the caption, Mix-FFN, adaLN-single modulation."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,8 +9,6 @@ from torch import Tensor, nn
 from sana_model.kernels import reuse
 from sana_model.kernels.linear import Linear
 from sana_model.kernels.linear_attention import relu_linear_attention
-
-KeyValue = tuple[Tensor, Tensor]
 
 
 class LinearAttention(nn.Module):
@@ -48,6 +48,24 @@ class CaptionTokens:
         return padded.index_copy(0, self.positions, packed).unflatten(0, (self.batch_size, self.length))
 
 
+@dataclass(frozen=True)
+class CaptionMemory:
+    """What one block's cross-attention needs of a batch of captions. It depends on them alone: a sampling loop keeps it."""
+
+    key_value: tuple[Tensor, Tensor] | None
+    """Keys and values (B - S, heads, L, head_dim) of all captions but the first S; None if there are none."""
+    constant: Tensor | None
+    """(S, 1, D): what cross-attention returns for the first S captions, which have one token; None if there are none."""
+
+    def without_first(self, count: int) -> "CaptionMemory":
+        """The memory of the captions after the first `count`."""
+        num_single = 0 if self.constant is None else len(self.constant)
+        constant = self.constant[count:] if self.constant is not None and count < num_single else None
+        dropped = max(count - num_single, 0)
+        key_value = self.key_value
+        return CaptionMemory(None if key_value is None else (key_value[0][dropped:], key_value[1][dropped:]), constant)
+
+
 class CrossAttention(nn.Module):
     """Softmax attention from image tokens to the caption; neither modulated nor gated."""
 
@@ -60,14 +78,28 @@ class CrossAttention(nn.Module):
         self.query_norm = nn.RMSNorm(dim, eps=1e-5) if qk_norm else nn.Identity()
         self.key_norm = nn.RMSNorm(dim, eps=1e-5) if qk_norm else nn.Identity()
 
-    def project_caption(self, caption: CaptionTokens) -> KeyValue:
-        """Keys and values (B, heads, L, head_dim): they depend on the caption alone, so a sampling loop keeps them."""
-        key, value = self.key_value(caption.packed).chunk(2, dim=-1)
-        return self._split_heads(caption.pad(self.key_norm(key))), self._split_heads(caption.pad(value))
+    def remember(self, caption: CaptionTokens | None, single: CaptionTokens | None = None) -> CaptionMemory:
+        """Captions, and before them those of one token, on which softmax puts its whole weight whatever the query is."""
+        key_value = constant = None
+        if caption is not None:
+            key, value = self.key_value(caption.packed).chunk(2, dim=-1)
+            key_value = self._split_heads(caption.pad(self.key_norm(key))), self._split_heads(caption.pad(value))
+        if single is not None:
+            constant = self.proj(self.key_value(single.packed).chunk(2, dim=-1)[1]).unsqueeze(1)
+        return CaptionMemory(key_value, constant)
 
-    def forward(self, tokens: Tensor, key_value: KeyValue, attention_mask: Tensor | None) -> Tensor:
+    def forward(self, tokens: Tensor, caption: CaptionMemory, attention_mask: Tensor | None) -> Tensor:
+        if caption.constant is None:
+            return self._attend(tokens, caption, attention_mask)
+        constant = caption.constant.expand(-1, tokens.shape[1], -1)
+        if caption.key_value is None:
+            return constant
+        return torch.cat([constant, self._attend(tokens[len(constant) :], caption, attention_mask)])
+
+    def _attend(self, tokens: Tensor, caption: CaptionMemory, attention_mask: Tensor | None) -> Tensor:
+        assert caption.key_value is not None
         query = self._split_heads(self.query_norm(self.query(tokens)))
-        attended = F.scaled_dot_product_attention(query, *key_value, attn_mask=attention_mask)
+        attended = F.scaled_dot_product_attention(query, *caption.key_value, attn_mask=attention_mask)
         return self.proj(attended.transpose(1, 2).flatten(2))
 
     def _split_heads(self, x: Tensor) -> Tensor:
@@ -109,15 +141,15 @@ class SanaBlock(nn.Module):
         self,
         tokens: Tensor,
         modulation: Tensor,
-        caption: CaptionTokens | KeyValue,
+        caption: CaptionTokens | CaptionMemory,
         attention_mask: Tensor | None,
         size: tuple[int, int],
     ) -> Tensor:
-        """Tokens (B, H*W, D), modulation (B, 6, D), caption as tokens or as this block's keys and values -> (B, H*W, D)."""
+        """Tokens (B, H*W, D), modulation (B, 6, D), caption as tokens or as this block's memory -> (B, H*W, D)."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (modulation + self.modulation).chunk(6, dim=1)
         tokens = torch.addcmul(tokens, gate_1, self.attention(modulate(tokens, shift_1, scale_1)))
-        key_value = caption if isinstance(caption, tuple) else self.cross_attention.project_caption(caption)
-        tokens = tokens + self.cross_attention(tokens, key_value, attention_mask)
+        memory = caption if isinstance(caption, CaptionMemory) else self.cross_attention.remember(caption)
+        tokens = tokens + self.cross_attention(tokens, memory, attention_mask)
         mixed = self.ffn(modulate(tokens, shift_2, scale_2).unflatten(1, size)).flatten(1, 2)
         return torch.addcmul(tokens, gate_2, mixed)
 

@@ -40,7 +40,7 @@ def guided_velocity(
     """
     dtype = transformer.head.weight.dtype
     both = transformer.encode_captions(*_null_then_captions(captions, null, dtype))
-    conditional = both.rows(slice(len(captions[0]), None))
+    conditional = both.without_first(len(captions[0]))
 
     def predict(latents: Tensor, sigma: Tensor, state: CaptionState) -> Tensor:
         timestep = sigma_to_timestep(sigma, integer=integer_timesteps).to(latents.device).expand(len(latents))

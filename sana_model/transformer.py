@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sana_model.blocks import CaptionTokens, KeyValue, SanaBlock, modulate
+from sana_model.blocks import CaptionMemory, CaptionTokens, SanaBlock, modulate
 from sana_model.embeddings import CaptionProjection, PatchEmbed, TimestepEmbedding, sincos_position_embedding
 from sana_model.kernels.linear import Linear
 
@@ -64,15 +64,21 @@ PRESETS: dict[str, SanaConfig] = {
 class CaptionState:
     """What the blocks need of a batch of captions, computed once by `SanaTransformer.encode_captions`."""
 
-    key_values: list[KeyValue]
-    """Per block, keys and values (B, heads, L, head_dim)."""
+    batch_size: int
+    num_single: int
+    """How many captions at the front of the batch have one token, as the null caption does."""
+    memories: list[CaptionMemory]
+    """One for each block."""
     attention_mask: Tensor | None
-    """(B, 1, 1, L), False at padding; None where no caption is padded."""
+    """(B - num_single, 1, 1, L), False at padding; None where no caption is padded."""
 
-    def rows(self, chosen: slice) -> "CaptionState":
-        """The state of some captions of the batch."""
-        mask = None if self.attention_mask is None else self.attention_mask[chosen]
-        return CaptionState([(key[chosen], value[chosen]) for key, value in self.key_values], mask)
+    def without_first(self, count: int) -> "CaptionState":
+        """The state of the captions after the first `count`."""
+        num_single = max(self.num_single - count, 0)
+        dropped = max(count - self.num_single, 0)
+        mask = None if self.attention_mask is None else self.attention_mask[dropped:]
+        memories = [memory.without_first(count) for memory in self.memories]
+        return CaptionState(self.batch_size - count, num_single, memories, mask)
 
 
 class SanaTransformer(nn.Module):
@@ -157,11 +163,13 @@ class SanaTransformer(nn.Module):
         batch_size, channels, height, width = self._check_latents(latents, timestep)
         patch = self.config.patch_size
         size = (height // patch, width // patch)
-        caption = (
-            caption_embeds if isinstance(caption_embeds, CaptionState) else self._project_captions(caption_embeds, caption_mask)
-        )
-        if _batch_size(caption) != batch_size:
-            raise ValueError(f"{_batch_size(caption)} captions came with {batch_size} latents: give one to each")
+        caption: CaptionState | CaptionTokens
+        if isinstance(caption_embeds, CaptionState):
+            caption = caption_embeds
+        else:
+            caption = self._project_captions(caption_embeds, self._check_captions(caption_embeds, caption_mask))
+        if caption.batch_size != batch_size:
+            raise ValueError(f"{caption.batch_size} captions came with {batch_size} latents: give one to each")
 
         tokens = self._add_positions(self.patch_embed(latents), size)  # (B, H*W, D)
         time_embedding, modulation = self.time_embed(timestep)  # (B, D), (B, 6, D)
@@ -178,13 +186,17 @@ class SanaTransformer(nn.Module):
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(batch_size, channels, height, width)
 
     def encode_captions(self, caption_embeds: Tensor, caption_mask: Tensor | None = None) -> CaptionState:
-        """Every block's cross-attention keys and values, to be given to `forward` at each step in place of the embeddings.
+        """What every block needs of the captions, to be given to `forward` at each step in place of the embeddings.
 
-        Takes (B, L, caption_dim) and (B, L) as `forward` does, and raises as it does.
+        Takes (B, L, caption_dim) and (B, L) as `forward` does, and raises as it does. Null captions, which have one token, cost
+        next to nothing if they come first in the batch.
         """
-        caption = self._project_captions(caption_embeds, caption_mask)
-        key_values = [block.cross_attention.project_caption(caption) for block in self._blocks()]
-        return CaptionState(key_values, caption.attention_mask)
+        real = self._check_captions(caption_embeds, caption_mask)
+        num_single = int((real.sum(dim=1) == 1).int().cumprod(dim=0).sum())
+        single = self._project_captions(caption_embeds[:num_single], real[:num_single]) if num_single else None
+        caption = self._project_captions(caption_embeds[num_single:], real[num_single:]) if num_single < len(real) else None
+        memories = [block.cross_attention.remember(caption, single) for block in self._blocks()]
+        return CaptionState(len(real), num_single, memories, caption.attention_mask if caption else None)
 
     def _check_latents(self, latents: Tensor, timestep: Tensor) -> torch.Size:
         channels, patch = self.config.in_channels, self.config.patch_size
@@ -196,29 +208,33 @@ class SanaTransformer(nn.Module):
             raise ValueError(f"timestep has shape {tuple(timestep.shape)}: give ({latents.shape[0]},), one per image")
         return latents.shape
 
-    def _project_captions(self, caption_embeds: Tensor, caption_mask: Tensor | None) -> CaptionTokens:
-        """(B, L, caption_dim) to the model's width, real tokens only."""
+    def _check_captions(self, caption_embeds: Tensor, caption_mask: Tensor | None) -> Tensor:
+        """The mask as bool (B, L)."""
         if caption_embeds.ndim != 3 or caption_embeds.shape[-1] != self.config.caption_dim:
             raise ValueError(
                 f"caption_embeds have shape {tuple(caption_embeds.shape)}: this model takes (B, L, {self.config.caption_dim})"
             )
-        batch_size, length = caption_embeds.shape[:2]
+        shape = caption_embeds.shape[:2]
         if caption_mask is None:
-            caption_mask = torch.ones(batch_size, length, dtype=torch.bool, device=caption_embeds.device)
-        if caption_mask.shape != (batch_size, length):
-            raise ValueError(f"caption_mask has shape {tuple(caption_mask.shape)}, caption_embeds {batch_size, length}")
+            return torch.ones(shape, dtype=torch.bool, device=caption_embeds.device)
+        if caption_mask.shape != shape:
+            raise ValueError(f"caption_mask has shape {tuple(caption_mask.shape)}, caption_embeds {tuple(shape)}")
         real = caption_mask != 0
         if not real.any(dim=1).all():
             raise ValueError("caption_mask masks every token of a caption: the null caption too has one (the BOS token)")
+        return real
+
+    def _project_captions(self, caption_embeds: Tensor, real: Tensor) -> CaptionTokens:
+        """(B, L, caption_dim) to the model's width, real tokens only."""
         last = int(real.any(dim=0).nonzero().max()) + 1  # a column that is padding in every caption is dropped
         real, caption_embeds = real[:, :last], caption_embeds[:, :last]
         positions = real.flatten().nonzero().squeeze(1)
         packed = self.caption_proj(caption_embeds.flatten(0, 1).index_select(0, positions))
         attention_mask = None if len(positions) == real.numel() else real[:, None, None]
-        return CaptionTokens(packed, positions, attention_mask, batch_size, last)
+        return CaptionTokens(packed, positions, attention_mask, len(real), last)
 
-    def _per_block(self, caption: CaptionTokens | CaptionState) -> Iterable[CaptionTokens | KeyValue]:
-        return caption.key_values if isinstance(caption, CaptionState) else [caption] * len(self.blocks)
+    def _per_block(self, caption: CaptionTokens | CaptionState) -> Iterable[CaptionTokens | CaptionMemory]:
+        return caption.memories if isinstance(caption, CaptionState) else [caption] * len(self.blocks)
 
     def _blocks(self) -> Iterable[SanaBlock]:
         return cast(Iterable[SanaBlock], self.blocks)
@@ -250,7 +266,3 @@ class SanaTransformer(nn.Module):
         nn.init.constant_(self.caption_proj.norm.weight, 0.01)
         for table in (*(block.modulation for block in self._blocks()), self.final_modulation):
             nn.init.normal_(table, std=self.config.dim**-0.5)
-
-
-def _batch_size(caption: CaptionTokens | CaptionState) -> int:
-    return caption.key_values[0][0].shape[0] if isinstance(caption, CaptionState) else caption.batch_size

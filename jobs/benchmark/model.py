@@ -23,6 +23,8 @@ CAPTION_TOKENS, PADDED_TOKENS = 60, 300
 INSTRUCTION_TOKENS = 242  # with them the published computation runs over 540 tokens
 NUM_STEPS, GUIDANCE_SCALE, FLOW_SHIFT = 20, 4.5, 3.0
 
+Pair = tuple[Callable[[], Any], Callable[[], Any]]
+
 
 def benchmark_model(
     device: str = "cpu",
@@ -85,8 +87,9 @@ def _entries(
     label = str(dtype).removeprefix("torch.")
     few = max(repeats // 2, 1)
 
-    def entry(what: str, size: int | str, pair: tuple[Callable[[], Any], Callable[[], Any]], times: int) -> Entry:
-        return Entry(name=f"{what} {size} {label}", ours=pair[0], peer=pair[1], dtype=dtype, repeats=times)
+    def entry(what: str, size: int | str, pair: Pair, times: int, forward: Pair | None = None) -> Entry:
+        name = f"{what} {size} {label}"
+        return Entry(name=name, ours=pair[0], peer=pair[1], dtype=dtype, repeats=times, forward=forward)
 
     transformer_parts = {"forward": (_forward, repeats), "training": (_training, repeats), "sampling": (_sampling, few)}
     if transformer_parts.keys() & set(parts):
@@ -94,16 +97,14 @@ def _entries(
         for size in sizes:
             for part in [part for part in transformer_parts if part in parts]:
                 make, times = transformer_parts[part]
-                yield entry(f"transformer {part}", f"{size} px", make(ours, peer, size, batch_size), times)
+                forward = _forward(ours, peer, size, batch_size) if part == "training" else None
+                yield entry(f"transformer {part}", f"{size} px", make(ours, peer, size, batch_size), times, forward)
         del ours, peer
     if "autoencoder" in parts:
         for what, pair in _autoencoder(device, dtype, autoencoder_size, batch_size).items():
             yield entry(f"DC-AE {what}", f"{autoencoder_size} px", pair, few)
     if "text" in parts:
         yield entry("text encoder", f"{captions} captions", _text(device, dtype, text_depth, captions), few)
-
-
-Pair = tuple[Callable[[], Any], Callable[[], Any]]
 
 
 def _transformers(device: torch.device, dtype: torch.dtype, depth: int) -> tuple[SanaTransformer, SanaTransformer2DModel]:

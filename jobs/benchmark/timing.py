@@ -19,6 +19,9 @@ class Entry:
     peer: Callable[[], object]
     dtype: torch.dtype
     repeats: int
+    forward: tuple[Callable[[], object], Callable[[], object]] | None = None
+    """Of a training step, its forwards: the backward's operations count as twice theirs, since torch miscounts those of grouped
+    convolutions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +41,10 @@ class Timing:
 
 def time_entry(entry: Entry, device: torch.device) -> Timing:
     """Warm up, then time ours and the peer's in turns, so that what disturbs the machine disturbs both; medians."""
-    flops = [count_flops(run) for run in (entry.ours, entry.peer)]  # also the warm-up
+    for run in (entry.ours, entry.peer):
+        run()
+    flops = [count_flops(run) for run in entry.forward or (entry.ours, entry.peer)]
+    flops = [3 * count for count in flops] if entry.forward else flops
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in tqdm(range(entry.repeats), desc=entry.name, leave=False):
         for run, kept in zip((entry.ours, entry.peer), seconds, strict=True):

@@ -127,15 +127,21 @@ def test_padding_and_junk_behind_the_mask_never_matter():
     assert_close(alone, wanted[:1], 1e-5)
 
 
+@pytest.mark.parametrize("lengths", [(1, 11, 4), (1, 1, 11), (1, 1, 1), (11, 1, 4), (5, 5, 5)], ids=str)
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
-def test_caption_state_serves_in_place_of_the_embeddings(config):
+def test_caption_state_serves_in_place_of_the_embeddings(config, lengths):
     model = scramble(SanaTransformer(config))
-    latents, timestep, caption_embeds, caption_mask = make_inputs(config, (8, 8))
+    latents, timestep, caption_embeds, _ = make_inputs(config, (8, 8))
+    caption_mask = torch.arange(caption_embeds.shape[1]) < torch.tensor(lengths)[:, None]
     with torch.no_grad():
         state = model.encode_captions(caption_embeds, caption_mask)
+        assert state.num_single == [length == 1 for length in (*lengths, 0)].index(False)
         wanted = model(latents, timestep, caption_embeds, caption_mask)
-        assert torch.equal(model(latents, timestep, state), wanted)
-        assert_close(model(latents[1:], timestep[1:], state.rows(slice(1, None))), wanted[1:], 1e-5)
+        assert_close(model(latents, timestep, state), wanted, 1e-5)
+        for count in (1, 2):
+            assert_close(model(latents[count:], timestep[count:], state.without_first(count)), wanted[count:], 1e-5)
+    with pytest.raises(ValueError, match="3 captions came with 2 latents"):
+        model(latents[1:], timestep[1:], state)
 
 
 def test_gradient_checkpointing_changes_memory_not_gradients():
@@ -192,10 +198,13 @@ def test_block_compiles_without_graph_breaks():
     model = scramble(SanaTransformer(TINY))
     latents, timestep, caption_embeds, caption_mask = make_inputs(TINY, (4, 4))
     caption = model._project_captions(caption_embeds, caption_mask)
+    memory = model.encode_captions(caption_embeds, caption_mask).memories[0]
     tokens = model.patch_embed(latents)
     _, modulation = model.time_embed(timestep)
-    explanation = torch._dynamo.explain(model.blocks[0])(tokens, modulation, caption, caption.attention_mask, (4, 4))
-    assert explanation.graph_break_count == 0, explanation.break_reasons
+    for kind in (caption, memory):
+        mask = caption.attention_mask if kind is caption else caption.attention_mask[1:]
+        explanation = torch._dynamo.explain(model.blocks[0])(tokens, modulation, kind, mask, (4, 4))
+        assert explanation.graph_break_count == 0, explanation.break_reasons
 
 
 @pytest.mark.slow
