@@ -160,7 +160,10 @@ class Decoder(nn.Module):
 
 
 class DCAutoencoder(nn.Module):
-    """Images in [-1, 1] to scaled latents and back, 32, 64 or 128 pixels to a latent."""
+    """Images in [-1, 1] to scaled latents and back, 32, 64 or 128 pixels to a latent.
+
+    Without gradients, maps inside are written over once used: a forward hook that keeps one must clone it.
+    """
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()

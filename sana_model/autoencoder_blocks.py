@@ -10,7 +10,7 @@ from sana_model.blocks import MixFFN
 from sana_model.kernels import reuse
 from sana_model.kernels.linear import Linear
 from sana_model.kernels.linear_attention import relu_linear_attention
-from sana_model.kernels.upsample_conv import PhaseKernels, upsample_conv
+from sana_model.kernels.upsample_conv import upsample_conv
 
 ATTENTION_HEAD_DIM = 32
 FFN_EXPANSION = 4
@@ -111,13 +111,12 @@ class Upsample(nn.Module):
         super().__init__()
         self.out_channels, self.variant, self.shortcut = out_channels, variant, shortcut
         self.conv = nn.Conv2d(in_channels, out_channels * (4 if variant == "in" else 1), 3, padding=1)
-        self.phase_kernels = PhaseKernels()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.variant == "in":
             up = F.pixel_shuffle(self.conv(x), 2)
         else:
-            up = upsample_conv(x, self.phase_kernels.of(self.conv.weight), self.conv.bias)
+            up = upsample_conv(x, self.conv.weight, self.conv.bias)
         return add_channel_to_space(up, x) if self.shortcut else up
 
 

@@ -131,7 +131,6 @@ class SanaBlock(nn.Module):
 
     def __init__(self, dim: int, *, num_heads: int, num_cross_heads: int, ffn_dim: int, qk_norm: bool, cross_qk_norm: bool):
         super().__init__()
-        self.dim = dim
         self.attention = LinearAttention(dim, num_heads, qk_norm)
         self.cross_attention = CrossAttention(dim, num_cross_heads, cross_qk_norm)
         self.ffn = MixFFN(dim, ffn_dim)

@@ -5,10 +5,12 @@ import json
 import os
 import pickle
 import shutil
+import struct
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import fsspec
 import torch
@@ -16,6 +18,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
 CACHE_DIR = Path(os.environ.get("SANA_CACHE", Path.home() / ".cache" / "sana_model"))
 WEIGHT_STEMS = ("model", "diffusion_pytorch_model")  # ours, transformers' and efficientvit's; diffusers'
@@ -25,7 +28,7 @@ UNWANTED = ["*.bin", "*.onnx", "*.msgpack", "*.h5", "*.ckpt"]
 def resolve(path: str | Path) -> Path:
     """A local path for `path`: itself, a hub snapshot (`hf://owner/name[@revision][/folder]`), or a cached copy of a URI.
 
-    Raises FileNotFoundError if there is nothing, and says how to write a hub address.
+    In an hf:// address a slash inside a revision is written %2F. Raises FileNotFoundError if there is nothing there.
     """
     text = str(path)
     if "://" not in text:
@@ -39,43 +42,63 @@ def resolve(path: str | Path) -> Path:
 
 
 def _from_hub(address: str) -> Path:
-    owner, name, *folder = address.strip("/").split("/")
+    owner, _, rest = address.strip("/").partition("/")
+    name, _, folder = rest.partition("/")
+    if not name:
+        raise ValueError(f"hf://{address} names no repository: write hf://owner/name[@revision][/folder]")
     name, _, revision = name.partition("@")
-    patterns = [f"{'/'.join(folder)}*"] if folder else None
     snapshot = snapshot_download(
-        f"{owner}/{name}", revision=revision or None, allow_patterns=patterns, ignore_patterns=UNWANTED
+        f"{owner}/{name}",
+        revision=unquote(revision) or None,
+        allow_patterns=[folder, f"{folder}/*"] if folder else None,
+        ignore_patterns=UNWANTED,
     )
-    return Path(snapshot, *folder)
+    if not Path(snapshot, folder).exists():
+        raise FileNotFoundError(f"hf://{owner}/{name} holds no {folder!r}")
+    return Path(snapshot, folder)
 
 
 def _from_uri(uri: str) -> Path:
     """Copy the files below `uri` to the cache, in a folder named by their names, sizes and times, so that a change is seen."""
     filesystem, root = fsspec.url_to_fs(uri)
-    found = filesystem.find(root, detail=True)
+    found = filesystem.find(root)
     if not found:
         raise FileNotFoundError(f"nothing at {uri!r}")
-    stamps = [
-        (name, info.get("size"), str(info.get("ETag") or info.get("mtime") or info.get("created")))
-        for name, info in found.items()
-    ]
-    key = hashlib.sha256(repr((uri, sorted(stamps))).encode()).hexdigest()[:24]
-    is_file = list(found) == [root.rstrip("/")] or filesystem.isfile(root)
+    stamps = sorted((name, *_stamp(filesystem.info(name))) for name in found)
+    key = hashlib.sha256(repr((uri, stamps)).encode()).hexdigest()[:24]
+    is_file = filesystem.isfile(root)
     target = CACHE_DIR / key
-    if not target.exists():
-        CACHE_DIR.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=CACHE_DIR, prefix=f"{key}."))
-        try:
-            for name in found:
-                relative = Path(name).name if is_file else os.path.relpath(name, root)
-                (partial / relative).parent.mkdir(parents=True, exist_ok=True)
-                filesystem.get_file(name, str(partial / relative))
-            partial.rename(target)
-        except OSError:
-            if not target.exists():  # another process may have been first
-                raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    if all(changed for _, _, changed in stamps) and target.exists():
+        return target / Path(root).name if is_file else target
+    CACHE_DIR.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=CACHE_DIR, prefix=f"{key}."))
+    try:
+        for name in tqdm(found, desc=f"fetching {uri}", unit="file", leave=False, disable=None):
+            relative = Path(name).name if is_file else os.path.relpath(name, root)
+            (partial / relative).parent.mkdir(parents=True, exist_ok=True)
+            filesystem.get_file(name, str(partial / relative))
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    except OSError:
+        if not target.exists():  # another process may have been first
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return target / Path(root).name if is_file else target
+
+
+def _stamp(info: dict[str, Any]) -> tuple[str, str]:
+    """Size, and what a filesystem tells of a file's content or time of change; "" if it tells nothing."""
+    lower = {name.lower().replace("-", "_"): value for name, value in info.items()}
+    tells = ("etag", "content_md5", "mtime", "last_modified", "lastmodified", "updated", "created")
+    return str(lower.get("size")), next((str(lower[name]) for name in tells if lower.get(name)), "")
+
+
+def local_target(path: str | Path) -> Path:
+    """Where to save. Raises ValueError for a URI: writing `s3://...` as a path would make a local folder of that name."""
+    if "://" in str(path):
+        raise ValueError(f"save_pretrained writes local files, {str(path)!r} is a URI: save locally, then copy it there")
+    return Path(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -117,11 +140,14 @@ def find_variant(folder: Path) -> str | None:
 
 
 def _find_variants(folder: Path) -> dict[str, Path]:
-    """Index or single weights file by variant; "" is the plain one."""
-    files = [path for stem in WEIGHT_STEMS for path in folder.glob(f"{stem}.*") if "-of-" not in path.name]
-    indexes = {_variant(path.name): path for path in files if ".safetensors.index" in path.name}
-    singles = {_variant(path.name): path for path in files if path.suffix == ".safetensors"}
-    return indexes | singles
+    """Index or single weights file by variant; "" is the plain one. diffusers' names count only where no others are."""
+    for stem in WEIGHT_STEMS:
+        files = [path for path in folder.glob(f"{stem}.*") if "-of-" not in path.name]
+        singles = {_variant(path.name): path for path in files if path.suffix == ".safetensors"}
+        indexes = {_variant(path.name): path for path in files if ".safetensors.index" in path.name}
+        if singles or indexes:
+            return indexes | singles
+    return {}
 
 
 def _variant(name: str) -> str:
@@ -138,27 +164,36 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} cannot be read ({error}): the file is damaged or incomplete, fetch it again") from error
 
 
-def read_pth(path: Path, *, use_ema: bool = False) -> dict[str, Tensor]:
+def read_weights_file(path: Path, *, use_ema: bool = False) -> dict[str, Tensor]:
+    """A state dict from a safetensors file or what torch.save wrote, told apart by the first bytes. Raises as the two do."""
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start == b"PK" or start[:1] == b"\x80":
+        return _read_pth(path, is_zip=start == b"PK", use_ema=use_ema)
+    return read_safetensors(path)
+
+
+def _read_pth(path: Path, *, is_zip: bool, use_ema: bool) -> dict[str, Tensor]:
     """The state dict of an NVlabs `.pth`: `state_dict` (or `state_dict_ema`) of the file, or the file itself.
 
     Read with `weights_only=True`: a pickle that would run code is refused. Raises ValueError then, if the file is damaged, or
     if it holds no EMA that was asked for, or something else than tensors.
     """
-    with path.open("rb") as file:
-        is_zip = file.read(2) == b"PK"  # as torch.save writes since 1.6; only such a file can be mapped
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)  # only torch's zip files can be mapped
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} is refused: it holds more than tensors and could run code on loading ({error})") from error
-    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is refused: damaged, or more than tensors in it that could run code ({error})") from error
+    except (RuntimeError, EOFError, OSError, UnicodeDecodeError, struct.error, LookupError) as error:
         raise ValueError(f"{path} cannot be read ({error}): the file is damaged or incomplete") from error
     key = "state_dict_ema" if use_ema else "state_dict"
-    if use_ema and key not in content:
-        raise ValueError(f"{path} holds no {key}: it has {', '.join(map(str, content))}")
-    state = content.get(key, content)
-    not_tensors = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if use_ema and (not isinstance(content, dict) or key not in content):
+        raise ValueError(f"{path} holds no {key}")
+    state = content.get(key, content) if isinstance(content, dict) else content
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, not a state dict")
+    not_tensors = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
     if not_tensors:
-        raise ValueError(f"{path}: these entries are not tensors: {', '.join(map(str, not_tensors[:5]))}")
+        raise ValueError(f"{path}: these entries are not tensors: {', '.join(not_tensors[:5])}")
     return state
 
 
@@ -176,9 +211,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Written whole or not at all."""
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
 
 
 def write_safetensors(path: Path, state: dict[str, Tensor]) -> None:
+    """Written whole or not at all, contiguous and from the CPU."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))

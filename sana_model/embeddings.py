@@ -1,7 +1,6 @@
 """What enters the linear DiT: latents as tokens, the timestep, the caption, and (2K, 4K) a positional embedding."""
 
 import math
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -63,24 +62,20 @@ class CaptionProjection(nn.Module):
         return self.norm(self.linear_2(F.gelu(self.linear_1(caption_embeds), approximate="tanh")))
 
 
-@lru_cache(maxsize=16)
-def sincos_position_embedding(
-    dim: int, height: int, width: int, base_size: int, interpolation_scale: float, device: torch.device
-) -> Tensor:
+def sincos_position_embedding(dim: int, height: int, width: int, base_size: int, interpolation_scale: float) -> Tensor:
     """2-D sine-cosine positional embedding (height * width, dim), fp32; the first half of `dim` encodes the column.
 
     Positions are stretched so that any grid spans `base_size / interpolation_scale` (PixArt-Sigma, section 2.4; Sana uses it
     at 2048 px with scale 1.0 and at 4096 px with 2.0).
     """
+    rows, columns = (_sincos_positions(dim // 2, size, base_size, interpolation_scale) for size in (height, width))
+    by_column, by_row = columns[None].expand(height, -1, -1), rows[:, None].expand(-1, width, -1)
+    return torch.cat([by_column, by_row], dim=-1).flatten(0, 1)
 
-    def encode(positions: Tensor) -> Tensor:
-        quarter = dim // 4
-        frequencies = 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
-        angles = positions.double()[:, None] * frequencies
-        return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
-    rows = torch.arange(height, dtype=torch.float32) / (height / base_size) / interpolation_scale
-    columns = torch.arange(width, dtype=torch.float32) / (width / base_size) / interpolation_scale
-    by_column = encode(columns)[None].expand(height, -1, -1)
-    by_row = encode(rows)[:, None].expand(-1, width, -1)
-    return torch.cat([by_column, by_row], dim=-1).flatten(0, 1).float().to(device)
+def _sincos_positions(dim: int, size: int, base_size: int, interpolation_scale: float) -> Tensor:
+    """(size, dim), on the CPU: float64 is not to be had on every device."""
+    positions = torch.arange(size, dtype=torch.float32, device="cpu") / (size / base_size) / interpolation_scale
+    frequencies = 1.0 / 10000 ** (torch.arange(dim // 2, dtype=torch.float64, device="cpu") / (dim // 2))
+    angles = positions.double()[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).float()

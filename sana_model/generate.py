@@ -1,21 +1,19 @@
 """Prompts to images: text encoder, linear DiT, solver and DC-AE put together."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from sana_model.autoencoder import DCAutoencoder
-from sana_model.checkpoint_files import find_variant, read_json, resolve, write_json
 from sana_model.flow import sigma_to_timestep
 from sana_model.solver import SOLVERS, OnStep, PredictVelocity, classifier_free_guidance
-from sana_model.text_encoder import DEFAULT_MODEL, DIFFUSERS_PROMPTS, TextEncoder, TextEncoderConfig
+from sana_model.text_encoder import TextEncoder
 from sana_model.transformer import CaptionState, SanaTransformer
 
-DEFAULT_AUTOENCODER = "hf://mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"
 DEFAULT_FLOW_SHIFT = 3.0
 MAX_DECODE_PIXELS = 2048**2  # decoded at once; a larger image is decoded in tiles
 DECODE_TILE = 1024
@@ -71,7 +69,7 @@ class TextToImage(nn.Module):
     """The whole model; `.to(device)` moves all of it.
 
     Args:
-        flow_shift: of the sampling grid; published: 3.0, 4.0 for 0.6B at 1024 px, 6.0 at 4096 px (FACTS section 4).
+        flow_shift: of the sampling grid; published: 3.0; 4.0 for 0.6B at 1024 px; 6.0 at 4096 px.
     """
 
     def __init__(
@@ -108,94 +106,26 @@ class TextToImage(nn.Module):
         autoencoder: str | Path | None = None,
         text_encoder: str | Path | None = None,
         flow_shift: float | None = None,
+        **overrides: Any,
     ) -> "TextToImage":
-        """Load our own pipeline folder, diffusers' `SanaPipeline` folder, or an NVlabs `.pth`; local, hf:// or an fsspec URI.
+        """Load our own pipeline folder, diffusers' `SanaPipeline` or an NVlabs `.pth`: see `pipeline_files.load_pipeline`."""
+        from sana_model import pipeline_files
 
-        A `.pth` holds the transformer alone: `autoencoder` and `text_encoder` then name the others (published ones by default).
-        They also replace what a folder holds, as does `flow_shift`. A diffusers folder is prompted as `SanaPipeline` does.
-
-        Raises FileNotFoundError or ValueError as `load_transformer` does.
-        """
-        local = resolve(path)
-        prompts, tokenizer_path = TextEncoderConfig(), None
-        encoder_source, autoencoder_source = text_encoder or DEFAULT_MODEL, autoencoder or DEFAULT_AUTOENCODER
-        shift = DEFAULT_FLOW_SHIFT
-        if (local / "pipeline.json").exists():
-            settings = read_json(local / "pipeline.json")
-            prompts, shift = TextEncoderConfig(**settings["prompts"]), settings["flow_shift"]
-            encoder_source, autoencoder_source = text_encoder or local / "text_encoder", autoencoder or local / "autoencoder"
-        elif (local / "model_index.json").exists():
-            scheduler = read_json(local / "scheduler" / "scheduler_config.json")
-            prompts, shift = DIFFUSERS_PROMPTS, scheduler.get("flow_shift", scheduler.get("shift", shift))
-            encoder_source, autoencoder_source = text_encoder or local / "text_encoder", autoencoder or local / "vae"
-            tokenizer_path = None if text_encoder else local / "tokenizer"
-        elif local.is_dir():
-            raise ValueError(f"{path} is no pipeline: it has neither pipeline.json (ours) nor model_index.json (diffusers)")
-        encoder_folder = Path(encoder_source)
-        return cls(
-            SanaTransformer.from_pretrained(local, use_ema=use_ema, dtype=dtype),
-            DCAutoencoder.from_pretrained(autoencoder_source, dtype=dtype),
-            TextEncoder.from_pretrained(
-                encoder_source,
-                config=prompts,
-                dtype=dtype,
-                tokenizer_path=tokenizer_path,
-                variant=find_variant(encoder_folder) if encoder_folder.is_dir() else None,
-            ),
-            flow_shift=shift if flow_shift is None else flow_shift,
+        return pipeline_files.load_pipeline(
+            path,
+            dtype=dtype,
+            use_ema=use_ema,
+            autoencoder=autoencoder,
+            text_encoder=text_encoder,
+            flow_shift=flow_shift,
+            **overrides,
         )
 
     def save_pretrained(self, path: str | Path, *, layout: str = "sana") -> None:
-        """Write a folder of ours, a folder that diffusers' `SanaPipeline` loads, or ("nvlabs") the transformer's `.pth`.
+        """Write all of it as "sana" or "diffusers", or the transformer as "nvlabs": see `pipeline_files.save_pipeline`."""
+        from sana_model import pipeline_files
 
-        An NVlabs `.pth` carries the null caption's embeddings, which its training code puts in place of dropped captions: they
-        are computed here. diffusers has no place for our instruction text: it prompts with its own.
-        """
-        path = Path(path)
-        if layout == "nvlabs":
-            self._save_nvlabs(path)
-            return
-        self.transformer.save_pretrained(path / "transformer", layout=layout)
-        self.autoencoder.save_pretrained(path / ("vae" if layout == "diffusers" else "autoencoder"), layout=layout)
-        if layout == "diffusers":
-            self._save_diffusers_rest(path)
-            return
-        self.text_encoder.save_pretrained(path / "text_encoder")
-        write_json(
-            path / "pipeline.json",
-            {"model_type": "sana_pipeline", "flow_shift": self.flow_shift, "prompts": asdict(self.text_encoder.config)},
-        )
-
-    def _save_nvlabs(self, path: Path) -> None:
-        caption_embeds, _ = self.text_encoder.null()
-        padded = caption_embeds.new_zeros(self.text_encoder.config.max_tokens, caption_embeds.shape[-1])
-        padded[: caption_embeds.shape[1]] = caption_embeds[0]
-        kept = self.transformer.null_caption_embeds
-        self.transformer.null_caption_embeds = padded if kept is None else kept
-        self.transformer.save_pretrained(path, layout="nvlabs")
-        self.transformer.null_caption_embeds = kept
-
-    def _save_diffusers_rest(self, path: Path) -> None:
-        self.text_encoder.model.save_pretrained(path / "text_encoder")
-        self.text_encoder.tokenizer.save_pretrained(path / "tokenizer")
-        scheduler = {
-            "_class_name": "DPMSolverMultistepScheduler",
-            "_diffusers_version": "0.42.1",
-            "prediction_type": "flow_prediction",
-            "use_flow_sigmas": True,
-            "flow_shift": self.flow_shift,
-        }
-        write_json(path / "scheduler" / "scheduler_config.json", scheduler)
-        index = {
-            "_class_name": "SanaPipeline",
-            "_diffusers_version": "0.42.1",
-            "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
-            "text_encoder": ["transformers", type(self.text_encoder.model).__name__],
-            "tokenizer": ["transformers", type(self.text_encoder.tokenizer).__name__],
-            "transformer": ["diffusers", "SanaTransformer2DModel"],
-            "vae": ["diffusers", "AutoencoderDC"],
-        }
-        write_json(path / "model_index.json", index)
+        pipeline_files.save_pipeline(self, path, layout=layout)
 
     @property
     def device(self) -> torch.device:
@@ -276,10 +206,10 @@ class TextToImage(nn.Module):
             return torch.randn((count, *shape), generator=generator, device=generator.device).to(self.device)
         if seed is None:
             return torch.randn((count, *shape), device=self.device)
-        seeds = [seed] * count if isinstance(seed, int) else list(seed)
+        seeds = list(seed) if isinstance(seed, Sequence) else [seed] * count
         if len(seeds) != count:
             raise ValueError(f"{len(seeds)} seeds came with {count} prompts: give one to each, or a single number")
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(one)) for one in seeds]
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(int(one))) for one in seeds]
         return torch.stack(noise).to(self.device)
 
     def _to_images(self, latents: Tensor) -> list[Image.Image]:

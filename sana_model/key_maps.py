@@ -20,7 +20,6 @@ TRANSFORMER_NVLABS: KeyMap = {
     "caption_proj.linear_1": "y_embedder.y_proj.fc1",
     "caption_proj.linear_2": "y_embedder.y_proj.fc2",
     "caption_proj.norm": "attention_y_norm",
-    "null_caption_embeds": "y_embedder.y_embedding",
     "modulation": "scale_shift_table",
     "attention.qkv": "attn.qkv",
     "attention.proj": "attn.proj",
@@ -101,8 +100,10 @@ AUTOENCODER_NVLABS: KeyMap = {
     "decoder.conv_out.conv": "decoder.project_out.op_list.2.conv.conv",
 }
 
-# Tensors that only the published training code reads.
-NVLABS_IGNORED = {"pos_embed", "logvar_linear.weight", "logvar_linear.bias"}
+# In a transformer's `.pth`, beside the weights: a buffer that the config makes again, the null caption, training's own head.
+NVLABS_POSITIONS = "pos_embed"
+NVLABS_NULL_CAPTION = "y_embedder.y_embedding"
+NVLABS_TRAINING_ONLY = ("logvar_linear.weight", "logvar_linear.bias")
 
 
 class Foreign(NamedTuple):
@@ -118,7 +119,7 @@ def translate(key: str, key_map: KeyMap) -> Foreign:
     name = re.sub(rf"(?:^|(?<=\.))(?:{pieces})(?=\.|$)", lambda match: key_map[match.group()], key)
     if key_map is AUTOENCODER_NVLABS:
         name = re.sub(r"\.stages\.(\d+)\.", r".stages.\1.op_list.", name)
-    is_1x1 = "@1x1" in name
+    is_1x1 = "@1x1" in name and key.endswith(".weight")
     name = name.replace("@1x1", "")
     match = re.search(r"\{(.*)\}", name)
     if match is None:
@@ -127,16 +128,23 @@ def translate(key: str, key_map: KeyMap) -> Foreign:
 
 
 def to_ours(foreign: Foreign, state: dict[str, Tensor]) -> Tensor:
-    """Our tensor from theirs. Raises KeyError with the first of their names that is missing."""
+    """Our tensor from theirs, which must have `their_shape`."""
     tensors = [state[name] for name in foreign.names]
-    if foreign.is_1x1 and tensors[0].ndim == 4 and tensors[0].shape[2:] == (1, 1):
+    if foreign.is_1x1:
         tensors = [tensor.flatten(1) for tensor in tensors]
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
+def their_shape(foreign: Foreign, our_shape: torch.Size) -> tuple[int, ...]:
+    """The shape of each of their tensors, from that of ours."""
+    if len(foreign.names) > 1:
+        our_shape = torch.Size((our_shape[0] // len(foreign.names), *our_shape[1:]))
+    return (*our_shape, 1, 1) if foreign.is_1x1 else tuple(our_shape)
+
+
 def from_ours(foreign: Foreign, tensor: Tensor) -> dict[str, Tensor]:
     """Their tensors from ours."""
-    if foreign.is_1x1 and tensor.ndim == 2:
+    if foreign.is_1x1:
         tensor = tensor[:, :, None, None]
     parts = tensor.chunk(len(foreign.names)) if len(foreign.names) > 1 else [tensor]
     return dict(zip(foreign.names, parts, strict=True))

@@ -1,32 +1,65 @@
 """The shape of a published checkpoint, from its tensors and its config.json, and the config.json that diffusers reads."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sana_model.autoencoder import AutoencoderConfig
-from sana_model.autoencoder_blocks import Variant
+from sana_model.autoencoder import AUTOENCODER_PRESETS, AutoencoderConfig
+from sana_model.autoencoder_blocks import ATTENTION_HEAD_DIM, Variant
 from sana_model.embeddings import sincos_position_embedding
-from sana_model.key_maps import KeyMap, translate
+from sana_model.key_maps import NVLABS_POSITIONS, TRANSFORMER_DIFFUSERS, TRANSFORMER_NVLABS, KeyMap, translate
 from sana_model.transformer import LINEAR_HEAD_DIM, SanaConfig
 
+DIFFUSERS_VERSION = "0.42.1"  # whose layout is written
+PUBLISHED_CROSS_HEADS = {1152: 16, 2240: 20}  # by width: the one number of a linear DiT that its tensors do not show
 
-def transformer_shape_from_weights(state: dict[str, Tensor], key_map: KeyMap, source: Path) -> dict[str, Any]:
+
+def transformer_config_from_diffusers(settings: dict[str, Any], state: dict[str, Tensor], source: Path) -> SanaConfig:
+    """From diffusers' config.json and tensors. Raises ValueError for a relative of Sana that is not supported."""
+    if settings.get("guidance_embeds"):
+        raise ValueError(f"{source}: guidance_embeds (Sana-Sprint) is not supported")
+    if settings["attention_head_dim"] != LINEAR_HEAD_DIM:
+        raise ValueError(f"{source}: attention_head_dim={settings['attention_head_dim']}, Sana's is {LINEAR_HEAD_DIM}")
+    return SanaConfig(
+        **_shape_from_weights(state, TRANSFORMER_DIFFUSERS, source),
+        num_cross_heads=settings["num_cross_attention_heads"],
+        position_scale=settings.get("interpolation_scale"),
+        base_size=settings["sample_size"] // settings["patch_size"],
+    )
+
+
+def transformer_config_from_nvlabs(state: dict[str, Tensor], source: Path, num_cross_heads: int | None) -> SanaConfig:
+    """From the tensors of a `.pth`. Raises ValueError if the number of cross-attention heads is neither given nor published."""
+    shape = _shape_from_weights(state, TRANSFORMER_NVLABS, source)
+    if num_cross_heads is None and shape["dim"] not in PUBLISHED_CROSS_HEADS:
+        raise ValueError(
+            f"{source} has width {shape['dim']}, which is not a published one ({PUBLISHED_CROSS_HEADS}): "
+            "weights do not show the number of cross-attention heads, pass num_cross_heads="
+        )
+    heads = num_cross_heads or PUBLISHED_CROSS_HEADS[shape["dim"]]
+    return SanaConfig(**shape, **_positions_from_nvlabs(state.get(NVLABS_POSITIONS)), num_cross_heads=heads)
+
+
+def _shape_from_weights(state: dict[str, Tensor], key_map: KeyMap, source: Path) -> dict[str, Any]:
     """The `SanaConfig` fields that tensors show."""
 
-    def their_names(key: str) -> list[str]:
-        return translate(key, key_map).names
+    def their_name(key: str) -> str:
+        return translate(key, key_map).names[0]
 
-    needed = ("patch_embed.proj.weight", "blocks.0.ffn.project.weight", "caption_proj.linear_1.weight")
-    absent = [name for key in needed for name in their_names(key) if name not in state]
-    if absent:
-        raise ValueError(f"{source} is no checkpoint of a linear DiT: it has no {', '.join(absent)}")
-    patch_embed, ffn_project, caption = (state[their_names(key)[0]].shape for key in needed)
+    dimensions = {"patch_embed.proj.weight": 4, "blocks.0.ffn.project.weight": 4, "caption_proj.linear_1.weight": 2}
+    for key, ndim in dimensions.items():
+        name = their_name(key)
+        if name not in state:
+            raise ValueError(f"{source} is no checkpoint of a linear DiT: it has no {name}")
+        if state[name].ndim != ndim:
+            raise ValueError(f"{source}: misshapen {name}: {tuple(state[name].shape)}, expected {ndim} dimensions")
+    patch_embed, ffn_project, caption = (state[their_name(key)].shape for key in dimensions)
     depth = 0
-    while their_names(f"blocks.{depth}.modulation")[0] in state:
+    while their_name(f"blocks.{depth}.modulation") in state:
         depth += 1
     return {
         "dim": patch_embed[0],
@@ -35,12 +68,12 @@ def transformer_shape_from_weights(state: dict[str, Tensor], key_map: KeyMap, so
         "ffn_dim": ffn_project[1],
         "caption_dim": caption[1],
         "depth": depth,
-        "qk_norm": their_names("blocks.0.attention.query_norm.weight")[0] in state,
-        "cross_qk_norm": their_names("blocks.0.cross_attention.query_norm.weight")[0] in state,
+        "qk_norm": their_name("blocks.0.attention.query_norm.weight") in state,
+        "cross_qk_norm": their_name("blocks.0.cross_attention.query_norm.weight") in state,
     }
 
 
-def positions_from_nvlabs(pos_embed: Tensor | None) -> dict[str, Any]:
+def _positions_from_nvlabs(pos_embed: Tensor | None) -> dict[str, Any]:
     """From NVlabs' `pos_embed` (1, base_size^2, D), which is zeros where the model has no positional embedding.
 
     Its first frequency is 1, so the second column's first value is sin(1 / interpolation scale).
@@ -54,17 +87,22 @@ def positions_from_nvlabs(pos_embed: Tensor | None) -> dict[str, Any]:
 
 
 def positions_for_nvlabs(config: SanaConfig, dtype: torch.dtype) -> Tensor:
+    """NVlabs' `pos_embed` (1, base_size^2, D): zeros where there is no positional embedding."""
     if config.position_scale is None:
         return torch.zeros(1, config.base_size**2, config.dim, dtype=dtype)
     size = config.base_size
-    positions = sincos_position_embedding(config.dim, size, size, size, config.position_scale, torch.device("cpu"))
+    positions = sincos_position_embedding(config.dim, size, size, size, config.position_scale)
     return positions[None].to(dtype)
 
 
 def diffusers_transformer_config(config: SanaConfig) -> dict[str, Any]:
+    """The config.json of a `SanaTransformer2DModel`."""
+    mlp_ratio = config.ffn_dim / config.dim
+    if int(mlp_ratio * config.dim) < config.ffn_dim:  # as diffusers takes it
+        mlp_ratio = math.nextafter(mlp_ratio, math.inf)
     return {
         "_class_name": "SanaTransformer2DModel",
-        "_diffusers_version": "0.42.1",
+        "_diffusers_version": DIFFUSERS_VERSION,
         "in_channels": config.in_channels,
         "out_channels": config.in_channels,
         "num_attention_heads": config.num_heads,
@@ -74,7 +112,7 @@ def diffusers_transformer_config(config: SanaConfig) -> dict[str, Any]:
         "cross_attention_head_dim": config.dim // config.num_cross_heads,
         "cross_attention_dim": config.dim,
         "caption_channels": config.caption_dim,
-        "mlp_ratio": config.ffn_dim / config.dim,
+        "mlp_ratio": mlp_ratio,
         "attention_bias": False,
         "sample_size": config.base_size * config.patch_size,
         "patch_size": config.patch_size,
@@ -86,6 +124,7 @@ def diffusers_transformer_config(config: SanaConfig) -> dict[str, Any]:
 
 
 def autoencoder_config_from_diffusers(settings: dict[str, Any], folder: Path) -> AutoencoderConfig:
+    """From diffusers' config.json. Raises ValueError naming a setting that no published family has."""
     variant: Variant = "in" if settings["downsample_block_type"] == "pixel_unshuffle" else "sana"
     config = AutoencoderConfig(
         latent_channels=settings["latent_channels"],
@@ -113,15 +152,16 @@ def _spread(value: Any, count: int) -> Any:
 
 
 def diffusers_autoencoder_config(config: AutoencoderConfig) -> dict[str, Any]:
+    """The config.json of an `AutoencoderDC`."""
     count, shuffles = len(config.widths), config.variant == "in"
     blocks = ["ResBlock" if index < 3 else "EfficientViTBlock" for index in range(count)]
     multiscales = [[] if index < 3 or shuffles else [5] for index in range(count)]
     return {
         "_class_name": "AutoencoderDC",
-        "_diffusers_version": "0.42.1",
+        "_diffusers_version": DIFFUSERS_VERSION,
         "in_channels": 3,
         "latent_channels": config.latent_channels,
-        "attention_head_dim": 32,
+        "attention_head_dim": ATTENTION_HEAD_DIM,
         "encoder_block_types": blocks,
         "decoder_block_types": blocks,
         "encoder_block_out_channels": list(config.widths),
@@ -141,7 +181,29 @@ def diffusers_autoencoder_config(config: AutoencoderConfig) -> dict[str, Any]:
     }
 
 
-def autoencoder_config_from_weights(state: dict[str, Tensor], source: Path) -> AutoencoderConfig:
+def autoencoder_config_from_nvlabs(
+    settings: dict[str, Any], state: dict[str, Tensor], source: Path, scaling_factor: float | None
+) -> AutoencoderConfig:
+    """From efficientvit's tensors and the name in its config.json, if any. Raises ValueError if the scale is not known."""
+    config = _autoencoder_shape_from_weights(state, source)
+    named = AUTOENCODER_PRESETS.get(str(settings.get("model_name")))
+    if scaling_factor is None and named is not None:
+        scaling_factor = named.scaling_factor
+    if scaling_factor is None:
+        scales = {
+            name: preset.scaling_factor
+            for name, preset in AUTOENCODER_PRESETS.items()
+            if replace(preset, scaling_factor=1.0) == config
+        }
+        if len(set(scales.values())) != 1:
+            raise ValueError(
+                f"{source} does not hold the scale of its latents: pass scaling_factor=, published ones are {scales}"
+            )
+        scaling_factor = next(iter(scales.values()))
+    return replace(config, scaling_factor=scaling_factor)
+
+
+def _autoencoder_shape_from_weights(state: dict[str, Tensor], source: Path) -> AutoencoderConfig:
     """The shape that efficientvit's tensors show; the scale, which they do not, is 1."""
 
     def count(prefix: str) -> int:

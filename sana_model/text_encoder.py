@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
-from sana_model.checkpoint_files import resolve
+from sana_model.checkpoint_files import local_target, resolve
 
 DEFAULT_MODEL = "Efficient-Large-Model/gemma-2-2b-it"
 
@@ -98,14 +98,15 @@ class TextEncoder(nn.Module):
         `path` is a local folder, a model id on the hub, or an hf:// or fsspec URI.
         """
         options = {"dtype": dtype or "auto", "attn_implementation": attn_implementation, "variant": variant}
-        local = resolve(path) if "://" in str(path) else path
+        local, tokenizer_local = (resolve(p) if "://" in str(p) else p for p in (path, tokenizer_path or path))
         model = AutoModel.from_pretrained(local, **options)
-        return cls(model, AutoTokenizer.from_pretrained(tokenizer_path or local), config)
+        return cls(model, AutoTokenizer.from_pretrained(tokenizer_local), config)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write model and tokenizer into one folder. `config` is left to the caller."""
-        self.model.save_pretrained(path)
-        self.tokenizer.save_pretrained(path)
+        folder = local_target(path)
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
 
     @property
     def device(self) -> torch.device:
@@ -185,7 +186,7 @@ class TextEncoder(nn.Module):
 
     def _get_prefix(self) -> "_Prefix":
         """The instruction but its last token (always kept, and not always the same), computed once."""
-        place = (self.device, self.dtype)
+        place = (self.device, self.dtype, *((p.data_ptr(), p._version) for p in self.model.parameters()))
         if self._prefix is None or self._prefix.place != place:
             cache = DynamicCache()  # not (config=...), whose sliding-window layers drop what their window has passed
             ids = torch.tensor([self.instruction_ids[:-1]], device=self.device)
@@ -203,7 +204,7 @@ class TextEncoder(nn.Module):
 class _Prefix:
     """A computed instruction of P tokens."""
 
-    place: tuple[torch.device, torch.dtype]
+    place: tuple[object, ...]  # the weights that made it: where they are, and how often they were written to
     first_hidden: Tensor  # (D,), last hidden state of token 0
     layers: list[tuple[Tensor, Tensor]]  # keys and values, (1, heads, P, head_dim)
 

@@ -105,8 +105,9 @@ class SanaTransformer(nn.Module):
         self.final_modulation = nn.Parameter(torch.empty(2, dim))
         self.head = Linear(dim, config.patch_size**2 * config.in_channels)
         self.checkpoint_every = 0
-        # Not a parameter: the null caption's embeddings (300, caption_dim) that NVlabs files carry. Kept so that none is lost.
-        self.register_buffer("null_caption_embeds", None)
+        # The null caption's embeddings (300, caption_dim) that NVlabs files carry: no part of the model, kept for who saves it.
+        self.null_caption_embeds: Tensor | None
+        self.register_buffer("null_caption_embeds", None, persistent=False)
         self.reset_parameters()
 
     @classmethod
@@ -243,13 +244,15 @@ class SanaTransformer(nn.Module):
         config = self.config
         if config.position_scale is None:
             return tokens
-        positions = sincos_position_embedding(config.dim, *size, config.base_size, config.position_scale, tokens.device)
-        return tokens + positions.to(tokens.dtype)
+        positions = sincos_position_embedding(config.dim, *size, config.base_size, config.position_scale)
+        return tokens + positions.to(tokens.device, tokens.dtype)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise as published: Xavier for linear layers, N(0, 0.02) for the time and caption MLPs, none of them zero."""
         for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.RMSNorm):
+                module.reset_parameters()
             if isinstance(module, nn.Linear) and "ffn" not in name:  # the FFN's 1x1 are convolutions there
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:

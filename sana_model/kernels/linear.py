@@ -7,6 +7,7 @@ bfloat16 bias in a pass of its own that costs as much as a third of the product.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 SMALLEST_WEIGHT = 1 << 14  # below it, the call costs more than the product
 
@@ -22,7 +23,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear`, by oneDNN where that serves: (..., in), (out, in), (out,) -> (..., out)."""
     if torch.compiler.is_compiling() or not _served(x, weight):  # the compiler chooses its own kernels
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    needs_grad = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    if torch.is_grad_enabled() and needs_grad:
         return _OneDnnLinear.apply(x, weight, bias)
     return _product(x, weight, bias)
 
@@ -33,9 +35,12 @@ def _served(x: Tensor, weight: Tensor) -> bool:
         and weight.numel() >= SMALLEST_WEIGHT
         and x.dtype == weight.dtype
         and x.dtype in (torch.float32, torch.bfloat16)
+        and x.numel() > 0
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
+        and (x.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
         and not torch.is_autocast_enabled("cpu")
+        and not torch._C._are_functorch_transforms_active()
     )
 
 
@@ -46,10 +51,11 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)  # a frozen weight (LoRA) needs no x
         return _product(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])

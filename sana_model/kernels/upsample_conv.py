@@ -9,29 +9,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def upsample_conv(x: Tensor, phase_kernels: list[Tensor], bias: Tensor | None) -> Tensor:
+def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(B, C, H, W) to (B, C_out, 2H, 2W), equal to `upsample_conv_reference` up to rounding.
-
-    Args:
-        phase_kernels: `make_phase_kernels` of the 3x3 kernel.
+    The kernels are made anew in each call, about 1 % of a 512-px decode: none can be stale.
     """
     batch_size, _, height, width = x.shape
     padded = F.pad(x, (1, 1, 1, 1)).contiguous(memory_format=torch.channels_last)
     phases = (
         F.conv2d(padded[:, :, i // 2 : i // 2 + height + 1, i % 2 : i % 2 + width + 1], kernel, bias)
-        for i, kernel in enumerate(phase_kernels)
+        for i, kernel in enumerate(_make_phase_kernels(weight))
     )
     if torch.is_grad_enabled():
         by_row = torch.stack(list(phases), dim=-1).unflatten(-1, (2, 2))  # (B, C_out, H, W, row, column)
-        return by_row.permute(0, 1, 2, 4, 3, 5).reshape(batch_size, -1, 2 * height, 2 * width)
-    shape = (batch_size, len(phase_kernels[0]), 2 * height, 2 * width)
+        return by_row.permute(0, 1, 2, 4, 3, 5).reshape(batch_size, len(weight), 2 * height, 2 * width)
+    shape = (batch_size, len(weight), 2 * height, 2 * width)
     output = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     for i, phase in enumerate(phases):
         output[:, :, i // 2 :: 2, i % 2 :: 2] = phase
     return output
 
 
-def make_phase_kernels(weight: Tensor) -> list[Tensor]:
+def _make_phase_kernels(weight: Tensor) -> list[Tensor]:
     """The 2x2 kernels of the phases (even row, even column), (even, odd), (odd, even), (odd, odd) of a 3x3 kernel."""
     top, middle, bottom = weight.unbind(2)
     kernels = []
@@ -40,25 +38,6 @@ def make_phase_kernels(weight: Tensor) -> list[Tensor]:
         for columns in ((left, centre + right), (left + centre, right)):
             kernels.append(torch.stack(columns, dim=3).contiguous(memory_format=torch.channels_last))
     return kernels
-
-
-class PhaseKernels:
-    """Keeps the phase kernels of a weight as long as the weight is the same and no gradient is recorded."""
-
-    def __init__(self) -> None:
-        self._made_of: tuple[object, ...] | None = None
-        self._kernels: list[Tensor] = []
-
-    def of(self, weight: Tensor) -> list[Tensor]:
-        if torch.is_grad_enabled() or weight.is_inference() or torch.compiler.is_compiling():
-            return make_phase_kernels(weight)
-        made_of = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
-        if made_of != self._made_of:
-            self._kernels, self._made_of = make_phase_kernels(weight), made_of
-        return self._kernels
-
-    def __getstate__(self) -> dict[str, object]:
-        return {"_made_of": None, "_kernels": []}  # a copy or a pickle of the model makes its own
 
 
 def upsample_conv_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
