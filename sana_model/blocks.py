@@ -57,13 +57,12 @@ class CaptionMemory:
     constant: Tensor | None
     """(S, 1, D): what cross-attention returns for the first S captions, which have one token; None if there are none."""
 
-    def without_first(self, count: int) -> "CaptionMemory":
-        """The memory of the captions after the first `count`."""
-        num_single = 0 if self.constant is None else len(self.constant)
-        constant = self.constant[count:] if self.constant is not None and count < num_single else None
-        dropped = max(count - num_single, 0)
-        key_value = self.key_value
-        return CaptionMemory(None if key_value is None else (key_value[0][dropped:], key_value[1][dropped:]), constant)
+    def drop(self, num_single: int, num_others: int) -> "CaptionMemory":
+        """Without the first `num_single` captions of one token and the first `num_others` of the rest."""
+        keeps_single = self.constant is not None and len(self.constant) > num_single
+        constant = self.constant[num_single:] if self.constant is not None and keeps_single else None
+        key_value = self.key_value and (self.key_value[0][num_others:], self.key_value[1][num_others:])
+        return CaptionMemory(key_value, constant)
 
 
 class CrossAttention(nn.Module):
@@ -79,7 +78,10 @@ class CrossAttention(nn.Module):
         self.key_norm = nn.RMSNorm(dim, eps=1e-5) if qk_norm else nn.Identity()
 
     def remember(self, caption: CaptionTokens | None, single: CaptionTokens | None = None) -> CaptionMemory:
-        """Captions, and before them those of one token, on which softmax puts its whole weight whatever the query is."""
+        """Project captions once: those of one token, if any, come first in the batch.
+
+        On a single token softmax puts its whole weight whatever the query is, so the result is that token's value for all.
+        """
         key_value = constant = None
         if caption is not None:
             key, value = self.key_value(caption.packed).chunk(2, dim=-1)

@@ -185,8 +185,11 @@ class TextEncoder(nn.Module):
         return self.model(input_ids=input_ids, past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
     def _get_prefix(self) -> "_Prefix":
-        """The instruction but its last token (always kept, and not always the same), computed once."""
-        place = (self.device, self.dtype, *((p.data_ptr(), p._version) for p in self.model.parameters()))
+        """The instruction but its last token (always kept, and not always the same), computed once for the weights as they are.
+
+        Weights that are written to through `.data` leave no trace: make a new TextEncoder then.
+        """
+        place = (self.device, self.dtype, *map(_identity, self.model.parameters()))
         if self._prefix is None or self._prefix.place != place:
             cache = DynamicCache()  # not (config=...), whose sliding-window layers drop what their window has passed
             ids = torch.tensor([self.instruction_ids[:-1]], device=self.device)
@@ -227,6 +230,11 @@ class _PrefixLayer(DynamicLayer):
         shape = (len(key_states), -1, -1, -1)
         keys = torch.cat([self.keys.expand(shape), key_states], dim=2)
         return keys, torch.cat([self.values.expand(shape), value_states], dim=2)
+
+
+def _identity(weight: Tensor) -> tuple[int, int]:
+    """Where a weight is and how often it was written to."""
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
 def _plan_batches(lengths: list[int], reused: list[int]) -> Iterator[list[int]]:

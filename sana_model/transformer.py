@@ -74,11 +74,11 @@ class CaptionState:
 
     def without_first(self, count: int) -> "CaptionState":
         """The state of the captions after the first `count`."""
-        num_single = max(self.num_single - count, 0)
-        dropped = max(count - self.num_single, 0)
-        mask = None if self.attention_mask is None else self.attention_mask[dropped:]
-        memories = [memory.without_first(count) for memory in self.memories]
-        return CaptionState(self.batch_size - count, num_single, memories, mask)
+        dropped_single = min(count, self.num_single)
+        dropped_others = count - dropped_single
+        memories = [memory.drop(dropped_single, dropped_others) for memory in self.memories]
+        mask = None if self.attention_mask is None else self.attention_mask[dropped_others:]
+        return CaptionState(self.batch_size - count, self.num_single - dropped_single, memories, mask)
 
 
 class SanaTransformer(nn.Module):

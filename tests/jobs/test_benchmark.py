@@ -2,9 +2,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from jobs.benchmark.solver import STEPS, mixture_errors
 from jobs.benchmark.tiling import peak_mib
+from jobs.benchmark.timing import count_flops
+from sana_model.kernels.linear import Linear
 
 
 def test_flow_dpm_solver_needs_fewer_steps_than_euler_on_a_gaussian_mixture():
@@ -25,6 +28,13 @@ def test_memory_in_tiles_is_bounded_by_the_tile(what):
     assert peaks[2048, None] > 3 * peaks[1024, None] > 6 * image_mib
     assert peaks[2048, 256] < peaks[1024, 256] + 2 * image_mib
     assert peaks[2048, 256] < peaks[2048, None] / 4
+
+
+def test_operations_are_counted_whoever_multiplies():
+    x = torch.randn(6, 192)
+    for layer in (torch.nn.Linear(192, 160), Linear(192, 160)):
+        with torch.no_grad():
+            assert count_flops(lambda layer=layer: layer(x)) == 2 * 6 * 192 * 160
 
 
 def run_benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:

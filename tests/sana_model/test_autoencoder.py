@@ -31,8 +31,10 @@ def test_encode_and_decode_equal_diffusers(name, tmp_path):
     config = FAMILIES[name]
     theirs = diffusers_autoencoder(config)
     theirs.save_pretrained(tmp_path)
-    ours = DCAutoencoder.from_pretrained(tmp_path).eval()
-    assert ours.config == config
+    ours = DCAutoencoder.from_pretrained(tmp_path)
+    assert ours.config == config and not ours.training
+    convolution = ours.decoder.stages[0][-1].conv1 if config.decoder_depths[0] else ours.decoder.stages[1][-1].conv1
+    assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(1)
     image = torch.rand(2, 3, 2 * config.compression, 3 * config.compression, generator=generator) * 2 - 1
     with torch.no_grad():
@@ -61,20 +63,17 @@ def test_upsampling_by_phases_equals_repeating_pixels(size, grad):
             assert_close(left, right, 1e-5)
 
 
-def test_tiles_blend_to_the_whole_where_the_model_is_local():
-    """A convolutional map is the same in tiles as in one piece away from the tiles' borders, and blending keeps a constant."""
+@pytest.mark.parametrize(("tile_size", "overlap"), [(32, 16), (32, 0), (24, 8), (512, 64)])
+def test_tiles_blend_to_the_whole_where_the_model_is_local(tile_size, overlap):
+    """With an encoder and a decoder in which each latent is about its own pixels alone, tiles and the whole are the same."""
     model = tiny_autoencoder()
-    image = torch.full((1, 3, 72, 120), 0.3)
+    model.encoder = torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Conv2d(3, 8, 1))
+    model.decoder = torch.nn.Sequential(torch.nn.Conv2d(8, 3, 1), torch.nn.Upsample(scale_factor=8))
+    image = torch.randn(2, 3, 72, 120, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        model.encoder = torch.nn.AvgPool2d(8)  # local: every latent depends on its own pixels alone
-        latents = model.encode(torch.arange(72 * 120.0).view(1, 1, 72, 120).expand(1, 8, -1, -1)[:, :3])
-        model.encoder = torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Conv2d(3, 8, 1))
-        whole, tiled = model.encode(image), model.encode(image, tile_size=32, tile_overlap=16)
-        assert_close(tiled, whole, 1e-5)
-        model.decoder = torch.nn.Sequential(torch.nn.Conv2d(8, 3, 1), torch.nn.Upsample(scale_factor=8))
-        for tile_size, overlap in ((32, 16), (32, 0), (24, 8), (512, 64)):
-            assert_close(model.decode(whole, tile_size=tile_size, tile_overlap=overlap), model.decode(whole), 1e-5)
-    assert latents.shape == (1, 3, 9, 15)
+        latents, decoded = model.encode(image), model.decode(model.encode(image))
+        assert_close(model.encode(image, tile_size=tile_size, tile_overlap=overlap), latents, 1e-5)
+        assert_close(model.decode(latents, tile_size=tile_size, tile_overlap=overlap), decoded, 1e-5)
 
 
 def test_tiled_decode_has_no_seam():
@@ -127,3 +126,34 @@ def test_bad_input_is_named():
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_the_callers_tensors_are_left_alone():
+    model = tiny_autoencoder()
+    image = torch.rand(1, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    latents = torch.randn(1, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    kept = image.clone(), latents.clone()
+    with torch.no_grad():
+        model.encode(image), model.decode(latents)
+        model.encode(image, tile_size=16), model.decode(latents, tile_size=16)
+    assert torch.equal(image, kept[0]) and torch.equal(latents, kept[1])
+
+
+def test_weights_written_behind_autograds_back_are_seen():
+    """EMA swaps, merged LoRAs and DeepSpeed write through `.data`."""
+    model, latents = tiny_autoencoder(), torch.randn(1, 8, 4, 4)
+    with torch.no_grad():
+        model.decode(latents)
+        for parameter in model.parameters():
+            parameter.data.mul_(0.5)
+        changed = model.decode(latents)
+        fresh = DCAutoencoder(model.config).eval()
+        fresh.load_state_dict(model.state_dict())
+        assert_close(changed, fresh.decode(latents), 1e-6)
+
+
+def test_results_with_and_without_gradients_are_the_same():
+    model, image = tiny_autoencoder(), torch.rand(1, 3, 32, 48)
+    with_gradients = model.decode(model.encode(image))
+    with torch.no_grad():
+        assert_close(model.decode(model.encode(image)), with_gradients.detach(), 1e-6)

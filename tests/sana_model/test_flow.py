@@ -67,6 +67,7 @@ def test_sampled_sigmas_stay_inside_0_and_1_where_the_sigmoid_saturates(mean: fl
     assert sigmas.min() > 0 and sigmas.max() < 1
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_cpu_generator_gives_the_same_sigmas_on_a_gpu() -> None:
     on_gpu = sample_sigmas(64, shift=3.0, generator=generator(), device="cuda")

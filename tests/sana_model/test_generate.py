@@ -100,6 +100,7 @@ def test_flow_euler_equals_diffusers(ours, diffusers_folder):
     pipeline.set_progress_bar_config(disable=True)
     wanted = run_theirs(pipeline, num_inference_steps=8)
     images = ours(PROMPTS, **SIZE, generator=torch.Generator().manual_seed(7), num_steps=8, solver="flow_euler")
+    assert_a_picture(wanted)
     assert largest_difference(images, wanted) <= 2
 
 
@@ -126,9 +127,16 @@ def test_nvlabs_file_carries_the_null_caption_and_loads_with_the_other_parts(our
     assert embedding.shape == (300, TINY.caption_dim)
     assert torch.equal(embedding[: null_embeds.shape[1]], null_embeds[0]) and not embedding[null_embeds.shape[1] :].any()
     assert ours.transformer.null_caption_embeds is None
-    loaded = SanaTransformer.from_pretrained(tmp_path / "model.pth", num_cross_heads=TINY.num_cross_heads)
+    again = TextToImage.from_pretrained(
+        tmp_path / "model.pth",
+        num_cross_heads=TINY.num_cross_heads,
+        autoencoder=tmp_path / "sana" / "autoencoder",
+        text_encoder=tmp_path / "sana" / "text_encoder",
+        flow_shift=2.0,
+    )
+    assert again.flow_shift == 2.0 and again.text_encoder.config == NVLABS_PROMPTS
     for name, tensor in ours.transformer.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor)
+        assert torch.equal(again.transformer.state_dict()[name], tensor)
 
 
 def test_a_seed_means_the_same_image_in_any_batch(ours):

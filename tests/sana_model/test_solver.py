@@ -159,6 +159,7 @@ def test_latents_stay_in_float32_around_a_bf16_model(solver_name: str) -> None:
     assert torch.equal(done[-1][1], latents)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("solver_name", SOLVERS)
 def test_a_grid_on_the_cpu_serves_latents_on_a_gpu(solver_name: str) -> None:

@@ -266,6 +266,10 @@ def test_kept_prefix_is_never_changed_and_follows_the_weights() -> None:
     rounded, _ = encoder.encode(["cat"])
     fresh, _ = TextEncoder(encoder.model, encoder.tokenizer).encode(["cat"])
     assert torch.equal(rounded, fresh) and not torch.equal(rounded, exact)
+    encoder.model.load_state_dict({name: 2 * tensor for name, tensor in encoder.model.state_dict().items()})
+    loaded, _ = encoder.encode(["cat"])
+    fresh, _ = TextEncoder(encoder.model, encoder.tokenizer).encode(["cat"])
+    assert torch.equal(loaded, fresh) and not torch.equal(loaded, rounded)
     encoder.model.to(torch.bfloat16)  # behind the encoder's back
     half, _ = encoder.encode(["cat"])
     fresh, _ = TextEncoder(encoder.model, encoder.tokenizer).encode(["cat"])

@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -113,6 +116,37 @@ def test_onednn_linear_equals_torch_forward_and_backward(dtype, bias):
         assert_close(ours.float(), theirs.float(), tolerance)
 
 
+def test_onednn_linear_gives_a_lone_bias_its_gradient():
+    layer = Linear(192, 160)
+    layer.weight.requires_grad_(False)
+    layer(torch.randn(4, 192)).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((160,), 4.0))
+
+
+def test_onednn_linear_refuses_second_derivatives_rather_than_get_them_wrong():
+    layer, x = Linear(192, 160), torch.randn(4, 192, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_onednn_linear_serves_no_rows_and_function_transforms():
+    layer = Linear(192, 160)
+    layer(torch.randn(0, 192, requires_grad=True)).sum().backward()
+    x = torch.randn(5, 192)
+    assert_close(torch.func.vmap(layer)(x).detach(), layer(x).detach(), 1e-5)
+
+
+def test_bfloat16_works_on_a_processor_without_it():
+    program = (
+        "import torch; from sana_model.kernels.linear import Linear;"
+        "print(Linear(192, 160, dtype=torch.bfloat16)(torch.ones(2, 192, dtype=torch.bfloat16)).shape)"
+    )
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "DNNL_MAX_CPU_ISA": "AVX2"}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert "[2, 160]" in run.stdout, run.stderr[-1000:]
+
+
 def test_padding_and_junk_behind_the_mask_never_matter():
     model = scramble(SanaTransformer(TINY))
     latents, timestep, caption_embeds, caption_mask = make_inputs(TINY, (6, 8))
@@ -194,6 +228,16 @@ def test_initialisation_is_the_published_one():
     assert torch.all(block.cross_attention.proj.bias == 0)
 
 
+def test_reset_parameters_leaves_nothing_as_it_was():
+    with torch.device("meta"):
+        model = SanaTransformer(TINY)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))
+    model.reset_parameters()
+    assert not [name for name, parameter in model.named_parameters() if parameter.isnan().any()]
+
+
 def test_block_compiles_without_graph_breaks():
     model = scramble(SanaTransformer(TINY))
     latents, timestep, caption_embeds, caption_mask = make_inputs(TINY, (4, 4))
@@ -203,8 +247,10 @@ def test_block_compiles_without_graph_breaks():
     _, modulation = model.time_embed(timestep)
     for kind in (caption, memory):
         mask = caption.attention_mask if kind is caption else caption.attention_mask[1:]
-        explanation = torch._dynamo.explain(model.blocks[0])(tokens, modulation, kind, mask, (4, 4))
-        assert explanation.graph_break_count == 0, explanation.break_reasons
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                explanation = torch._dynamo.explain(model.blocks[0])(tokens, modulation, kind, mask, (4, 4))
+            assert explanation.graph_break_count == 0, explanation.break_reasons
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import uuid
 from dataclasses import replace
 
 import fsspec
+import huggingface_hub
 import pytest
 import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
@@ -12,6 +13,7 @@ from diffusers.loaders.single_file_utils import (
     convert_autoencoder_dc_checkpoint_to_diffusers,
     convert_sana_transformer_to_diffusers,
 )
+from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.torch import load_file, save_file
 
 from sana_model import checkpoint_files
@@ -105,9 +107,10 @@ def test_diffusers_loads_what_we_save(config, tmp_path):
     assert_same_tensors(SanaTransformer.from_pretrained(tmp_path / "again").state_dict(), ours.state_dict())
 
 
-def test_sharded_and_variant_safetensors_load(tmp_path):
+@pytest.mark.parametrize("variant", [None, "bf16"])
+def test_sharded_and_variant_safetensors_load(variant, tmp_path):
     theirs = diffusers_transformer(TINY)
-    theirs.save_pretrained(tmp_path / "shards", max_shard_size="200KB", variant="bf16")
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="200KB", variant=variant)
     theirs.save_pretrained(tmp_path / "single", variant="fp16")
     assert len(list((tmp_path / "shards").glob("*-of-*.safetensors"))) > 2
     plain = SanaTransformer.from_pretrained(tmp_path / "shards").state_dict()
@@ -115,6 +118,87 @@ def test_sharded_and_variant_safetensors_load(tmp_path):
     next((tmp_path / "shards").glob("*-00002-of-*.safetensors")).unlink()
     with pytest.raises(ValueError, match=r"shards that are not there.*00002-of"):
         SanaTransformer.from_pretrained(tmp_path / "shards")
+
+
+def test_a_safetensors_file_is_known_by_the_config_beside_it(tmp_path):
+    ours = scramble(SanaTransformer(TINY))
+    ours.save_pretrained(tmp_path / "ours")
+    ours.save_pretrained(tmp_path / "diffusers", layout="diffusers")
+    for file in ("ours/model.safetensors", "diffusers/diffusion_pytorch_model.safetensors"):
+        assert_same_tensors(SanaTransformer.from_pretrained(tmp_path / file).state_dict(), ours.state_dict())
+
+
+def test_hub_addresses_name_owner_revision_and_folder(tmp_path, monkeypatch):
+    """Against a cache as the hub's own client lays it out; nothing is fetched."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--owner--name"
+    for revision, seed in (("main", 0), ("refs/pr/3", 1)):
+        commit = f"{seed:040x}"
+        ref = repository / "refs" / revision
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(commit)
+        scramble(SanaTransformer(TINY), seed).save_pretrained(repository / "snapshots" / commit / "transformer")
+    for address, seed in [("owner/name", 0), ("owner/name/transformer", 0), ("owner/name@refs%2Fpr%2F3/transformer", 1)]:
+        loaded = SanaTransformer.from_pretrained(f"hf://{address}")
+        assert_same_tensors(loaded.state_dict(), scramble(SanaTransformer(TINY), seed).state_dict())
+    with pytest.raises(FileNotFoundError, match="holds no 'vae'"):
+        DCAutoencoder.from_pretrained("hf://owner/name/vae")
+    with pytest.raises(ValueError, match="hf://owner/name"):
+        SanaTransformer.from_pretrained("hf://gpt2")
+
+
+class UnstampedFileSystem(MemoryFileSystem):
+    """As https: it does not tell when a file changed."""
+
+    protocol = "unstamped"
+
+    def info(self, path, **kwargs):
+        return {name: value for name, value in super().info(path, **kwargs).items() if name != "created"}
+
+
+def test_a_uri_that_tells_no_time_is_fetched_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_files, "CACHE_DIR", tmp_path / "cache")
+    fsspec.register_implementation("unstamped", UnstampedFileSystem, clobber=True)
+    for seed in (0, 1):
+        model = scramble(SanaTransformer(TINY), seed)
+        model.save_pretrained(tmp_path / "ours")
+        fsspec.filesystem("unstamped").put(str(tmp_path / "ours") + "/", "unstamped://run/", recursive=True)
+        assert_same_tensors(SanaTransformer.from_pretrained("unstamped://run").state_dict(), model.state_dict())
+
+
+def test_saving_to_a_uri_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for layout in ("sana", "diffusers", "nvlabs"):
+        for model in (SanaTransformer(TINY), DCAutoencoder.from_preset("tiny")):
+            with pytest.raises(ValueError, match="s3://bucket/x' is a URI"):
+                model.save_pretrained("s3://bucket/x", layout=layout)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_layout_saved_into_the_same_folder_replaces_the_first(tmp_path):
+    first, second = (scramble(SanaTransformer(TINY), seed) for seed in (0, 1))
+    first.null_caption_embeds = torch.zeros(3, TINY.caption_dim)
+    for one, two in (("diffusers", "sana"), ("sana", "diffusers")):
+        first.save_pretrained(tmp_path, layout=one)
+        assert SanaTransformer.from_pretrained(tmp_path).null_caption_embeds is not None
+        second.save_pretrained(tmp_path, layout=two)
+        loaded = SanaTransformer.from_pretrained(tmp_path)
+        assert_same_tensors(loaded.state_dict(), second.state_dict())
+        assert loaded.null_caption_embeds is None
+
+
+def test_state_dict_of_a_published_file_loads_into_a_fresh_model(tmp_path):
+    torch.save({"state_dict": nvlabs_state(TINY)}, tmp_path / "x.pth")
+    loaded = SanaTransformer.from_pretrained(tmp_path / "x.pth", num_cross_heads=4)
+    assert loaded.null_caption_embeds is not None and not loaded.training
+    SanaTransformer(loaded.config).load_state_dict(loaded.state_dict())
+
+
+def test_a_feed_forward_width_that_rounds_down_survives_diffusers(tmp_path):
+    config = replace(TINY, dim=352, ffn_dim=480)
+    assert int(480 / 352 * 352) == 479
+    SanaTransformer(config).save_pretrained(tmp_path, layout="diffusers")
+    assert SanaTransformer2DModel.from_pretrained(tmp_path).transformer_blocks[0].ff.conv_point.weight.shape[1] == 480
 
 
 def test_ema_is_taken_when_asked_for(tmp_path):
@@ -217,6 +301,20 @@ def test_damaged_files_are_named(tmp_path):
         SanaTransformer.from_pretrained(tmp_path / "cut.pth")
 
 
+def test_torch_files_of_something_else_are_named(tmp_path):
+    for content in (torch.zeros(3), [torch.zeros(3)], {"state_dict": [torch.zeros(3)]}, {"step": 7}):
+        torch.save(content, tmp_path / "x.pth")
+        with pytest.raises(ValueError, match=r"x\.pth"):
+            SanaTransformer.from_pretrained(tmp_path / "x.pth")
+    generator = torch.Generator().manual_seed(0)
+    for start in (b"PK", b"\x80", b"\x80\x02}q", b""):
+        for _ in range(20):
+            noise = torch.randint(0, 256, (60,), generator=generator, dtype=torch.uint8).numpy().tobytes()
+            (tmp_path / "x.pth").write_bytes(start + noise)
+            with pytest.raises(ValueError, match=r"x\.pth"):
+                SanaTransformer.from_pretrained(tmp_path / "x.pth")
+
+
 def test_checkpoints_of_another_model_are_named(tmp_path):
     transformer, autoencoder = scramble(SanaTransformer(TINY)), scramble(DCAutoencoder.from_preset("tiny"))
     transformer.save_pretrained(tmp_path / "dit")
@@ -248,6 +346,14 @@ def test_missing_extra_and_misshapen_tensors_are_named_as_the_file_names_them(tm
         r"missing transformer_blocks\.1\.attn1\.to_k\.weight": lambda s: s.pop("transformer_blocks.1.attn1.to_k.weight"),
         r"extra transformer_blocks\.0\.lora": lambda s: s.update({"transformer_blocks.0.lora": torch.zeros(2)}),
         r"misshapen proj_out\.bias: \(3,\), expected \(8,\)": lambda s: s.update({"proj_out.bias": torch.zeros(3)}),
+        r"misshapen .*0\.attn1\.to_k\.weight: \(64, 32\), expected \(64, 64\)": lambda s: s.update(
+            {"transformer_blocks.0.attn1.to_k.weight": torch.zeros(64, 32)}
+        ),
+        # Their sum is right, so that joined they would fit, with rows in the wrong roles.
+        r"misshapen .*0\.attn1\.to_k\.weight: \(32, 64\).*\n.*misshapen .*to_v\.weight: \(96, 64\)": lambda s: s.update(
+            {f"transformer_blocks.0.attn1.to_{n}.weight": torch.zeros(rows, 64) for n, rows in (("k", 32), ("v", 96))}
+        ),
+        r"misshapen patch_embed\.proj\.weight: \(64, 8\)": lambda s: s.update({"patch_embed.proj.weight": torch.zeros(64, 8)}),
     }
     for message, change in changes.items():
         state = dict(whole)
