@@ -6,22 +6,25 @@ import sys
 from tqdm import tqdm
 
 MEASURE = """
-import resource, sys, torch
+import re, sys, torch
 from sana_model.autoencoder import DCAutoencoder
 what, preset, size, tile, dtype = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), getattr(torch, sys.argv[5])
 model = DCAutoencoder.from_preset(preset).to(dtype).eval()
 factor, channels = model.compression, model.config.latent_channels
 shape = (1, 3, size, size) if what == "encode" else (1, channels, size // factor, size // factor)
 x = torch.randn(shape, dtype=dtype)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def memory_kib(field):
+    return int(re.search(field + r":\\s+(\\d+) kB", open("/proc/self/status").read()).group(1))
+open("/proc/self/clear_refs", "w").write("5")  # the peak so far, while loading, is forgotten
+before = memory_kib("VmRSS")
 with torch.no_grad():
     getattr(model, what)(x, tile_size=tile or None)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print((memory_kib("VmHWM") - before) / 1024)
 """
 
 
 def peak_mib(what: str, size: int, tile: int | None, preset: str, dtype: str) -> float:
-    """MiB by which encoding or decoding raises a fresh process's peak over what the loaded model takes (CPU)."""
+    """MiB by which encoding or decoding raises a fresh process's peak over what the loaded model takes (CPU, Linux)."""
     arguments = [what, preset, str(size), str(tile or 0), dtype]
     run = subprocess.run([sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True)
     if run.returncode:
