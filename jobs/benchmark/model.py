@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
@@ -24,6 +25,21 @@ INSTRUCTION_TOKENS = 242  # with them the published computation runs over 540 to
 NUM_STEPS, GUIDANCE_SCALE, FLOW_SHIFT = 20, 4.5, 3.0
 
 Pair = tuple[Callable[[], Any], Callable[[], Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What `benchmark_model` was asked for."""
+
+    device: torch.device
+    depth: int
+    text_depth: int
+    sizes: list[int]
+    batch_size: int
+    parts: list[str]
+    autoencoder_size: int
+    captions: int
+    repeats: int
 
 
 def benchmark_model(
@@ -58,53 +74,56 @@ def benchmark_model(
     unknown = sorted(set(parts) - set(PARTS))
     if unknown:
         raise SystemExit(f"unknown parts {unknown}: choose from {list(PARTS)}")
-    where = torch.device(device)
-    name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"{platform.processor() or platform.machine()}"
+    options = Options(
+        device=torch.device(device),
+        depth=depth,
+        text_depth=text_depth,
+        sizes=sizes,
+        batch_size=batch_size,
+        parts=parts,
+        autoencoder_size=autoencoder_size,
+        captions=captions,
+        repeats=repeats,
+    )
+    name = torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else platform.machine()
     print(f"torch {torch.__version__}, diffusers {diffusers.__version__}, {name}, {torch.get_num_threads()} CPU threads")
     print(f"depth {depth}, text depth {text_depth}, batch {batch_size}")
     timings = []
-    for dtype_name in dtypes:
-        dtype = getattr(torch, dtype_name)
-        for entry in _entries(parts, where, dtype, depth, text_depth, sizes, batch_size, autoencoder_size, captions, repeats):
-            timings.append(time_entry(entry, where))
+    for dtype in dtypes:
+        for entry in _entries(options, getattr(torch, dtype)):
+            timings.append(time_entry(entry, options.device))
             print(format_table(timings[-1:]).splitlines()[-1], flush=True)
     print("\n" + format_table(timings))
 
 
-def _entries(
-    parts: list[str],
-    device: torch.device,
-    dtype: torch.dtype,
-    depth: int,
-    text_depth: int,
-    sizes: list[int],
-    batch_size: int,
-    autoencoder_size: int,
-    captions: int,
-    repeats: int,
-) -> Iterator[Entry]:
+def _entries(options: Options, dtype: torch.dtype) -> Iterator[Entry]:
     """One part's models at a time are in memory."""
-    label = str(dtype).removeprefix("torch.")
-    few = max(repeats // 2, 1)
+    label, few = str(dtype).removeprefix("torch."), max(options.repeats // 2, 1)
+    device, batch_size, parts = options.device, options.batch_size, options.parts
 
     def entry(what: str, size: int | str, pair: Pair, times: int, forward: Pair | None = None) -> Entry:
         name = f"{what} {size} {label}"
         return Entry(name=name, ours=pair[0], peer=pair[1], dtype=dtype, repeats=times, forward=forward)
 
-    transformer_parts = {"forward": (_forward, repeats), "training": (_training, repeats), "sampling": (_sampling, few)}
+    transformer_parts = {
+        "forward": (_forward, options.repeats),
+        "training": (_training, options.repeats),
+        "sampling": (_sampling, few),
+    }
     if transformer_parts.keys() & set(parts):
-        ours, peer = _transformers(device, dtype, depth)
-        for size in sizes:
+        ours, peer = _transformers(device, dtype, options.depth)
+        for size in options.sizes:
             for part in [part for part in transformer_parts if part in parts]:
                 make, times = transformer_parts[part]
                 forward = _forward(ours, peer, size, batch_size) if part == "training" else None
                 yield entry(f"transformer {part}", f"{size} px", make(ours, peer, size, batch_size), times, forward)
         del ours, peer
     if "autoencoder" in parts:
-        for what, pair in _autoencoder(device, dtype, autoencoder_size, batch_size).items():
-            yield entry(f"DC-AE {what}", f"{autoencoder_size} px", pair, few)
+        for what, pair in _autoencoder(device, dtype, options.autoencoder_size, batch_size).items():
+            yield entry(f"DC-AE {what}", f"{options.autoencoder_size} px", pair, few)
     if "text" in parts:
-        yield entry("text encoder", f"{captions} captions", _text(device, dtype, text_depth, captions), few)
+        pair = _text(device, dtype, options.text_depth, options.captions)
+        yield entry("text encoder", f"{options.captions} captions", pair, few)
 
 
 def _transformers(device: torch.device, dtype: torch.dtype, depth: int) -> tuple[SanaTransformer, SanaTransformer2DModel]:
