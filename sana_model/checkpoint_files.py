@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 CACHE_DIR = Path(os.environ.get("SANA_CACHE", Path.home() / ".cache" / "sana_model"))
 WEIGHT_STEMS = ("model", "diffusion_pytorch_model")  # ours, transformers' and efficientvit's; diffusers'
+PIPELINE_INDEXES = ("pipeline.json", "model_index.json")  # ours, diffusers'
 UNWANTED = ["*.bin", "*.onnx", "*.msgpack", "*.h5", "*.ckpt"]
 
 

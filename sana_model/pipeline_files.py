@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sana_model.autoencoder import DCAutoencoder
-from sana_model.checkpoint_files import find_variant, local_target, read_json, resolve, write_json
+from sana_model.checkpoint_files import PIPELINE_INDEXES, find_variant, local_target, read_json, resolve, write_json
 from sana_model.generate import DEFAULT_FLOW_SHIFT, TextToImage
 from sana_model.published_configs import DIFFUSERS_VERSION
 from sana_model.text_encoder import DEFAULT_MODEL, DIFFUSERS_PROMPTS, NVLABS_PROMPTS, TextEncoder, TextEncoderConfig
@@ -77,6 +77,8 @@ def save_pipeline(pipeline: TextToImage, path: str | Path, *, layout: str = "san
     if layout == "nvlabs":
         save_transformer(pipeline.transformer, folder, layout=layout, null_caption_embeds=_padded_null_caption(pipeline))
         return
+    for index in PIPELINE_INDEXES:  # written last: a save that is cut short, or in another layout, leaves no old pipeline
+        (folder / index).unlink(missing_ok=True)
     pipeline.transformer.save_pretrained(folder / "transformer", layout=layout)
     if layout == "diffusers":
         _save_diffusers_companions(pipeline, folder)

@@ -135,7 +135,8 @@ def autoencoder_config_from_diffusers(settings: dict[str, Any], folder: Path) ->
         scaling_factor=settings["scaling_factor"],
     )
     expected = diffusers_autoencoder_config(config)
-    for name in set(expected) & set(settings) - {"_diffusers_version"}:
+    # Published Sana configurations write "Conv" for "conv": diffusers too asks only whether it is pixel_unshuffle.
+    for name in set(expected) & set(settings) - {"_diffusers_version", "downsample_block_type"}:
         came, wanted = _spread(settings[name], len(config.widths)), _spread(expected[name], len(config.widths))
         if came != wanted:
             raise ValueError(f"{folder}: {name}={settings[name]} is of no published DC-AE family, which have {expected[name]}")

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from sana_model import key_maps
 from sana_model.autoencoder import AutoencoderConfig, DCAutoencoder
 from sana_model.checkpoint_files import (
+    PIPELINE_INDEXES,
+    WEIGHT_STEMS,
     local_target,
     read_json,
     read_safetensors,
@@ -192,12 +194,19 @@ def _export(state: dict[str, Tensor], key_map: KeyMap) -> dict[str, Tensor]:
 
 
 def _write_folder(folder: Path, stem: str, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Weights, then config.json; what an earlier save in another layout left there is removed."""
+    """Weights, then config.json; what an earlier save in another layout or in shards left there is removed.
+
+    Raises ValueError for the folder of a whole pipeline, from which a load would take the old model in the subfolder.
+    """
+    if any((folder / index).exists() for index in PIPELINE_INDEXES):
+        raise ValueError(f"{folder} holds a whole pipeline: save one model into its subfolder, or the pipeline over it")
     write_safetensors(folder / f"{stem}.safetensors", weights)
     write_json(folder / "config.json", config)
-    for other in {"model", "diffusion_pytorch_model"} - {stem}:
-        (folder / f"{other}.safetensors").unlink(missing_ok=True)
-    (folder / NULL_CAPTION_FILE).unlink(missing_ok=True)
+    stale = [folder / NULL_CAPTION_FILE, *(folder / f"{other}.safetensors" for other in WEIGHT_STEMS if other != stem)]
+    for name in WEIGHT_STEMS:
+        stale += [folder / f"{name}.safetensors.index.json", *folder.glob(f"{name}-*-of-*.safetensors")]
+    for path in stale:
+        path.unlink(missing_ok=True)
 
 
 def _write_pth(path: Path, weights: dict[str, Tensor]) -> None:

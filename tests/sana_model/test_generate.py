@@ -119,6 +119,20 @@ def test_our_own_folder_round_trips(ours, tmp_path):
     assert largest_difference(again(PROMPTS, **draw), ours(PROMPTS, **draw)) == 0
 
 
+@pytest.mark.parametrize(("first", "second"), [("sana", "diffusers"), ("diffusers", "sana")])
+def test_a_pipeline_saved_over_another_layout_is_the_new_one(ours, first, second, tmp_path):
+    ours.save_pretrained(tmp_path, layout=first)
+    changed = TextToImage.from_pretrained(tmp_path, flow_shift=5.0)
+    with torch.no_grad():
+        changed.autoencoder.decoder.conv_in.weight.mul_(1.5)
+    changed.save_pretrained(tmp_path, layout=second)
+    again = TextToImage.from_pretrained(tmp_path)
+    assert again.flow_shift == 5.0
+    assert torch.equal(again.autoencoder.decoder.conv_in.weight, changed.autoencoder.decoder.conv_in.weight)
+    with pytest.raises(ValueError, match="holds a whole pipeline"):
+        again.transformer.save_pretrained(tmp_path)
+
+
 def test_nvlabs_file_carries_the_null_caption_and_loads_with_the_other_parts(ours, tmp_path):
     ours.save_pretrained(tmp_path / "sana")
     ours.save_pretrained(tmp_path / "model.pth", layout="nvlabs")

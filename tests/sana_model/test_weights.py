@@ -187,6 +187,23 @@ def test_another_layout_saved_into_the_same_folder_replaces_the_first(tmp_path):
         assert loaded.null_caption_embeds is None
 
 
+def test_saving_over_shards_leaves_none_behind(tmp_path):
+    diffusers_transformer(TINY).save_pretrained(tmp_path, max_shard_size="200KB")
+    model = SanaTransformer.from_pretrained(tmp_path)
+    with torch.no_grad():
+        model.head.weight.add_(1)
+    model.save_pretrained(tmp_path, layout="diffusers")
+    assert torch.equal(SanaTransformer2DModel.from_pretrained(tmp_path).proj_out.weight, model.head.weight)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
+
+
+def test_sanas_published_spelling_of_conv_is_understood(tmp_path):
+    diffusers_autoencoder(FAMILIES["dc-ae-f32c32-sana-1.1"]).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"downsample_block_type": "Conv"}))
+    assert DCAutoencoder.from_pretrained(tmp_path).config == FAMILIES["dc-ae-f32c32-sana-1.1"]
+
+
 def test_state_dict_of_a_published_file_loads_into_a_fresh_model(tmp_path):
     torch.save({"state_dict": nvlabs_state(TINY)}, tmp_path / "x.pth")
     loaded = SanaTransformer.from_pretrained(tmp_path / "x.pth", num_cross_heads=4)
