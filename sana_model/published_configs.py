@@ -22,6 +22,8 @@ def transformer_config_from_diffusers(settings: dict[str, Any], state: dict[str,
     """From diffusers' config.json and tensors. Raises ValueError for a relative of Sana that is not supported."""
     if settings.get("guidance_embeds"):
         raise ValueError(f"{source}: guidance_embeds (Sana-Sprint) is not supported")
+    if settings.get("timestep_scale", 1.0) != 1.0:
+        raise ValueError(f"{source}: timestep_scale={settings['timestep_scale']} is not supported, Sana's is 1.0")
     if settings["attention_head_dim"] != LINEAR_HEAD_DIM:
         raise ValueError(f"{source}: attention_head_dim={settings['attention_head_dim']}, Sana's is {LINEAR_HEAD_DIM}")
     return SanaConfig(

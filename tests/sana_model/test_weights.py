@@ -386,6 +386,9 @@ def test_unsupported_siblings_are_refused_by_name(tmp_path):
     (tmp_path / "dit" / "config.json").write_text(json.dumps(config | {"guidance_embeds": True}))
     with pytest.raises(ValueError, match="guidance_embeds"):
         SanaTransformer.from_pretrained(tmp_path / "dit")
+    (tmp_path / "dit" / "config.json").write_text(json.dumps(config | {"timestep_scale": 0.001}))
+    with pytest.raises(ValueError, match=r"timestep_scale=0\.001"):
+        SanaTransformer.from_pretrained(tmp_path / "dit")
     diffusers_autoencoder(FAMILIES["dc-ae-f32c32-sana-1.1"]).save_pretrained(tmp_path / "ae")
     config = json.loads((tmp_path / "ae" / "config.json").read_text())
     (tmp_path / "ae" / "config.json").write_text(json.dumps(config | {"encoder_out_shortcut": False}))
