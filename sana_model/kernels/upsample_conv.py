@@ -11,6 +11,7 @@ from torch import Tensor
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(B, C, H, W) to (B, C_out, 2H, 2W), equal to `upsample_conv_reference` up to rounding.
+
     The kernels are made anew in each call, about 1 % of a 512-px decode: none can be stale.
     """
     batch_size, _, height, width = x.shape
