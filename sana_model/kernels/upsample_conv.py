@@ -32,12 +32,12 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _make_phase_kernels(weight: Tensor) -> list[Tensor]:
     """The 2x2 kernels of the phases (even row, even column), (even, odd), (odd, even), (odd, odd) of a 3x3 kernel."""
-    top, middle, bottom = weight.unbind(2)
+    top, middle, bottom = weight.permute(0, 2, 3, 1).unbind(1)  # (C_out, 3, C) each: channels stay together
     kernels = []
     for rows in ((top, middle + bottom), (top + middle, bottom)):
-        left, centre, right = torch.stack(rows, dim=2).unbind(3)
+        left, centre, right = torch.stack(rows, dim=1).unbind(2)
         for columns in ((left, centre + right), (left + centre, right)):
-            kernels.append(torch.stack(columns, dim=3).contiguous(memory_format=torch.channels_last))
+            kernels.append(torch.stack(columns, dim=2).permute(0, 3, 1, 2))
     return kernels
 
 
