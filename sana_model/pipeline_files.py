@@ -12,7 +12,7 @@ from sana_model.generate import DEFAULT_FLOW_SHIFT, TextToImage
 from sana_model.published_configs import DIFFUSERS_VERSION
 from sana_model.text_encoder import DEFAULT_MODEL, DIFFUSERS_PROMPTS, NVLABS_PROMPTS, TextEncoder, TextEncoderConfig
 from sana_model.transformer import SanaTransformer
-from sana_model.weights import save_transformer
+from sana_model.weights import check_layout, save_transformer
 
 DEFAULT_AUTOENCODER = "hf://mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"
 
@@ -74,7 +74,7 @@ def save_pipeline(pipeline: TextToImage, path: str | Path, *, layout: str = "san
     Raises ValueError for another layout or a URI.
     """
     folder = local_target(path)
-    if layout == "nvlabs":
+    if check_layout(layout) == "nvlabs":
         save_transformer(pipeline.transformer, folder, layout=layout, null_caption_embeds=_padded_null_caption(pipeline))
         return
     for index in PIPELINE_INDEXES:  # written last: a save that is cut short, or in another layout, leaves no old pipeline

@@ -85,7 +85,7 @@ def save_transformer(
     """
     path, state, config = local_target(path), model.state_dict(), model.config
     null_caption = null_caption_embeds if model.null_caption_embeds is None else model.null_caption_embeds
-    if _check_layout(layout) == "nvlabs":
+    if check_layout(layout) == "nvlabs":
         weights = _export(state, key_maps.TRANSFORMER_NVLABS)
         weights[key_maps.NVLABS_POSITIONS] = positions_for_nvlabs(config, model.head.weight.dtype)
         _write_pth(path, weights if null_caption is None else weights | {key_maps.NVLABS_NULL_CAPTION: null_caption})
@@ -131,7 +131,7 @@ def save_autoencoder(model: DCAutoencoder, path: str | Path, *, layout: str = "s
     Raises ValueError for another layout or a URI.
     """
     path, state = local_target(path), model.state_dict()
-    if _check_layout(layout) == "nvlabs":
+    if check_layout(layout) == "nvlabs":
         _write_pth(path, _export(state, key_maps.AUTOENCODER_NVLABS))
     elif layout == "sana":
         _write_folder(path, "model", state, {"model_type": "dc_autoencoder", **asdict(model.config)})
@@ -214,7 +214,8 @@ def _write_pth(path: Path, weights: dict[str, Tensor]) -> None:
     write_atomically(path, lambda temporary: torch.save({"state_dict": state}, temporary))
 
 
-def _check_layout(layout: str) -> str:
+def check_layout(layout: str) -> str:
+    """`layout`. Raises ValueError if there is none of that name."""
     if layout not in get_args(Layout):
         raise ValueError(f"unknown layout {layout!r}: choose one of {', '.join(get_args(Layout))}")
     return layout

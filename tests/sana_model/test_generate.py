@@ -129,6 +129,9 @@ def test_a_pipeline_saved_over_another_layout_is_the_new_one(ours, first, second
     again = TextToImage.from_pretrained(tmp_path)
     assert again.flow_shift == 5.0
     assert torch.equal(again.autoencoder.decoder.conv_in.weight, changed.autoencoder.decoder.conv_in.weight)
+    with pytest.raises(ValueError, match="unknown layout 'gguf'"):
+        again.save_pretrained(tmp_path, layout="gguf")
+    assert TextToImage.from_pretrained(tmp_path).flow_shift == 5.0, "a refused save must leave the pipeline"
     with pytest.raises(ValueError, match="holds a whole pipeline"):
         again.transformer.save_pretrained(tmp_path)
 
