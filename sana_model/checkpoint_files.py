@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+ZOO_DIR = Path(__file__).parent / "zoo"
 CACHE_DIR = Path(os.environ.get("SANA_CACHE", Path.home() / ".cache" / "sana_model"))
 WEIGHT_STEMS = ("model", "diffusion_pytorch_model")  # ours, transformers' and efficientvit's; diffusers'
 PIPELINE_INDEXES = ("pipeline.json", "model_index.json")  # ours, diffusers'
@@ -28,6 +29,8 @@ UNWANTED = ["*.bin", "*.onnx", "*.msgpack", "*.h5", "*.ckpt"]
 
 def resolve(path: str | Path) -> Path:
     """A local path for `path`: itself, a hub snapshot (`hf://owner/name[@revision][/folder]`), or a cached copy of a URI.
+
+    `zoo://name` is a tiny checkpoint that comes with this package (`sana_model/zoo`).
 
     In an hf:// address a slash inside a revision is written %2F. Raises FileNotFoundError if there is nothing there.
     """
@@ -39,7 +42,17 @@ def resolve(path: str | Path) -> Path:
     protocol, _, rest = text.partition("://")
     if protocol == "file":
         return resolve(rest)
+    if protocol == "zoo":
+        return _from_zoo(rest)
     return _from_hub(rest) if protocol == "hf" else _from_uri(text)
+
+
+def _from_zoo(name: str) -> Path:
+    path = ZOO_DIR / name
+    if not path.exists():
+        known = ", ".join(sorted(folder.name for folder in ZOO_DIR.iterdir() if folder.is_dir() and folder.name[0] not in "._"))
+        raise FileNotFoundError(f"the zoo holds no {name!r}; it holds {known}")
+    return path
 
 
 def _from_hub(address: str) -> Path:

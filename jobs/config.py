@@ -1,0 +1,50 @@
+"""A job's configuration: a dataclass, filled from YAML files and dotted command-line overrides, in this order."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+from jsonargparse import ArgumentParser
+
+T = TypeVar("T")
+
+
+def parse_config(config_class: type[T], argv: Sequence[str] | None = None, *, prog: str, description: str) -> T:
+    """The configuration that the command line describes: `--config file.yaml --part.field value`.
+
+    `--print_config` shows the result. An unknown key or a bad value ends the program with one line (exit code 2), and so does
+    an override before `--config`, which the file would otherwise undo without a word.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="a YAML file; overrides come after it, such as --part.field value")
+    parser.add_class_arguments(config_class, as_group=False)
+    early = [argument for argument in arguments[: _last_config(arguments)] if argument.startswith("--")]
+    early = [argument for argument in early if argument.split("=")[0] not in ("--config", "--print_config")]
+    if early:
+        parser.error(f"{early[0]} stands before --config, which would undo it: put --config first")
+    parsed = parser.instantiate_classes(parser.parse_args(arguments))
+    values = {name: value for name, value in vars(parsed).items() if name != "config"}
+    try:
+        return config_class(**values)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _last_config(arguments: list[str]) -> int:
+    places = [index for index, argument in enumerate(arguments) if argument.split("=")[0] == "--config"]
+    return places[-1] if places else 0
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain dicts, lists and values, for YAML and MLflow."""
+    return _plain(asdict(config))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return value

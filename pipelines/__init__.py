@@ -1,0 +1,1 @@
+"""The data stages and the training, on Ray."""

@@ -1,0 +1,93 @@
+"""Every table of a dataset: where it lies, its columns and their Arrow types. Nothing else spells a column's type."""
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+CAPTION = pa.struct([("captioner", pa.string()), ("caption", pa.string()), ("clip_score", pa.float32())])
+"""A caption that competes for an image. `clip_score` is 100 times the cosine of image and text."""
+
+ORIGINAL_CAPTIONER = "original"
+"""The captioner's name of a caption that came with the image."""
+
+IMAGES = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),  # sha256 of image_bytes, hex
+        pa.field("image_bytes", pa.binary(), nullable=False),  # as found: never re-encoded
+        pa.field("format", pa.string(), nullable=False),  # as Pillow names it: JPEG, PNG, WEBP ...
+        pa.field("width", pa.int32(), nullable=False),  # pixels, after the EXIF orientation
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("phash", pa.string(), nullable=False),  # 64-bit perceptual hash, hex
+        pa.field("caption", pa.string()),  # the original one
+        pa.field("source_uri", pa.string(), nullable=False),
+        pa.field("metadata", pa.string()),  # a JSON object: what else lay beside the image
+    ]
+)
+CAPTIONS = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("caption", pa.string(), nullable=False),
+        pa.field("num_tokens", pa.int32(), nullable=False),  # as the captioner counts, without the prompt
+        pa.field("finish_reason", pa.string(), nullable=False),  # "stop", or "length" where the caption was cut
+    ]
+)
+SCORES = pa.schema([pa.field("id", pa.string(), nullable=False), pa.field("captions", pa.list_(CAPTION), nullable=False)])
+LATENTS = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("latents", pa.binary(), nullable=False),  # (channels, height, width) in C order, scaled; dtype: the manifest's
+        pa.field("channels", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),  # of the latents
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("bucket", pa.string(), nullable=False),  # "HxW", pixels
+        pa.field("captions", pa.list_(CAPTION), nullable=False),
+    ]
+)
+SAMPLES = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),  # the prompt's number
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("image_bytes", pa.binary(), nullable=False),  # PNG
+    ]
+)
+EVALUATIONS = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),  # that of the sample
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("clip_score", pa.float32(), nullable=False),
+        pa.field("asked", pa.string()),  # what the prompt asks for, where it tells of one object of the Shapes world
+        pa.field("seen", pa.string()),  # what the judge reads off the picture then, as a caption
+    ]
+)
+REJECTS = pa.schema(
+    [
+        pa.field("id", pa.string()),  # null where the bytes could not even be read
+        pa.field("source_uri", pa.string()),
+        pa.field("reject_reason", pa.string(), nullable=False),  # a short code
+        pa.field("detail", pa.string(), nullable=False),  # for people
+    ]
+)
+
+
+def captions_path(captioner: str) -> str:
+    return f"captions/{captioner}"
+
+
+def scores_path(scorer: str) -> str:
+    return f"scores/{scorer}"
+
+
+def latents_path(autoencoder: str, resolution: int) -> str:
+    return f"latents/{autoencoder}-{resolution}"
+
+
+def samples_path(name: str) -> str:
+    return f"samples/{name}"
+
+
+def evaluations_path(name: str) -> str:
+    return f"evaluations/{name}"
+
+
+IMAGES_PATH = "images"
