@@ -1,0 +1,232 @@
+"""Pictures as pure functions: bytes to RGB, resize and crop, perceptual hash, arrays for the models.
+
+Every stage decodes here, so that an image looks the same to the captioners, to CLIP and to the DC-AE.
+"""
+
+import struct
+import zlib
+from dataclasses import dataclass
+from functools import cache
+from io import BytesIO
+
+import numpy as np
+from PIL import Image, ImageCms, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+"""What may be decoded, as Pillow names it. Not all that Pillow knows: some (EPS) start other programs."""
+
+# fmt: off
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm",
+    ".pgm", ".heic", ".heif",
+)
+# fmt: on
+"""What is taken for an image by its name. HEIC cannot be decoded: such photos are refused, rather than passed over."""
+
+PILLOW_MAX_PIXELS = 2 * 89_478_485
+"""Pillow refuses larger images by itself."""
+
+# What Pillow's decoders raise on broken files; which one depends on the format and the place.
+DECODER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, IndexError, EOFError, OverflowError, struct.error, zlib.error)
+
+ORIENTATION_TAG = 0x0112
+TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes each EXIF orientation."""
+
+HASH_SIDE, HASH_SAMPLES = 8, 32
+
+
+class BadImageError(ValueError):
+    """An image that will not be used: `reason` is a short code, `detail` for people."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageLimits:
+    """Which images are let in, judged by the header, before anything is decoded.
+
+    Args:
+        min_size: of the shorter side, pixels.
+        max_pixels: width times height; a decoded pixel takes 3 to 4 bytes. At most 178956970.
+        max_aspect_ratio: longer by shorter side. The widest bucket has 4: what is longer loses its ends.
+    """
+
+    min_size: int = 16
+    max_pixels: int = 80_000_000
+    max_aspect_ratio: float = 6.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.max_pixels <= PILLOW_MAX_PIXELS:
+            raise ValueError(
+                f"max_pixels={self.max_pixels} must be between 1 and {PILLOW_MAX_PIXELS}, which is Pillow's own limit"
+            )
+        if self.min_size < 1:
+            raise ValueError(f"min_size={self.min_size} must be at least 1")
+        if self.max_aspect_ratio < 1:
+            raise ValueError(f"max_aspect_ratio={self.max_aspect_ratio} must be at least 1 (it is longer by shorter side)")
+
+
+def decode(image_bytes: bytes, limits: ImageLimits | None = None) -> Image.Image:
+    """Bytes to an RGB image, upright.
+
+    EXIF orientation is applied, an embedded colour profile turned to sRGB, transparency put on white, 16 bits scaled to 8;
+    of an animation the first frame is taken.
+
+    Args:
+        limits: None for images that `ingest` let in.
+
+    Raises:
+        BadImageError: not_an_image, unsupported_format, too_large, too_small, extreme_aspect_ratio, truncated, corrupt or
+            unsupported_pixels.
+    """
+    return to_rgb(open_image(image_bytes, limits))
+
+
+def open_image(image_bytes: bytes, limits: ImageLimits | None = None) -> Image.Image:
+    """Read the header (format, size) and check the limits; nothing is decoded. Raises as `decode`."""
+    try:
+        image = Image.open(BytesIO(image_bytes), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise BadImageError("too_large", str(error)) from error
+    except UnidentifiedImageError as error:
+        if image_bytes[4:12] in (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1"):
+            raise BadImageError("unsupported_format", "HEIC: convert it to JPEG or PNG") from error
+        detail = f"{len(image_bytes)} bytes that begin with {image_bytes[:12]!r}" if image_bytes else "no bytes"
+        raise BadImageError("not_an_image", detail) from error
+    except DECODER_ERRORS as error:
+        raise _broken(error) from error
+    if limits is not None:
+        _check_limits(*image.size, limits)
+    return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An opened image of any mode to RGB, as `decode` says and raising as it does."""
+    try:
+        image.load()
+    except Image.DecompressionBombError as error:
+        raise BadImageError("too_large", str(error)) from error
+    except DECODER_ERRORS as error:
+        raise _broken(error) from error
+    transpose = TRANSPOSE.get(_orientation(image))  # after loading: Pillow turns TIFF by itself, and then says 1
+    profile = image.info.get("icc_profile")
+    image = _to_8_bits(image)
+    try:
+        rgb = _onto_white(image, profile) if image.has_transparency_data else _to_srgb(image, profile)
+    except ValueError as error:
+        raise BadImageError("unsupported_pixels", f"mode {image.mode} ({error})") from error
+    return rgb if transpose is None else rgb.transpose(transpose)
+
+
+def resize_and_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Scale so that the image covers (height, width), and cut out the middle; Lanczos with anti-aliasing.
+
+    The part that will remain is scaled to the very size, so no side is first rounded to whole pixels.
+    """
+    scale = max(height / image.height, width / image.width)
+    kept_height, kept_width = min(height / scale, image.height), min(width / scale, image.width)
+    left, top = (image.width - kept_width) / 2, (image.height - kept_height) / 2
+    box = (left, top, left + kept_width, top + kept_height)
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+
+
+def to_tensor_array(image: Image.Image) -> np.ndarray:
+    """RGB image -> (3, H, W) float32 in [-1, 1]."""
+    pixels = np.asarray(image, dtype=np.float32)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)) / np.float32(127.5) - np.float32(1)
+
+
+def perceptual_hash(image: Image.Image) -> str:
+    """64 bits as 16 hex digits; small Hamming distances mean images that look alike.
+
+    The signs of the lowest 8x8 frequencies (DCT) of the image at 32x32 in gray, against their median: pHash.
+    """
+    gray = image.convert("L").resize((HASH_SAMPLES, HASH_SAMPLES), Image.Resampling.BOX)
+    basis = _low_cosines()
+    frequencies = basis @ np.asarray(gray, dtype=np.float64) @ basis.T
+    frequencies = frequencies.round(3)  # a plain image's are zero but for noise
+    bits = frequencies > np.median(frequencies)
+    return np.packbits(bits).tobytes().hex()
+
+
+@cache
+def _low_cosines() -> np.ndarray:
+    """The first rows of the DCT-II: (HASH_SIDE, HASH_SAMPLES)."""
+    samples = (np.arange(HASH_SAMPLES) + 0.5) / HASH_SAMPLES
+    return np.cos(np.pi * np.arange(HASH_SIDE)[:, None] * samples)
+
+
+def _check_limits(width: int, height: int, limits: ImageLimits) -> None:
+    if width * height > limits.max_pixels:
+        raise BadImageError("too_large", f"{width}x{height} has more than max_pixels={limits.max_pixels}")
+    short, long = sorted((width, height))
+    if short < limits.min_size:
+        raise BadImageError("too_small", f"{width}x{height} has a side under min_size={limits.min_size}")
+    if long > short * limits.max_aspect_ratio:
+        detail = f"{width}x{height} is longer than max_aspect_ratio={limits.max_aspect_ratio:g}"
+        raise BadImageError("extreme_aspect_ratio", detail)
+
+
+def _broken(error: Exception) -> BadImageError:
+    text = str(error) or type(error).__name__
+    cut_off = isinstance(error, EOFError) or any(word in text.lower() for word in ("truncated", "unexpected end", "eof"))
+    return BadImageError("truncated" if cut_off else "corrupt", text)
+
+
+def _orientation(image: Image.Image) -> int:
+    """1, upright, where the EXIF data is absent or broken."""
+    try:
+        return image.getexif().get(ORIENTATION_TAG, 1)
+    except DECODER_ERRORS:
+        return 1
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Modes I;16*, I and F to L by their range (Pillow's `convert` clips at 255); others as they are."""
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image)
+    white = 1.0 if image.mode == "F" else 65535.0
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= white):  # NaN too
+        detail = f"mode {image.mode} with values from {low} to {high}: they must lie in 0 to {white:g}"
+        raise BadImageError("unsupported_pixels", detail)
+    return Image.fromarray((values.astype(np.float32) * np.float32(255 / white)).round().astype(np.uint8))
+
+
+def _onto_white(image: Image.Image, profile: bytes | None) -> Image.Image:
+    rgba = image.convert("RGBA")
+    canvas = Image.new("RGB", image.size, (255, 255, 255))
+    canvas.paste(_to_srgb(rgba.convert("RGB"), profile), mask=rgba.getchannel("A"))
+    return canvas
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Convert to RGB, by the embedded colour profile if there is one that fits."""
+    if image.mode not in ("L", "RGB", "CMYK"):
+        image = image.convert("RGB")
+    if not profile:
+        return image.convert("RGB")
+    try:
+        embedded = ImageCms.ImageCmsProfile(BytesIO(profile))
+        if image.mode == "RGB" and "sRGB" in ImageCms.getProfileDescription(embedded):
+            return image
+        converted = ImageCms.profileToProfile(image, embedded, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ImportError):  # a broken or foreign profile, or a Pillow without lcms
+        return image.convert("RGB")
+    assert converted is not None
+    return converted
