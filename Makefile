@@ -6,9 +6,14 @@ BIN := $(VENV)/bin
 # torch first and pinned: a later requirement must find it there, not bring another build.
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)",/\1/p' pyproject.toml)
 
-.PHONY: help install test lint format benchmark clean
+# Photographs go to a dataset of their own, named after their folder.
+DEMO_IMAGES = $(if $(IMAGES),--images "$(abspath $(IMAGES))" --dataset_uri "outputs/demo-$(notdir $(abspath $(IMAGES)))")
+
+.PHONY: help install demo test lint format benchmark clean
 
 help:
+	@echo "make demo       set up $(VENV), then go the whole way once: raw images -> a trained model -> its pictures"
+	@echo "                IMAGES=folder takes your own images, OPTIONS='--world.num_images 200' changes the configuration"
 	@echo "make test       set up $(VENV), check style and types, run the tests (not those marked slow or gpu)"
 	@echo "make lint       ruff (lint and format) and mypy"
 	@echo "make format     let ruff put the style right"
@@ -24,6 +29,9 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
+
+demo: install
+	$(BIN)/python -m jobs.demo --config jobs/configs/demo.yaml $(DEMO_IMAGES) $(OPTIONS)
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS)

@@ -1,1 +1,1 @@
-"""One short script per stage, each a Ray job: `python -m jobs.<stage> --help`."""
+"""One short script per stage, for `python -m jobs.<stage>` and `ray job submit --working-dir . -- python -m jobs.<stage>`."""

@@ -24,10 +24,10 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None = None, *, pr
     early = [argument for argument in early if argument.split("=")[0] not in ("--config", "--print_config")]
     if early:
         parser.error(f"{early[0]} stands before --config, which would undo it: put --config first")
-    parsed = parser.instantiate_classes(parser.parse_args(arguments))
-    values = {name: value for name, value in vars(parsed).items() if name != "config"}
+    parsed = parser.parse_args(arguments)
     try:
-        return config_class(**values)
+        values = vars(parser.instantiate_classes(parsed))
+        return config_class(**{name: value for name, value in values.items() if name != "config"})
     except ValueError as error:
         parser.error(str(error))
 

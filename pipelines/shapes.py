@@ -328,13 +328,22 @@ def _one_change_away(scene: Scene) -> Iterator[Scene]:
         for name in _said(thing):
             for value in VALUES[name]:
                 yield replace(scene, things=(*others[0], replace(thing, **{name: value}), *others[1]))
-    if scene.relation is not None:
-        yield replace(scene, relation="above" if scene.relation == "left of" else "left of")
-        yield replace(scene, things=scene.things[::-1])
-        first, second = scene.things
-        for name in _said(first):
-            swapped = replace(first, **{name: getattr(second, name)}), replace(second, **{name: getattr(first, name)})
-            yield replace(scene, things=swapped)
+    yield from regrouped(scene)
+
+
+def regrouped(scene: Scene) -> list[Scene]:
+    """Of two objects: the same words in another order. The relation changed or turned round, an attribute given to the other."""
+    if scene.relation is None:
+        return []
+    first, second = scene.things
+    others = [
+        replace(scene, relation="above" if scene.relation == "left of" else "left of"),
+        replace(scene, things=(second, first)),
+    ]
+    for name in _said(first):
+        given = replace(first, **{name: getattr(second, name)}), replace(second, **{name: getattr(first, name)})
+        others.append(replace(scene, things=given))
+    return [other for other in others if other != scene]
 
 
 def _said(thing: Thing) -> list[str]:

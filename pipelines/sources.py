@@ -118,6 +118,8 @@ def _list_files(source: Source, exclude: str | None) -> dict[str, int]:
         path = f"{root}/{source.name}"
         found = {path: filesystem.info(path)} if filesystem.exists(path) else {}
     excluded = fsspec.url_to_fs(exclude)[1].rstrip("/") + "/" if exclude else None
+    if excluded and f"{root}/".startswith(excluded):  # a folder inside the dataset, given by name, is meant
+        excluded = None
     files = {}
     for path, info in found.items():
         relative = path.removeprefix(f"{root}/")

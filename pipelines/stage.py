@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -17,6 +18,7 @@ from pipelines.schema import REJECTS
 from pipelines.tables import Identity, Table
 
 Row = dict[str, Any]
+LIGHT = 0.25  # CPUs of a task that only reads or writes: it waits for the network most of the time
 
 
 class TooManyRejectsError(RuntimeError):
@@ -185,10 +187,8 @@ def _stream(
         return
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    # A CPU that only reads or writes waits for the network most of the time.
-    light = {"num_cpus": 0.25, "batch_size": 1, "batch_format": "pyarrow"}
     dataset = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
-    dataset = dataset.map_batches(_read, fn_args=(read_shard,), **light)
+    dataset = dataset.map_batches(partial(_read, read_shard=read_shard), batch_size=1, batch_format="pyarrow", num_cpus=LIGHT)
     dataset = dataset.map_batches(
         _Worker,
         fn_constructor_args=(make_worker, output.schema),
@@ -199,7 +199,7 @@ def _stream(
         num_gpus=resources.num_gpus or None,
         resources=resources.custom or None,
     )
-    dataset = dataset.map_batches(_write, fn_args=(output,), **light)
+    dataset = dataset.map_batches(partial(_write, output=output), batch_size=1, batch_format="pyarrow", num_cpus=LIGHT)
     yield from dataset.iter_rows()
 
 

@@ -112,9 +112,13 @@ class Table:
     def read_shard(self, shard: str, columns: list[str] | None = None) -> pa.Table:
         """All rows of a shard. Raises FileNotFoundError, or ValueError naming the file if it is damaged."""
         filesystem, root = self._open()
-        content = filesystem.cat_file(f"{root}/{shard}.parquet")
+        with filesystem.open(f"{root}/{shard}.parquet", "rb") as file:
+            return self._parse(shard, file, columns)
+
+    def _parse(self, shard: str, file: Any, columns: list[str] | None) -> pa.Table:
+        """Of a file on an object store only the parts with these columns are fetched."""
         try:
-            return pq.read_table(BytesIO(content), columns=columns)
+            return pq.read_table(file, columns=columns)
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(
                 f"{self.uri}/{shard}.parquet is damaged ({error}): delete it, and its stage makes it again"

@@ -1,14 +1,18 @@
 """MLflow: one run for each job, with the resolved configuration, the fingerprints of what it read, and what it made."""
 
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import yaml
+from mlflow import MlflowClient
+from mlflow.entities import Metric
 from PIL import Image
 
 
@@ -66,34 +70,42 @@ def start_run(
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """The run that is going on in this process."""
+    """A run that is going on. It may be sent to other processes, which then log to it too."""
 
     run_id: str
     uri: str
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        mlflow.log_metrics({name: float(value) for name, value in metrics.items()}, step=step)
+        now = int(1000 * time.time())
+        values = [Metric(name, float(value), now, step or 0) for name, value in metrics.items()]
+        _client(self.uri).log_batch(self.run_id, metrics=values)
 
     def log_image(self, image: Image.Image, key: str, step: int | None = None) -> None:
-        mlflow.log_image(image, key=key, step=step)
+        _client(self.uri).log_image(self.run_id, image, key=key, step=step, synchronous=True)
 
     def log_file(self, path: str | Path) -> None:
-        mlflow.log_artifact(str(path))
+        _client(self.uri).log_artifact(self.run_id, str(path))
 
     def log_html(self, html: str, name: str) -> None:
-        mlflow.log_text(html, name)
+        _client(self.uri).log_text(self.run_id, html, name)
 
     def tag_tables(self, fingerprints: Mapping[str, str]) -> None:
         """Say which tables (path: fingerprint) this run read or made."""
-        mlflow.set_tags({f"table.{path}": fingerprint for path, fingerprint in fingerprints.items()})
+        for path, fingerprint in fingerprints.items():
+            _client(self.uri).set_tag(self.run_id, f"table.{path}", fingerprint)
+
+
+@cache
+def _client(uri: str) -> MlflowClient:
+    return MlflowClient(uri)
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested dicts and lists to dotted names."""
     if isinstance(value, Mapping):
-        entries = value.items()
+        entries = list(value.items())
     elif isinstance(value, (list, tuple)) and any(isinstance(inner, Mapping) for inner in value):
-        entries = enumerate(value)
+        entries = list(enumerate(value))
     else:
         return {prefix: value}
     flat: dict[str, Any] = {}

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 from PIL import Image
 
 from pipelines.images import ImageLimits, decode
@@ -21,13 +20,6 @@ from pipelines.schema import IMAGES, IMAGES_PATH
 from pipelines.sources import Part, find_source, list_parts
 from pipelines.stage import TooManyRejectsError
 from pipelines.tables import StaleTableError, Table
-
-
-@pytest.fixture(scope="module")
-def local_ray():
-    ray.init(num_cpus=4, include_dashboard=False)
-    yield
-    ray.shutdown()
 
 
 def noise_image(seed: int, height: int = 32, width: int = 48) -> Image.Image:

@@ -1,0 +1,144 @@
+"""What the demo says at its end: the closing table, the page that shows it all, and where to look."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from jobs.sample import GRID
+from pipelines.evaluate import summarize
+from pipelines.report_run import Link, Section, demo_report
+from pipelines.schema import EVALUATIONS, evaluations_path, samples_path
+from pipelines.shapes import KNOWN_COLORS, NEW_COLORS
+from pipelines.stage import StageResult
+from pipelines.summary import CaptionFigures, caption_figures
+from pipelines.tables import REPORT, Table
+from pipelines.tracking import tracking_uri
+from pipelines.train import TrainResult
+
+if TYPE_CHECKING:
+    from jobs.demo import DemoJob
+
+T = TypeVar("T")
+NONSENSE = (
+    "These are your own images. The tiny models of this demo have only ever seen drawn shapes: their captions of photographs, "
+    "the scores and the pictures they draw are nonsense. What is real here is the way that the data took."
+)
+
+
+@dataclass
+class Timings:
+    """How long each stage took, and what it did."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    stages: dict[str, StageResult] = field(default_factory=dict)
+
+    def measure(self, name: str, run: Callable[[], T]) -> T:
+        start = time.monotonic()
+        result = run()
+        self.seconds[name] = time.monotonic() - start
+        if isinstance(result, StageResult):
+            self.stages[name] = result
+        return result
+
+
+def summarize_demo(job: "DemoJob", trained: TrainResult, timings: Timings) -> list[Section]:
+    """The closing tables: pictures, captioners, training, stages."""
+    return [
+        _pictures_section(job),
+        _captions_section(caption_figures(job.dataset_uri, job.scorer.name, job.train.data.selection)),
+        _training_section(trained),
+        _stages_section(timings),
+    ]
+
+
+def _stages_section(timings: Timings) -> Section:
+    rows = []
+    for name, seconds in timings.seconds.items():
+        result = timings.stages.get(name)
+        if result is None:
+            rows.append([name, "", "", f"{seconds:.0f}", ""])
+            continue
+        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(result.rejects_by_reason.items()))
+        done = "was done" if result.was_done else reasons
+        rows.append([name, str(result.num_rows), str(result.num_rejects), f"{seconds:.0f}", done])
+    return Section(title="Stages", columns=["stage", "rows", "rejects", "seconds", "rejects by reason"], rows=rows)
+
+
+def _captions_section(figures: dict[str, CaptionFigures]) -> Section:
+    rows = [
+        [name, _number(row.mean_score, "{:.1f}"), _percent(row.selected_share), _percent(row.exact_share)]
+        for name, row in figures.items()
+    ]
+    return Section(title="Captions", columns=["captioner", "mean CLIP score", "selected", "exact captions"], rows=rows)
+
+
+def _training_section(trained: TrainResult) -> Section:
+    done = "was done" if trained.was_done else f"{trained.samples_per_second:.0f} samples/s"
+    row = [str(trained.num_steps), f"{trained.loss_start:.3f}", f"{trained.loss_end:.3f}", done]
+    return Section(title="Training", columns=["steps", "loss at start", "loss at end", "speed"], rows=[row])
+
+
+def _pictures_section(job: "DemoJob") -> Section:
+    """Figures before and after training; of drawn scenes by colors that were new to the model and colors that were not."""
+    groups: dict[str, Sequence[str] | None] = {"all prompts": None}
+    if job.images is None:
+        groups = {"prompts with a new color": NEW_COLORS, "other prompts": KNOWN_COLORS}
+    rows = []
+    for label, colors in groups.items():
+        before, after = (_figures(job, name, colors) for name in ("before", "after"))
+        for name in before:
+            form = "{:.1f}" if name == "clip_score" else "{:.0%}"
+            title = name.removeprefix("accuracy.").replace("clip_score", "CLIP score").replace("all", "all three right")
+            rows.append([label, title, form.format(before[name]), form.format(after[name])])
+    pictures = [(name, f"{job.dataset_uri}/{samples_path(name)}/{GRID}") for name in ("before", "after")]
+    return Section(title="Pictures", columns=["of", "", "before", "after"], rows=rows, pictures=pictures)
+
+
+def _figures(job: "DemoJob", name: str, colors: Sequence[str] | None) -> dict[str, float]:
+    return summarize(Table(job.dataset_uri, evaluations_path(name), EVALUATIONS), colors=colors)
+
+
+def _percent(share: float | None) -> str:
+    return _number(share, "{:.0%}")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def write_demo_report(job: "DemoJob", sections: list[Section]) -> Path:
+    """The front page, `report.html` of the dataset."""
+    tables = ["images", *(f"captions/{captioner.name}" for captioner in job.captioners), f"scores/{job.scorer.name}"]
+    links = [Link(name=path, href=f"{path}/{REPORT}") for path in [*tables, job.extract.path, "train"]]
+    notice = "" if job.images is None else NONSENSE
+    path = Path(job.dataset_uri, REPORT)
+    path.write_text(demo_report(job.dataset_uri, sections, links=links, notice=notice))
+    return path
+
+
+def print_summary(job: "DemoJob", sections: list[Section], report: Path) -> None:
+    """The closing tables, and where to look."""
+    for section in sections:
+        print(f"\n{section.title}")
+        print(format_table(section.columns, [[str(cell) for cell in row] for row in section.rows]))
+    grid = f"{job.dataset_uri}/{samples_path('after')}/{GRID}"
+    if job.images is not None:
+        print(f"\n{NONSENSE}")
+    print(f"\npictures  {grid}\nreport    {report}")
+    print(f"MLflow    mlflow ui --backend-store-uri {tracking_uri(job.tracking, job.dataset_uri)}", flush=True)
+
+
+def format_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of equal width; numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            cell.rjust(width) if cell[:1].isdigit() or cell[:1] == "-" else cell.ljust(width)
+            for cell, width in zip(cells, widths, strict=True)
+        ]
+        return "  " + "  ".join(padded).rstrip()
+
+    return "\n".join([line(columns), line(["-" * width for width in widths]), *map(line, rows)])

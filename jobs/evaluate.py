@@ -1,0 +1,50 @@
+"""`python -m jobs.evaluate --config jobs/configs/evaluate.yaml`: pictures -> CLIP scores and attribute accuracy."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jobs.runner import JobConfig, run_job, track_stage
+from pipelines.evaluate import EvaluateConfig, run_evaluate, summarize
+from pipelines.stage import StageResult
+from pipelines.tracking import TrackedRun
+
+METRICS = "metrics.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateJob(JobConfig):
+    """Judge the pictures of a samples table.
+
+    Args:
+        evaluate: whose pictures, and the judge.
+    """
+
+    evaluate: EvaluateConfig
+
+
+def run(job: EvaluateJob) -> StageResult:
+    """The stage in an MLflow run, on the Ray that is there; the table gets `metrics.json`."""
+
+    def log_metrics(run: TrackedRun, result: StageResult) -> None:
+        metrics = summarize(result.table)
+        result.table.write_file(METRICS, (json.dumps(metrics, indent=2) + "\n").encode())
+        run.log_metrics(metrics)
+
+    result = track_stage(
+        job,
+        f"evaluate {job.evaluate.name}",
+        lambda on_progress: run_evaluate(job.dataset_uri, job.evaluate, on_progress=on_progress),
+        log=log_metrics,
+    )
+    print("  ".join(f"{name} {value:.3g}" for name, value in summarize(result.table).items()), flush=True)
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_job(EvaluateJob, run, argv, prog="python -m jobs.evaluate", description="Judge pictures by CLIP.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""What the stage jobs share: Ray, an MLflow run, progress in one line, the report, and an exit code."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import ray
+
+from jobs.config import parse_config, to_dict
+from pipelines.stage import OnProgress, Progress, StageResult, TooManyRejectsError
+from pipelines.tables import REPORT, MissingTableError, StaleTableError, absolute_uri
+from pipelines.tracking import TrackedRun, TrackingConfig, start_run
+from pipelines.train_worker import TrainingError
+
+EXPECTED = (MissingTableError, StaleTableError, TooManyRejectsError, TrainingError, FileNotFoundError, ValueError)
+"""What a user can put right: shown as one message, without a traceback. Exit code 1."""
+CLEAR_LINE = "\r\x1b[2K"
+PRINT_EVERY = 10.0  # seconds between progress lines in a log file
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayConfig:
+    """The Ray that a job runs on: the cluster of RAY_ADDRESS (as under `ray job submit`), or else a local one.
+
+    Args:
+        num_cpus: logical CPUs of a local Ray; None: the machine's. More than there are lets light actors share a core.
+        num_gpus: GPUs of a local Ray; None: those that Ray finds.
+    """
+
+    num_cpus: int | None = None
+    num_gpus: int | None = None
+
+
+@contextmanager
+def start_ray(config: RayConfig) -> Iterator[None]:
+    """Connect to the cluster, or start a local Ray and stop it at the end."""
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    else:
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        ray.init(
+            num_cpus=config.num_cpus,
+            num_gpus=config.num_gpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+class StatusLine:
+    """Shows how far something is: one line, rewritten on a terminal; in a log a line now and then."""
+
+    def __init__(self) -> None:
+        self.printed = 0.0
+        self.is_terminal = sys.stderr.isatty()
+
+    def show(self, text: str) -> None:
+        now = time.monotonic()
+        if not self.is_terminal and now - self.printed < PRINT_EVERY:
+            return
+        self.printed = now
+        start, end = (CLEAR_LINE, "") if self.is_terminal else ("", "\n")
+        print(f"{start}{text}", end=end, file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Take the line away, where it can be."""
+        if self.is_terminal:
+            print(CLEAR_LINE, end="", file=sys.stderr, flush=True)
+
+
+def describe_progress(name: str, progress: Progress) -> str:
+    return (
+        f"{name:<22} {progress.done_shards}/{progress.num_shards} shards  {progress.num_rows} rows  "
+        f"{progress.rows_per_second:.1f} rows/s  {progress.num_rejects} rejects"
+    )
+
+
+def describe(name: str, result: StageResult) -> str:
+    """One line on what a stage did."""
+    counts = f"{result.num_rows} rows, {result.num_rejects} rejects in {result.num_shards} shards"
+    if result.num_shards == 0:
+        return f"{name:<22} nothing to do: no shard of its inputs is ready"
+    if result.was_done:
+        return f"{name:<22} {counts}: all there already, nothing to do"
+    found = f" ({result.found_shards} were there already)" if result.found_shards else ""
+    return f"{name:<22} {counts}{found}, {result.seconds:.0f} s, {result.rows_per_second:.1f} rows/s"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobConfig:
+    """What every stage's job is told.
+
+    Args:
+        dataset_uri: the folder (any fsspec URI) that holds the dataset's tables.
+        ray: the Ray to run on.
+        tracking: where MLflow keeps the run.
+    """
+
+    dataset_uri: str
+    ray: RayConfig = field(default_factory=RayConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+Job = TypeVar("Job", bound=JobConfig)
+
+
+def run_job(
+    job_class: type[Job], run: Callable[[Job], object], argv: Sequence[str] | None, *, prog: str, description: str
+) -> int:
+    """Parse the command line, start Ray, run the job; returns the exit code.
+
+    0, or 1 with one message for what a user can put right; anything else is a bug, and keeps its traceback.
+    """
+    job = parse_config(job_class, argv, prog=prog, description=description)
+    job = replace(job, dataset_uri=absolute_uri(job.dataset_uri))
+    try:
+        with start_ray(job.ray):
+            run(job)
+    except EXPECTED as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def track_stage(
+    job: JobConfig,
+    name: str,
+    run_stage: Callable[[OnProgress], StageResult],
+    *,
+    make_report: Callable[[], str] | None = None,
+    log: Callable[[TrackedRun, StageResult], None] | None = None,
+) -> StageResult:
+    """Run one stage in an MLflow run of its own, and put its report into its table and into the run.
+
+    A stage that has nothing to do leaves no run and no new report. `log` adds to the run what is the stage's own.
+    """
+    line = StatusLine()
+    with ExitStack() as stack:
+        run: TrackedRun | None = None
+
+        def on_progress(progress: Progress) -> None:
+            nonlocal run
+            if run is None and progress.done_shards < progress.num_shards:
+                tracked = start_run(name, to_dict(job), tracking=job.tracking, output_dir=job.dataset_uri)
+                run = stack.enter_context(tracked)
+            line.show(describe_progress(name, progress))
+
+        result = run_stage(on_progress)
+        if run is not None:
+            log_result(run, result)
+            if make_report is not None:
+                html = make_report()
+                result.table.write_file(REPORT, html.encode())
+                run.log_html(html, REPORT)
+            if log is not None:
+                log(run, result)
+    line.clear()
+    print(describe(name, result), flush=True)
+    return result
+
+
+def log_result(run: TrackedRun, result: StageResult) -> None:
+    run.log_metrics(
+        {
+            "rows": result.num_rows,
+            "rejects": result.num_rejects,
+            "shards": result.num_shards,
+            "shards_found": result.found_shards,
+            "seconds": result.seconds,
+            "rows_per_second": result.rows_per_second,
+            **{f"rejects.{reason}": count for reason, count in result.rejects_by_reason.items()},
+        }
+    )
+    run.tag_tables({**result.inputs, result.table.path: result.fingerprint})

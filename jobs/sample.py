@@ -1,0 +1,49 @@
+"""`python -m jobs.sample --config jobs/configs/sample.yaml`: prompts -> pictures and a grid."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jobs.runner import JobConfig, run_job, track_stage
+from pipelines.sample import SampleConfig, image_grid, read_pictures, run_sample, to_png
+from pipelines.stage import StageResult
+from pipelines.tracking import TrackedRun
+
+GRID = "grid.png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleJob(JobConfig):
+    """Draw pictures.
+
+    Args:
+        sample: the prompts, the pipeline and how it draws.
+        step: of the training that the pictures belong to; MLflow shows the grids of a run over it.
+    """
+
+    sample: SampleConfig
+    step: int = 0
+
+
+def run(job: SampleJob) -> StageResult:
+    """The stage in an MLflow run, on the Ray that is there; the table gets a grid of the first pictures."""
+
+    def log_grid(run: TrackedRun, result: StageResult) -> None:
+        grid = image_grid(read_pictures(result.table)[1])
+        result.table.write_file(GRID, to_png(grid))
+        run.log_image(grid, "samples", job.step)
+
+    return track_stage(
+        job,
+        f"sample {job.sample.name}",
+        lambda on_progress: run_sample(job.dataset_uri, job.sample, on_progress=on_progress),
+        log=log_grid,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_job(SampleJob, run, argv, prog="python -m jobs.sample", description="Prompts -> pictures and a grid.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""The moving average of the weights, in float32, kept in the parts in which the engine keeps the weights."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaConfig:
+    """The average that pictures are drawn with, and that a training ends in.
+
+    Args:
+        decay: the share of the average that each step keeps; 0: the average is the weights themselves. After the first n steps
+            it is min(decay, (1 + n) / (10 + n)), so that the start is soon forgotten.
+    """
+
+    decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay={self.decay} must be at least 0 and below 1")
+
+
+class EMA:
+    """Averages of `weights`: float32 tensors, all of the model's or one rank's part of them.
+
+    An average is elementwise, so the ranks' parts together are what one process would have computed.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], config: EmaConfig):
+        self.config = config
+        self.num_updates = 0
+        self._averages = [weight.detach().clone() for weight in weights]
+
+    @torch.no_grad()
+    def update(self, weights: Sequence[Tensor]) -> None:
+        """Call after each optimizer step."""
+        self.num_updates += 1
+        decay = min(self.config.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        torch._foreach_lerp_(self._averages, list(weights), 1 - decay)
+
+    @contextmanager
+    def in_place_of(self, weights: Sequence[Tensor]) -> Iterator[None]:
+        """Within, `weights` hold the averages; afterwards what they held before, to the bit."""
+        self._swap(weights)
+        try:
+            yield
+        finally:
+            self._swap(weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_updates": self.num_updates, "averages": self._averages}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.num_updates = state["num_updates"]
+        for average, saved in zip(self._averages, state["averages"], strict=True):
+            average.copy_(saved)
+
+    @torch.no_grad()
+    def _swap(self, weights: Sequence[Tensor]) -> None:
+        for average, weight in zip(self._averages, weights, strict=True):
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)

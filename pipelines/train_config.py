@@ -1,0 +1,135 @@
+"""What a training is told."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipelines.data import StreamConfig
+from pipelines.ema import EmaConfig
+from pipelines.engine import EngineConfig
+from pipelines.optim import OptimConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig:
+    """The noise levels to train at.
+
+    Args:
+        distribution: of sigma before the shift.
+        mean, std: of the logit of sigma, for "logit_normal".
+        shift: towards noise, as larger images need (published: 3.0; 4.0 for 0.6B at 1024 px; 6.0 at 4096 px). Pictures are
+            drawn with it too. None: that of the pipeline that training starts from, 3.0 for a preset.
+    """
+
+    distribution: Literal["logit_normal", "uniform"] = "logit_normal"
+    mean: float = 0.0
+    std: float = 1.0
+    shift: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridConfig:
+    """Pictures drawn with the average weights while the training goes on: always the same prompts, each with its own noise.
+
+    Args:
+        prompts: none: nothing is drawn.
+        every: steps from one grid to the next; the last step draws one too.
+        num_steps: of the solver.
+        guidance_scale: of classifier-free guidance.
+        seed: of the noise of the first picture.
+        columns: of the grid.
+    """
+
+    prompts: list[str] = field(default_factory=list)
+    every: int = 1000
+    num_steps: int = 20
+    guidance_scale: float = 4.5
+    seed: int = 0
+    columns: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerResources:
+    """What Ray reserves for each training worker.
+
+    Args:
+        num_cpus, num_gpus: of each; a worker without a GPU trains on the CPU.
+        custom: custom resources of each, such as {"trainer": 1}.
+        num_threads: of torch in each; None: num_cpus, rounded up.
+    """
+
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+    custom: dict[str, float] = field(default_factory=dict)
+    num_threads: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training on one latents table.
+
+    Args:
+        latents: path of the table in the dataset, such as latents/dc-ae-512.
+        init: the pipeline to go on from: a folder, or a zoo://, hf:// or fsspec URI; ours, diffusers' or an NVlabs .pth.
+        preset: in place of `init`, the shape of a fresh transformer, such as sana-0.6b.
+        text_encoder, autoencoder: paths; they go with `preset`, or replace those of `init`.
+        num_steps: optimizer steps.
+        micro_batch_size: samples of one worker's forward pass.
+        global_batch_size: samples of one step; a multiple of micro_batch_size * num_workers.
+        num_workers: that train together, each on its own shards.
+        data: which samples and captions are drawn.
+        flow: at which noise levels.
+        optim: how weights follow gradients.
+        ema: the average of the weights.
+        engine: how DeepSpeed spreads and computes it.
+        grid: pictures drawn on the way.
+        resources: of each worker.
+        checkpoint_every: steps from one checkpoint to the next; the last step makes one too.
+        keep_checkpoints: how many of the newest are kept.
+        log_every: steps from one report of losses and speed to the next.
+        max_failures: how often lost workers are replaced, from the last checkpoint, before the training fails.
+        seed: of the order of samples, the captions, the noise, and a fresh transformer.
+    """
+
+    latents: str
+    init: str | None = None
+    preset: str | None = None
+    text_encoder: str | None = None
+    autoencoder: str | None = None
+    num_steps: int
+    micro_batch_size: int
+    global_batch_size: int
+    num_workers: int = 1
+    data: StreamConfig = field(default_factory=StreamConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    grid: GridConfig = field(default_factory=GridConfig)
+    resources: WorkerResources = field(default_factory=WorkerResources)
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    max_failures: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.init is None) == (self.preset is None):
+            raise ValueError(
+                f"init={self.init}, preset={self.preset}: give one, a pipeline to go on from or a shape to begin with"
+            )
+        if self.preset is not None and (self.text_encoder is None or self.autoencoder is None):
+            raise ValueError(f"preset={self.preset} is a transformer only: give text_encoder and autoencoder too")
+        for name in ("num_steps", "micro_batch_size", "num_workers", "checkpoint_every", "keep_checkpoints", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.grid.every < 1:
+            raise ValueError(f"grid.every={self.grid.every} must be at least 1")
+        together = self.micro_batch_size * self.num_workers
+        if self.global_batch_size < 1 or self.global_batch_size % together:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} must be a multiple of micro_batch_size * num_workers = {together}"
+            )
+
+    @property
+    def grad_accum_steps(self) -> int:
+        return self.global_batch_size // (self.micro_batch_size * self.num_workers)

@@ -1,0 +1,143 @@
+"""What a training measures: losses over all workers, by step and by noise level, and its speed."""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sana_model.flow import loss_by_sigma
+
+NUM_SIGMA_BINS = 5
+NUM_END_STEPS = 20
+"""Steps whose mean is the loss at the start, and at the end, of a training."""
+
+
+@dataclass(frozen=True)
+class MeterReport:
+    """Losses of the steps since the last report, mean over the global batch, and what else goes to MLflow."""
+
+    losses: list[float]
+    metrics: dict[str, float]
+
+    @property
+    def mean_loss(self) -> float:
+        return self.metrics["loss"]
+
+
+class TrainingMeter:
+    """Collects what happens in the steps without waiting for the device; `collect` brings it together."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.started_at = 0.0  # time.time() of the first step
+        self.num_samples = 0
+        self.seconds = 0.0  # in steps
+        self._clock = 0.0
+        self._waited = 0.0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._step_losses: list[Tensor] = []
+        self._micro_losses: list[Tensor] = []
+        self._losses: list[Tensor] = []
+        self._sigmas: list[Tensor] = []
+        self._grad_norms: list[float] = []
+        self._lr = 0.0
+
+    def start(self) -> None:
+        self.started_at = time.time()
+        self._clock = time.monotonic()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time within is not the steps'."""
+        start = time.monotonic()
+        yield
+        self._clock += time.monotonic() - start
+
+    def add(self, loss: Tensor, sigma: Tensor) -> None:
+        """Of a micro-batch: (B,) each."""
+        self._losses.append(loss.detach())
+        self._sigmas.append(sigma)
+        self._micro_losses.append(loss.detach().mean())
+
+    def end_step(self, *, lr: float, grad_norm: float) -> None:
+        self._step_losses.append(torch.stack(self._micro_losses).mean())
+        self._micro_losses = []
+        self._grad_norms.append(grad_norm)
+        self._lr = lr
+
+    def collect(self, wait_seconds: float, global_batch_size: int) -> MeterReport:
+        """What happened since the last time, over all ranks, all of which must call it.
+
+        `wait_seconds`: for data, since the beginning.
+        """
+        losses, by_sigma = self._reduce()
+        now = time.monotonic()
+        seconds, waited = now - self._clock, wait_seconds - self._waited
+        self._clock, self._waited = now, wait_seconds
+        num_samples = len(losses) * global_batch_size
+        self.num_samples += num_samples
+        self.seconds += seconds
+        metrics = {
+            "loss": float(np.mean(losses)),
+            "lr": self._lr,
+            "grad_norm": float(np.mean(self._grad_norms)),
+            "samples_per_second": num_samples / seconds,
+            "seconds_per_step": seconds / len(losses),
+            "data_wait_share": waited / seconds,
+            **by_sigma,
+        }
+        self._clear()
+        return MeterReport(losses, metrics)
+
+    def _reduce(self) -> tuple[list[float], dict[str, float]]:
+        """The loss of each step, and the mean loss of each range of noise levels in which a sample fell."""
+        mean, count = loss_by_sigma(torch.cat(self._losses), torch.cat(self._sigmas), num_bins=NUM_SIGMA_BINS)
+        total = torch.where(count > 0, mean * count, 0)
+        values = torch.cat([torch.stack(self._step_losses), total, count.to(total)]).to(self.device, torch.float64)
+        torch.distributed.all_reduce(values)
+        num_steps, world_size = len(self._step_losses), torch.distributed.get_world_size()
+        losses = (values[:num_steps] / world_size).tolist()
+        total, count = values[num_steps:].chunk(2)
+        edges = [bin_index / NUM_SIGMA_BINS for bin_index in range(NUM_SIGMA_BINS + 1)]
+        by_sigma = {
+            f"loss_sigma.{edges[index]:.1f}-{edges[index + 1]:.1f}": (total[index] / count[index]).item()
+            for index in range(NUM_SIGMA_BINS)
+            if count[index] > 0
+        }
+        return losses, by_sigma
+
+
+class LossHistory:
+    """The loss over the whole training, also across restarts."""
+
+    def __init__(self) -> None:
+        self.points: list[tuple[int, float]] = []
+        """(step, mean loss since the point before)."""
+        self._first: list[float] = []
+        self._last: deque[float] = deque(maxlen=NUM_END_STEPS)
+
+    def add(self, step: int, losses: list[float]) -> None:
+        """The losses of the steps that end with `step`."""
+        self.points.append((step, float(np.mean(losses))))
+        self._first += losses[: NUM_END_STEPS - len(self._first)]
+        self._last.extend(losses)
+
+    def ends(self) -> tuple[float, float]:
+        """Mean loss of the first and of the last NUM_END_STEPS steps (of all, where there are fewer)."""
+        return float(np.mean(self._first)), float(np.mean(self._last))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"points": self.points, "first": self._first, "last": list(self._last)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.points = [(step, loss) for step, loss in state["points"]]
+        self._first = list(state["first"])
+        self._last = deque(state["last"], maxlen=NUM_END_STEPS)

@@ -1,0 +1,82 @@
+"""The loop that trains every tiny checkpoint: AdamW, warm-up and cosine, clipping, a progress bar, regular saves."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """One training on a CPU. `minutes` caps it: the schedule follows the clock or the steps, whichever ends first."""
+
+    num_steps: int
+    micro_batch_size: int
+    lr: float
+    weight_decay: float = 0.01
+    warmup_steps: int = 50
+    clip: float = 1.0
+    minutes: float = 60.0
+    eval_every: int = 500
+    seed: int = 0
+    num_threads: int = 1
+    bf16: bool = True
+    """Matrix products in bfloat16 (autocast); weights and optimizer stay in float32."""
+
+
+ComputeLoss = Callable[[np.ndarray, np.random.Generator, float], Tensor]
+"""(indices of rows, generator, progress in [0, 1]) -> scalar loss."""
+
+
+def fit(
+    parameters: Iterable[nn.Parameter],
+    compute_loss: ComputeLoss,
+    *,
+    num_rows: int,
+    config: LoopConfig,
+    save: Callable[[], None],
+    evaluate: Callable[[], dict[str, float]],
+    after_step: Callable[[], None] | None = None,
+) -> dict[str, float]:
+    """Train on batches of random rows; evaluate and save every `eval_every` steps and at the end. Returns the last figures."""
+    torch.set_num_threads(config.num_threads)
+    torch.manual_seed(config.seed)
+    rng = np.random.default_rng(config.seed)
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.98))
+    start, recent, figures = time.monotonic(), [], {}
+    bar = tqdm(range(config.num_steps), mininterval=10, smoothing=0.05)
+    for step in bar:
+        progress = max(step / config.num_steps, (time.monotonic() - start) / 60 / config.minutes)
+        warmup = min(1.0, (step + 1) / config.warmup_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * warmup * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * min(progress, 1.0))))
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
+            loss = compute_loss(rng.integers(num_rows, size=config.micro_batch_size), rng, progress)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"loss={loss.item()} at step {step}: lower lr={config.lr}")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, config.clip)
+        optimizer.step()
+        if after_step is not None:
+            after_step()
+        recent = [*recent[-99:], loss.item()]
+        bar.set_postfix(loss=f"{np.mean(recent):.4f}", refresh=False)
+        last = progress >= 1 or step + 1 == config.num_steps
+        if last or (step + 1) % config.eval_every == 0:
+            figures = {
+                "step": step + 1,
+                "minutes": (time.monotonic() - start) / 60,
+                "loss": float(np.mean(recent)),
+                **evaluate(),
+            }
+            tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+            save()
+        if last:
+            break
+    return figures

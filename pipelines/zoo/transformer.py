@@ -1,0 +1,131 @@
+"""A tiny linear DiT, pre-trained on scenes of the known colors: the demo goes on from it with colors it has not seen."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipelines.evaluate import AttributeJudge, attribute_accuracy
+from pipelines.sample import image_grid
+from pipelines.score import ClipModel
+from pipelines.shapes import KNOWN_COLORS, Scene, ShapesConfig, phrasings, sample_caption, sample_scene, write_caption
+from pipelines.zoo.autoencoder import load_autoencoder
+from pipelines.zoo.text_encoder import SHORT_SHARE, load_text_encoder
+from pipelines.zoo.training import LoopConfig, fit
+from pipelines.zoo.world import VALIDATION, World, load_world
+from sana_model.autoencoder import DCAutoencoder
+from sana_model.flow import flow_loss, sample_sigmas
+from sana_model.generate import TextToImage
+from sana_model.transformer import SanaConfig, SanaTransformer
+
+CONFIG = SanaConfig(
+    dim=128, depth=6, num_cross_heads=4, ffn_dim=320, in_channels=8, caption_dim=64, position_scale=1.0, base_size=8
+)
+FLOW_SHIFT = 2.0
+CAPTION_DROPOUT = 0.1
+EMA_DECAY = 0.999
+GUIDANCE_SCALES = (1.5, 2.5, 4.0)
+DEFAULT_LOOP = LoopConfig(num_steps=20_000, micro_batch_size=48, lr=1e-3, weight_decay=0.0, minutes=60, bf16=False)
+
+
+def train_transformer(
+    output_dir: str,
+    *,
+    autoencoder_dir: str,
+    text_encoder_dir: str,
+    clip_dir: str,
+    cache_dir: str = "outputs/zoo/cache",
+    loop: LoopConfig = DEFAULT_LOOP,
+) -> dict[str, float]:
+    """Train on the latents of drawn scenes and write the whole pipeline, with averaged weights, to `output_dir`."""
+    torch.set_num_threads(loop.num_threads)
+    torch.manual_seed(loop.seed)
+    autoencoder, text_encoder = load_autoencoder(autoencoder_dir), load_text_encoder(text_encoder_dir)
+    latents, scenes = encode_world(autoencoder, known_scenes(load_world(cache_dir=cache_dir)))
+    judge = AttributeJudge(ClipModel(clip_dir))
+    model = SanaTransformer(CONFIG)
+    average = copy.deepcopy(model).requires_grad_(False)
+    pipeline = TextToImage(average, autoencoder, text_encoder, flow_shift=FLOW_SHIFT)
+    null_embeds, _ = text_encoder.null()
+    generator = torch.Generator().manual_seed(loop.seed)
+    num_updates = 0
+
+    def compute_loss(rows: np.ndarray, rng: np.random.Generator, progress: float) -> Tensor:
+        captions = [sample_caption(scenes[row], rng, short_share=SHORT_SHARE) for row in rows]
+        embeds, mask = text_encoder.encode(captions)
+        dropped = torch.from_numpy(rng.random(len(rows)) < CAPTION_DROPOUT)
+        embeds[dropped, :1], mask[dropped, 1:] = null_embeds, False
+        clean = latents[rows]
+        sigma = sample_sigmas(len(rows), shift=FLOW_SHIFT, generator=generator)
+        noise = torch.randn(clean.shape, generator=generator)
+        return flow_loss(model, clean, embeds, mask, sigma=sigma, noise=noise).mean()
+
+    def update_average() -> None:
+        nonlocal num_updates
+        num_updates += 1
+        decay = min(EMA_DECAY, (1 + num_updates) / (10 + num_updates))
+        with torch.no_grad():
+            for averaged, current in zip(average.parameters(), model.parameters(), strict=True):
+                averaged.lerp_(current, 1 - decay)
+
+    def save() -> None:
+        copy.deepcopy(pipeline).to(torch.bfloat16).save_pretrained(output_dir)
+
+    return fit(
+        model.parameters(),
+        compute_loss,
+        num_rows=len(scenes),
+        config=loop,
+        save=save,
+        evaluate=lambda: measure_guidance(pipeline, judge, Path(output_dir)),
+        after_step=update_average,
+    )
+
+
+def known_scenes(world: World) -> World:
+    """The rows whose objects all have known colors."""
+    rows = [row for row, scene in enumerate(world.scenes) if all(thing.color in KNOWN_COLORS for thing in scene.things)]
+    return World(world.images[rows], [world.scenes[row] for row in rows])
+
+
+@torch.inference_mode()
+def encode_world(autoencoder: DCAutoencoder, world: World) -> tuple[Tensor, list[Scene]]:
+    """Scaled latents (N, C, h, w) float32, and the scenes."""
+    spans = (slice(start, start + 100) for start in range(0, len(world.scenes), 100))
+    latents = torch.cat([autoencoder.encode(world.images_as_tensor(span)) for span in spans])
+    return latents.clone(), world.scenes
+
+
+def measure_guidance(pipeline: TextToImage, judge: AttributeJudge, output_dir: Path) -> dict[str, float]:
+    """Accuracy of shape, color and background together on one-object prompts of the validation split, by guidance scale."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    figures = {}
+    for scale in GUIDANCE_SCALES:
+        images, accuracy = draw_and_judge(pipeline, judge, first=VALIDATION, count=64, guidance_scale=scale)
+        image_grid(images, columns=8).save(output_dir / f"grid-{scale:g}.png")
+        figures |= {f"{name}@{scale:g}": value for name, value in accuracy.items()}
+    return figures
+
+
+def draw_and_judge(
+    pipeline: TextToImage,
+    judge: AttributeJudge,
+    *,
+    first: int,
+    count: int,
+    guidance_scale: float,
+    colors: tuple[str, ...] = KNOWN_COLORS,
+) -> tuple[list[Image.Image], dict[str, float]]:
+    """Draw the one-object prompts of rows `first` on in 20 steps, each from its own seed; what the judge says of them."""
+    config = ShapesConfig(colors=colors, pair_share=0.0)
+    asked = [sample_scene(index, config) for index in range(first, first + count)]
+    prompts = [write_caption(scene, phrasings(scene)[index % 2]) for index, scene in enumerate(asked)]
+    images: list[Image.Image] = []
+    for start in range(0, count, 32):
+        span = range(start, min(start + 32, count))
+        seeds = [first + index for index in span]
+        images += pipeline([prompts[index] for index in span], num_steps=20, guidance_scale=guidance_scale, seed=seeds)
+    return images, attribute_accuracy(asked, judge.read(images))

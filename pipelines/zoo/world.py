@@ -1,0 +1,91 @@
+"""Drawn scenes in memory, and the word-level tokenizers that read their captions."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from pipelines.shapes import Scene, ShapesConfig, draw_row, sample_scene, vocabulary
+
+HELD_OUT = 10_000_000
+"""Rows from here on are never trained on: the gates are measured there."""
+VALIDATION = 20_000_000
+"""Rows from here on choose settings, such as the guidance scale."""
+NUM_ROWS = 60_000
+
+PAD, UNKNOWN, BOS, EOS = "<pad>", "<unk>", "<s>", "</s>"
+
+
+@dataclass(frozen=True)
+class World:
+    """Rows of the Shapes world: images (N, H, W, 3) uint8 and the scenes that they show."""
+
+    images: np.ndarray
+    scenes: list[Scene]
+
+    def images_as_tensor(self, indices: np.ndarray | slice) -> Tensor:
+        """(B, 3, H, W) float32 in [-1, 1]."""
+        pixels = torch.from_numpy(np.ascontiguousarray(self.images[indices]))
+        return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def load_world(
+    num_rows: int = NUM_ROWS, *, first: int = 0, config: ShapesConfig = ShapesConfig(), cache_dir: str | Path | None = None
+) -> World:
+    """Rows `first` to `first + num_rows`; drawn once if there is a `cache_dir` (12 KiB a row), about 1 ms each."""
+    scenes = [sample_scene(index, config) for index in range(first, first + num_rows)]
+    shape = (num_rows, config.image_size, config.image_size, 3)
+    name = re.sub(r"\W+", "_", f"shapes {config} {first} {num_rows}") + ".npy"
+    path = None if cache_dir is None else Path(cache_dir) / name
+    if path is not None and path.exists():
+        return World(np.load(path, mmap_mode="r"), scenes)
+    if path is None:
+        images = np.empty(shape, np.uint8)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        images = open_memmap(part, "w+", np.uint8, shape)
+    for row in tqdm(range(num_rows), desc="drawing scenes", disable=num_rows < 2000):
+        images[row] = draw_row(first + row, config)[1]
+    if path is not None:
+        part.rename(path)
+    return World(images, scenes)
+
+
+def word_tokenizer(
+    extra_words: Sequence[str] = (),
+    *,
+    special_tokens: Sequence[str] = (),
+    bos: bool = True,
+    eos: bool = False,
+    **options: object,
+) -> PreTrainedTokenizerFast:
+    """A fast word-level tokenizer of the grammar's words, `extra_words` and `special_tokens`; lower-cases.
+
+    Ids: <pad> 0, <unk> 1, <s> 2, </s> 3, then the special tokens, then the words.
+    """
+    specials = [PAD, UNKNOWN, BOS, EOS, *special_tokens]
+    words = [*specials, *sorted({*vocabulary(), *extra_words})]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=UNKNOWN))
+    tokenizer.add_special_tokens(specials)
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[.,:;!?\"'()-]"), "isolated")]
+    )
+    tokenizer.decoder = decoders.WordPiece(cleanup=True)  # no space before a comma or a full stop
+    template = f"{BOS} $A" if bos else "$A"
+    template += f" {EOS}" if eos else ""
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[(BOS, words.index(BOS)), (EOS, words.index(EOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, unk_token=UNKNOWN, bos_token=BOS, eos_token=EOS, **options
+    )

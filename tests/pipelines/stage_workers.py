@@ -1,0 +1,30 @@
+"""Workers for the tests of the stage runner, in a module that Ray's actors can import."""
+
+from pathlib import Path
+
+import pyarrow as pa
+
+from pipelines.stage import Row, reject
+
+
+class Upper:
+    """Captions every row with its id in capitals; refuses ids that end in `bad`; dies at `poison` while `armed` exists."""
+
+    def __init__(self, armed: Path | None = None):
+        self.armed = armed
+
+    def process(self, table: pa.Table) -> tuple[list[Row], list[Row]]:
+        rows: list[Row] = []
+        rejects: list[Row] = []
+        for row in table.to_pylist():
+            if row["id"] == "poison" and self.armed is not None and self.armed.exists():
+                raise RuntimeError("killed by the test")
+            if row["id"].endswith("bad"):
+                rejects.append(reject(row, "bad_id", f"{row['id']} ends in bad"))
+            else:
+                rows.append({"id": row["id"], "caption": row["id"].upper(), "num_tokens": 1, "finish_reason": "stop"})
+        return rows, rejects
+
+
+def read_ids(ids: dict[str, list[str]], shard: str) -> pa.Table:
+    return pa.table({"id": pa.array(ids[shard], pa.string())})

@@ -1,0 +1,139 @@
+"""The training stream: what is drawn, in which order, and after a resume."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.data import MicroBatch, PrefetchedStream, StreamConfig, TrainingStream, rank_shards
+from pipelines.schema import LATENTS
+from pipelines.select import SelectionConfig
+from pipelines.tables import MissingTableError, Table
+from tests.pipelines.training_world import PATH, make_row, make_shards, make_table
+
+BUCKETS = ("64x64", "64x64", "32x128", "64x64", "128x32")
+CONFIG = StreamConfig(shuffle_shards=2)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
+    """7 shards of unlike sizes, 3 buckets, one shard without a row."""
+    return make_table(tmp_path_factory.mktemp("data"), make_shards([9, 1, 14, 0, 7, 11, 5], BUCKETS))
+
+
+def make_stream(table: Table, config: StreamConfig = CONFIG, rank: int = 0, world_size: int = 1) -> TrainingStream:
+    return TrainingStream(table, config, micro_batch_size=4, seed=3, rank=rank, world_size=world_size)
+
+
+def assert_same(batch: MicroBatch, other: MicroBatch) -> None:
+    assert (batch.ids, batch.epochs, batch.captions, batch.bucket) == (other.ids, other.epochs, other.captions, other.bucket)
+    assert torch.equal(batch.latents, other.latents)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_every_sample_once_an_epoch(table: Table, world_size: int) -> None:
+    drawn: Counter[tuple[int, str]] = Counter()
+    for rank in range(world_size):
+        stream = make_stream(table, rank=rank, world_size=world_size)
+        while stream.epoch < 6:
+            batch = next(stream)
+            drawn.update(zip(batch.epochs, batch.ids, strict=True))
+        waiting = stream.state_dict()["buffers"]
+        drawn.update((epoch, sample_id) for entries in waiting.values() for epoch, _, sample_id in entries)
+    expected = {(epoch, make_row(index)["id"]) for epoch in range(6) for index in range(47)}
+    assert {key for key in drawn if key[0] < 6} == expected
+    assert set(drawn.values()) == {1}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_ranks_share_the_shards_evenly_over_epochs(world_size: int) -> None:
+    counts = np.zeros(world_size, int)
+    for epoch in range(2 * world_size):
+        parts = [rank_shards(7, seed=0, epoch=epoch, rank=rank, world_size=world_size) for rank in range(world_size)]
+        assert sorted(chain.from_iterable(parts)) == list(range(7))
+        counts += [len(part) for part in parts]
+    assert len(set(counts)) == 1
+
+
+def test_batches_are_of_one_bucket(table: Table) -> None:
+    buckets = set()
+    for batch in islice(make_stream(table), 30):
+        height, width = (int(side) // 8 for side in batch.bucket.split("x"))
+        assert batch.latents.shape == (4, 8, height, width) and batch.latents.dtype == torch.float16
+        for latents, sample_id in zip(batch.latents, batch.ids, strict=True):
+            row = make_row(int(sample_id, 16), batch.bucket)
+            assert latents.numpy().tobytes() == row["latents"]
+        buckets.add(batch.bucket)
+    assert buckets == set(BUCKETS)
+
+
+def test_epochs_differ_in_order_and_seeds_too(table: Table) -> None:
+    def order(stream: TrainingStream, epoch: int) -> list[str]:
+        batches = islice(stream, 60)
+        return [i for batch in batches for e, i in zip(batch.epochs, batch.ids, strict=True) if e == epoch]
+
+    first, second = order(make_stream(table), 0), order(make_stream(table), 1)
+    assert first != second
+    other = TrainingStream(table, CONFIG, micro_batch_size=4, seed=4)
+    assert order(other, 0) != first == order(make_stream(table), 0)
+
+
+@pytest.mark.parametrize(("rank", "world_size", "num_taken"), [(0, 1, 0), (0, 1, 13), (1, 2, 37), (2, 3, 8)])
+def test_resume_gives_the_very_same_batches(table: Table, rank: int, world_size: int, num_taken: int) -> None:
+    stream = make_stream(table, rank=rank, world_size=world_size)
+    list(islice(stream, num_taken))
+    state = json.loads(json.dumps(stream.state_dict()))
+    resumed = make_stream(table, rank=rank, world_size=world_size)
+    resumed.load_state_dict(state)
+    for expected, batch in zip(islice(stream, 20), resumed, strict=False):
+        assert_same(batch, expected)
+
+
+def test_reading_ahead_changes_nothing(table: Table) -> None:
+    plain, ahead = make_stream(table), PrefetchedStream(make_stream(table), depth=3)
+    for _ in range(9):
+        assert_same(next(ahead), next(plain))
+    resumed = make_stream(table)
+    resumed.load_state_dict(ahead.state_dict())
+    ahead.close()
+    for expected, batch in zip(islice(plain, 9), resumed, strict=False):
+        assert_same(batch, expected)
+
+
+def test_captions_depend_on_seed_epoch_and_id_alone(table: Table) -> None:
+    config = StreamConfig(selection=SelectionConfig(policy="random"), caption_dropout=0.3)
+    captions: dict[tuple[int, str], str | None] = {}
+    for batch in islice(make_stream(table, config), 200):
+        captions.update(zip(zip(batch.epochs, batch.ids, strict=True), batch.captions, strict=True))
+    for batch in islice(make_stream(table, replace(config, shuffle_shards=3), rank=1, world_size=2), 50):
+        for key, caption in zip(zip(batch.epochs, batch.ids, strict=True), batch.captions, strict=True):
+            assert captions.get(key, caption) == caption
+    dropped = np.mean([caption is None for caption in captions.values()])
+    assert 0.24 < dropped < 0.36
+    known = {caption["caption"] for index in range(4) for caption in make_row(index)["captions"]}
+    assert {caption for caption in captions.values() if caption is not None} == known
+
+
+def test_tables_that_cannot_be_trained_on(tmp_path: Path, table: Table) -> None:
+    with pytest.raises(MissingTableError, match="no table 'latents/tiny-64'"):
+        make_stream(Table(str(tmp_path), PATH, LATENTS))
+    with pytest.raises(ValueError, match="is empty"):
+        make_stream(make_table(tmp_path / "none", {}))
+    with pytest.raises(ValueError, match="can be drawn: it has no rows"):
+        next(make_stream(make_table(tmp_path / "rowless", {"00000": []})))
+    with pytest.raises(ValueError, match=r"num_workers=8 need a shard each, and .* has 7"):
+        make_stream(table, world_size=8)
+    none_passes = StreamConfig(selection=SelectionConfig(min_best_score=99.0))
+    with pytest.raises(ValueError, match="lets none pass"):
+        next(PrefetchedStream(make_stream(table, none_passes), depth=2))
+
+
+def test_state_of_another_rank_is_refused(table: Table) -> None:
+    state = make_stream(table, rank=0, world_size=2).state_dict()
+    with pytest.raises(ValueError, match="rank=0, this is rank=1"):
+        make_stream(table, rank=1, world_size=2).load_state_dict(state)
