@@ -1,8 +1,10 @@
 """`make demo`: the whole way once, from raw images to pictures drawn by a model trained on them, on this machine."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeVar
 
 from jobs import caption, evaluate, extract, ingest, sample, score, train
 from jobs.demo_report import Timings, print_summary, summarize_demo, write_demo_report
@@ -19,6 +21,7 @@ from pipelines.shapes import NEW_COLORS, ShapesConfig, phrasings, sample_scene, 
 from pipelines.tables import Table
 from pipelines.train_config import TrainConfig
 
+Stage = TypeVar("Stage", bound=JobConfig)
 FIRST_SCENE = 30_000_000  # the demo draws its scenes where the shipped models never looked
 FIRST_PROMPT = 40_000_000
 
@@ -62,6 +65,10 @@ class DemoJob(JobConfig):
     train: TrainConfig
     draw: DrawConfig
 
+    def __post_init__(self) -> None:
+        if self.train.init is None:
+            raise ValueError("train.init=None: the demo goes on from a pipeline, such as zoo://pipeline")
+
 
 def run(job: DemoJob) -> None:
     """Every stage, then the closing table and the report."""
@@ -72,11 +79,12 @@ def run(job: DemoJob) -> None:
     timings.measure("ingest", lambda: ingest.run(_stage(ingest.IngestJob, job, ingest=replace(job.ingest, source=source))))
     for captioner in job.captioners:
         stage = _stage(caption.CaptionJob, job, captioner=captioner)
-        timings.measure(f"caption {captioner.name}", lambda stage=stage: caption.run(stage))
+        timings.measure(f"caption {captioner.name}", partial(caption.run, stage))
     selection = job.train.data.selection
     timings.measure("score", lambda: score.run(_stage(score.ScoreJob, job, scorer=job.scorer, selection=selection)))
     timings.measure("extract", lambda: extract.run(_stage(extract.ExtractJob, job, extract=job.extract)))
     prompts = world_prompts(job.world) if job.images is None else photo_prompts(job)
+    assert job.train.init is not None
     draw_and_judge(job, "before", job.train.init, prompts, step=0, timings=timings)
     trained = timings.measure("train", lambda: train.run(_stage(train.TrainJob, job, train=job.train)))
     draw_and_judge(job, "after", trained.pipeline, prompts, step=trained.num_steps, timings=timings)
@@ -85,7 +93,7 @@ def run(job: DemoJob) -> None:
     print_summary(job, summary, report)
 
 
-def _stage(job_class: type, job: DemoJob, **settings: object) -> object:
+def _stage(job_class: Callable[..., Stage], job: DemoJob, **settings: object) -> Stage:
     """A stage's own job, on the demo's dataset and MLflow."""
     return job_class(dataset_uri=job.dataset_uri, ray=job.ray, tracking=job.tracking, **settings)
 

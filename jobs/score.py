@@ -1,15 +1,14 @@
 """`python -m jobs.score --config jobs/configs/score.yaml`: images and captions -> CLIP scores."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from jobs.runner import JobConfig, run_job, track_stage
 from pipelines.report import scores_report
 from pipelines.score import ScorerConfig, run_score
 from pipelines.select import SelectionConfig, choose_caption
-from pipelines.stage import StageResult
+from pipelines.stage import Row, StageResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +27,7 @@ class ScoreJob(JobConfig):
 def run(job: ScoreJob) -> StageResult:
     """The stage in an MLflow run, on the Ray that is there."""
 
-    def choose(captions: Sequence[Mapping[str, Any]], image_id: str) -> Mapping[str, Any] | None:
+    def choose(captions: list[Row], image_id: str) -> Row | None:
         return choose_caption(captions, job.selection, seed=0, epoch=0, sample_id=image_id)
 
     return track_stage(

@@ -107,7 +107,8 @@ class Captioner:
         options = {"revision": config.revision} if config.revision else {}
         self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = getattr(torch, config.dtype)
-        self.model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **options).to(self.device).eval()
+        model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **options)
+        self.model = model.to(self.device).eval()
         self.processor = AutoProcessor.from_pretrained(path, **options)
         self.processor.tokenizer.padding_side = "left"  # all captions of a batch begin at the same place
         content = [{"type": "image"}, {"type": "text", "text": config.prompt}]

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -38,7 +38,7 @@ class SelectionConfig:
             )
 
 
-Caption = Mapping[str, Any]
+Caption = dict[str, Any]
 """captioner, caption, clip_score."""
 
 

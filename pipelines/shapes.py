@@ -156,7 +156,7 @@ def _generator(index: int, config: ShapesConfig) -> np.random.Generator:
 
 def _sample_scene(rng: np.random.Generator, config: ShapesConfig) -> Scene:
     def pick(values: Sequence[str]) -> str:
-        return values[rng.integers(len(values))]
+        return values[int(rng.integers(len(values)))]
 
     def thing() -> Thing:
         return Thing(pick(SHAPES), pick(config.colors), pick(FILLS))
@@ -190,8 +190,8 @@ def _centers(scene: Scene) -> list[tuple[float, float]]:
         assert scene.size is not None and scene.position is not None
         (dx, dy), offset = POSITIONS[scene.position], OFFSET[scene.size]
         return [(middle + dx * offset, middle + dy * offset)]
-    dx, dy = (PAIR_OFFSET, 0) if scene.relation == "left of" else (0, PAIR_OFFSET)
-    return [(middle - dx, middle - dy), (middle + dx, middle + dy)]
+    x, y = (PAIR_OFFSET, 0.0) if scene.relation == "left of" else (0.0, PAIR_OFFSET)
+    return [(middle - x, middle - y), (middle + x, middle + y)]
 
 
 def _radii(scene: Scene) -> list[float]:
@@ -322,7 +322,7 @@ def hard_negatives(scene: Scene, rng: np.random.Generator, count: int) -> list[S
 def _one_change_away(scene: Scene) -> Iterator[Scene]:
     for name in ("background", "size", "position"):
         if getattr(scene, name) is not None:
-            yield from (replace(scene, **{name: value}) for value in VALUES[name])
+            yield from (replace(scene, **{name: value}) for value in VALUES[name])  # type: ignore[arg-type]
     for index, thing in enumerate(scene.things):
         others = scene.things[:index], scene.things[index + 1 :]
         for name in _said(thing):
@@ -332,7 +332,7 @@ def _one_change_away(scene: Scene) -> Iterator[Scene]:
 
 
 def regrouped(scene: Scene) -> list[Scene]:
-    """Of two objects: the same words in another order. The relation changed or turned round, an attribute given to the other."""
+    """Of two objects, the same words in another order: the relation changed or turned round, attributes exchanged."""
     if scene.relation is None:
         return []
     first, second = scene.things

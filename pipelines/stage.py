@@ -187,7 +187,7 @@ def _stream(
         return
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    dataset = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
+    dataset: ray.data.Dataset = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
     dataset = dataset.map_batches(partial(_read, read_shard=read_shard), batch_size=1, batch_format="pyarrow", num_cpus=LIGHT)
     dataset = dataset.map_batches(
         _Worker,

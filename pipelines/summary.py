@@ -1,8 +1,8 @@
 """What a dataset's scores say of its captioners and of the selection; with known truth, how often captions are exact."""
 
 import json
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +35,9 @@ class _Scored:
 def caption_figures(dataset_uri: str, scorer: str, selection: SelectionConfig, *, seed: int = 0) -> dict[str, CaptionFigures]:
     """Figures by captioner, then of "random choice" (its expected values) and of "CLIP selection" (one draw for each image)."""
     images = list(_scored_images(dataset_uri, scorer, selection, seed))
-    scores, exact, chosen = defaultdict(list), defaultdict(list), defaultdict(int)
+    scores: dict[str, list[float]] = defaultdict(list)
+    exact: dict[str, list[bool]] = defaultdict(list)
+    chosen: Counter[str] = Counter()
     for image in images:
         for index, caption in enumerate(image.captions):
             scores[caption["captioner"]].append(caption["clip_score"])
@@ -61,8 +63,8 @@ def caption_figures(dataset_uri: str, scorer: str, selection: SelectionConfig, *
     return figures
 
 
-def _mean(values: list[float]) -> float | None:
-    return float(np.mean(values)) if values else None
+def _mean(values: Sequence[float | np.floating]) -> float | None:
+    return float(np.mean(np.asarray(values))) if values else None
 
 
 def _scored_images(dataset_uri: str, scorer: str, selection: SelectionConfig, seed: int) -> Iterator[_Scored]:

@@ -8,7 +8,7 @@ import copy
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -60,7 +60,7 @@ PHRASINGS: dict[Kind, tuple[int, int]] = {"llava": (0, 1), "llava-next": (2, 3)}
 IMAGE_SIZE = 64
 IMAGE, USER, ASSISTANT = "<image>", "<|user|>", "<|assistant|>"
 TILE_SIZE = 32
-DECODER = {
+DECODER: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_attention_heads": 4,
@@ -106,7 +106,7 @@ def captioner_tokenizer() -> PreTrainedTokenizerFast:
 def make_captioner(kind: Kind, clip: CLIPModel | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A model and its processor. `clip` is the vision tower that "llava" begins with; everything else is untrained."""
     tokenizer = captioner_tokenizer()
-    ids = {
+    ids: dict[str, Any] = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
@@ -122,16 +122,17 @@ def make_captioner(kind: Kind, clip: CLIPModel | None = None) -> tuple[PreTraine
 
 
 def make_llava(
-    tokenizer: PreTrainedTokenizerFast, decoder: dict[str, object], clip: CLIPModel
+    tokenizer: PreTrainedTokenizerFast, decoder: dict[str, Any], clip: CLIPModel
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     # All of CLIP's tower but its last layer, as in the published Llava: nothing there trained what the patches carry.
-    tower = clip.config.vision_config
-    vision_config = CLIPVisionConfig(**{**tower.to_dict(), "num_hidden_layers": tower.num_hidden_layers - 1})
+    tower: Any = clip.config.vision_config
+    vision_config: Any = CLIPVisionConfig(**{**tower.to_dict(), "num_hidden_layers": tower.num_hidden_layers - 1})
+    image_token: Any = tokenizer.convert_tokens_to_ids(IMAGE)
     model = LlavaForConditionalGeneration(
         LlavaConfig(
             vision_config=vision_config,
             text_config=LlamaConfig(**decoder, num_hidden_layers=3),
-            image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+            image_token_index=image_token,
             image_seq_length=(IMAGE_SIZE // vision_config.patch_size) ** 2,
             vision_feature_layer=-1,
             vision_feature_select_strategy="default",  # without the class token
@@ -152,7 +153,7 @@ def make_llava(
     return model, processor
 
 
-def make_llava_next(tokenizer: PreTrainedTokenizerFast, decoder: dict[str, object]) -> tuple[PreTrainedModel, ProcessorMixin]:
+def make_llava_next(tokenizer: PreTrainedTokenizerFast, decoder: dict[str, Any]) -> tuple[PreTrainedModel, ProcessorMixin]:
     vision_config = SiglipVisionConfig(
         hidden_size=128,
         intermediate_size=512,
@@ -160,14 +161,15 @@ def make_llava_next(tokenizer: PreTrainedTokenizerFast, decoder: dict[str, objec
         num_attention_heads=4,
         image_size=TILE_SIZE,
         patch_size=8,
-        vision_use_head=False,
+        vision_use_head=False,  # type: ignore[call-arg]  # a field that the class takes among others
     )
     pinpoints = [[IMAGE_SIZE, IMAGE_SIZE]]
+    image_token: Any = tokenizer.convert_tokens_to_ids(IMAGE)
     model = LlavaNextForConditionalGeneration(
         LlavaNextConfig(
             vision_config=vision_config,
             text_config=Qwen2Config(**decoder, num_key_value_heads=2, num_hidden_layers=2),
-            image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+            image_token_index=image_token,
             image_grid_pinpoints=pinpoints,
             vision_feature_layer=-1,
             vision_feature_select_strategy="full",  # SigLIP has no class token
@@ -302,13 +304,13 @@ def to_pixels(kind: Kind, images: Tensor) -> dict[str, Tensor]:
 
 def chat(processor: ProcessorMixin, prompt: str) -> str:
     """The text of a question about one image."""
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
+    messages: Any = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
     return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
 
 @torch.no_grad()
 def caption_images(
-    model: PreTrainedModel,
+    model: Any,
     processor: ProcessorMixin,
     images: Sequence[Image.Image],
     prompt: str = PROMPTS[0],
@@ -340,7 +342,7 @@ def measure_captioner(
     return {"exact": float(exact.mean()), "exact_single": float(exact[~pairs].mean()), "exact_pair": float(exact[pairs].mean())}
 
 
-def save_captioner(model: PreTrainedModel, processor: ProcessorMixin, output_dir: str | Path) -> None:
+def save_captioner(model: Any, processor: ProcessorMixin, output_dir: str | Path) -> None:
     """In bfloat16, with the names of the published checkpoints, which vLLM wants."""
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(output_dir)
     processor.save_pretrained(output_dir)

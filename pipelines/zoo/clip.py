@@ -83,7 +83,7 @@ def train_clip(
     tokenizer = clip_tokenizer()
     model = CLIPModel.from_pretrained(init_dir, dtype=torch.float32) if init_dir else make_clip(tokenizer)
     model.set_attn_implementation("eager")  # on a CPU the backward of fused attention takes longer than all the rest
-    heads = AttributeHeads(model.config.projection_dim)
+    heads = AttributeHeads(model.visual_projection.out_features)
     world = load_world(cache_dir=cache_dir)
     held_out = load_world(500, first=HELD_OUT, cache_dir=cache_dir)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, CLIPModel
+from transformers import CLIPModel, PreTrainedTokenizerFast
 
 from pipelines.evaluate import ATTRIBUTES, AttributeJudge, attribute_accuracy
 from pipelines.sample import image_grid
@@ -72,7 +72,7 @@ def measure_zoo(zoo_dir: str | Path, *, grid: str | Path | None = None, num_thre
 
 def _measure_clip(zoo: Path, world: World) -> Figures:
     model = CLIPModel.from_pretrained(zoo / "clip", dtype=torch.float32)
-    return measure_clip(model, AutoTokenizer.from_pretrained(zoo / "clip"), world)
+    return measure_clip(model, PreTrainedTokenizerFast.from_pretrained(zoo / "clip"), world)
 
 
 def _measure_autoencoder(zoo: Path, world: World, judge: AttributeJudge) -> Figures:

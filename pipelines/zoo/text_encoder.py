@@ -74,7 +74,7 @@ def train_text_encoder(output_dir: str, *, loop: LoopConfig = DEFAULT_LOOP) -> d
 
     return fit(
         [*model.parameters(), *memory.parameters()],
-        lambda rows, rng, progress: sum(losses(rows, rng)),
+        lambda rows, rng, progress: torch.stack(losses(rows, rng)).sum(),
         num_rows=HELD_OUT,
         config=loop,
         save=save,
@@ -85,7 +85,7 @@ def train_text_encoder(output_dir: str, *, loop: LoopConfig = DEFAULT_LOOP) -> d
 def caption_losses(model: Gemma2ForCausalLM, memory: nn.ModuleList, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy, in nats, of the next token and of the remembered ones. `ids` (B, L) is padded on the right."""
     hidden = model.model(input_ids=ids).last_hidden_state  # attention is causal: nothing sees the padding
-    targets = ids.masked_fill(ids == model.config.pad_token_id, -100)
+    targets = ids.masked_fill(ids.eq(model.config.pad_token_id or 0), -100)
 
     def cross_entropy(head: nn.Module, offset: int) -> Tensor:
         """Of the token `offset` places after each hidden state."""

@@ -48,7 +48,9 @@ def fit(
     rng = np.random.default_rng(config.seed)
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.98))
-    start, recent, figures = time.monotonic(), [], {}
+    start = time.monotonic()
+    recent: list[float] = []
+    figures: dict[str, float] = {}
     bar = tqdm(range(config.num_steps), mininterval=10, smoothing=0.05)
     for step in bar:
         progress = max(step / config.num_steps, (time.monotonic() - start) / 60 / config.minutes)

@@ -110,7 +110,7 @@ def encode_world(autoencoder: DCAutoencoder, world: World) -> tuple[Tensor, list
 def measure_guidance(pipeline: TextToImage, judge: AttributeJudge, output_dir: Path) -> dict[str, float]:
     """Accuracy of shape, color and background together on one-object prompts of the validation split, by guidance scale."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    figures = {}
+    figures: dict[str, float] = {}
     for scale in GUIDANCE_SCALES:
         images, accuracy = draw_and_judge(pipeline, judge, first=VALIDATION, count=64, guidance_scale=scale)
         image_grid(images, columns=8).save(output_dir / f"grid-{scale:g}.png")

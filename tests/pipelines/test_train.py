@@ -126,7 +126,7 @@ def test_draws_grids_on_the_way(world: World, straight: TrainResult) -> None:
     client, run_id = world.client("straight")
     logged = [Path(artifact.path).name for artifact in client.list_artifacts(run_id, "images")]
     for step in (80, 160):
-        assert any(name.startswith(f"samples%step%{step}%") and name.endswith(".png") for name in logged), logged
+        assert any(name.replace("%", "+").startswith(f"samples+step+{step}+") for name in logged), logged
 
 
 def test_done_is_done(world: World, straight: TrainResult) -> None:
