@@ -15,7 +15,7 @@ from jobs.config import parse_config, to_dict
 from pipelines.stage import OnProgress, Progress, StageResult, TooManyRejectsError
 from pipelines.tables import REPORT, MissingTableError, StaleTableError, absolute_uri
 from pipelines.tracking import TrackedRun, TrackingConfig, start_run
-from pipelines.train_worker import TrainingError
+from pipelines.train_config import TrainingError
 
 EXPECTED = (MissingTableError, StaleTableError, TooManyRejectsError, TrainingError, FileNotFoundError, ValueError)
 """What a user can put right: shown as one message, without a traceback. Exit code 1."""
@@ -39,10 +39,12 @@ class RayConfig:
 @contextmanager
 def start_ray(config: RayConfig) -> Iterator[None]:
     """Connect to the cluster, or start a local Ray and stop it at the end."""
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     else:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ side writes to this process's own stderr
         ray.init(
             num_cpus=config.num_cpus,
             num_gpus=config.num_gpus,

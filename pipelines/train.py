@@ -24,9 +24,9 @@ from pipelines.models import model_version
 from pipelines.schema import LATENTS
 from pipelines.tables import Identity, Table, absolute_uri
 from pipelines.tracking import TrackedRun
-from pipelines.train_config import TrainConfig
+from pipelines.train_config import TrainConfig, TrainingError
 from pipelines.train_progress import OnTrainProgress, watch_progress
-from pipelines.train_worker import GRIDS_DIR, PIPELINE_DIR, TrainingError, TrainTask, train_worker
+from pipelines.train_worker import GRIDS_DIR, PIPELINE_DIR, TrainTask, train_worker
 
 CHECKPOINTS_DIR = "checkpoints"
 

@@ -9,6 +9,10 @@ from pipelines.engine import EngineConfig
 from pipelines.optim import OptimConfig
 
 
+class TrainingError(RuntimeError):
+    """A training cannot go on, and another try would end alike. Raised on all workers at the same point."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FlowConfig:
     """The noise levels to train at.

@@ -21,7 +21,7 @@ from pipelines.sample import image_grid
 from pipelines.select import uniform
 from pipelines.tables import Table
 from pipelines.tracking import TrackedRun
-from pipelines.train_config import FlowConfig, TrainConfig
+from pipelines.train_config import FlowConfig, TrainConfig, TrainingError
 from pipelines.train_meter import LossHistory, TrainingMeter
 from pipelines.train_progress import TrainProgress
 from sana_model.autoencoder import DCAutoencoder
@@ -33,10 +33,6 @@ from sana_model.transformer import SanaTransformer
 
 PIPELINE_DIR = "pipeline"
 GRIDS_DIR = "samples"
-
-
-class TrainingError(RuntimeError):
-    """A training cannot go on, and another try would end alike. Raised on all workers at the same point."""
 
 
 @dataclass(frozen=True, kw_only=True)

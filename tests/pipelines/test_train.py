@@ -2,7 +2,6 @@
 
 import os
 import signal
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 import mlflow
 import psutil
 import pytest
-import ray
 import torch
 from PIL import Image
 
@@ -19,9 +17,9 @@ from pipelines.optim import OptimConfig
 from pipelines.tables import StaleTableError
 from pipelines.tracking import TrackedRun, TrackingConfig, start_run
 from pipelines.train import TrainResult, run_train
-from pipelines.train_config import FlowConfig, GridConfig, TrainConfig
+from pipelines.train_config import FlowConfig, GridConfig, TrainConfig, TrainingError
 from pipelines.train_progress import OnTrainProgress, TrainProgress
-from pipelines.train_worker import TrainingError, encode_captions
+from pipelines.train_worker import encode_captions
 from sana_model.pipeline_files import load_pipeline
 from tests.pipelines.training_world import PATH, make_pipeline, make_shards, make_table
 
@@ -64,7 +62,7 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> World:
     folder = tmp_path_factory.mktemp("train")
     make_table(folder / "dataset", make_shards([30, 20, 26], ("64x64", "64x64", "32x128")))
     config = TrainConfig(
@@ -79,11 +77,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         checkpoint_every=20,
         max_failures=0,
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # how soon a checkpoint counts
-        ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
-        yield World(folder, config)
-        ray.shutdown()
+    return World(folder, config)
 
 
 @pytest.fixture(scope="module")
