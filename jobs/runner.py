@@ -12,6 +12,7 @@ from typing import TypeVar
 import ray
 
 from jobs.config import parse_config, to_dict
+from pipelines.report import write_report
 from pipelines.stage import OnProgress, Progress, StageResult, TooManyRejectsError
 from pipelines.tables import REPORT, MissingTableError, StaleTableError, absolute_uri
 from pipelines.tracking import TrackedRun, TrackingConfig, start_run
@@ -161,7 +162,7 @@ def track_stage(
             log_result(run, result)
             if make_report is not None:
                 html = make_report()
-                result.table.write_file(REPORT, html.encode())
+                write_report(result.table, html)
                 run.log_html(html, REPORT)
             if log is not None:
                 log(run, result)

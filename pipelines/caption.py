@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from pipelines.images import BadImageError, decode
-from pipelines.models import local_model, model_version
+from pipelines.models import local_model, model_version, pick_device
 from pipelines.schema import CAPTIONS, IMAGES, IMAGES_PATH, captions_path
 from pipelines.stage import OnProgress, Resources, Row, StageResult, reject, run_shards
 from pipelines.tables import Identity, Table
@@ -105,7 +105,7 @@ class Captioner:
         self.config = config
         path = local_model(config.model)
         options = {"revision": config.revision} if config.revision else {}
-        self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = pick_device(config.device)
         dtype = getattr(torch, config.dtype)
         model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **options)
         self.model = model.to(self.device).eval()

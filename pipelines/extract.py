@@ -10,7 +10,7 @@ import torch
 
 from pipelines.buckets import buckets_for, name_bucket, nearest_bucket
 from pipelines.images import BadImageError, decode, resize_and_crop, to_tensor_array
-from pipelines.models import model_version
+from pipelines.models import model_version, pick_device
 from pipelines.schema import IMAGES, IMAGES_PATH, LATENTS, SCORES, latents_path, scores_path
 from pipelines.stage import OnProgress, Resources, Row, StageResult, reject, run_shards
 from pipelines.tables import Identity, Table
@@ -98,7 +98,7 @@ class LatentEncoder:
 
     def __init__(self, config: ExtractConfig):
         self.config = config
-        self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = pick_device(config.device)
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.autoencoder = DCAutoencoder.from_pretrained(config.autoencoder, dtype=dtype).to(self.device).eval()
         self.buckets = buckets_for(config.resolution, self.autoencoder.compression)

@@ -3,6 +3,8 @@
 import hashlib
 from pathlib import Path
 
+import torch
+
 from sana_model.checkpoint_files import resolve
 
 HASHED = (".safetensors", ".json", ".jinja", ".model", ".txt")
@@ -16,6 +18,11 @@ def local_model(path: str) -> str:
     if "://" in path or Path(path).exists():
         return str(resolve(path))
     return path
+
+
+def pick_device(device: str | None) -> torch.device:
+    """The configured device; unless there is one, the first GPU that Ray gave this actor, or else the CPU."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def model_version(path: str, revision: str | None = None) -> str:

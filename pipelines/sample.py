@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from pipelines.models import model_version
+from pipelines.models import model_version, pick_device
 from pipelines.schema import SAMPLES, samples_path
 from pipelines.stage import OnProgress, Resources, Row, StageResult, run_shards
 from pipelines.tables import Identity, Table
@@ -113,7 +113,7 @@ class Sampler:
 
     def __init__(self, config: SampleConfig):
         self.config = config.draw
-        device = self.config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = pick_device(self.config.device)
         dtype = getattr(torch, self.config.dtype) if self.config.dtype else None
         self.pipeline = TextToImage.from_pretrained(config.pipeline, dtype=dtype).to(device)
 

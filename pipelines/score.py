@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 
 from pipelines.images import BadImageError, decode
-from pipelines.models import local_model, model_version
+from pipelines.models import local_model, model_version, pick_device
 from pipelines.schema import CAPTIONS, IMAGES, IMAGES_PATH, ORIGINAL_CAPTIONER, SCORES, captions_path, scores_path
 from pipelines.stage import OnProgress, Resources, Row, StageResult, reject, run_shards
 from pipelines.tables import Identity, Table
@@ -140,7 +140,7 @@ class ClipModel:
     def __init__(self, model: str, *, revision: str | None = None, dtype: str = "float32", device: str | None = None):
         path = local_model(model)
         options = {"revision": revision} if revision else {}
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = pick_device(device)
         self.model = AutoModel.from_pretrained(path, dtype=getattr(torch, dtype), **options).to(self.device).eval()
         processor = AutoProcessor.from_pretrained(path, **options)
         self.image_processor, self.tokenizer = processor.image_processor, processor.tokenizer
