@@ -16,7 +16,7 @@ from tests.pipelines.kill_stages import CHEAP, stage_table
 from tests.s3 import BUCKET, FaultyProxy, environment, s3_environment, serve_s3
 
 NUM_IMAGES = 2048
-TARGETS: list[Target] = ["driver", "actor", "raylet", "actor", "driver", "actor", "raylet", "driver", "actor", "raylet"]
+TARGETS: list[Target] = ["driver", "actor", "actor", "raylet", "actor", "actor", "driver", "actor", "raylet", "actor"]
 STAGES = ["ingest", "caption", "score", "extract"]
 
 
