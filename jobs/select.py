@@ -16,7 +16,7 @@ from jobs.runner import EXPECTED, StatusLine
 from jobs.text_table import format_table
 from pipelines.compare import Comparison, Scope, compare_table
 from pipelines.report import scores_report
-from pipelines.select import POLICIES, SelectionConfig
+from pipelines.select import POLICIES, Policy, SelectionConfig
 from pipelines.tables import absolute_uri
 
 DEFAULT = SelectionConfig()
@@ -57,7 +57,7 @@ def _compare(dataset_uri: str, selection: SelectionConfig, arguments: Namespace)
         line.clear()
 
 
-def describe(scorer: str, comparison: Comparison, scope: Scope, policies: Sequence[str]) -> str:
+def describe(scorer: str, comparison: Comparison, scope: Scope, policies: Sequence[Policy]) -> str:
     """Captioners, then policies, as tables for a terminal."""
     captioners = list(comparison.captioners)
     rows = [[name, f"{row.num_captions}", f"{row.mean_score:.2f}"] for name, row in comparison.captioners.items()]
@@ -79,7 +79,7 @@ def describe(scorer: str, comparison: Comparison, scope: Scope, policies: Sequen
     )
 
 
-def to_json(comparison: Comparison, scope: Scope, policies: Sequence[str]) -> dict[str, Any]:
+def to_json(comparison: Comparison, scope: Scope, policies: Sequence[Policy]) -> dict[str, Any]:
     content = asdict(comparison) | {"num_shards": len(scope.shards), "total_shards": scope.total_shards}
     return content | {"policies": {name: content["policies"][name] for name in policies}}
 

@@ -4,7 +4,7 @@ A function takes what lies in a dataset and returns the page. Of a large table a
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -14,6 +14,7 @@ from PIL import Image
 from pipelines.charts import FOCUS, histograms, number, spreads
 from pipelines.compare import compare_policies
 from pipelines.extract import Dtype, read_latents
+from pipelines.prepare import iter_rows
 from pipelines.report_data import (
     DEFAULT_SAMPLE,
     LightRows,
@@ -119,7 +120,7 @@ def scores_report(dataset_uri: str, scorer: str, selection: SelectionConfig, *, 
     table = Table(dataset_uri, scores_path(scorer), SCORES)
     light = read_light(table, ["id", "captions"], sample)
     scores, chosen = _contest(light, selection)
-    comparison = compare_policies((row["captions"] for row in _rows(light)), all_policies(selection, scores))
+    comparison = compare_policies((row["captions"] for row in iter_rows(light.rows)), all_policies(selection, scores))
     selected = [score for values in chosen.values() for score in values]
     rows = with_pictures(dataset_uri, sample_rows(table, sample), _texts)
     colors = _colors([*scores, *(entry["captioner"] for row in rows for entry in row["captions"])])
@@ -213,18 +214,13 @@ def _contest(light: LightRows, selection: SelectionConfig) -> tuple[dict[str, li
     """Scores by captioner: of all captions, and of the selected ones."""
     scores: dict[str, list[float]] = {}
     chosen: dict[str, list[float]] = {}
-    for row in _rows(light):
+    for row in iter_rows(light.rows):
         for entry in row["captions"]:
             scores.setdefault(entry["captioner"], []).append(entry["clip_score"])
         pick = _choose(row, selection)
         if pick is not None:
             chosen.setdefault(pick["captioner"], []).append(pick["clip_score"])
     return scores, chosen
-
-
-def _rows(light: LightRows) -> Iterator[Row]:
-    for batch in light.rows.to_batches(max_chunksize=1024):
-        yield from batch.to_pylist()
 
 
 def _choose(row: Row, selection: SelectionConfig) -> Row | None:
