@@ -181,6 +181,7 @@ def log_result(run: TrackedRun, result: StageResult) -> None:
             "seconds": result.seconds,
             "rows_per_second": result.rows_per_second,
             **{f"rejects.{reason}": count for reason, count in result.rejects_by_reason.items()},
+            **result.figures,
         }
     )
     run.tag_tables({**result.inputs, result.table.path: result.fingerprint})

@@ -13,7 +13,8 @@ from PIL import Image
 
 from pipelines.charts import FOCUS, histograms, number, spreads
 from pipelines.compare import compare_policies
-from pipelines.extract import Dtype, read_latents
+from pipelines.extract import read_latents
+from pipelines.extract_config import Dtype
 from pipelines.prepare import iter_rows
 from pipelines.report_data import (
     DEFAULT_SAMPLE,
@@ -183,6 +184,7 @@ def latents_report(
         about="The training samples: images as the autoencoder compresses them, with the captions that compete for them.",
         dtype=dtype,
         num_measured=len(rows),
+        figures=table.require().figures,
         num_bad=int(flat.size - finite.count()),
         mean=_mean(flat),
         std=number(float(finite.std())) if finite.count() else "–",

@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.extract import ExtractConfig, LatentEncoder, read_latents
+from pipelines.encode import LatentEncoder
+from pipelines.extract import read_latents
+from pipelines.extract_config import ExtractConfig
 from pipelines.shapes import draw_row
 from sana_model.autoencoder import DCAutoencoder
 
