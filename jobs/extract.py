@@ -16,7 +16,9 @@ from pipelines.encode import LatentEncoder
 from pipelines.extract import run_extract
 from pipelines.extract_config import ExtractConfig
 from pipelines.report import DecodeLatents, latents_report
+from pipelines.schema import LATENTS
 from pipelines.stage import StageResult
+from pipelines.tables import Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +49,13 @@ def _run_one(job: ExtractJob, config: ExtractConfig, *, also: Sequence[int]) -> 
         with remote_decoder(config) as decode:
             return latents_report(job.dataset_uri, config.path, decode)
 
+    manifest = Table(job.dataset_uri, config.path, LATENTS).read_manifest()
     return track_stage(
         replace(job, extract=config),
         "extract",
         lambda on_progress: run_extract(job.dataset_uri, config, also=also, on_progress=on_progress),
         make_report=make_report,
+        is_due=manifest is not None and not manifest.complete,
     )
 
 
