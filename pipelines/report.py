@@ -30,6 +30,7 @@ from pipelines.report_data import (
     with_pictures,
 )
 from pipelines.schema import (
+    CAPTION_EMBEDS,
     CAPTIONS,
     IMAGES,
     IMAGES_PATH,
@@ -147,6 +148,7 @@ def scores_report(dataset_uri: str, scorer: str, selection: SelectionConfig, *, 
             for name, values in by_captioner.items()
         ],
         colors=colors,
+        long_captions=_count_long(table),
         policies=comparison.policies,
         policy=selection.policy,
         equal_shares=not selection.proportions,
@@ -198,6 +200,30 @@ def latents_report(
     )
 
 
+def embeds_report(dataset_uri: str, path: str, *, sample: SampleConfig = DEFAULT_SAMPLE) -> str:
+    """The page of `caption_embeds/...`: lengths, captioners, how many captions were cut, rejects.
+
+    Raises MissingTableError if there is no such table.
+    """
+    table = Table(dataset_uri, path, CAPTION_EMBEDS)
+    manifest = table.require()
+    light = read_light(table, ["captioner", "num_tokens"], sample)
+    cut = manifest.figures.get("cut_captions.mean")
+    return _table_page(
+        "embeds.html.jinja",
+        table,
+        light,
+        read_rejects(table, sample),
+        title=f"Caption embeddings by {path.removeprefix('caption_embeds/')}",
+        about="What the text encoder makes of every caption: computed once, so that training need not.",
+        dtype=manifest.config["dtype"],
+        max_tokens=manifest.config["max_tokens"],
+        num_cut=None if cut is None else round(cut * manifest.num_shards),
+        lengths=histograms({"": light.rows["num_tokens"].to_numpy()}, title="Caption length", x_label="tokens"),
+        captioners=dict(Counter(light.rows["captioner"].to_pylist()).most_common()),
+    )
+
+
 def _table_page(
     template: str, table: Table, light: LightRows, refused: Rejects, *, title: str, about: str, **content: object
 ) -> str:
@@ -223,6 +249,14 @@ def _contest(light: LightRows, selection: SelectionConfig) -> tuple[dict[str, li
         if pick is not None:
             chosen.setdefault(pick["captioner"], []).append(pick["clip_score"])
     return scores, chosen
+
+
+def _count_long(table: Table) -> str:
+    """What was done with captions over the scorer's limit; empty where none was."""
+    manifest = table.require()
+    count = round(manifest.figures.get("long_captions.mean", 0.0) * manifest.num_shards)
+    done = {"cut": "cut there", "chunks": "scored in parts"}.get(manifest.config.get("long_captions", ""), "")
+    return f"{count:,} captions were longer than the model's limit, and were {done}." if count and done else ""
 
 
 def _choose(row: Row, selection: SelectionConfig) -> Row | None:

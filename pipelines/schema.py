@@ -49,6 +49,14 @@ LATENTS = pa.schema(
         pa.field("captions", pa.list_(CAPTION), nullable=False),
     ]
 )
+CAPTION_EMBEDS = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),  # of the image: a row is a caption, so an id comes once for each captioner
+        pa.field("captioner", pa.string(), nullable=False),
+        pa.field("embeds", pa.large_binary(), nullable=False),  # (num_tokens, width) in C order; dtype: the manifest's
+        pa.field("num_tokens", pa.int32(), nullable=False),
+    ]
+)
 SAMPLES = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),  # the prompt's number
@@ -90,6 +98,10 @@ def scores_path(scorer: str) -> str:
 
 def latents_path(autoencoder: str, resolution: int) -> str:
     return f"latents/{autoencoder}-{resolution}"
+
+
+def caption_embeds_path(text_encoder: str) -> str:
+    return f"caption_embeds/{text_encoder}"
 
 
 def samples_path(name: str) -> str:
