@@ -23,12 +23,6 @@ IMAGES = pa.schema(
         pa.field("metadata", pa.string()),  # a JSON object: what else lay beside the image
     ]
 )
-IMAGE_SCORES = pa.schema(
-    [
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("score", pa.float32(), nullable=False),  # what it means is its scorer's
-    ]
-)
 CAPTIONS = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
@@ -74,6 +68,7 @@ EVALUATIONS = pa.schema(
         pa.field("seen", pa.string()),  # what the judge reads off the picture then, as a caption
     ]
 )
+IMAGE_SCORES = pa.schema([pa.field("id", pa.string(), nullable=False), pa.field("score", pa.float32(), nullable=False)])
 REJECTS = pa.schema(
     [
         pa.field("id", pa.string()),  # null where the bytes could not even be read
@@ -84,16 +79,16 @@ REJECTS = pa.schema(
 )
 
 
-def image_scores_path(scorer: str) -> str:
-    return f"image_scores/{scorer}"
-
-
 def captions_path(captioner: str) -> str:
     return f"captions/{captioner}"
 
 
 def scores_path(scorer: str) -> str:
     return f"scores/{scorer}"
+
+
+def image_scores_path(scorer: str) -> str:
+    return f"image_scores/{scorer}"
 
 
 def latents_path(autoencoder: str, resolution: int) -> str:
