@@ -25,6 +25,7 @@ from pipelines.tables import DamagedShardError, Table, count_reasons
 Row = dict[str, Any]
 LIGHT = 0.25  # CPUs of a task that only reads or writes: it waits for the network most of the time
 READERS_PER_ACTOR = 2
+MAX_FAILED_SHARDS = 5  # with more, what is wrong is not with the shards
 RETRIES = 3  # of a shard whose process dies (out of memory, node lost) before it is left out
 FIGURES = pa.map_(pa.string(), pa.float64())
 COUNTS = pa.map_(pa.string(), pa.int64())
@@ -96,10 +97,13 @@ def stream_shards(job: ShardJob, shards: list[str], *, alone: bool) -> Iterator[
 
     Args:
         alone: let no second shard wait at a busy actor: it would share the blame if the actor dies.
+
+    Raises:
+        ray.exceptions.RayError: more than `MAX_FAILED_SHARDS` have none.
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.max_errored_blocks = -1  # of processes that died: what raises is caught here, and told
+    context.max_errored_blocks = MAX_FAILED_SHARDS  # of processes that died: what raises is caught here, and told
     size = min(job.resources.num_actors, len(shards))
     light: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "num_cpus": LIGHT, "max_retries": RETRIES}
     light["compute"] = ray.data.TaskPoolStrategy(size=READERS_PER_ACTOR * size)
@@ -143,10 +147,14 @@ def _read_row(shard: str, rows: pa.Array, error: Row | None) -> pa.Table:
 
 
 class _Worker:
-    """The Ray Data actor around a stage's worker."""
+    """The Ray Data actor around a stage's worker.
+
+    The worker is made with the first shard: Ray would start an actor that dies in `__init__` (out of memory) again for ever.
+    """
 
     def __init__(self, make_worker: Callable[[], ShardWorker], schema: pa.Schema):
-        self.worker = make_worker()
+        self.make_worker = make_worker
+        self.worker: ShardWorker | None = None
         self.schema = schema
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -154,6 +162,7 @@ class _Worker:
         output = ShardOutput([], [])
         if error is None:
             try:
+                self.worker = self.worker or self.make_worker()
                 output = self.worker.process(_unpack(batch["rows"]))
             except Exception as failure:
                 error = _describe(failure)

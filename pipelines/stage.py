@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
+from ray.exceptions import RayError, RayTaskError
+
 from pipelines.shard_stream import (
+    MAX_FAILED_SHARDS,
     RETRIES,
     Outcome,
     ReadShard,
@@ -36,7 +39,6 @@ __all__ = [
 ]
 
 NUM_THREADS = 32  # that wait for the storage
-MAX_FAILED_SHARDS = 5  # with more, what is wrong is not with the shards
 DIED = (
     f"its process died {RETRIES + 1} times, and again when it was tried alone. Did it run out of memory? Ray's logs say more "
     "(ray logs, or /tmp/ray/session_latest/logs)."
@@ -164,18 +166,26 @@ def _make_shards(job: ShardJob, missing: list[str]) -> Iterator[Outcome]:
 
     Raises StorageError, ShardError.
     """
+    failed: dict[str, str] = {}
     for again in (False, True):
         failed = dict.fromkeys(missing, DIED)
-        for outcome in stream_shards(job, missing, alone=again) if missing else ():
-            if outcome.error is None:
-                del failed[outcome.shard]
-                yield outcome
-                continue
-            if outcome.stops:
-                raise StorageError(outcome.error)
-            failed[outcome.shard] = outcome.error
-            if sum(error != DIED for error in failed.values()) > MAX_FAILED_SHARDS:
-                raise ShardError(_describe_failures(job.output, failed))
+        try:
+            for outcome in stream_shards(job, missing, alone=again) if missing else ():
+                if outcome.error is None:
+                    del failed[outcome.shard]
+                    yield outcome
+                    continue
+                if outcome.stops:
+                    raise StorageError(outcome.error)
+                failed[outcome.shard] = outcome.error
+                if sum(error != DIED for error in failed.values()) > MAX_FAILED_SHARDS:
+                    raise ShardError(_describe_failures(job.output, failed))
+        except RayTaskError:
+            raise
+        except RayError as error:
+            raise ShardError(
+                f"{job.output.uri}: over {MAX_FAILED_SHARDS} shards ended their process. The last: {error}"
+            ) from error
         missing = sorted(failed)
     if missing:
         raise ShardError(_describe_failures(job.output, failed))
