@@ -34,6 +34,10 @@ class ExtractJob(JobConfig):
     extract: ExtractConfig
     resolutions: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        if len(set(self.resolutions)) < len(self.resolutions):
+            raise ValueError(f"resolutions={list(self.resolutions)} must differ from each other: each is a table of its own")
+
 
 def run(job: ExtractJob) -> StageResult:
     """The stage, for each resolution in an MLflow run of its own, on the Ray that is there; returns the first one's result."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from jobs.runner import EXPECTED, StatusLine
 from jobs.text_table import format_table
-from pipelines.compare import Comparison, Scope, compare_table
+from pipelines.compare import Comparison, Scope, compare_table, table_captioners
 from pipelines.report import scores_report
 from pipelines.select import POLICIES, Policy, SelectionConfig
 from pipelines.tables import absolute_uri
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     dataset_uri = absolute_uri(arguments.dataset_uri)
     try:
-        selection = _selection(arguments)
+        selection = _selection(arguments, table_captioners(dataset_uri, arguments.scorer))
         comparison, scope = _compare(dataset_uri, selection, arguments)
         if arguments.html is not None:
             arguments.html.parent.mkdir(parents=True, exist_ok=True)
@@ -84,12 +84,14 @@ def to_json(comparison: Comparison, scope: Scope, policies: Sequence[Policy]) ->
     return content | {"policies": {name: content["policies"][name] for name in policies}}
 
 
-def _selection(arguments: Namespace) -> SelectionConfig:
+def _selection(arguments: Namespace, captioners: Sequence[str]) -> SelectionConfig:
+    policy = (arguments.policy or [DEFAULT.policy])[0]
+    equal = dict.fromkeys(captioners, 1.0) if policy == "proportions" else {}
     return SelectionConfig(
-        policy=(arguments.policy or [DEFAULT.policy])[0],
+        policy=policy,
         tau=arguments.tau,
         threshold=arguments.threshold,
-        proportions=dict(arguments.proportions),
+        proportions=dict(arguments.proportions) or equal,
         min_best_score=arguments.min_best_score,
     )
 

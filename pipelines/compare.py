@@ -110,6 +110,12 @@ class Scope:
     total_shards: int
 
 
+def table_captioners(dataset_uri: str, scorer: str) -> list[str]:
+    """Whose captions compete in `scores/<scorer>`. Raises MissingTableError if there is no such table."""
+    manifest = Table(dataset_uri, scores_path(scorer), SCORES).require()
+    return [ORIGINAL_CAPTIONER, *manifest.config.get("captioners", [])]
+
+
 def compare_table(
     dataset_uri: str,
     scorer: str,
@@ -128,7 +134,7 @@ def compare_table(
         MissingTableError: there is no such table.
     """
     table = Table(dataset_uri, scores_path(scorer), SCORES)
-    captioners = [ORIGINAL_CAPTIONER, *table.require().config.get("captioners", [])]
+    captioners = table_captioners(dataset_uri, scorer)
     shards = table.list_shards()
     chosen = [shards[index] for index in spread(len(shards), len(shards) if max_shards is None else max_shards)]
 

@@ -50,6 +50,9 @@ def test_json_and_proportions(dataset: str, capsys: pytest.CaptureFixture[str]) 
     assert content["policies"]["proportions"]["shares"] == pytest.approx({"original": 0.125, "qwen": 0.875})
     assert content["policies"]["proportions"]["num_dropped"] == 0
     assert content["num_images"] == 2 and content["captioners"]["original"] == {"num_captions": 1, "mean_score": 24.0}
+    assert select.main([dataset, "--scorer", "clip", "--policy", "proportions", "--json"]) == 0
+    equal = json.loads(capsys.readouterr().out)["policies"]["proportions"]["shares"]
+    assert equal == pytest.approx({"original": 1 / 6, "llava": 5 / 12, "qwen": 5 / 12})
 
 
 def test_the_page(dataset: str, tmp_path: Path) -> None:

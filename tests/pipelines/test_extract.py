@@ -70,6 +70,19 @@ def test_each_image_goes_to_the_bucket_of_its_shape_and_order_is_kept() -> None:
     assert rows[1]["width"] > 2 * rows[1]["height"] and rows[3]["height"] > 2 * rows[3]["width"]
 
 
+def test_what_waits_for_its_bucket_is_bounded(encoder: LatentEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [scene(0), Image.new("RGB", (260, 64), "blue"), scene(1), Image.new("RGB", (64, 260), "red")]
+    expected = latents_of(encoder.process(table_of(images)).rows)
+    monkeypatch.setattr("pipelines.encode.MAX_WAITING_BYTES", 64 * 64 * 3)
+    sizes: list[int] = []
+    encode = encoder.encode
+    monkeypatch.setattr(encoder, "encode", lambda batch: (sizes.append(len(batch)), encode(batch))[1])
+    found = latents_of(encoder.process(table_of(images)).rows)
+    assert sizes == [1, 1, 1, 1] and list(found) == list(expected)
+    for row_id, latents in found.items():
+        torch.testing.assert_close(latents, expected[row_id], atol=2e-3, rtol=1e-2)
+
+
 def test_images_without_a_good_caption_are_refused() -> None:
     encoder = LatentEncoder(replace(CONFIG, min_best_score=27.0))
     rows, rejects, _ = encoder.process(table_of([scene(0)]))
