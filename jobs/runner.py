@@ -12,13 +12,18 @@ from typing import TypeVar
 import ray
 
 from jobs.config import parse_config, to_dict
+from pipelines.caption_rows import CaptioningError
 from pipelines.report import write_report
 from pipelines.stage import OnProgress, Progress, StageResult, TooManyRejectsError
 from pipelines.tables import REPORT, MissingTableError, StaleTableError, absolute_uri
 from pipelines.tracking import TrackedRun, TrackingConfig, start_run
 from pipelines.train_config import TrainingError
 
-EXPECTED = (MissingTableError, StaleTableError, TooManyRejectsError, TrainingError, FileNotFoundError, ValueError)
+# fmt: off
+EXPECTED = (
+    MissingTableError, StaleTableError, TooManyRejectsError, CaptioningError, TrainingError, FileNotFoundError, ValueError,
+)
+# fmt: on
 """What a user can put right: shown as one message, without a traceback. Exit code 1."""
 CLEAR_LINE = "\r\x1b[2K"
 PRINT_EVERY = 10.0  # seconds between progress lines in a log file
@@ -181,6 +186,7 @@ def log_result(run: TrackedRun, result: StageResult) -> None:
             "seconds": result.seconds,
             "rows_per_second": result.rows_per_second,
             **{f"rejects.{reason}": count for reason, count in result.rejects_by_reason.items()},
+            **result.figures,
         }
     )
     run.tag_tables({**result.inputs, result.table.path: result.fingerprint})

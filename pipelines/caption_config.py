@@ -134,7 +134,7 @@ class CaptionerConfig:
     device: str | None = None
     vllm: VllmConfig = VllmConfig()
     http: HttpConfig = HttpConfig()
-    quality: QualityConfig = QualityConfig()
+    quality: QualityConfig = field(default_factory=QualityConfig)
     resources: Resources = field(default_factory=Resources)
     max_reject_share: float = 0.1
 

@@ -17,22 +17,33 @@ FAULTS = ("refusal", "prompt_echo", "repetition", "cut_off", "boilerplate", "wro
 """In the order of their weight: a caption is rejected for the first."""
 
 REFUSAL = re.compile(
-    r"^\W*(i['’]?m (really |very |so )?sorry|i am (really |very |so )?sorry|sorry[,.! ]|i apologi[sz]e|unfortunately,? i"
-    r"|i (can ?not|can['’]t|could ?n[o'’]t|am unable|am not able|do not have|don['’]t have)\b|i['’]m (unable|not able)\b"
-    r"|(as|i am|i['’]m) an? (ai|artificial intelligence|(large )?language model|text-based|virtual assistant))",
-    re.IGNORECASE,
+    r"""^\W*(
+        (i['’]?m|i\ am)\ (really\ |very\ |so\ )?sorry | sorry[,.!\ ] | i\ apologi[sz]e | unfortunately,?\ i\b
+        | i\ (can\ ?not|can['’]t|could\ ?n[o'’]t|am\ unable|am\ not\ able|do\ not\ have|don['’]t\ have)\b
+        | i['’]m\ (unable|not\ able)\b
+        | (as|i\ am|i['’]m)\ an?\ (ai|artificial\ intelligence|(large\ )?language\ model|text-based|virtual\ assistant)\b
+    )""",
+    re.IGNORECASE | re.VERBOSE,
 )
 BOILERPLATE = re.compile(
-    r"^\W*((sure|certainly|of course)[,.!:]\s*)?(here(['’]s| is) (a|an|the|your) [\w ,-]{0,40}(description|caption)[^.:\n]{0,60}[:.]\s*"
-    r"|(in )?(the|this) (provided |given |attached )?(image|picture|photo|photograph)"
-    r"( (you['’]ve |you )?(provided|shared))?,?\s*(there (is|are)|we (can )?see|you can see"
-    r"|(shows|depicts|features|displays|captures|presents|portrays|contains|illustrates|showcases|is|appears to (show|be|depict))( of)?)"
-    r"[,:]?\s*)",
-    re.IGNORECASE,
+    r"""^\W*((sure|certainly|of\ course)[,.!:]\s*)?(
+        here(['’]s|\ is)\ (a|an|the|your)\ [\w\ ,-]{0,40}(description|caption)[^.:\n]{0,60}[:.]\s*
+        | (in\ )?(the|this)\ (provided\ |given\ |attached\ )?(image|picture|photo|photograph)
+          (\ (you['’]ve\ |you\ )?(provided|shared))?,?\s*
+          (there\ (is|are)|we\ (can\ )?see|you\ can\ see|appears\ to\ (show|be|depict)
+            |(shows|depicts|features|displays|captures|presents|portrays|contains|illustrates|showcases|is)(\ of)?)
+          [,:]?\s+
+    )""",
+    re.IGNORECASE | re.VERBOSE,
 )
 SENTENCE_END = re.compile(r"[.!?…。！？)\]\"'”’]\s*$")
 # No English sentence ends on these; a caption that was cut without saying so often does.
-OPEN_WORDS = frozenset("a an the and or but of with in on at by for to from as its their his her which that is are was were".split())
+# fmt: off
+OPEN_WORDS = frozenset((
+    "a", "an", "the", "and", "or", "but", "of", "with", "in", "on", "at", "by", "for", "to", "from", "as", "its", "their",
+    "his", "her", "which", "that", "is", "are", "was", "were",
+))
+# fmt: on
 
 MAX_UNIT = 40
 """Words of the longest passage whose repetition is looked for."""
@@ -41,7 +52,7 @@ SAME_CHARACTER = re.compile(r"(\S)\1{15,}")
 
 @dataclass(frozen=True, kw_only=True)
 class QualityConfig:
-    """What follows where a caption has a fault: it is flagged, rejected, or not looked for. An empty caption is always rejected.
+    """What follows where a caption has a fault: it is flagged, rejected, or not looked for. An empty one is always rejected.
 
     Args:
         refusal: the model excuses itself ("I'm sorry", "As an AI").

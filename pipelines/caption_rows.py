@@ -1,7 +1,7 @@
-"""What happens to a row before and after a VLM, whichever engine runs it: a question is asked about an image, an answer judged."""
+"""What happens to a row before and after a VLM, whichever engine runs it: questions are made, answers judged."""
 
 import base64
-import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,8 @@ from pipelines.images import decode
 from pipelines.models import local_model
 from pipelines.stage import Row, ShardOutput, reject
 
-logger = logging.getLogger(__name__)
+TOO_LONG = re.compile(r"context length|maximum (model|context)|max_model_len|too (long|many tokens)|longer than", re.IGNORECASE)
+"""What vLLM and OpenAI-compatible servers say of a prompt over their length."""
 
 
 class CaptioningError(RuntimeError):
@@ -150,3 +151,8 @@ class CaptionJudge:
 def source_rows(table: pa.Table) -> list[Row]:
     """What is kept of each row of `images` while its image is being described."""
     return table.drop_columns(["image_bytes"]).to_pylist()
+
+
+def refusal_of(error: str) -> Refusal:
+    """What an engine's or a server's complaint about one row amounts to."""
+    return Refusal("prompt_too_long" if TOO_LONG.search(error) else "caption_failed", error[:500])

@@ -55,7 +55,7 @@ class ShardOutput(NamedTuple):
     """
 
     rows: list[Row] | pa.Table
-    rejects: list[Row]
+    rejects: list[Row] | pa.Table
     figures: Mapping[str, float] = MappingProxyType({})
 
 
@@ -133,7 +133,21 @@ def run_shards(
     max_reject_share: float,
     on_progress: OnProgress = lambda progress: None,
 ) -> StageResult:
-    """Make the shards of `output` that are absent.
+    """Make the shards of `output` that are absent, each by one call of a worker. Raises as `make_shards`."""
+    stream = partial(_stream, output, identity, read_shard, make_worker, resources)
+    return make_shards(output, identity, shards, stream, max_reject_share=max_reject_share, on_progress=on_progress)
+
+
+def make_shards(
+    output: Table,
+    identity: Identity,
+    shards: list[str],
+    stream: Callable[[list[str]], Iterator[Row]],
+    *,
+    max_reject_share: float,
+    on_progress: OnProgress = lambda progress: None,
+) -> StageResult:
+    """Have `stream` make the shards of `output` that are absent; it yields what `write_output` returns, for each.
 
     Raises:
         StaleTableError: `output` was made in another way.
@@ -154,7 +168,7 @@ def run_shards(
         _check_rejects(output, progress, max_reject_share, final=True)
         return _result_of(output, manifest, len(found), time.monotonic() - start, 0.0)
     missing = [shard for shard in shards if shard not in found]
-    for outcome in _stream(output, identity, missing, read_shard, make_worker, resources):
+    for outcome in stream(missing) if missing else ():
         rejects_by_reason = dict(outcome["rejects_by_reason"])
         progress.done_shards += 1
         progress.add_shard(outcome["num_rows"], rejects_by_reason, dict(outcome["figures"]))
@@ -227,14 +241,12 @@ def _check_rejects(output: Table, progress: Progress, max_share: float, *, final
 def _stream(
     output: Table,
     identity: Identity,
-    shards: list[str],
     read_shard: ReadShard,
     make_worker: Callable[[], ShardWorker],
     resources: Resources,
+    shards: list[str],
 ) -> Iterator[Row]:
     """One row for each shard as it is written."""
-    if not shards:
-        return
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     dataset: ray.data.Dataset = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
@@ -268,21 +280,28 @@ class _Worker:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows, rejects, figures = self.worker.process(_unpack(batch["rows"]))
-        output = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows, self.schema)
-        refused = pa.Table.from_pylist(rejects, REJECTS)
-        columns = {"rows": _pack(output), "rejects": _pack(refused), "figures": pa.array([list(figures.items())], FIGURES)}
-        return pa.table({"shard": batch["shard"]} | columns)
+        made = {"rows": _pack(as_table(rows, self.schema)), "rejects": _pack(as_table(rejects, REJECTS))}
+        return pa.table({"shard": batch["shard"], **made, "figures": pa.array([list(figures.items())], FIGURES)})
 
 
 def _write(batch: pa.Table, output: Table, fingerprint: str) -> pa.Table:
-    """Rejects first: a shard that exists is a shard that is done."""
     shard = batch["shard"][0].as_py()
-    rows, rejects, figures = _unpack(batch["rows"]), _unpack(batch["rejects"]), batch["figures"][0].as_py()
+    rows, rejects, figures = _unpack(batch["rows"]), _unpack(batch["rejects"]), dict(batch["figures"][0].as_py())
+    return write_output(output, shard, ShardOutput(rows, rejects, figures), fingerprint)
+
+
+def write_output(output: Table, shard: str, made: ShardOutput, fingerprint: str) -> pa.Table:
+    """One row that tells what was written. Rejects go first: a shard that exists is a shard that is done."""
+    rows, rejects = as_table(made.rows, output.schema), as_table(made.rejects, REJECTS)
     output.rejects().write_shard(shard, rejects, fingerprint=fingerprint)
-    output.write_shard(shard, rows, fingerprint=fingerprint, figures=dict(figures))
+    output.write_shard(shard, rows, fingerprint=fingerprint, figures=made.figures)
     reasons = Counter(rejects["reject_reason"].to_pylist())
     counts = {"num_rows": [rows.num_rows], "rejects_by_reason": pa.array([list(reasons.items())], COUNTS)}
-    return pa.table(counts | {"figures": batch["figures"]})
+    return pa.table(counts | {"figures": pa.array([list(made.figures.items())], FIGURES)})
+
+
+def as_table(rows: list[Row] | pa.Table, schema: pa.Schema) -> pa.Table:
+    return rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows, schema)
 
 
 def _pack(table: pa.Table) -> pa.Array:

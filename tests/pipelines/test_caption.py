@@ -7,8 +7,10 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipelines.caption import Captioner, CaptionerConfig, SamplingConfig
+from pipelines.caption_config import CaptionerConfig, SamplingConfig
+from pipelines.caption_quality import QualityConfig
 from pipelines.shapes import ShapesConfig, draw_row, parse
+from pipelines.transformers_captioner import TransformersCaptioner
 
 CONFIG = CaptionerConfig(
     name="a", model="zoo://captioner-a", dtype="float32", batch_size=4, sampling=SamplingConfig(max_new_tokens=48)
@@ -37,7 +39,7 @@ def scenes() -> pa.Table:
 
 @pytest.mark.parametrize("model", ["zoo://captioner-a", "zoo://captioner-b"])
 def test_captions_are_of_the_grammar_and_most_attributes_are_right(scenes: pa.Table, model: str) -> None:
-    rows, rejects, _ = Captioner(replace(CONFIG, model=model)).process(scenes)
+    rows, rejects, _ = TransformersCaptioner(replace(CONFIG, model=model)).process(scenes)
     assert rejects == [] and [row["id"] for row in rows] == [f"id{number}" for number in range(10)]
     backgrounds = 0
     for number, row in enumerate(rows):
@@ -48,7 +50,7 @@ def test_captions_are_of_the_grammar_and_most_attributes_are_right(scenes: pa.Ta
 
 
 def test_a_bad_image_costs_its_row_and_no_other(scenes: pa.Table) -> None:
-    captioner = Captioner(CONFIG)
+    captioner = TransformersCaptioner(CONFIG)
     contents = scenes["image_bytes"].to_pylist()
     rows, rejects, _ = captioner.process(images_table([*contents[:3], b"no image at all", *contents[3:]]))
     assert [row["id"] for row in rows] == [f"id{number}" for number in range(11) if number != 3]
@@ -60,26 +62,27 @@ def test_a_bad_image_costs_its_row_and_no_other(scenes: pa.Table) -> None:
 
 
 def test_the_batch_changes_no_caption(scenes: pa.Table) -> None:
-    together, _, _ = Captioner(replace(CONFIG, batch_size=10)).process(scenes)
-    assert together == Captioner(replace(CONFIG, batch_size=1)).process(scenes)[0]
+    together, _, _ = TransformersCaptioner(replace(CONFIG, batch_size=10)).process(scenes)
+    assert together == TransformersCaptioner(replace(CONFIG, batch_size=1)).process(scenes)[0]
 
 
 def test_a_caption_that_is_cut_says_so(scenes: pa.Table) -> None:
-    rows, _, _ = Captioner(replace(CONFIG, sampling=SamplingConfig(max_new_tokens=3))).process(scenes.slice(0, 2))
+    rows, _, _ = TransformersCaptioner(replace(CONFIG, sampling=SamplingConfig(max_new_tokens=3))).process(scenes.slice(0, 2))
     assert [(row["finish_reason"], row["num_tokens"]) for row in rows] == [("length", 3)] * 2
 
 
 def test_images_of_any_size_are_taken(scenes: pa.Table) -> None:
     contents = [png(Image.new("RGB", size, "red")) for size in ((1, 1), (2000, 10), (640, 480))]
-    rows, rejects, _ = Captioner(CONFIG).process(images_table(contents))
+    config = replace(CONFIG, quality=QualityConfig(repetition="flag"))
+    rows, rejects, _ = TransformersCaptioner(config).process(images_table(contents))
     assert len(rows) + len(rejects) == 3 and len(rows) >= 2
 
 
 def test_sampling_draws_the_same_again(scenes: pa.Table) -> None:
     config = replace(CONFIG, sampling=SamplingConfig(temperature=1.5, max_new_tokens=48, seed=3))
-    first, again = (Captioner(config).process(scenes)[0] for _ in range(2))
+    first, again = (TransformersCaptioner(config).process(scenes)[0] for _ in range(2))
     assert first == again
-    assert first != Captioner(CONFIG).process(scenes)[0]
+    assert first != TransformersCaptioner(CONFIG).process(scenes)[0]
 
 
 def test_settings_that_make_no_sense() -> None:

@@ -1,0 +1,105 @@
+"""A stage whose model takes rows and may give them back in any order, as `ray.data.llm` does.
+
+Shards are taken apart into rows, and put together again when the last of a shard's rows has come back: then, and only then, the
+shard is written. Rows carry where they belong. What is large (images) goes from task to task through Ray's object store; the
+driver sees no more of a row than its answer.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, Protocol
+
+import pyarrow as pa
+import ray
+
+from pipelines.stage import LIGHT, ReadShard, Row, ShardOutput, write_output
+from pipelines.tables import Table
+
+ROWS_AT_A_TIME = 16
+"""Of a shard that is taken apart: so many images are held as requests before they go on their way."""
+MAX_WRITES = 8
+"""Shards that are judged and written side by side."""
+
+MakeRow = Callable[[Row], Row]
+
+
+class Finisher(Protocol):
+    """Turns all of a shard's rows, in order, as they came back from the model, into its output."""
+
+    def finish(self, rows: list[Row]) -> ShardOutput: ...
+
+
+def stream_rows(
+    output: Table,
+    fingerprint: str,
+    shards: list[str],
+    *,
+    read_shard: ReadShard,
+    make_row: MakeRow,
+    run_model: Callable[[ray.data.Dataset], ray.data.Dataset],
+    make_finisher: Callable[[], Finisher],
+) -> Iterator[Row]:
+    """Make `shards`, yielding for each what `write_output` returns.
+
+    Args:
+        make_row: of a row of the input shard; it must not raise for a bad row, but say so in the row.
+        run_model: must keep the columns "shard", "place" and "shard_rows" of every row, and lose no row.
+        make_finisher: called once, in an actor.
+    """
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    dataset: ray.data.Dataset = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
+    take_apart = partial(_take_apart, read_shard=read_shard, make_row=make_row)
+    dataset = dataset.map_batches(take_apart, batch_size=1, batch_format="pyarrow", num_cpus=1)
+    actor: Any = ray.remote(_ShardWriter)
+    lasting = actor.options(num_cpus=LIGHT, max_restarts=-1, max_task_retries=-1, max_concurrency=MAX_WRITES)
+    writer = lasting.remote(output, fingerprint, make_finisher)
+    writes: deque[ray.ObjectRef] = deque()
+    for shard, rows in _gather(run_model(dataset).iter_rows(), shards, read_shard):
+        writes.append(writer.write.remote(shard, rows))
+        while len(writes) > MAX_WRITES:
+            yield ray.get(writes.popleft())
+    while writes:
+        yield ray.get(writes.popleft())
+
+
+def _take_apart(batch: pa.Table, read_shard: ReadShard, make_row: MakeRow) -> Iterator[dict[str, list[Any]]]:
+    shard = batch["shard"][0].as_py()
+    table = read_shard(shard)
+    for start in range(0, table.num_rows, ROWS_AT_A_TIME):
+        rows = [
+            {"shard": shard, "place": start + offset, "shard_rows": table.num_rows, **make_row(row)}
+            for offset, row in enumerate(table.slice(start, ROWS_AT_A_TIME).to_pylist())
+        ]
+        yield {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def _gather(rows: Iterable[Row], shards: list[str], read_shard: ReadShard) -> Iterator[tuple[str, list[Row]]]:
+    """Each shard with its rows in order, as soon as it has them all. A row that Ray made twice counts once."""
+    waiting = set(shards)
+    parts: dict[str, dict[int, Row]] = {}
+    for row in rows:
+        shard = row["shard"]
+        if shard not in waiting:
+            continue
+        part = parts.setdefault(shard, {})
+        part[row["place"]] = row
+        if len(part) == row["shard_rows"]:
+            waiting.remove(shard)
+            del parts[shard]
+            yield shard, [part[place] for place in sorted(part)]
+    for shard in sorted(waiting):
+        expected = read_shard(shard).num_rows
+        if expected:
+            raise RuntimeError(f"of shard {shard} only {len(parts.get(shard, {}))} of {expected} rows came back from the model")
+        yield shard, []
+
+
+class _ShardWriter:
+    def __init__(self, output: Table, fingerprint: str, make_finisher: Callable[[], Finisher]):
+        self.output, self.fingerprint = output, fingerprint
+        self.finisher = make_finisher()
+
+    def write(self, shard: str, rows: list[Row]) -> Row:
+        return write_output(self.output, shard, self.finisher.finish(rows), self.fingerprint).to_pylist()[0]
