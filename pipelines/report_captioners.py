@@ -98,7 +98,7 @@ def _examples(captioners: Sequence[Captioner], flag: str) -> list[tuple[str, str
     by_captioner = []
     for captioner in captioners:
         rows = captioner.light.rows
-        flagged = pa.array([flag in flags for flags in rows["flags"].to_pylist()], pa.bool_())
+        flagged = pa.array([flag in (flags or []) for flags in rows["flags"].to_pylist()], pa.bool_())
         by_captioner.append(
             [(captioner.name, caption) for caption in rows.filter(flagged)["caption"].to_pylist()[:NUM_EXAMPLES]]
         )

@@ -21,9 +21,7 @@ GOOD = (
 
 
 def faults(caption: str, *, finish_reason: str = "stop", num_tokens: int = 40, prompt: str = "Describe it.") -> list[str]:
-    found = find_faults(
-        caption, finish_reason=finish_reason, num_tokens=num_tokens, prompt=prompt, config=QualityConfig()
-    )
+    found = find_faults(caption, finish_reason=finish_reason, num_tokens=num_tokens, prompt=prompt, config=QualityConfig())
     return [fault.name for fault in found]
 
 
