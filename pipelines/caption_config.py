@@ -34,6 +34,8 @@ class VllmConfig:
     Args:
         tensor_parallel_size: GPUs that share one copy of the model.
         gpu_memory_utilization: share of a GPU's memory for weights and KV cache.
+        content_format: of messages in the model's chat template: "openai" where it takes lists of parts, as most do, "string"
+            where it takes text alone.
         prefix_caching: keep the keys and values of what prompts have in common.
         batch_size: rows that are handed to the engine at a time; it batches by itself, this only bounds what a death repeats.
         max_concurrent_batches: handed over side by side.
@@ -43,6 +45,7 @@ class VllmConfig:
 
     tensor_parallel_size: int = 1
     gpu_memory_utilization: float = 0.9
+    content_format: Literal["openai", "string"] = "openai"
     prefix_caching: bool = True
     batch_size: int = 32
     max_concurrent_batches: int = 8
@@ -154,6 +157,11 @@ class CaptionerConfig:
                 f"vllm.tensor_parallel_size={self.vllm.tensor_parallel_size}: they are those of one copy of the model"
             )
 
+        if self.engine == "vllm" and "://" in self.model and not self.model.startswith(("zoo://", "hf://")):
+            raise ValueError(
+                f"captioner {self.name!r}: vllm loads a hub id, or a folder that every node sees; copy {self.model} to one"
+            )
+
     @property
     def columns(self) -> list[str]:
         """Of `images`, that captioning reads."""
@@ -168,7 +176,7 @@ def value_settings(config: CaptionerConfig) -> dict[str, Any]:
     """The settings that can change a caption: where it runs and how many at a time are left out."""
     settings = {name: value for name, value in asdict(config).items() if name not in NO_VALUE}
     if config.engine == "vllm":
-        settings["engine_args"] = config.vllm.engine_args
+        settings |= {"engine_args": config.vllm.engine_args, "content_format": config.vllm.content_format}
     elif config.engine == "http":
         settings |= {"image_format": config.http.image_format, "extra": config.http.extra}
     return settings

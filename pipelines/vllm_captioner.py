@@ -1,5 +1,6 @@
 """The `vllm` engine: rows go through `ray.data.llm`, whose actors each run a vLLM engine that batches by itself."""
 
+import importlib.util
 from functools import partial
 from typing import Any
 
@@ -7,16 +8,27 @@ import ray
 from transformers import AutoProcessor, AutoTokenizer, GenerationConfig
 
 from pipelines.caption_config import CaptionerConfig, row_seed
-from pipelines.caption_rows import Answer, CaptionJudge, Outcome, Refusal, data_uri, make_question, message, refusal_of
+from pipelines.caption_rows import (
+    Answer,
+    CaptioningError,
+    CaptionJudge,
+    Outcome,
+    Refusal,
+    data_uri,
+    make_question,
+    message,
+    refusal_of,
+)
 from pipelines.images import BadImageError
 from pipelines.models import local_model
 from pipelines.row_stage import stream_rows
-from pipelines.stage import OnProgress, Row, ShardOutput, StageResult, make_shards
+from pipelines.stage import LIGHT, OnProgress, Row, ShardOutput, StageResult, make_shards
 from pipelines.tables import Identity, Table
 
 ERROR = "__inference_error__"
 """ray.data.llm's column: a row that has something in it passes by the engine."""
 ASKED = ("shard", "place", "shard_rows", "id", "source_uri", "caption", "reason", "detail")
+INSTALL = 'pip install "sana-on-ray[vllm]"'
 ANSWERED = ("generated_text", "generated_tokens", ERROR)
 
 
@@ -64,6 +76,8 @@ def run_engine(dataset: ray.data.Dataset, config: CaptionerConfig) -> ray.data.D
     """Requests -> answers, through the stages of ray.data.llm."""
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
+    if not ray.get(ray.remote(num_cpus=LIGHT)(_has_vllm).remote()):
+        raise CaptioningError(f"captioner {config.name!r}: engine=vllm needs vLLM on the nodes of the cluster: {INSTALL}")
     options, model = config.vllm, local_model(config.model)
     code = {"trust_remote_code": config.trust_remote_code, **({"revision": config.revision} if config.revision else {})}
     engine_kwargs: dict[str, Any] = {
@@ -79,6 +93,7 @@ def run_engine(dataset: ray.data.Dataset, config: CaptionerConfig) -> ray.data.D
     template = AutoProcessor.from_pretrained(model, **code).chat_template  # that stage would take it of "main"
     resources, parts = config.resources, options.tensor_parallel_size
     bundle = {"CPU": resources.num_cpus, "GPU": resources.num_gpus, **resources.custom}
+    messages = {"chat_template_content_format": options.content_format, "model_config_kwargs": code}
     processor = build_processor(
         vLLMEngineProcessorConfig(
             model_source=model,
@@ -90,7 +105,7 @@ def run_engine(dataset: ray.data.Dataset, config: CaptionerConfig) -> ray.data.D
             runtime_env={"env_vars": options.env} if options.env else None,
             should_continue_on_error=True,
             log_engine_metrics=False,
-            prepare_multimodal_stage={"enabled": True, "chat_template_content_format": "openai", "model_config_kwargs": code},
+            prepare_multimodal_stage={"enabled": True, **messages},
             chat_template_stage={"enabled": True, "chat_template": template},
             tokenize_stage=False,
             detokenize_stage=False,
@@ -99,6 +114,10 @@ def run_engine(dataset: ray.data.Dataset, config: CaptionerConfig) -> ray.data.D
         postprocess=keep_answer,
     )
     return processor(dataset).map(keep_answer)  # once more: what passed by the engine passed by the first
+
+
+def _has_vllm() -> bool:
+    return importlib.util.find_spec("vllm") is not None
 
 
 def keep_answer(row: Row) -> Row:

@@ -1,5 +1,6 @@
 """The caption stage and its `transformers` engine, on the shipped captioners."""
 
+import importlib.util
 import os
 import signal
 from collections.abc import Callable
@@ -243,3 +244,12 @@ def test_engines_settings_that_make_no_sense() -> None:
         HttpConfig(max_attempts=0)
     with pytest.raises(ValueError, match="batch_size=0"):
         VllmConfig(batch_size=0)
+    with pytest.raises(ValueError, match="a folder that every node sees; copy s3://bucket/model"):
+        replace(CONFIG, engine="vllm", model="s3://bucket/model")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_without_vllm_its_engine_says_what_is_missing(tmp_path: Path, local_ray: None) -> None:
+    dataset = write_images(tmp_path / "data", [image_row(0, scene(0))], 1)
+    with pytest.raises(CaptioningError, match="engine=vllm needs vLLM on the nodes of the cluster: pip install"):
+        run_caption(dataset, replace(CONFIG, engine="vllm"))
