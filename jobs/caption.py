@@ -10,10 +10,9 @@ from jobs.demo_report import format_table
 from jobs.runner import EXPECTED, JobConfig, run_job, track_stage
 from pipelines.caption import run_caption
 from pipelines.caption_config import CaptionerConfig
-from pipelines.caption_rows import CaptioningError
 from pipelines.report import captions_report
 from pipelines.report_captioners import write_captioners_report
-from pipelines.stage import StageResult
+from pipelines.stage import StageError, StageResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +48,7 @@ class CaptionJob(JobConfig):
 
 
 def run(job: CaptionJob) -> None:
-    """Each captioner in turn. Raises CaptioningError at the end if any of several failed; of a single one what it raised."""
+    """Each captioner in turn. Raises StageError at the end if any of several failed; of a single one what it raised."""
     chosen = [captioner for captioner in job.all if job.only in (None, captioner.name)]
     if len(chosen) == 1:
         run_captioner(job.single(chosen[0]))
@@ -72,7 +71,7 @@ def run(job: CaptionJob) -> None:
     if len(done) > 1:
         print(f"side by side: {write_captioners_report(job.dataset_uri, done)}", flush=True)
     if failed:
-        raise CaptioningError(f"{len(failed)} of {len(chosen)} captioners failed: {', '.join(failed)}")
+        raise StageError(f"{len(failed)} of {len(chosen)} captioners failed: {', '.join(failed)}")
 
 
 def run_captioner(job: CaptionJob) -> StageResult:

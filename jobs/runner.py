@@ -12,18 +12,24 @@ from typing import TypeVar
 import ray
 
 from jobs.config import parse_config, to_dict
-from pipelines.caption_rows import CaptioningError
 from pipelines.report import write_report
-from pipelines.stage import OnProgress, Progress, StageResult, TooManyRejectsError
+from pipelines.stage import OnProgress, Progress, ShardError, StageError, StageResult, TooManyRejectsError
+from pipelines.storage import StorageError
 from pipelines.tables import REPORT, MissingTableError, StaleTableError, absolute_uri
 from pipelines.tracking import TrackedRun, TrackingConfig, start_run
 from pipelines.train_config import TrainingError
 
-# fmt: off
 EXPECTED = (
-    MissingTableError, StaleTableError, TooManyRejectsError, CaptioningError, TrainingError, FileNotFoundError, ValueError,
+    MissingTableError,
+    StaleTableError,
+    StorageError,
+    ShardError,
+    StageError,
+    TooManyRejectsError,
+    TrainingError,
+    FileNotFoundError,
+    ValueError,
 )
-# fmt: on
 """What a user can put right: shown as one message, without a traceback. Exit code 1."""
 CLEAR_LINE = "\r\x1b[2K"
 PRINT_EVERY = 10.0  # seconds between progress lines in a log file

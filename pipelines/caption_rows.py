@@ -22,10 +22,6 @@ TOO_LONG = re.compile(r"context length|maximum (model|context)|max_model_len|too
 """What vLLM and OpenAI-compatible servers say of a prompt over their length."""
 
 
-class CaptioningError(RuntimeError):
-    """Captioning cannot go on: it is not the images. What was written until then stays."""
-
-
 @dataclass(frozen=True)
 class Question:
     """An RGB image and what is asked about it; `row_id` is the image's."""

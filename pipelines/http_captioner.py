@@ -21,7 +21,6 @@ from PIL import Image
 from pipelines.caption_config import CaptionerConfig, row_seed
 from pipelines.caption_rows import (
     Answer,
-    CaptioningError,
     CaptionJudge,
     Outcome,
     Question,
@@ -33,7 +32,7 @@ from pipelines.caption_rows import (
     source_rows,
 )
 from pipelines.images import BadImageError
-from pipelines.stage import Row, ShardOutput
+from pipelines.stage import Row, ShardOutput, StageError
 
 ROW_STATUS = {400, 413, 415, 422}
 """The server has read the request, and will not have it: the row is refused."""
@@ -66,7 +65,7 @@ class HttpCaptioner:
         self.judge = CaptionJudge(config)
 
     def process(self, table: pa.Table) -> ShardOutput:
-        """A row of captions for each image, or a reject. Raises CaptioningError if the server is at fault."""
+        """A row of captions for each image, or a reject. Raises StageError if the server is at fault."""
         pool = ThreadPoolExecutor(self.options.concurrency, thread_name_prefix="ask")
         try:
             outcomes = list(pool.map(self._describe, table.to_pylist()))
@@ -82,7 +81,7 @@ class HttpCaptioner:
         return self.answer(question)
 
     def answer(self, question: Question) -> Outcome:
-        """Ask, again and again where it helps. Raises CaptioningError if no other row would fare better."""
+        """Ask, again and again where it helps. Raises StageError if no other row would fare better."""
         body = self._body(question)
         told = self._ask(body)
         for attempt in range(1, self.options.max_attempts):
@@ -97,14 +96,14 @@ class HttpCaptioner:
         trial = Question("trial", Image.new("RGB", (SIZE_OF_TRIAL, SIZE_OF_TRIAL), "white"), "Describe the image.")
         server = self._ask(self._body(trial) | {"max_tokens": 1})
         if isinstance(server, Trouble):
-            raise CaptioningError(
+            raise StageError(
                 f"{self.url} gave up after {self.options.max_attempts} attempts at a request: {told.detail}. "
                 "Start again when the server is back: what is finished stays"
             )
         return Refusal("server_error", f"the server answers others, but not this row: {told.detail}"[:500])
 
     def _ask(self, body: Row) -> Outcome | Trouble:
-        """One attempt. Raises CaptioningError for what no attempt can change."""
+        """One attempt. Raises StageError for what no attempt can change."""
         try:
             response = self.client.post(self.url, json=body)
         except httpx.TransportError as error:
@@ -115,9 +114,7 @@ class HttpCaptioner:
         if status in TRANSIENT_STATUS or status >= 500:
             return Trouble(f"{status}: {_complaint(response)}", _retry_after(response))
         if status != 200:
-            raise CaptioningError(
-                f"{self.url} answers {status}: {_complaint(response)}. Look at http.base_url, model and the key"
-            )
+            raise StageError(f"{self.url} answers {status}: {_complaint(response)}. Look at http.base_url, model and the key")
         return self._read(response)
 
     def _read(self, response: httpx.Response) -> Outcome | Trouble:

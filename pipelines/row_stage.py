@@ -7,14 +7,17 @@ driver sees no more of a row than its answer.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
 import pyarrow as pa
 import ray
+from ray.exceptions import RayError
 
-from pipelines.stage import LIGHT, ReadShard, Row, ShardOutput, write_output
-from pipelines.tables import Table
+from pipelines.shard_stream import LIGHT, Outcome, ReadShard, Row, ShardOutput, StageError, write_output
+from pipelines.storage import StorageError
+from pipelines.tables import DamagedShardError, Table, count_reasons
 
 ROWS_AT_A_TIME = 16
 """Of a shard that is taken apart: so many images are held as requests before they go on their way."""
@@ -39,8 +42,8 @@ def stream_rows(
     make_row: MakeRow,
     run_model: Callable[[ray.data.Dataset], ray.data.Dataset],
     make_finisher: Callable[[], Finisher],
-) -> Iterator[Row]:
-    """Make `shards`, yielding for each what `write_output` returns.
+) -> Iterator[Outcome]:
+    """The outcome of each shard as it is written.
 
     Args:
         make_row: of a row of the input shard; it must not raise for a bad row, but say so in the row.
@@ -49,6 +52,7 @@ def stream_rows(
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    context.max_errored_blocks = 0  # a block is rows of several shards
     dataset: ray.data.Dataset = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
     take_apart = partial(_take_apart, read_shard=read_shard, make_row=make_row)
     dataset = dataset.map_batches(take_apart, batch_size=1, batch_format="pyarrow", num_cpus=1)
@@ -56,12 +60,27 @@ def stream_rows(
     lasting = actor.options(num_cpus=LIGHT, max_restarts=-1, max_task_retries=-1, max_concurrency=MAX_WRITES)
     writer = lasting.remote(output, fingerprint, make_finisher)
     writes: deque[ray.ObjectRef] = deque()
-    for shard, rows in _gather(run_model(dataset).iter_rows(), shards, read_shard):
-        writes.append(writer.write.remote(shard, rows))
-        while len(writes) > MAX_WRITES:
+    with _naming_the_cause():
+        for shard, rows in _gather(run_model(dataset).iter_rows(), shards, read_shard):
+            writes.append(writer.write.remote(shard, rows))
+            while len(writes) > MAX_WRITES:
+                yield ray.get(writes.popleft())
+        while writes:
             yield ray.get(writes.popleft())
-    while writes:
-        yield ray.get(writes.popleft())
+
+
+@contextmanager
+def _naming_the_cause() -> Iterator[None]:
+    """What a task raised for people to read, out of the layers that Ray put around it."""
+    try:
+        yield
+    except RayError as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, StorageError | DamagedShardError | StageError):
+                raise type(cause)(str(cause)) from error
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        raise
 
 
 def _take_apart(batch: pa.Table, read_shard: ReadShard, make_row: MakeRow) -> Iterator[dict[str, list[Any]]]:
@@ -101,5 +120,9 @@ class _ShardWriter:
         self.output, self.fingerprint = output, fingerprint
         self.finisher = make_finisher()
 
-    def write(self, shard: str, rows: list[Row]) -> Row:
-        return write_output(self.output, shard, self.finisher.finish(rows), self.fingerprint).to_pylist()[0]
+    def write(self, shard: str, rows: list[Row]) -> Outcome:
+        made = self.finisher.finish(rows)
+        kept, refused = made.tables(self.output.schema)
+        write_output(self.output, shard, kept, refused, made.figures, self.fingerprint)
+        counts = {"num_rows": kept.num_rows, "rejects_by_reason": dict(count_reasons(refused)), "figures": dict(made.figures)}
+        return Outcome(shard=shard, error=None, stops="", **counts)

@@ -19,7 +19,6 @@ from transformers import (
 from pipelines.caption_config import CaptionerConfig, row_seed
 from pipelines.caption_rows import (
     Answer,
-    CaptioningError,
     CaptionJudge,
     Outcome,
     Question,
@@ -30,7 +29,7 @@ from pipelines.caption_rows import (
 from pipelines.images import BadImageError
 from pipelines.models import local_model, pick_device
 from pipelines.prepare import prepare_ahead
-from pipelines.stage import ShardOutput
+from pipelines.stage import ShardOutput, StageError
 
 # What processors and models raise for one row: a placeholder too many in its prompt, an image that they cannot cut up.
 ROW_ERRORS = (ValueError, RuntimeError, IndexError, KeyError, TypeError)
@@ -59,7 +58,7 @@ class TransformersCaptioner:
         self.judge = CaptionJudge(config)
 
     def process(self, table: pa.Table) -> ShardOutput:
-        """A row of captions for each image, or a reject. Raises CaptioningError if the model fails with all of them."""
+        """A row of captions for each image, or a reject. Raises StageError if the model fails with all of them."""
         source = source_rows(table)
         outcomes: list[Outcome | None] = [None] * len(source)
         places: list[int] = []
@@ -188,7 +187,7 @@ def _all_told(outcomes: list[Outcome | None], model: str) -> list[Outcome]:
     assert len(told) == len(outcomes)
     failed = [outcome for outcome in told if isinstance(outcome, Refusal) and outcome.reason in FAILURES]
     if len(failed) >= MANY_ROWS and not any(isinstance(outcome, Answer) for outcome in told):
-        raise CaptioningError(f"{model} failed with each of {len(failed)} images alone, at last by {failed[-1].detail}")
+        raise StageError(f"{model} failed with each of {len(failed)} images alone, at last by {failed[-1].detail}")
     return told
 
 

@@ -10,7 +10,6 @@ from transformers import AutoProcessor, AutoTokenizer, GenerationConfig
 from pipelines.caption_config import CaptionerConfig, row_seed
 from pipelines.caption_rows import (
     Answer,
-    CaptioningError,
     CaptionJudge,
     Outcome,
     Refusal,
@@ -22,7 +21,8 @@ from pipelines.caption_rows import (
 from pipelines.images import BadImageError
 from pipelines.models import local_model
 from pipelines.row_stage import stream_rows
-from pipelines.stage import LIGHT, OnProgress, Row, ShardOutput, StageResult, make_shards
+from pipelines.shard_stream import LIGHT
+from pipelines.stage import OnProgress, Row, ShardOutput, StageError, StageResult, run_stream
 from pipelines.tables import Identity, Table
 
 ERROR = "__inference_error__"
@@ -35,7 +35,7 @@ ANSWERED = ("generated_text", "generated_tokens", ERROR)
 def run_vllm(
     output: Table, identity: Identity, images: Table, config: CaptionerConfig, *, on_progress: OnProgress
 ) -> StageResult:
-    """Make the missing shards of `output`. Raises as `make_shards`."""
+    """Make the missing shards of `output`. Raises as `run_stream`."""
     stream = partial(
         stream_rows,
         output,
@@ -45,7 +45,7 @@ def run_vllm(
         run_model=partial(run_engine, config=config),
         make_finisher=partial(AnswerReader, config),
     )
-    return make_shards(
+    return run_stream(
         output, identity, images.list_shards(), stream, max_reject_share=config.max_reject_share, on_progress=on_progress
     )
 
@@ -77,7 +77,7 @@ def run_engine(dataset: ray.data.Dataset, config: CaptionerConfig) -> ray.data.D
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
     if not ray.get(ray.remote(num_cpus=LIGHT)(_has_vllm).remote()):
-        raise CaptioningError(f"captioner {config.name!r}: engine=vllm needs vLLM on the nodes of the cluster: {INSTALL}")
+        raise StageError(f"captioner {config.name!r}: engine=vllm needs vLLM on the nodes of the cluster: {INSTALL}")
     options, model = config.vllm, local_model(config.model)
     code = {"trust_remote_code": config.trust_remote_code, **({"revision": config.revision} if config.revision else {})}
     engine_kwargs: dict[str, Any] = {

@@ -16,10 +16,9 @@ from PIL import Image
 from pipelines.caption import caption_identity, run_caption
 from pipelines.caption_config import CaptionerConfig, HttpConfig, SamplingConfig, VllmConfig
 from pipelines.caption_quality import QualityConfig
-from pipelines.caption_rows import CaptioningError
 from pipelines.images import decode
 from pipelines.shapes import ShapesConfig, draw_row, parse
-from pipelines.stage import Progress, Resources
+from pipelines.stage import Progress, Resources, StageError
 from pipelines.transformers_captioner import Gumbel, TransformersCaptioner
 from tests.pipelines.caption_world import FIRST, TOO_LONG, captions, image_row, png, scene, write_images
 
@@ -168,7 +167,7 @@ def test_a_placeholder_in_the_images_own_text_costs_that_row(scenes: pa.Table) -
 def test_a_model_that_fails_with_every_image_ends_the_stage(scenes: pa.Table) -> None:
     captioner = TransformersCaptioner(CONFIG)
     fail_on(captioner, lambda batch: RuntimeError("no such kernel"))
-    with pytest.raises(CaptioningError, match="failed with each of 10 images alone, at last by RuntimeError: no such kernel"):
+    with pytest.raises(StageError, match="failed with each of 10 images alone, at last by RuntimeError: no such kernel"):
         captioner.process(scenes)
 
 
@@ -251,5 +250,5 @@ def test_engines_settings_that_make_no_sense() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
 def test_without_vllm_its_engine_says_what_is_missing(tmp_path: Path, local_ray: None) -> None:
     dataset = write_images(tmp_path / "data", [image_row(0, scene(0))], 1)
-    with pytest.raises(CaptioningError, match="engine=vllm needs vLLM on the nodes of the cluster: pip install"):
+    with pytest.raises(StageError, match="engine=vllm needs vLLM on the nodes of the cluster: pip install"):
         run_caption(dataset, replace(CONFIG, engine="vllm"))

@@ -11,9 +11,8 @@ from jobs.caption import CaptionJob
 from jobs.config import parse_config
 from pipelines.caption_config import CaptionerConfig, HttpConfig, SamplingConfig
 from pipelines.caption_quality import QualityConfig
-from pipelines.caption_rows import CaptioningError
 from pipelines.report_captioners import captioners_report
-from pipelines.stage import Resources
+from pipelines.stage import Resources, StageError
 from pipelines.tables import MissingTableError
 from tests.pipelines.caption_world import BROKEN, captions, image_row, scene, write_images
 from tests.pipelines.html_page import check_page
@@ -40,7 +39,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> tuple
     rows[7] = image_row(7, BROKEN)
     dataset = write_images(tmp_path_factory.mktemp("data"), rows, 6)
     job = CaptionJob(dataset_uri=dataset, captioners=[STRICT, GONE, GOOD, CUT])
-    with pytest.raises(CaptioningError) as failure:
+    with pytest.raises(StageError) as failure:
         caption.run(job)
     return job, str(failure.value)
 
@@ -83,7 +82,7 @@ def test_one_of_them_can_be_run_alone(finished: tuple[CaptionJob, str], capsys: 
     job, _ = finished
     caption.run(replace(job, only="llava"))
     assert "all there already, nothing to do" in capsys.readouterr().out
-    with pytest.raises(CaptioningError, match="gave up after 1 attempts"):
+    with pytest.raises(StageError, match="gave up after 1 attempts"):
         caption.run(replace(job, only="gone"))
 
 

@@ -10,10 +10,9 @@ import pytest
 from pipelines.caption import run_caption
 from pipelines.caption_config import CaptionerConfig, HttpConfig, SamplingConfig
 from pipelines.caption_quality import QualityConfig
-from pipelines.caption_rows import CaptioningError
 from pipelines.http_captioner import HttpCaptioner
 from pipelines.models import local_model
-from pipelines.stage import Row, ShardOutput
+from pipelines.stage import Row, ShardOutput, StageError
 from pipelines.transformers_captioner import TransformersCaptioner
 from tests.pipelines.caption_world import BROKEN, captions, image_row, refused, scene, write_images
 from tests.pipelines.http_world import FaultyProxy, free_port, transformers_server
@@ -114,7 +113,7 @@ def test_a_wrong_key_or_model_ends_the_job_at_once(proxy: FaultyProxy, rows: lis
     for status in ("401", "404"):
         proxy.seen.clear()
         proxy.always = status
-        with pytest.raises(CaptioningError, match=rf"answers {status}: fault {status}\. Look at http\.base_url"):
+        with pytest.raises(StageError, match=rf"answers {status}: fault {status}\. Look at http\.base_url"):
             HttpCaptioner(config(proxy, concurrency=1)).process(table(rows[:1]))
         assert len(proxy.seen) == 1
 
@@ -124,7 +123,7 @@ def test_a_server_that_is_down_ends_the_job_and_nothing_is_lost(proxy: FaultyPro
     dataset = write_images(tmp_path / "data", rows, 2)
     captioner = config(proxy, max_attempts=2, concurrency=1)
     gone = replace(captioner, http=replace(captioner.http, base_url=f"http://127.0.0.1:{free_port()}/v1"))
-    with pytest.raises(CaptioningError, match=r"gave up after 2 attempts at a request: ConnectError.*Start again"):
+    with pytest.raises(StageError, match=r"gave up after 2 attempts at a request: ConnectError.*Start again"):
         run_caption(dataset, gone)
     assert captions(dataset, "http") == {} and refused(dataset, "http") == {}
 
@@ -132,7 +131,7 @@ def test_a_server_that_is_down_ends_the_job_and_nothing_is_lost(proxy: FaultyPro
         if captions(dataset, "http"):
             proxy.always = "503"
 
-    with pytest.raises(CaptioningError, match="503: fault 503"):
+    with pytest.raises(StageError, match="503: fault 503"):
         run_caption(dataset, captioner, on_progress=break_down)
     done = captions(dataset, "http")
     assert 0 < len(done) < 4 and refused(dataset, "http") == {}
