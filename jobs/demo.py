@@ -11,7 +11,7 @@ from jobs.demo_report import Timings, print_summary, summarize_demo, write_demo_
 from jobs.runner import JobConfig, run_job
 from pipelines.caption_config import CaptionerConfig
 from pipelines.evaluate import EvaluateConfig
-from pipelines.extract import ExtractConfig
+from pipelines.extract_config import ExtractConfig
 from pipelines.ingest import IngestConfig
 from pipelines.sample import DrawConfig, SampleConfig
 from pipelines.schema import SCORES, scores_path

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from jobs.sample import GRID
+from jobs.text_table import format_table
 from pipelines.evaluate import summarize
 from pipelines.report_run import Link, Section, demo_report
 from pipelines.schema import EVALUATIONS, evaluations_path, samples_path
@@ -128,17 +129,3 @@ def print_summary(job: "DemoJob", sections: list[Section], report: Path) -> None
         print(f"\n{NONSENSE}")
     print(f"\npictures  {grid}\nreport    {report}")
     print(f"MLflow    mlflow ui --backend-store-uri {tracking_uri(job.tracking, job.dataset_uri)}", flush=True)
-
-
-def format_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width; numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [
-            cell.rjust(width) if cell[:1].isdigit() or cell[:1] == "-" else cell.ljust(width)
-            for cell, width in zip(cells, widths, strict=True)
-        ]
-        return "  " + "  ".join(padded).rstrip()
-
-    return "\n".join([line(columns), line(["-" * width for width in widths]), *map(line, rows)])

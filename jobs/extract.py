@@ -1,13 +1,24 @@
 """`python -m jobs.extract --config jobs/configs/extract.yaml`: images and scores -> DC-AE latents."""
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from PIL import Image
 
 from jobs.runner import JobConfig, run_job, track_stage
-from pipelines.extract import ExtractConfig, run_extract
-from pipelines.report import latents_report
+from pipelines.encode import LatentEncoder
+from pipelines.extract import run_extract
+from pipelines.extract_config import ExtractConfig
+from pipelines.report import DecodeLatents, latents_report
+from pipelines.schema import LATENTS
 from pipelines.stage import StageResult
+from pipelines.tables import Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,19 +27,57 @@ class ExtractJob(JobConfig):
 
     Args:
         extract: the autoencoder, the resolution and the scores to take along.
+        resolutions: several of them, each a table of its own, from one decode of every image; `extract.batch_size` is that
+            of `extract.resolution`, the others' are of about as many pixels. Empty: `extract.resolution` alone.
     """
 
     extract: ExtractConfig
+    resolutions: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(set(self.resolutions)) < len(self.resolutions):
+            raise ValueError(f"resolutions={list(self.resolutions)} must differ from each other: each is a table of its own")
 
 
 def run(job: ExtractJob) -> StageResult:
-    """The stage in an MLflow run, on the Ray that is there."""
+    """The stage, for each resolution in an MLflow run of its own, on the Ray that is there; returns the first one's result."""
+    resolutions = job.resolutions or (job.extract.resolution,)
+    results = [
+        _run_one(job, job.extract.at(resolution), also=resolutions[index + 1 :]) for index, resolution in enumerate(resolutions)
+    ]
+    return results[0]
+
+
+def _run_one(job: ExtractJob, config: ExtractConfig, *, also: Sequence[int]) -> StageResult:
+    def make_report() -> str:
+        with remote_decoder(config) as decode:
+            return latents_report(job.dataset_uri, config.path, decode)
+
+    manifest = Table(job.dataset_uri, config.path, LATENTS).read_manifest()
     return track_stage(
-        job,
+        replace(job, extract=config),
         "extract",
-        lambda on_progress: run_extract(job.dataset_uri, job.extract, on_progress=on_progress),
-        make_report=lambda: latents_report(job.dataset_uri, job.extract.path),
+        lambda on_progress: run_extract(job.dataset_uri, config, also=also, on_progress=on_progress),
+        make_report=make_report,
+        is_due=manifest is not None and not manifest.complete,
     )
+
+
+@contextmanager
+def remote_decoder(config: ExtractConfig) -> Iterator[DecodeLatents]:
+    """Turns latents into images where the stage's actors ran: the driver may be a machine that computes nothing."""
+    resources = config.resources
+    options = {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus or None, "resources": resources.custom or None}
+    actor: Any = ray.remote(LatentEncoder).options(**options).remote(config)
+
+    def decode(latents: np.ndarray) -> Image.Image:
+        (image,) = ray.get(actor.decode.remote([torch.from_numpy(latents)]))
+        return Image.fromarray(image.round().astype(np.uint8))
+
+    try:
+        yield decode
+    finally:
+        ray.kill(actor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -152,10 +152,12 @@ def track_stage(
     *,
     make_report: Callable[[], str] | None = None,
     log: Callable[[TrackedRun, StageResult], None] | None = None,
+    is_due: bool = False,
 ) -> StageResult:
     """Run one stage in an MLflow run of its own, and put its report into its table and into the run.
 
-    A stage that has nothing to do leaves no run and no new report. `log` adds to the run what is the stage's own.
+    A stage that has nothing to do leaves no run and no new report, unless it `is_due`: its shards were made along with
+    another's. `log` adds to the run what is the stage's own.
     """
     line = StatusLine()
     with ExitStack() as stack:
@@ -163,7 +165,7 @@ def track_stage(
 
         def on_progress(progress: Progress) -> None:
             nonlocal run
-            if run is None and progress.done_shards < progress.num_shards:
+            if run is None and (is_due or progress.done_shards < progress.num_shards):
                 tracked = start_run(name, to_dict(job), tracking=job.tracking, output_dir=job.dataset_uri)
                 run = stack.enter_context(tracked)
             line.show(describe_progress(name, progress))

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from jobs.runner import JobConfig, run_job, track_stage
 from pipelines.report import scores_report
 from pipelines.score import ScorerConfig, run_score
-from pipelines.select import SelectionConfig, choose_caption
-from pipelines.stage import Row, StageResult
+from pipelines.select import SelectionConfig
+from pipelines.stage import StageResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,15 +26,11 @@ class ScoreJob(JobConfig):
 
 def run(job: ScoreJob) -> StageResult:
     """The stage in an MLflow run, on the Ray that is there."""
-
-    def choose(captions: list[Row], image_id: str) -> Row | None:
-        return choose_caption(captions, job.selection, seed=0, epoch=0, sample_id=image_id)
-
     return track_stage(
         job,
         "score",
         lambda on_progress: run_score(job.dataset_uri, job.scorer, on_progress=on_progress),
-        make_report=lambda: scores_report(job.dataset_uri, job.scorer.name, choose),
+        make_report=lambda: scores_report(job.dataset_uri, job.scorer.name, job.selection),
     )
 
 

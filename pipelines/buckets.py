@@ -56,7 +56,10 @@ def check_unit(buckets: list[Bucket], unit: int) -> None:
 
 
 def nearest_bucket(height: int, width: int, buckets: list[Bucket]) -> Bucket:
-    """The bucket of the nearest ratio, which is the one that crops the least away."""
+    """The bucket of the nearest ratio, which is the one that crops the least away.
+
+    Nearest by the ratios' quotient; NVlabs goes by their difference, and so takes another for some wide or tall images.
+    """
     ratio = math.log(height / width)
     return min(buckets, key=lambda bucket: abs(math.log(bucket[0] / bucket[1]) - ratio))
 

@@ -10,9 +10,9 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
+from pipelines.clip import ClipModel
 from pipelines.models import model_version
 from pipelines.schema import EVALUATIONS, SAMPLES, evaluations_path, samples_path
-from pipelines.score import ClipModel
 from pipelines.shapes import Scene, all_singles, parse, phrasings, write_caption
 from pipelines.stage import OnProgress, Resources, Row, ShardOutput, StageResult, run_shards
 from pipelines.tables import Identity, Table

@@ -1,156 +1,122 @@
 """The extract stage: images to scaled DC-AE latents, one bucket size each, with the captions that compete for them."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
-import numpy as np
 import pyarrow as pa
 import torch
 
-from pipelines.buckets import buckets_for, name_bucket, nearest_bucket
-from pipelines.images import BadImageError, decode, resize_and_crop, to_tensor_array
-from pipelines.models import model_version, pick_device
-from pipelines.schema import IMAGES, IMAGES_PATH, LATENTS, SCORES, latents_path, scores_path
-from pipelines.stage import OnProgress, Resources, Row, ShardOutput, StageResult, reject, run_shards
+from pipelines.encode import LatentEncoder
+from pipelines.extract_config import Dtype, ExtractConfig
+from pipelines.models import model_version
+from pipelines.schema import IMAGE_SCORES, IMAGES, IMAGES_PATH, LATENTS, SCORES, image_scores_path, scores_path
+from pipelines.stage import OnProgress, Row, ShardOutput, StageResult, run_shards
 from pipelines.tables import Identity, Table
-from sana_model.autoencoder import DCAutoencoder
 
-Dtype = Literal["float16", "bfloat16"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExtractConfig:
-    """An autoencoder, a resolution, and whose scores to take along.
-
-    Args:
-        name: of the autoencoder in the table's path, latents/<name>-<resolution>.
-        autoencoder: a local folder, or a zoo://, hf:// or fsspec URI; ours, diffusers' or efficientvit's.
-        resolution: pixels; an image goes to the bucket of about resolution^2 pixels whose shape is nearest.
-        scorer: name of the table under scores/.
-        dtype: of the stored latents.
-        min_best_score: images whose best caption scores less are refused (Sana 1.5: 22); None: all are taken.
-        tile_size: pixels; encode in tiles, so that memory does not grow with the image. None: in one piece.
-        batch_size: images in one call of the model; changes no value.
-        device: "cpu", "cuda"; None: the first GPU that Ray gave the actor, or else the CPU.
-        resources: of the stage's actors.
-        max_reject_share: the job fails when a larger share of the images is refused.
-    """
-
-    name: str
-    autoencoder: str
-    resolution: int
-    scorer: str
-    dtype: Dtype = "float16"
-    min_best_score: float | None = None
-    tile_size: int | None = None
-    batch_size: int = 16
-    device: str | None = None
-    resources: Resources = field(default_factory=Resources)
-    max_reject_share: float = 0.1
-
-    @property
-    def path(self) -> str:
-        return latents_path(self.name, self.resolution)
+SHARD = b"shard"
+"""Of the schema's metadata of what the actor gets: which shard it is."""
+NAMED_SCORE = pa.struct([("scorer", pa.string()), ("score", pa.float32())])
 
 
 def extract_identity(dataset_uri: str, config: ExtractConfig) -> Identity:
     """What the latents depend on."""
-    names = ("autoencoder", "resolution", "scorer", "dtype", "min_best_score", "tile_size")
-    settings = {name: getattr(config, name) for name in names}
-    tables = [Table(dataset_uri, IMAGES_PATH, IMAGES), Table(dataset_uri, scores_path(config.scorer), SCORES)]
-    inputs = {table.path: table.require().fingerprint for table in tables}
-    return Identity("extract", settings, {config.name: model_version(config.autoencoder)}, inputs)
+    images, scores, *image_scores = _input_tables(dataset_uri, config)
+    inputs = {table.path: table.require().fingerprint for table in (images, scores, *image_scores)}
+    return Identity("extract", config.settings(), {config.name: model_version(config.autoencoder)}, inputs)
 
 
-def run_extract(dataset_uri: str, config: ExtractConfig, *, on_progress: OnProgress = lambda _: None) -> StageResult:
+def run_extract(
+    dataset_uri: str, config: ExtractConfig, *, also: Sequence[int] = (), on_progress: OnProgress = lambda _: None
+) -> StageResult:
     """Encode every scored image of a dataset into `latents/<name>-<resolution>`.
+
+    Args:
+        also: other resolutions. Where this one lacks a shard and another does too, both are made from one decode; what is
+            missing of the others then is theirs to make, each by a call of its own.
 
     Raises as `run_shards`, and MissingTableError if images or scores are not there.
     """
     identity = extract_identity(dataset_uri, config)
-    images = Table(dataset_uri, IMAGES_PATH, IMAGES)
-    scores = Table(dataset_uri, scores_path(config.scorer), SCORES)
+    images, scores, *image_scores = _input_tables(dataset_uri, config)
+    shards = set(images.list_shards()).intersection(*(table.list_shards() for table in (scores, *image_scores)))
+    sides = [_claim_side(dataset_uri, config.at(resolution), shards) for resolution in also]
     return run_shards(
         Table(dataset_uri, config.path, LATENTS),
         identity,
-        sorted(set(images.list_shards()) & set(scores.list_shards())),
-        read_shard=partial(read_scored_images, images, scores),
-        make_worker=partial(LatentEncoder, config),
+        sorted(shards),
+        read_shard=partial(read_scored_images, images, scores, dict(zip(config.image_filters, image_scores, strict=True))),
+        make_worker=partial(Extractor, config, sides),
         resources=config.resources,
         max_reject_share=config.max_reject_share,
         on_progress=on_progress,
     )
 
 
-def read_scored_images(images: Table, scores: Table, shard: str) -> pa.Table:
-    """id, image_bytes, source_uri and captions of a shard's images that have scores."""
+def _input_tables(dataset_uri: str, config: ExtractConfig) -> list[Table]:
+    """images, scores, and the image scores that filter."""
+    filters = [Table(dataset_uri, image_scores_path(name), IMAGE_SCORES) for name in config.image_filters]
+    return [Table(dataset_uri, IMAGES_PATH, IMAGES), Table(dataset_uri, scores_path(config.scorer), SCORES), *filters]
+
+
+@dataclass(frozen=True)
+class SideTable:
+    """A table of another resolution, and which of its shards are still to be made."""
+
+    resolution: int
+    table: Table
+    fingerprint: str
+    missing: frozenset[str]
+
+
+def _claim_side(dataset_uri: str, config: ExtractConfig, shards: set[str]) -> SideTable:
+    table, identity = Table(dataset_uri, config.path, LATENTS), extract_identity(dataset_uri, config)
+    table.claim(identity)
+    return SideTable(config.resolution, table, identity.fingerprint, frozenset(shards.difference(table.list_shards())))
+
+
+def read_scored_images(images: Table, scores: Table, image_scores: dict[str, Table], shard: str) -> pa.Table:
+    """id, image_bytes, source_uri, captions and image_scores of a shard's images that have caption scores."""
     captions = {row["id"]: row["captions"] for row in scores.read_shard(shard).to_pylist()}
+    named = {name: read_image_scores(table, shard) for name, table in image_scores.items()}
     table = images.read_shard(shard, ["id", "image_bytes", "source_uri"])
+    table = table.filter(pa.array([row_id in captions for row_id in table["id"].to_pylist()], pa.bool_()))
     ids = table["id"].to_pylist()
-    table = table.filter(pa.array([row_id in captions for row_id in ids]))
-    column = pa.array([captions[row_id] for row_id in ids if row_id in captions], SCORES.field("captions").type)
-    return table.append_column("captions", column)
+    own = [[{"scorer": name, "score": found.get(row_id)} for name, found in named.items()] for row_id in ids]
+    table = table.append_column("captions", pa.array([captions[row_id] for row_id in ids], SCORES.field("captions").type))
+    table = table.append_column("image_scores", pa.array(own, pa.list_(NAMED_SCORE)))
+    return table.replace_schema_metadata({SHARD: shard.encode()})
 
 
-class LatentEncoder:
-    """Ray Data actor: images -> DC-AE latents."""
+def read_image_scores(table: Table, shard: str) -> dict[str, float]:
+    """What an image scorer says of a shard's images, by id."""
+    rows = table.read_shard(shard, ["id", "score"])
+    return dict(zip(rows["id"].to_pylist(), rows["score"].to_pylist(), strict=True))
 
-    def __init__(self, config: ExtractConfig):
-        self.config = config
-        self.device = pick_device(config.device)
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.autoencoder = DCAutoencoder.from_pretrained(config.autoencoder, dtype=dtype).to(self.device).eval()
-        self.buckets = buckets_for(config.resolution, self.autoencoder.compression)
+
+class Extractor:
+    """Ray Data actor: images -> latents of one table, and of others whose shard is missing too."""
+
+    def __init__(self, config: ExtractConfig, sides: Sequence[SideTable] = ()):
+        self.config, self.sides = config, sides
+        self.encoder = LatentEncoder(config, [side.resolution for side in sides])
 
     def process(self, table: pa.Table) -> ShardOutput:
-        """A row of latents for each image, or a reject. Images of one bucket are encoded together."""
-        rows: list[Row] = []
-        rejects: list[Row] = []
-        waiting: dict[tuple[int, int], list[tuple[Row, np.ndarray]]] = {}
-        for row in table.to_pylist():
-            try:
-                bucket, image = self._prepare(row)
-            except BadImageError as error:
-                rejects.append(reject(row, error.reason, error.detail))
-                continue
-            batch = waiting.setdefault(bucket, [])
-            batch.append((row, image))
-            if len(batch) == self.config.batch_size:
-                rows += self._encode(bucket, waiting.pop(bucket))
-        for bucket, batch in waiting.items():
-            rows += self._encode(bucket, batch)
-        order = {row_id: index for index, row_id in enumerate(table["id"].to_pylist())}
-        return ShardOutput(sorted(rows, key=lambda row: order[row["id"]]), rejects)
+        """A row of latents for each image, or a reject; the other tables' shards are written here."""
+        shard = (table.schema.metadata or {})[SHARD].decode()
+        sides = [side for side in self.sides if shard in side.missing]
+        outputs = self.encoder.process_all(table, [self.config.resolution, *(side.resolution for side in sides)])
+        for side in sides:
+            _write(side, shard, outputs[side.resolution])
+        return outputs[self.config.resolution]
 
-    def _prepare(self, row: Row) -> tuple[tuple[int, int], np.ndarray]:
-        """The bucket (height, width) and the image (3, height, width) float32 in [-1, 1]."""
-        best = max(caption["clip_score"] for caption in row["captions"])
-        if self.config.min_best_score is not None and best < self.config.min_best_score:
-            raise BadImageError("low_score", f"its best caption scores {best:.1f}, min_best_score={self.config.min_best_score}")
-        image = decode(row["image_bytes"])
-        bucket = nearest_bucket(image.height, image.width, self.buckets)
-        return bucket, to_tensor_array(resize_and_crop(image, *bucket))
 
-    @torch.inference_mode()
-    def _encode(self, bucket: tuple[int, int], batch: list[tuple[Row, np.ndarray]]) -> list[Row]:
-        weight = next(self.autoencoder.parameters())
-        images = torch.from_numpy(np.stack([image for _, image in batch])).to(weight)
-        latents = self.autoencoder.encode(images, tile_size=self.config.tile_size)
-        stored = latents.to("cpu", getattr(torch, self.config.dtype)).contiguous()
-        channels, height, width = stored.shape[1:]
-        return [
-            {
-                "id": row["id"],
-                "latents": one.view(torch.uint8).numpy().tobytes(),
-                "channels": channels,
-                "height": height,
-                "width": width,
-                "bucket": name_bucket(bucket),
-                "captions": row["captions"],
-            }
-            for (row, _), one in zip(batch, stored, strict=True)
-        ]
+def _write(side: SideTable, shard: str, output: ShardOutput) -> None:
+    """Rejects first, as the runner does: a shard that exists is a shard that is done."""
+    rejects = side.table.rejects()
+    rejects.write_shard(shard, pa.Table.from_pylist(output.rejects, rejects.schema), fingerprint=side.fingerprint)
+    rows = pa.Table.from_pylist(list(output.rows), LATENTS)
+    side.table.write_shard(shard, rows, fingerprint=side.fingerprint, figures=output.figures)
 
 
 def read_latents(row: Row, dtype: Dtype) -> torch.Tensor:

@@ -132,8 +132,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return rgb if transpose is None else rgb.transpose(transpose)
 
 
-def resize_and_crop(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Scale so that the image covers (height, width), and cut out the middle; Lanczos with anti-aliasing.
+def resize_and_crop(
+    image: Image.Image, height: int, width: int, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> Image.Image:
+    """Scale so that the image covers (height, width), with anti-aliasing, and cut out the middle.
 
     The part that will remain is scaled to the very size, so no side is first rounded to whole pixels.
     """
@@ -141,13 +143,7 @@ def resize_and_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     kept_height, kept_width = min(height / scale, image.height), min(width / scale, image.width)
     left, top = (image.width - kept_width) / 2, (image.height - kept_height) / 2
     box = (left, top, left + kept_width, top + kept_height)
-    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
-
-
-def to_tensor_array(image: Image.Image) -> np.ndarray:
-    """RGB image -> (3, H, W) float32 in [-1, 1]."""
-    pixels = np.asarray(image, dtype=np.float32)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1)) / np.float32(127.5) - np.float32(1)
+    return image.resize((width, height), resample, box=box)
 
 
 def perceptual_hash(image: Image.Image) -> str:

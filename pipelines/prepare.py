@@ -6,10 +6,18 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import islice
 from typing import TypeVar
 
+import pyarrow as pa
+
 from pipelines.images import BadImageError
 from pipelines.stage import Row
 
 Prepared = TypeVar("Prepared")
+
+
+def iter_rows(table: pa.Table) -> Iterator[Row]:
+    """A table's rows as dicts, a few at a time: those that hold images are large."""
+    for batch in table.to_batches(max_chunksize=64):
+        yield from batch.to_pylist()
 
 
 def prepare_ahead(

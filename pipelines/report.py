@@ -12,7 +12,10 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from pipelines.charts import FOCUS, histograms, number, spreads
-from pipelines.extract import Dtype, read_latents
+from pipelines.compare import compare_policies
+from pipelines.extract import read_latents
+from pipelines.extract_config import Dtype
+from pipelines.prepare import iter_rows
 from pipelines.report_data import (
     DEFAULT_SAMPLE,
     LightRows,
@@ -27,6 +30,7 @@ from pipelines.report_data import (
     with_pictures,
 )
 from pipelines.schema import (
+    CAPTION_EMBEDS,
     CAPTIONS,
     IMAGES,
     IMAGES_PATH,
@@ -36,6 +40,7 @@ from pipelines.schema import (
     captions_path,
     scores_path,
 )
+from pipelines.select import SelectionConfig, all_policies, choose_caption
 from pipelines.stage import Row
 from pipelines.tables import REPORT, Table
 from pipelines.templates import render
@@ -43,8 +48,6 @@ from pipelines.templates import render
 NUM_COLORS = 8
 NUM_REPEATED = 10
 
-ChooseCaption = Callable[[list[Row], str], Row | None]
-"""(the captions of an image, its id) -> the one that is selected, or None."""
 DecodeLatents = Callable[[np.ndarray], Image.Image]
 """Latents (channels, height, width), float32 -> the image."""
 
@@ -108,22 +111,24 @@ def captions_report(dataset_uri: str, captioner: str, *, sample: SampleConfig = 
     )
 
 
-def scores_report(dataset_uri: str, scorer: str, choose: ChooseCaption, *, sample: SampleConfig = DEFAULT_SAMPLE) -> str:
-    """The page of `scores/<scorer>`: captioners compared, images with every caption, its score, and which one is selected.
+def scores_report(dataset_uri: str, scorer: str, selection: SelectionConfig, *, sample: SampleConfig = DEFAULT_SAMPLE) -> str:
+    """The page of `scores/<scorer>`: captioners and selection policies compared, images with every caption, its score, and
+    which one is selected.
 
     Args:
-        choose: the selection policy; returns one of the captions that it is given, or None.
+        selection: the policy that selects, as in epoch 0 with seed 0; the others are compared with its settings.
 
     Raises MissingTableError if there is no such table.
     """
     table = Table(dataset_uri, scores_path(scorer), SCORES)
     light = read_light(table, ["id", "captions"], sample)
-    scores, chosen = _contest(light, choose)
+    scores, chosen = _contest(light, selection)
+    comparison = compare_policies((row["captions"] for row in iter_rows(light.rows)), all_policies(selection, scores))
     selected = [score for values in chosen.values() for score in values]
     rows = with_pictures(dataset_uri, sample_rows(table, sample), _texts)
     colors = _colors([*scores, *(entry["captioner"] for row in rows for entry in row["captions"])])
     for row in rows:
-        pick = choose(row["captions"], row["id"])
+        pick = _choose(row, selection)
         row["chosen"] = None if pick is None else row["captions"].index(pick)
     by_captioner = {name: scores[name] for name in colors if name in scores}
     return _table_page(
@@ -144,6 +149,10 @@ def scores_report(dataset_uri: str, scorer: str, choose: ChooseCaption, *, sampl
             for name, values in by_captioner.items()
         ],
         colors=colors,
+        long_captions=_count_long(table),
+        policies=comparison.policies,
+        policy=selection.policy,
+        equal_shares=not selection.proportions,
         num_chosen=len(selected),
         num_unchosen=light.rows.num_rows - len(selected),
         mean_chosen=_mean(selected),
@@ -178,6 +187,7 @@ def latents_report(
         about="The training samples: images as the autoencoder compresses them, with the captions that compete for them.",
         dtype=dtype,
         num_measured=len(rows),
+        figures=table.require().figures,
         num_bad=int(flat.size - finite.count()),
         mean=_mean(flat),
         std=number(float(finite.std())) if finite.count() else "–",
@@ -188,6 +198,30 @@ def latents_report(
         colors=_colors(entry["captioner"] for entries in captions for entry in entries),
         decoded=decode is not None,
         samples=[{"decoded": None} | row | {"captions": _shown(row["captions"])} for row in rows],
+    )
+
+
+def embeds_report(dataset_uri: str, path: str, *, sample: SampleConfig = DEFAULT_SAMPLE) -> str:
+    """The page of `caption_embeds/...`: lengths, captioners, how many captions were cut, rejects.
+
+    Raises MissingTableError if there is no such table.
+    """
+    table = Table(dataset_uri, path, CAPTION_EMBEDS)
+    manifest = table.require()
+    light = read_light(table, ["captioner", "num_tokens"], sample)
+    cut = manifest.figures.get("cut_captions.mean")
+    return _table_page(
+        "embeds.html.jinja",
+        table,
+        light,
+        read_rejects(table, sample),
+        title=f"Caption embeddings by {path.removeprefix('caption_embeds/')}",
+        about="What the text encoder makes of every caption: computed once, so that training need not.",
+        dtype=manifest.config["dtype"],
+        max_tokens=manifest.config["max_tokens"],
+        num_cut=None if cut is None else round(cut * manifest.num_shards),
+        lengths=histograms({"": light.rows["num_tokens"].to_numpy()}, title="Caption length", x_label="tokens"),
+        captioners=dict(Counter(light.rows["captioner"].to_pylist()).most_common()),
     )
 
 
@@ -205,30 +239,37 @@ def _table_page(
     )
 
 
-def _contest(light: LightRows, choose: ChooseCaption) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+def _contest(light: LightRows, selection: SelectionConfig) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Scores by captioner: of all captions, and of the selected ones."""
     scores: dict[str, list[float]] = {}
     chosen: dict[str, list[float]] = {}
-    for batch in light.rows.to_batches(max_chunksize=1024):
-        for row in batch.to_pylist():
-            for entry in row["captions"]:
-                scores.setdefault(entry["captioner"], []).append(_score(entry))
-            pick = choose(row["captions"], row["id"])
-            if pick is not None:
-                chosen.setdefault(pick["captioner"], []).append(_score(pick))
+    for row in iter_rows(light.rows):
+        for entry in row["captions"]:
+            scores.setdefault(entry["captioner"], []).append(entry["clip_score"])
+        pick = _choose(row, selection)
+        if pick is not None:
+            chosen.setdefault(pick["captioner"], []).append(pick["clip_score"])
     return scores, chosen
+
+
+def _count_long(table: Table) -> str:
+    """What was done with captions over the scorer's limit; empty where none was."""
+    manifest = table.require()
+    count = round(manifest.figures.get("long_captions.mean", 0.0) * manifest.num_shards)
+    done = {"cut": "cut there", "chunks": "scored in parts"}.get(manifest.config.get("long_captions", ""), "")
+    return f"{count:,} captions were longer than the model's limit, and were {done}." if count and done else ""
+
+
+def _choose(row: Row, selection: SelectionConfig) -> Row | None:
+    return choose_caption(row["captions"], selection, seed=0, epoch=0, sample_id=row["id"])
 
 
 def _texts(row: Row) -> list[str | None]:
     return [entry["caption"] for entry in row["captions"]]
 
 
-def _score(entry: Row) -> float:
-    return np.nan if entry["clip_score"] is None else entry["clip_score"]
-
-
 def _shown(captions: list[Row]) -> list[Row]:
-    return [entry | {"score": _mean([_score(entry)])} for entry in captions]
+    return [entry | {"score": _mean([entry["clip_score"]])} for entry in captions]
 
 
 def _mean(values: Sequence[float] | np.ndarray) -> str:

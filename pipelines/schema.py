@@ -44,6 +44,14 @@ LATENTS = pa.schema(
         pa.field("captions", pa.list_(CAPTION), nullable=False),
     ]
 )
+CAPTION_EMBEDS = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),  # of the image: a row is a caption, so an id comes once for each captioner
+        pa.field("captioner", pa.string(), nullable=False),
+        pa.field("embeds", pa.large_binary(), nullable=False),  # (num_tokens, width) in C order; dtype: the manifest's
+        pa.field("num_tokens", pa.int32(), nullable=False),
+    ]
+)
 SAMPLES = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),  # the prompt's number
@@ -61,6 +69,7 @@ EVALUATIONS = pa.schema(
         pa.field("seen", pa.string()),  # what the judge reads off the picture then, as a caption
     ]
 )
+IMAGE_SCORES = pa.schema([pa.field("id", pa.string(), nullable=False), pa.field("score", pa.float32(), nullable=False)])
 REJECTS = pa.schema(
     [
         pa.field("id", pa.string()),  # null where the bytes could not even be read
@@ -79,8 +88,16 @@ def scores_path(scorer: str) -> str:
     return f"scores/{scorer}"
 
 
+def image_scores_path(scorer: str) -> str:
+    return f"image_scores/{scorer}"
+
+
 def latents_path(autoencoder: str, resolution: int) -> str:
     return f"latents/{autoencoder}-{resolution}"
+
+
+def caption_embeds_path(text_encoder: str) -> str:
+    return f"caption_embeds/{text_encoder}"
 
 
 def samples_path(name: str) -> str:

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,8 @@ from pipelines.select import SelectionConfig, choose_caption
 from pipelines.shapes import Scene, parse
 from pipelines.stage import Row
 from pipelines.tables import Table
+
+RANDOM, SELECTED = "random choice", "CLIP selection"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,37 +36,48 @@ class _Scored:
 
 def caption_figures(dataset_uri: str, scorer: str, selection: SelectionConfig, *, seed: int = 0) -> dict[str, CaptionFigures]:
     """Figures by captioner, then of "random choice" (its expected values) and of "CLIP selection" (one draw for each image)."""
-    images = list(_scored_images(dataset_uri, scorer, selection, seed))
-    scores: dict[str, list[float]] = defaultdict(list)
-    exact: dict[str, list[bool]] = defaultdict(list)
+    scores: dict[str, _Mean] = defaultdict(_Mean)
+    exact: dict[str, _Mean] = defaultdict(_Mean)
     chosen: Counter[str] = Counter()
-    for image in images:
+    num_images = 0
+    for image in _scored_images(dataset_uri, scorer, selection, seed):
+        num_images += 1
+        own_scores = [caption["clip_score"] for caption in image.captions]
         for index, caption in enumerate(image.captions):
-            scores[caption["captioner"]].append(caption["clip_score"])
-            chosen[caption["captioner"]] += index == image.chosen
+            name = caption["captioner"]
+            scores[name].add(own_scores[index])
+            chosen[name] += index == image.chosen
             if image.exact is not None:
-                exact[caption["captioner"]].append(image.exact[index])
-    figures = {
+                exact[name].add(image.exact[index])
+        scores[RANDOM].add(float(np.mean(own_scores)))
+        if image.exact:
+            exact[RANDOM].add(float(np.mean(image.exact)))
+        if image.chosen is not None:
+            scores[SELECTED].add(own_scores[image.chosen])
+            if image.exact:
+                exact[SELECTED].add(image.exact[image.chosen])
+    return {
         name: CaptionFigures(
-            mean_score=_mean(scores[name]), selected_share=chosen[name] / len(images), exact_share=_mean(exact[name])
+            mean_score=scores[name].value,
+            selected_share=chosen[name] / num_images if name in chosen else None,
+            exact_share=exact[name].value,
         )
-        for name in sorted(scores)
+        for name in [*sorted(chosen), RANDOM, SELECTED]
     }
-    known = [image for image in images if image.exact is not None]
-    picked = [(image, image.chosen) for image in images if image.chosen is not None]
-    figures["random choice"] = CaptionFigures(
-        mean_score=_mean([np.mean([caption["clip_score"] for caption in image.captions]) for image in images]),
-        exact_share=_mean([np.mean(image.exact) for image in known if image.exact]),
-    )
-    figures["CLIP selection"] = CaptionFigures(
-        mean_score=_mean([image.captions[index]["clip_score"] for image, index in picked]),
-        exact_share=_mean([image.exact[index] for image, index in picked if image.exact]),
-    )
-    return figures
 
 
-def _mean(values: Sequence[float | np.floating]) -> float | None:
-    return float(np.mean(np.asarray(values))) if values else None
+@dataclass
+class _Mean:
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, value: float) -> None:
+        self.total += value
+        self.count += 1
+
+    @property
+    def value(self) -> float | None:
+        return self.total / self.count if self.count else None
 
 
 def _scored_images(dataset_uri: str, scorer: str, selection: SelectionConfig, seed: int) -> Iterator[_Scored]:

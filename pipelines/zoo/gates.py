@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from transformers import CLIPModel, PreTrainedTokenizerFast
 
+from pipelines.clip import ClipModel
 from pipelines.evaluate import ATTRIBUTES, AttributeJudge, attribute_accuracy
 from pipelines.sample import image_grid
-from pipelines.score import ClipModel
 from pipelines.shapes import KNOWN_COLORS, NEW_COLORS, parse
 from pipelines.zoo.autoencoder import load_autoencoder, measure_autoencoder
 from pipelines.zoo.captioners import caption_images, load_captioner

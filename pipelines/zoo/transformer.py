@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipelines.clip import ClipModel
 from pipelines.evaluate import AttributeJudge, attribute_accuracy
 from pipelines.sample import image_grid
-from pipelines.score import ClipModel
 from pipelines.shapes import KNOWN_COLORS, Scene, ShapesConfig, phrasings, sample_caption, sample_scene, write_caption
 from pipelines.zoo.autoencoder import load_autoencoder
 from pipelines.zoo.text_encoder import SHORT_SHARE, load_text_encoder

@@ -20,6 +20,7 @@ from pipelines.buckets import buckets_for, check_unit, name_bucket, nearest_buck
 def test_published_tables(resolution, module):
     table = getattr(importlib.import_module(f"diffusers.pipelines.{module}"), f"ASPECT_RATIO_{resolution}_BIN")
     assert buckets_for(resolution, 32) == [tuple(map(int, size)) for size in table.values()]
+    assert len(table) == (33 if resolution <= 1024 else 40)
 
 
 @pytest.mark.parametrize(

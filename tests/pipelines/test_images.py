@@ -17,7 +17,6 @@ from pipelines.images import (
     open_image,
     perceptual_hash,
     resize_and_crop,
-    to_tensor_array,
 )
 
 
@@ -197,13 +196,6 @@ def test_resize_is_antialiased():
     board = Image.fromarray((np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8)).convert("RGB")
     small = np.asarray(resize_and_crop(board, 32, 32), dtype=np.int32)
     assert np.abs(small - 127).max() < 8
-
-
-def test_tensor_array():
-    array = to_tensor_array(gradient())
-    assert (array.shape, array.dtype) == ((3, 40, 60), np.float32)
-    assert (array.min(), array.max()) == (-1, 1)
-    np.testing.assert_allclose((array + 1) * 127.5, np.asarray(gradient()).transpose(2, 0, 1), atol=1e-4)
 
 
 def test_perceptual_hash_is_near_for_alike_and_far_for_others():

@@ -18,6 +18,7 @@ from pipelines.report import captions_report, images_report, latents_report, sco
 from pipelines.report_data import SampleConfig, thumbnail
 from pipelines.report_run import Link, Section, demo_report, training_report
 from pipelines.schema import CAPTIONS, IMAGES, LATENTS, SCORES
+from pipelines.select import SelectionConfig
 from pipelines.shapes import draw_row, sample_caption
 from pipelines.stage import Row, reject
 from pipelines.tables import Identity, MissingTableError, Table
@@ -26,6 +27,7 @@ from tests.pipelines.html_page import check_page
 LONG = "a very long caption " * 250
 HOSTILE = '<script>alert("1")</script> & "quotes"'
 CAPTIONERS = ("idefics", "llava")
+BEST = SelectionConfig(policy="best")
 
 
 def encode(image: Image.Image, kind: str) -> bytes:
@@ -140,7 +142,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_dataset(tmp_path_factory.mktemp("report"))
 
 
-def best(captions: list[Row], row_id: str) -> Row:
+def best(captions: list[Row]) -> Row:
     return max(captions, key=lambda caption: caption["clip_score"])
 
 
@@ -203,7 +205,7 @@ def test_repeated_captions_are_counted(dataset: str) -> None:
 
 def test_scores_report_shows_every_caption_and_marks_the_selected(dataset: str) -> None:
     table = Table(dataset, "scores/clip", SCORES)
-    html = scores_report(dataset, "clip", best, sample=SampleConfig(num_images=30))
+    html = scores_report(dataset, "clip", BEST, sample=SampleConfig(num_images=30))
     page = check_page(html, table)
     cards = re.findall(r'<article class="card contest">.*?</article>', html, re.DOTALL)
     rows = [row for shard in table.list_shards() for row in table.read_shard(shard).to_pylist()]
@@ -212,25 +214,25 @@ def test_scores_report_shows_every_caption_and_marks_the_selected(dataset: str) 
         assert row["id"][:12] in card
         entries = re.findall(r"<li .*?</li>", card, re.DOTALL)
         assert len(entries) == len(row["captions"])
-        selected = best(row["captions"], row["id"])
+        selected = best(row["captions"])
         for entry, caption in zip(entries, row["captions"], strict=True):
             assert unescape(caption["caption"]).strip() in unescape(entry)
             assert caption["captioner"] in entry and f"{caption['clip_score']:.2f}" in entry
             assert ("✓ selected" in entry) == (caption == selected)
-    wins = [best(row["captions"], "")["captioner"] for row in rows]
+    wins = [best(row["captions"])["captioner"] for row in rows]
     assert f"{wins.count('llava') / 30:.1%}" in page.text
-    mean = np.mean([best(row["captions"], "")["clip_score"] for row in rows])
+    mean = np.mean([best(row["captions"])["clip_score"] for row in rows])
     assert f"selected 30 {mean:.2f} 30 100.0%" in page.text
 
 
 def test_a_policy_may_select_none(dataset: str) -> None:
-    page = check_page(scores_report(dataset, "clip", lambda captions, row_id: None))
+    page = check_page(scores_report(dataset, "clip", SelectionConfig(policy="best", min_best_score=99.0)))
     assert page.text.count("the policy picks none of these") == 24
     assert "of 30 images it picks none" in page.text
 
 
 def test_captioners_keep_their_colours_on_a_page(dataset: str) -> None:
-    html = scores_report(dataset, "clip", best)
+    html = scores_report(dataset, "clip", BEST)
     colors = dict(re.findall(r'<span class="s-(\d)"><span class="dot"></span>(\w+)</span>', html))
     assert list(colors.values()) == ["original", "idefics", "llava"]
     for color, name in re.findall(r'<li class="s-(\d)[^"]*"><div><span class="dot"></span>(\w+)', html):
@@ -289,7 +291,7 @@ def test_empty_tables_make_pages(tmp_path: Path) -> None:
         return [
             images_report(uri),
             captions_report(uri, "llava"),
-            scores_report(uri, "clip", best),
+            scores_report(uri, "clip", BEST),
             latents_report(uri, "latents/tiny-64"),
         ]
 

@@ -1,6 +1,8 @@
 """The score stage's actor: CLIP scores against transformers' own, and which captions compete."""
 
+from dataclasses import replace
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -75,11 +77,65 @@ def test_the_right_caption_beats_a_wrong_one(scorer: CaptionScorer) -> None:
 
 def test_long_captions_are_cut_and_missing_ones_refused(scorer: CaptionScorer) -> None:
     long = "a red circle " * 400
-    rows, rejects, _ = scorer.process(table_of([[long, long + "and more"], []]))
+    rows, rejects, figures = scorer.process(table_of([[long, long + "and more", "a red circle"], []]))
     scores = [caption["clip_score"] for caption in rows[0]["captions"]]
     assert scores[0] == scores[1]  # 77 tokens are seen of either
     assert rows[0]["captions"][0]["caption"] == long
     assert [(row["id"], row["reject_reason"]) for row in rejects] == [("id1", "no_caption")]
+    assert figures == {"captions": 3, "long_captions": 2}
+
+
+def test_long_captions_in_chunks_score_the_mean_of_their_parts(scorer: CaptionScorer) -> None:
+    limit = scorer.clip.max_tokens
+    words = ["red", "circle", "blue", "square"] * limit
+    long = " ".join(words[: 2 * limit + 20])  # one token each
+    assert len(scorer.clip.tokenize([long])[0]) == 2 * limit + 20
+    thirds = [" ".join(words[start:end]) for start, end in pairwise([(2 * limit + 20) * third // 3 for third in range(4)])]
+    chunked = CaptionScorer(replace(CONFIG, long_captions="chunks"))
+    rows, _, figures = chunked.process(table_of([[long, "a red circle", *thirds]]))
+    scores = [caption["clip_score"] for caption in rows[0]["captions"]]
+    assert scores[0] == pytest.approx(np.mean(scores[2:]), abs=1e-4)
+    cut = scorer.process(table_of([[long, "a red circle"]])).rows[0]["captions"]
+    assert scores[1] == pytest.approx(cut[1]["clip_score"], abs=1e-4) and abs(scores[0] - cut[0]["clip_score"]) > 0.01
+    assert figures["long_captions"] == 1
+
+
+def test_each_image_is_seen_once_however_many_captions_it_has(scorer: CaptionScorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    embed = scorer.clip.model.get_image_features
+
+    def counting(pixel_values: torch.Tensor) -> object:
+        seen.append(len(pixel_values))
+        return embed(pixel_values=pixel_values)
+
+    monkeypatch.setattr(scorer.clip.model, "get_image_features", counting)
+    scorer.process(table_of([["a", "b", "c", "d", "e"]] * 7))
+    assert seen == [3, 3, 1]
+
+
+def test_broken_images_and_scores_cost_their_rows_only(scorer: CaptionScorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = table_of([["a red circle"]] * 5)
+    content = table["image_bytes"].to_pylist()
+    content[1] = content[1][:100]
+    table = table.set_column(1, "image_bytes", pa.array(content))
+    embed = scorer.clip.model.get_image_features
+    poison = scorer.clip.prepare_image(image_of(FIRST + 3))["pixel_values"]
+
+    def overflowing(pixel_values: torch.Tensor) -> object:
+        features = embed(pixel_values=pixel_values)
+        features.pooler_output[(pixel_values == poison).flatten(1).all(1)] = torch.nan
+        return features
+
+    monkeypatch.setattr(scorer.clip.model, "get_image_features", overflowing)
+    rows, rejects, _ = scorer.process(table)
+    assert [row["id"] for row in rows] == ["id0", "id2", "id4"]
+    assert [(row["id"], row["reject_reason"]) for row in rejects] == [("id1", "truncated"), ("id3", "bad_score")]
+
+
+def test_captioners_must_differ() -> None:
+    for captioners in (("a", "a"), ("a", "original")):
+        with pytest.raises(ValueError, match="must differ from each other and from 'original'"):
+            replace(CONFIG, captioners=captioners)
 
 
 def test_every_caption_of_an_image_competes_and_the_original_too(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from pipelines.select import SelectionConfig, caption_probabilities, choose_caption, uniform
+from pipelines.select import POLICIES, Policy, SelectionConfig, all_policies, caption_probabilities, choose_caption, uniform
 
 CAPTIONS = [
     {"captioner": "a", "caption": "one", "clip_score": 30.0},
@@ -60,6 +60,51 @@ def test_draws_follow_the_probabilities_and_nothing_but_seed_epoch_and_id() -> N
     assert drawn != [draw(1, 0, number) for number in range(4000)]
 
 
+# Scores close enough that every policy leaves several captions a chance; one below the published threshold.
+CLOSE = [
+    {"captioner": name, "caption": name, "clip_score": score}
+    for name, score in (("original", 27.9), ("a", 28.1), ("b", 28.0), ("c", 24.9), ("d", 25.0))
+]
+NUM_DRAWS = 100_000
+
+
+def expected_shares(policy: str) -> dict[str, float]:
+    """The formulas once more, by hand: tau is 0.1."""
+    scores = {caption["captioner"]: caption["clip_score"] for caption in CLOSE}
+    weights = {
+        "paper": {name: math.exp(score / 0.1 - 281) for name, score in scores.items()},
+        "published": {name: (score / 28.1) ** 10 if score >= 25 else 0.0 for name, score in scores.items()},
+        "best": {"a": 1.0},
+        "random": dict.fromkeys(scores, 1.0),
+        "proportions": {"original": 1.0, "a": 2.0, "d": 5.0},  # "absent" has no caption here: its share goes to the others
+    }[policy]
+    total = sum(weights.values())
+    return {name: weight / total for name, weight in weights.items()}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_hundred_thousand_draws_follow_the_formula(policy: Policy) -> None:
+    config = SelectionConfig(policy=policy, proportions={"original": 1, "a": 2, "d": 5, "absent": 9})
+    drawn: Counter[str] = Counter()
+    for number in range(NUM_DRAWS):
+        chosen = choose_caption(CLOSE, config, seed=3, epoch=1, sample_id=f"{number}")
+        assert chosen is not None
+        drawn[chosen["captioner"]] += 1
+    expected = expected_shares(policy)
+    for caption in CLOSE:
+        share = expected.get(caption["captioner"], 0.0)
+        sigma = math.sqrt(NUM_DRAWS * share * (1 - share))
+        assert abs(drawn[caption["captioner"]] - NUM_DRAWS * share) <= 4 * sigma
+
+
+def test_all_policies_share_their_settings() -> None:
+    policies = all_policies(SelectionConfig(tau=0.5, min_best_score=22.0), ["a", "b"])
+    assert list(policies) == list(POLICIES)
+    assert all(config.policy == name and config.tau == 0.5 for name, config in policies.items())
+    assert policies["proportions"].proportions == {"a": 1.0, "b": 1.0}
+    assert "proportions" not in all_policies(SelectionConfig(), [])
+
+
 def test_uniform_is_the_same_on_every_machine() -> None:
     assert uniform(0, 0, "a") == pytest.approx(0.8227784960076593, abs=1e-12)
     assert 0 <= min(uniform(number) for number in range(1000)) < max(uniform(number) for number in range(1000)) < 1
@@ -68,5 +113,7 @@ def test_uniform_is_the_same_on_every_machine() -> None:
 def test_settings_that_make_no_sense() -> None:
     with pytest.raises(ValueError, match=r"tau=0\.0 must be positive"):
         SelectionConfig(tau=0.0)
+    with pytest.raises(ValueError, match=r"proportions=\{'a': -1\} must not be negative"):
+        SelectionConfig(policy="proportions", proportions={"a": -1, "b": 2})
     with pytest.raises(ValueError, match="proportions"):
         SelectionConfig(policy="proportions")

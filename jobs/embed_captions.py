@@ -1,0 +1,41 @@
+"""`python -m jobs.embed_captions --config jobs/configs/embed_captions.yaml`: captions -> the text encoder's output."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jobs.runner import JobConfig, run_job, track_stage
+from pipelines.embed_captions import EmbedConfig, run_embed_captions
+from pipelines.report import embeds_report
+from pipelines.stage import StageResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedJob(JobConfig):
+    """Embed every caption of a dataset, so that training need not.
+
+    Args:
+        embed: the text encoder, and whose captions it reads.
+    """
+
+    embed: EmbedConfig
+
+
+def run(job: EmbedJob) -> StageResult:
+    """The stage in an MLflow run, on the Ray that is there."""
+    return track_stage(
+        job,
+        "embed_captions",
+        lambda on_progress: run_embed_captions(job.dataset_uri, job.embed, on_progress=on_progress),
+        make_report=lambda: embeds_report(job.dataset_uri, job.embed.path),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_job(
+        EmbedJob, run, argv, prog="python -m jobs.embed_captions", description="Captions -> the text encoder's output."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""The embed_captions stage, which training can do without: every caption of an image to the text encoder's output, once.
+
+Only real tokens are kept. With Gemma-2-2B that is still 0.7 MB for a caption of 150 tokens: ingest into shards of a few
+hundred images for it, since a shard is held in memory whole.
+"""
+
+import hashlib
+from collections.abc import Set
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import pyarrow as pa
+import torch
+
+from pipelines.batches import run_halving
+from pipelines.images import BadImageError
+from pipelines.models import local_model, model_version, pick_device
+from pipelines.schema import CAPTION_EMBEDS, SCORES, caption_embeds_path, scores_path
+from pipelines.stage import OnProgress, Resources, Row, ShardOutput, StageResult, reject, run_shards
+from pipelines.tables import Identity, Table
+from sana_model.text_encoder import NVLABS_PROMPTS, TextEncoder, TextEncoderConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig:
+    """A text encoder, how it is prompted, and whose captions it reads.
+
+    Args:
+        name: of the table under caption_embeds/.
+        text_encoder: any decoder-only transformers model: a local folder, a hub id, or a zoo://, hf:// or fsspec URI.
+        scorer: name of the table under scores/ that holds the captions.
+        prompts: the instruction before every caption, the tokens at which captions are cut, and whether they are lower-cased.
+        attn_implementation: "sdpa", which training uses too, ignores Gemma-2's soft-capping; "eager" applies it.
+        compute_dtype: of the text encoder.
+        dtype: of the stored embeddings.
+        batch_size: captions in one call; changes no value, and is halved where memory is not enough.
+        device: "cpu", "cuda"; None: the first GPU that Ray gave the actor, or else the CPU.
+        resources: of the stage's actors.
+        max_reject_share: the job fails when a larger share of the captions is refused.
+    """
+
+    name: str
+    text_encoder: str
+    scorer: str
+    prompts: TextEncoderConfig = NVLABS_PROMPTS
+    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    compute_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    batch_size: int = 128
+    device: str | None = None
+    resources: Resources = field(default_factory=Resources)
+    max_reject_share: float = 0.01
+
+    @property
+    def path(self) -> str:
+        return caption_embeds_path(self.name)
+
+
+def embed_identity(dataset_uri: str, config: EmbedConfig) -> Identity:
+    """What the embeddings depend on. Of the instruction, which is long, the hash."""
+    names = ("text_encoder", "scorer", "attn_implementation", "compute_dtype", "dtype")
+    prompts = config.prompts
+    settings = {name: getattr(config, name) for name in names} | {
+        "instruction": f"sha256:{hashlib.sha256(prompts.instruction.encode()).hexdigest()[:32]}",
+        "max_tokens": prompts.max_tokens,
+        "lowercase": prompts.lowercase,
+    }
+    scores = Table(dataset_uri, scores_path(config.scorer), SCORES)
+    inputs = {scores.path: scores.require().fingerprint}
+    return Identity("embed_captions", settings, {config.name: model_version(config.text_encoder)}, inputs)
+
+
+def run_embed_captions(dataset_uri: str, config: EmbedConfig, *, on_progress: OnProgress = lambda _: None) -> StageResult:
+    """Embed every caption of `scores/<scorer>` into `caption_embeds/<name>`.
+
+    Raises as `run_shards`, and MissingTableError if there are no scores.
+    """
+    identity = embed_identity(dataset_uri, config)
+    scores = Table(dataset_uri, scores_path(config.scorer), SCORES)
+    return run_shards(
+        Table(dataset_uri, config.path, CAPTION_EMBEDS),
+        identity,
+        scores.list_shards(),
+        read_shard=scores.read_shard,
+        make_worker=partial(CaptionEmbedder, config),
+        resources=config.resources,
+        max_reject_share=config.max_reject_share,
+        on_progress=on_progress,
+    )
+
+
+class CaptionEmbedder:
+    """Ray Data actor: captions -> the text encoder's output for their real tokens."""
+
+    def __init__(self, config: EmbedConfig):
+        self.config = config
+        self.encoder = TextEncoder.from_pretrained(
+            local_model(config.text_encoder),
+            config=config.prompts,
+            dtype=getattr(torch, config.compute_dtype),
+            attn_implementation=config.attn_implementation,
+        ).to(pick_device(config.device))
+
+    def process(self, table: pa.Table) -> ShardOutput:
+        """A row for each caption of each image, or a reject; figures: captions, and how many of them were cut."""
+        captions = [{"id": row["id"], **entry} for row in table.to_pylist() for entry in row["captions"]]
+        rows: list[Row] = []
+        rejects: list[Row] = []
+        num_cut = 0
+        for start in range(0, len(captions), self.config.batch_size):
+            batch = captions[start : start + self.config.batch_size]
+            texts = [entry["caption"] for entry in batch]
+            num_cut += sum(count > self.config.prompts.max_tokens for count in self.encoder.count_tokens(texts))
+            for entry, embeds in zip(batch, run_halving(self._embed, texts), strict=True):
+                if isinstance(embeds, BadImageError):
+                    rejects.append(reject(entry, embeds.reason, f"{entry['captioner']}: {embeds.detail}"))
+                elif not embeds.isfinite().all():
+                    rejects.append(reject(entry, "bad_embeds", f"{entry['captioner']}: values that are not finite"))
+                else:
+                    rows.append(_embeds_row(entry, embeds))
+        return ShardOutput(rows, rejects, {"captions": len(captions), "cut_captions": num_cut})
+
+    def _embed(self, texts: list[str]) -> list[torch.Tensor]:
+        """(num_tokens, width) of each, on the CPU and of the table's dtype."""
+        embeds, mask = self.encoder.encode(texts)
+        stored = embeds.to(getattr(torch, self.config.dtype))
+        return [one[real].cpu() for one, real in zip(stored, mask, strict=True)]
+
+
+def _embeds_row(entry: Row, embeds: torch.Tensor) -> Row:
+    content = embeds.contiguous().view(torch.uint8).numpy().tobytes()
+    return {"id": entry["id"], "captioner": entry["captioner"], "embeds": content, "num_tokens": len(embeds)}
+
+
+def read_caption_embeds(
+    dataset_uri: str, name: str, shard: str, wanted: Set[tuple[str, str]] | None = None
+) -> dict[tuple[str, str], torch.Tensor]:
+    """The embeddings of a shard's captions: (id, captioner) -> (num_tokens, width), in the table's dtype.
+
+    Args:
+        name: of the table under caption_embeds/.
+        shard: the same as that of `latents`: shards are aligned.
+        wanted: the captions to read, such as those that a selection policy chose; None: all.
+
+    Raises MissingTableError if there is no such table, FileNotFoundError if it has no such shard.
+    """
+    table = Table(dataset_uri, caption_embeds_path(name), CAPTION_EMBEDS)
+    dtype = getattr(torch, table.require().config["dtype"])
+    found = {}
+    for batch in table.read_shard(shard).to_batches(max_chunksize=64):
+        for row in batch.to_pylist():
+            key = (row["id"], row["captioner"])
+            if wanted is None or key in wanted:
+                found[key] = torch.frombuffer(bytearray(row["embeds"]), dtype=dtype).view(row["num_tokens"], -1)
+    return found

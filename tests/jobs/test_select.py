@@ -1,0 +1,71 @@
+"""The command that compares policies: tables, JSON and a page, without Ray."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import ray
+
+from jobs import select
+from pipelines.schema import SCORES
+from pipelines.select import POLICIES
+from pipelines.tables import Identity, Table
+
+ROWS = [
+    {"id": "x", "captions": [("original", 24.0), ("llava", 30.0), ("qwen", 27.0)]},
+    {"id": "y", "captions": [("llava", 20.0), ("qwen", 21.0)]},
+]
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> str:
+    table = Table(str(tmp_path / "data"), "scores/clip", SCORES)
+    table.claim(Identity("score", {"captioners": ["llava", "qwen"]}, {}, {}))
+    rows = [
+        {"id": row["id"], "captions": [{"captioner": n, "caption": f"by {n}", "clip_score": s} for n, s in row["captions"]]}
+        for row in ROWS
+    ]
+    table.write_shard("00000", pa.Table.from_pylist(rows, SCORES))
+    return table.dataset_uri
+
+
+def test_all_five_policies_are_shown_side_by_side(dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert select.main([dataset, "--scorer", "clip", "--min_best_score", "22"]) == 0
+    shown = capsys.readouterr().out
+    assert "scores/clip: 2 images in 1 of 1 shards" in shown
+    lines = {line.split()[0]: line.split() for line in shown.splitlines() if line.strip()}
+    assert lines["llava"] == ["llava", "2", "25.00"]
+    assert lines["best"] == ["best", "0.0%", "100.0%", "0.0%", "30.00", "0.00", "1"]
+    assert lines["random"] == ["random", "33.3%", "33.3%", "33.3%", "27.00", "1.10", "1"]
+    assert set(POLICIES) <= lines.keys()
+    assert not ray.is_initialized()
+
+
+def test_json_and_proportions(dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--policy", "proportions", "best", "--proportions", "original=1", "qwen=3", "--json"]
+    assert select.main([dataset, "--scorer", "clip", *arguments]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert list(content["policies"]) == ["proportions", "best"]
+    assert content["policies"]["proportions"]["shares"] == pytest.approx({"original": 0.125, "qwen": 0.875})
+    assert content["policies"]["proportions"]["num_dropped"] == 0
+    assert content["num_images"] == 2 and content["captioners"]["original"] == {"num_captions": 1, "mean_score": 24.0}
+    assert select.main([dataset, "--scorer", "clip", "--policy", "proportions", "--json"]) == 0
+    equal = json.loads(capsys.readouterr().out)["policies"]["proportions"]["shares"]
+    assert equal == pytest.approx({"original": 1 / 6, "llava": 5 / 12, "qwen": 5 / 12})
+
+
+def test_the_page(dataset: str, tmp_path: Path) -> None:
+    page = tmp_path / "pages" / "policies.html"
+    assert select.main([dataset, "--scorer", "clip", "--policy", "paper", "--html", str(page)]) == 0
+    assert "Policies compared" in page.read_text()
+
+
+def test_what_is_wrong_is_said_in_one_line(dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert select.main([dataset, "--scorer", "siglip"]) == 1
+    assert "there is no table 'scores/siglip'" in capsys.readouterr().err
+    assert select.main([dataset, "--scorer", "clip", "--tau", "0"]) == 1
+    assert "tau=0.0 must be positive" in capsys.readouterr().err
+    for arguments in (["--proportions", "llava"], ["--proportions", "llava=-1"], ["--max_shards", "0"], ["--policy", "worst"]):
+        with pytest.raises(SystemExit):
+            select.main([dataset, "--scorer", "clip", *arguments])
