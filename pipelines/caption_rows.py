@@ -18,6 +18,7 @@ from pipelines.images import decode
 from pipelines.models import local_model
 from pipelines.stage import Row, ShardOutput, reject
 
+TAG = re.compile(r"<[^<>\s][^<>]{0,60}>|\[/?INST\]")
 TOO_LONG = re.compile(r"context length|maximum (model|context)|max_model_len|too (long|many tokens)|longer than", re.IGNORECASE)
 """What vLLM and OpenAI-compatible servers say of a prompt over their length."""
 
@@ -55,7 +56,15 @@ def make_question(row: Row, config: CaptionerConfig) -> Question:
     """Of a row of `images`. Raises BadImageError."""
     image = decode(row["image_bytes"])
     image.thumbnail((config.max_image_size,) * 2)
-    return Question(row["id"], image, config.prompt.replace(ORIGINAL, row.get("caption") or ""))
+    return Question(row["id"], image, fill_prompt(config.prompt, row))
+
+
+def fill_prompt(prompt: str, row: Row) -> str:
+    """With the image's own caption in its place.
+
+    It is found text: tags are taken out of it, lest a model takes "<image>" or "</s>" in it for its own special tokens.
+    """
+    return prompt.replace(ORIGINAL, TAG.sub("", row.get("caption") or ""))
 
 
 def data_uri(image: Image.Image, image_format: Literal["png", "jpeg"]) -> str:
@@ -112,7 +121,6 @@ class CaptionJudge:
     def _faults(self, row: Row, answer: Answer, repeated: Mapping[str, int]) -> tuple[list[str], Refusal | None]:
         """Flags, and the first fault for which the policy is to reject."""
         policies = self.quality.policies()
-        prompt = self.config.prompt.replace(ORIGINAL, row.get("caption") or "")
         budgeted = answer.num_tokens if self.count_tokens is None else self.count_tokens(answer.caption)
         faults = {
             fault.name: fault.detail
@@ -120,7 +128,7 @@ class CaptionJudge:
                 answer.caption,
                 finish_reason=answer.finish_reason,
                 num_tokens=budgeted,
-                prompt=prompt,
+                prompt=fill_prompt(self.config.prompt, row),
                 config=self.quality,
             )
         }

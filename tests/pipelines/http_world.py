@@ -57,6 +57,8 @@ def transformers_server(model: str, log: Path) -> Iterator[str]:
 class FaultyProxy(ThreadingHTTPServer):
     """Passes requests on to `target`, but for the next ones that `faults` names, or all of them if `always` does.
 
+    A request in which `poison` stands is answered with 500, always.
+
     Faults: a status ("429", "503" ...), "garbage" (200, no JSON), "error" (200, with an error inside), "too_long" (400),
     "drop" (the connection ends), "slow" (no answer for a second).
     """
@@ -68,6 +70,7 @@ class FaultyProxy(ThreadingHTTPServer):
         self.target, self.client = target, httpx.Client(timeout=60)
         self.faults: deque[str] = deque()
         self.always: str | None = None
+        self.poison: bytes | None = None
         self.retry_after = "0"
         self.seen: list[tuple[float, dict[str, str]]] = []
         self.inside = self.most_inside = 0
@@ -102,6 +105,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         fault = self.server.enter(dict(self.headers.items()))
+        if self.server.poison is not None and self.server.poison in body:
+            fault = "500"
         try:
             if fault is None:
                 answer = self.server.client.post(

@@ -16,6 +16,7 @@ from PIL import Image
 from pipelines.caption import caption_identity, run_caption
 from pipelines.caption_config import CaptionerConfig, HttpConfig, SamplingConfig, VllmConfig
 from pipelines.caption_quality import QualityConfig
+from pipelines.caption_rows import Refusal, fill_prompt, make_question
 from pipelines.images import decode
 from pipelines.shapes import ShapesConfig, draw_row, parse
 from pipelines.stage import Progress, Resources, StageError
@@ -155,13 +156,22 @@ def test_a_row_that_fails_alone_is_the_only_one_lost(scenes: pa.Table, error: Ex
     assert rows == [row for row in expected.rows if row["id"] != "id5"]
 
 
-def test_a_placeholder_in_the_images_own_text_costs_that_row(scenes: pa.Table) -> None:
-    """The processor refuses the whole batch for it."""
-    texts = pa.array([None, " <image>", None], pa.string())
+def test_special_tokens_in_the_images_own_text_are_taken_out(scenes: pa.Table) -> None:
+    texts = pa.array([None, "<image>", "</s><|assistant|>"], pa.string())
     asked = replace(CONFIG, prompt="Describe the image.{caption}")
-    rows, rejects, _ = TransformersCaptioner(asked).process(scenes.slice(0, 3).append_column("caption", texts))
-    assert [(row["id"], row["reject_reason"]) for row in rejects] == [("id1", "caption_failed")]
-    assert [row["id"] for row in rows] == ["id0", "id2"]
+    made = TransformersCaptioner(asked).process(scenes.slice(0, 3).append_column("caption", texts))
+    assert made == TransformersCaptioner(CONFIG).process(scenes.slice(0, 3))
+    assert fill_prompt("{caption}", {"caption": "1 < 2 and 3 > 2, <b>bold</b>"}) == "1 < 2 and 3 > 2, bold"
+
+
+def test_a_prompt_that_the_processor_refuses_costs_its_row(scenes: pa.Table) -> None:
+    """A placeholder too many: the processor refuses the whole batch for it."""
+    captioner = TransformersCaptioner(CONFIG)
+    questions = [make_question(row, CONFIG) for row in scenes.slice(0, 3).to_pylist()]
+    questions[1] = replace(questions[1], prompt="<image> What?")
+    first, second, third = captioner.answer(questions)
+    assert isinstance(second, Refusal) and second.reason == "caption_failed"
+    assert [first, third] == captioner.answer([questions[0], questions[2]])
 
 
 def test_a_model_that_fails_with_every_image_ends_the_stage(scenes: pa.Table) -> None:

@@ -88,10 +88,11 @@ def test_retry_after_goes_before_the_back_off(proxy: FaultyProxy, rows: list[Row
 
 
 def test_a_row_that_the_server_refuses_costs_that_row(proxy: FaultyProxy, rows: list[Row], expected: ShardOutput) -> None:
-    bad = [rows[0], image_row(1, BROKEN), image_row(2, scene(2), " <image>"), rows[3]]
+    bad = [rows[0], image_row(1, BROKEN), image_row(2, scene(2), " purple"), rows[3]]
     proxy.faults.append("too_long")
+    proxy.poison = b"purple"
     made = HttpCaptioner(config(proxy, concurrency=1, max_attempts=2)).process(table(bad))
-    # The server answers 500 to a placeholder too many in the prompt, however often: it is asked about something else then.
+    # To the third it answers 500, however often; asked about something else, it answers.
     assert [(row["id"], row["reject_reason"]) for row in made.rejects] == [
         ("id0000", "prompt_too_long"),
         ("id0001", "not_an_image"),

@@ -3,16 +3,20 @@
 import importlib.util
 import os
 import signal
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
 
 from pipelines.caption import run_caption
-from pipelines.caption_config import CaptionerConfig, SamplingConfig, VllmConfig
+from pipelines.caption_config import CaptionerConfig, HttpConfig, SamplingConfig, VllmConfig
 from pipelines.caption_quality import QualityConfig
+from pipelines.models import local_model
 from pipelines.stage import Progress, Resources
 from tests.pipelines.caption_world import BROKEN, TOO_LONG, captions, image_row, refused, scene, write_images
+from tests.pipelines.http_world import free_port, serving
 
 pytestmark = [
     pytest.mark.vllm,
@@ -47,6 +51,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> str:
     rows = [image_row(number, scene(number)) for number in range(NUM_IMAGES)]
     rows[BAD] = image_row(BAD, BROKEN)
     rows[LONG] = image_row(LONG, scene(LONG), TOO_LONG)
+    rows[5] = image_row(5, scene(5), "<image></s>")  # found text may hold what is a token to the model
     return write_images(tmp_path_factory.mktemp("data"), rows, ROWS_PER_SHARD)
 
 
@@ -65,6 +70,22 @@ def test_both_engines_say_the_same_and_a_poisoned_row_costs_itself(dataset: str,
     expected = {f"id{BAD:04}": "not_an_image", f"id{LONG:04}": "prompt_too_long"}
     assert refused(dataset, names[0]) == refused(dataset, names[1]) == expected
     assert (result.num_rows, result.rejects_by_reason) == (NUM_IMAGES - 2, {"not_an_image": 1, "prompt_too_long": 1})
+
+
+def test_vllms_server_says_the_same_over_http(dataset: str, tmp_path: Path) -> None:
+    """Of the rows that both engines above agree on; the server names what is wrong with the long one."""
+    model, port = local_model(CONFIG.model), free_port()
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--dtype", "float32"]
+    command += ["--max-model-len", "256", "--enforce-eager", "--generation-config", "vllm", "--port", str(port)]
+    with serving(command, port, tmp_path / "log", env=CONFIG.vllm.env) as url:
+        http = HttpConfig(base_url=url, concurrency=8, max_attempts=2, backoff=0.1)
+        run_caption(dataset, replace(CONFIG, name="http", model=model, engine="http", http=http))
+    served, ours = captions(dataset, "http"), captions(dataset, "vllm-a")
+    pairs = [pair for shard in ours for pair in zip(served[shard], ours[shard], strict=True)]
+    same = sum(one == other for one, other in pairs)
+    print(f"http: {same} of {len(pairs)} rows are equal")
+    assert len(pairs) == NUM_IMAGES - 2 and same >= 0.95 * len(pairs)
+    assert refused(dataset, "http") == refused(dataset, "vllm-a")
 
 
 def engines() -> list[psutil.Process]:
