@@ -85,10 +85,11 @@ class TransformersCaptioner:
         """An outcome for each question. What fails together is tried in halves, down to one: only that row is lost."""
         try:
             return self._answer_together(questions)
-        except torch.AcceleratorError:  # the device is lost to this process: another actor goes on
-            raise
         except torch.OutOfMemoryError as error:
             failure = Refusal("out_of_memory", _first_line(error))
+        except torch.AcceleratorError:
+            logger.exception("%s: the device is lost to this process; Ray starts another", self.config.name)
+            os._exit(1)
         except ROW_ERRORS as error:
             failure = Refusal("caption_failed", f"{type(error).__name__}: {_first_line(error)}")
         # Out here nothing holds the failed batch's tensors any more.
