@@ -50,9 +50,7 @@ def stream_rows(
         run_model: must keep the columns "shard", "place" and "shard_rows" of every row, and lose no row.
         make_finisher: called once, in an actor.
     """
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.max_errored_blocks = 0  # a block is rows of several shards
+    ray.data.DataContext.get_current().enable_progress_bars = False
     dataset: ray.data.Dataset = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
     take_apart = partial(_take_apart, read_shard=read_shard, make_row=make_row)
     dataset = dataset.map_batches(take_apart, batch_size=1, batch_format="pyarrow", num_cpus=1)

@@ -63,6 +63,10 @@ def test_every_shard_holds_the_rows_of_its_input_less_its_rejects(table: Table) 
     assert (result.num_rows, result.num_rejects, result.rejects_by_reason) == (5, 3, {"bad_id": 3})
     manifest = table.require()
     assert manifest.complete and manifest.num_rows == 5 and manifest.rejects_by_reason == {"bad_id": 3}
+    assert [table.read_figures(shard) for shard in IDS] == [{"kept": 2}, {"kept": 0}, {"kept": 0}, {"kept": 3}]
+    assert manifest.figures == result.figures == {"kept.mean": 1.25, "kept.min": 0}
+    facts = table.rejects().read_facts("00002")
+    assert (facts.num_rows, facts.rejects_by_reason, facts.fingerprint) == (2, {"bad_id": 2}, IDENTITY.fingerprint)
 
 
 def test_after_a_failure_the_missing_shards_are_made_and_no_other(table: Table, tmp_path: Path) -> None:
@@ -78,7 +82,7 @@ def test_after_a_failure_the_missing_shards_are_made_and_no_other(table: Table, 
     armed.unlink()
     result = run(table)
     assert contents(table) == EXPECTED and contents(table.rejects()) == REFUSED
-    assert result.found_shards == 2 and result.num_rows == 5
+    assert result.found_shards == 2 and result.num_rows == 5 and result.figures == {"kept.mean": 1.25, "kept.min": 0}
     assert {shard: files[shard].stat().st_mtime_ns for shard in stamps} == stamps
 
 
