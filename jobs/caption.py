@@ -1,38 +1,93 @@
-"""`python -m jobs.caption --config jobs/configs/caption.yaml`: images -> one captioner's captions."""
+"""`python -m jobs.caption --config jobs/configs/captioners.yaml`: images -> the captions of one captioner after another."""
 
 import sys
+import traceback
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-from jobs.runner import JobConfig, run_job, track_stage
-from pipelines.caption import CaptionerConfig, run_caption
+from jobs.demo_report import format_table
+from jobs.runner import EXPECTED, JobConfig, run_job, track_stage
+from pipelines.caption import run_caption
+from pipelines.caption_config import CaptionerConfig
 from pipelines.report import captions_report
-from pipelines.stage import StageResult
+from pipelines.report_captioners import write_captioners_report
+from pipelines.stage import StageError, StageResult
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionJob(JobConfig):
-    """Have one VLM describe every image of a dataset.
+    """Have VLMs describe every image of a dataset; each makes a table of its own, in an MLflow run of its own.
 
     Args:
-        captioner: the VLM, its prompt and its sampling.
+        captioner: one VLM, its prompt and its sampling.
+        captioners: several. Where one fails, the others go on.
+        only: the name of the one of them to run.
     """
 
-    captioner: CaptionerConfig
+    captioner: CaptionerConfig | None = None
+    captioners: list[CaptionerConfig] = field(default_factory=list)
+    only: str | None = None
+
+    def __post_init__(self) -> None:
+        names = [captioner.name for captioner in self.all]
+        if not names:
+            raise ValueError("no captioner is configured: give captioner (one) or captioners (a list)")
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise ValueError(f"captioners named {twice[0]!r} are there twice: each needs a table of its own")
+        if self.only is not None and self.only not in names:
+            raise ValueError(f"only={self.only!r} is none of the captioners {', '.join(names)}")
+
+    @property
+    def all(self) -> list[CaptionerConfig]:
+        return [*([self.captioner] if self.captioner else []), *self.captioners]
+
+    def single(self, captioner: CaptionerConfig) -> "CaptionJob":
+        """The job with this captioner alone."""
+        return replace(self, captioner=captioner, captioners=[], only=None)
 
 
-def run(job: CaptionJob) -> StageResult:
-    """The stage in an MLflow run, on the Ray that is there."""
+def run(job: CaptionJob) -> None:
+    """Each captioner in turn. Raises StageError at the end if any of several failed; of a single one what it raised."""
+    chosen = [captioner for captioner in job.all if job.only in (None, captioner.name)]
+    if len(chosen) == 1:
+        run_captioner(job.single(chosen[0]))
+        return
+    told: dict[str, list[str]] = {}
+    failed = []
+    for captioner in chosen:
+        try:
+            result = run_captioner(job.single(captioner))
+            told[captioner.name] = ["done", str(result.num_rows), str(result.num_rejects), f"{result.seconds:.0f}", ""]
+        except Exception as error:  # whatever it is, it must not stop the others; nothing of it is swallowed
+            if not isinstance(error, EXPECTED):
+                traceback.print_exc()
+            print(f"error: captioner {captioner.name}: {error}", file=sys.stderr, flush=True)
+            told[captioner.name] = ["failed", "", "", "", (str(error).splitlines() or [type(error).__name__])[0][:100]]
+            failed.append(captioner.name)
+    columns = ["captioner", "", "rows", "rejects", "seconds", "reason"]
+    print(format_table(columns, [[name, *cells] for name, cells in told.items()]), flush=True)
+    done = [name for name in told if name not in failed]
+    if len(done) > 1:
+        print(f"side by side: {write_captioners_report(job.dataset_uri, done)}", flush=True)
+    if failed:
+        raise StageError(f"{len(failed)} of {len(chosen)} captioners failed: {', '.join(failed)}")
+
+
+def run_captioner(job: CaptionJob) -> StageResult:
+    """`job.captioner`'s stage in an MLflow run, on the Ray that is there."""
+    captioner = job.captioner
+    assert captioner is not None
     return track_stage(
         job,
-        f"caption {job.captioner.name}",
-        lambda on_progress: run_caption(job.dataset_uri, job.captioner, on_progress=on_progress),
-        make_report=lambda: captions_report(job.dataset_uri, job.captioner.name),
+        f"caption {captioner.name}",
+        lambda on_progress: run_caption(job.dataset_uri, captioner, on_progress=on_progress),
+        make_report=lambda: captions_report(job.dataset_uri, captioner.name),
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_job(CaptionJob, run, argv, prog="python -m jobs.caption", description="Images -> one captioner's captions.")
+    return run_job(CaptionJob, run, argv, prog="python -m jobs.caption", description="Images -> the captions of VLMs.")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import TypeVar
 from jobs import caption, evaluate, extract, ingest, sample, score, train
 from jobs.demo_report import Timings, print_summary, summarize_demo, write_demo_report
 from jobs.runner import JobConfig, run_job
-from pipelines.caption import CaptionerConfig
+from pipelines.caption_config import CaptionerConfig
 from pipelines.evaluate import EvaluateConfig
 from pipelines.extract_config import ExtractConfig
 from pipelines.ingest import IngestConfig
@@ -79,7 +79,7 @@ def run(job: DemoJob) -> None:
     timings.measure("ingest", lambda: ingest.run(_stage(ingest.IngestJob, job, ingest=replace(job.ingest, source=source))))
     for captioner in job.captioners:
         stage = _stage(caption.CaptionJob, job, captioner=captioner)
-        timings.measure(f"caption {captioner.name}", partial(caption.run, stage))
+        timings.measure(f"caption {captioner.name}", partial(caption.run_captioner, stage))
     selection = job.train.data.selection
     timings.measure("score", lambda: score.run(_stage(score.ScoreJob, job, scorer=job.scorer, selection=selection)))
     timings.measure("extract", lambda: extract.run(_stage(extract.ExtractJob, job, extract=job.extract)))

@@ -13,7 +13,7 @@ import ray
 
 from jobs.config import parse_config, to_dict
 from pipelines.report import write_report
-from pipelines.stage import OnProgress, Progress, ShardError, StageResult, TooManyRejectsError
+from pipelines.stage import OnProgress, Progress, ShardError, StageError, StageResult, TooManyRejectsError
 from pipelines.storage import StorageError
 from pipelines.tables import REPORT, MissingTableError, StaleTableError, absolute_uri
 from pipelines.tracking import TrackedRun, TrackingConfig, start_run
@@ -24,6 +24,7 @@ EXPECTED = (
     StaleTableError,
     StorageError,
     ShardError,
+    StageError,
     TooManyRejectsError,
     TrainingError,
     FileNotFoundError,

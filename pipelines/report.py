@@ -92,7 +92,7 @@ def captions_report(dataset_uri: str, captioner: str, *, sample: SampleConfig = 
     Raises MissingTableError if there is no such table.
     """
     table = Table(dataset_uri, captions_path(captioner), CAPTIONS)
-    light = read_light(table, ["caption", "num_tokens", "finish_reason"], sample)
+    light = read_light(table, ["caption", "num_tokens", "finish_reason", "flags"], sample)
     times = Counter(light.rows["caption"].to_pylist())
     rows = with_pictures(dataset_uri, sample_rows(table, sample), lambda row: [row["caption"]])
     return _table_page(
@@ -104,6 +104,7 @@ def captions_report(dataset_uri: str, captioner: str, *, sample: SampleConfig = 
         about=f"What the captioner {captioner!r} says about each image.",
         lengths=histograms({"": light.rows["num_tokens"].to_numpy()}, title="Caption length", x_label="tokens"),
         finish_reasons=dict(Counter(light.rows["finish_reason"].to_pylist()).most_common()),
+        flags=dict(Counter(pc.list_flatten(light.rows["flags"]).to_pylist()).most_common()),
         repeated=[(caption, count) for caption, count in times.most_common(NUM_REPEATED) if count > 1],
         num_distinct=len(times),
         samples=rows,

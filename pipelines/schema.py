@@ -29,6 +29,7 @@ CAPTIONS = pa.schema(
         pa.field("caption", pa.string(), nullable=False),
         pa.field("num_tokens", pa.int32(), nullable=False),  # as the captioner counts, without the prompt
         pa.field("finish_reason", pa.string(), nullable=False),  # "stop", or "length" where the caption was cut
+        pa.field("flags", pa.list_(pa.string())),  # faults that were let pass: caption_quality.FAULTS
     ]
 )
 SCORES = pa.schema([pa.field("id", pa.string(), nullable=False), pa.field("captions", pa.list_(CAPTION), nullable=False)])

@@ -31,7 +31,11 @@ MAX_FAILED_SHARDS = 5  # with more, what is wrong is not with the shards
 RETRIES = 3  # of a shard whose process dies (out of memory, node lost) before it is left out
 FIGURES = pa.map_(pa.string(), pa.float64())
 COUNTS = pa.map_(pa.string(), pa.int64())
-ERROR = pa.struct([("stops", pa.bool_()), ("message", pa.string())])
+ERROR = pa.struct([("stops", pa.string()), ("message", pa.string())])
+
+
+class StageError(RuntimeError):
+    """Raised by a worker that no shard can be made as things are (a server is down), so that none is tried in vain."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,11 @@ class ShardOutput(NamedTuple):
     rejects: list[Row]
     figures: Mapping[str, float] = MappingProxyType({})
 
+    def tables(self, schema: pa.Schema) -> tuple[pa.Table, pa.Table]:
+        """Rows and rejects."""
+        rows = self.rows if isinstance(self.rows, pa.Table) else pa.Table.from_pylist(self.rows, schema)
+        return rows, pa.Table.from_pylist(self.rejects, REJECTS)
+
 
 class ShardWorker(Protocol):
     """A stage's actor: loads its model once, then turns the rows of one shard after another into output rows and rejects."""
@@ -73,14 +82,17 @@ ReadShard = Callable[[str], pa.Table]
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A shard that is written, or that failed: then `error` says why, and `stops` that every other would fail likewise."""
+    """A shard that is written, or that failed: then `error` says why.
+
+    `stops` is not empty if every other shard would fail likewise: "storage" where that is at fault, "stage" for a StageError.
+    """
 
     shard: str
     num_rows: int
     rejects_by_reason: dict[str, int]
     figures: dict[str, float]
     error: str | None
-    stops: bool
+    stops: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +116,7 @@ def stream_shards(job: ShardJob, shards: list[str], *, alone: bool) -> Iterator[
         ray.exceptions.RayError: more than `MAX_FAILED_SHARDS` have none.
     """
     for row in _plan(job, shards, alone).iter_rows():
-        error = row["error"] or {"stops": False, "message": None}
+        error = row["error"] or {"stops": "", "message": None}
         yield Outcome(
             shard=row["shard"],
             num_rows=row["num_rows"],
@@ -175,20 +187,17 @@ class _Worker:
                 output = self.worker.process(_unpack(batch["rows"]))
             except Exception as failure:
                 error = _describe(failure)
-        rows = output.rows if isinstance(output.rows, pa.Table) else pa.Table.from_pylist(output.rows, self.schema)
-        refused = pa.Table.from_pylist(output.rejects, REJECTS)
+        rows, refused = output.tables(self.schema)
         figures = pa.array([list(output.figures.items())], FIGURES)
         return _read_row(shard, _pack(rows), error).append_column("rejects", _pack(refused)).append_column("figures", figures)
 
 
 def _write(batch: pa.Table, output: Table, fingerprint: str) -> pa.Table:
-    """Rejects first: a shard that exists is a shard that is done."""
     shard, error, figures = (batch[name][0].as_py() for name in ("shard", "error", "figures"))
     rows, rejects = _unpack(batch["rows"]), _unpack(batch["rejects"])
     if error is None:
         try:
-            output.rejects().write_shard(shard, rejects, fingerprint=fingerprint)
-            output.write_shard(shard, rows, fingerprint=fingerprint, figures=dict(figures))
+            write_output(output, shard, rows, rejects, dict(figures), fingerprint)
         except Exception as failure:
             error = _describe(failure)
     counts = pa.array([list(count_reasons(rejects).items())], COUNTS)
@@ -203,11 +212,20 @@ def _write(batch: pa.Table, output: Table, fingerprint: str) -> pa.Table:
     )
 
 
+def write_output(
+    output: Table, shard: str, rows: pa.Table, rejects: pa.Table, figures: Mapping[str, float], fingerprint: str
+) -> None:
+    """Rejects first: a shard that exists is a shard that is done."""
+    output.rejects().write_shard(shard, rejects, fingerprint=fingerprint)
+    output.write_shard(shard, rows, fingerprint=fingerprint, figures=figures)
+
+
 def _describe(error: Exception) -> Row:
     """A row of ERROR. Storage that refuses one shard after long patience would refuse the others as well."""
-    known = isinstance(error, StorageError | DamagedShardError)
+    known = isinstance(error, StorageError | DamagedShardError | StageError)
     message = str(error) if known else "".join(traceback.format_exception(error)).strip()
-    return {"stops": isinstance(error, StorageError), "message": message}
+    stops = "storage" if isinstance(error, StorageError) else "stage" if isinstance(error, StageError) else ""
+    return {"stops": stops, "message": message}
 
 
 def _pack(table: pa.Table) -> pa.Array:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from ray.exceptions import RayError, RayTaskError
 
@@ -18,6 +19,7 @@ from pipelines.shard_stream import (
     ShardJob,
     ShardOutput,
     ShardWorker,
+    StageError,
     stream_shards,
 )
 from pipelines.storage import StorageError, remove_leftovers
@@ -32,10 +34,12 @@ __all__ = [
     "ShardError",
     "ShardOutput",
     "ShardWorker",
+    "StageError",
     "StageResult",
     "TooManyRejectsError",
     "reject",
     "run_shards",
+    "run_stream",
 ]
 
 NUM_THREADS = 32  # that wait for the storage
@@ -120,13 +124,37 @@ def run_shards(
     max_reject_share: float,
     on_progress: OnProgress = lambda progress: None,
 ) -> StageResult:
-    """Make the shards of `output` that are absent.
+    """Make the shards of `output` that are absent, each by one call of a worker.
+
+    Raises as `run_stream`, and ShardError if shards could not be made, but all others are; or more than a few.
+    """
+    job = ShardJob(
+        output=output,
+        fingerprint=identity.fingerprint,
+        read_shard=read_shard,
+        make_worker=make_worker,
+        resources=resources,
+    )
+    stream = partial(_make_shards, job)
+    return run_stream(output, identity, shards, stream, max_reject_share=max_reject_share, on_progress=on_progress)
+
+
+def run_stream(
+    output: Table,
+    identity: Identity,
+    shards: list[str],
+    stream: Callable[[list[str]], Iterator[Outcome]],
+    *,
+    max_reject_share: float,
+    on_progress: OnProgress = lambda progress: None,
+) -> StageResult:
+    """Have `stream` make the shards of `output` that are absent; it gives the outcome of each one that it has written.
 
     Raises:
         StaleTableError: `output` was made in another way.
         TooManyRejectsError: over `max_reject_share` of the rows were refused. The shards made until then stay.
         StorageError: the storage refused, or gave no answer for long.
-        ShardError: shards could not be made, but all others are; or more than a few could not be made.
+        StageError: a worker found that no shard can be made as things are.
     """
     start = time.monotonic()
     manifest = output.claim(identity)
@@ -142,15 +170,8 @@ def run_shards(
     if was_done:
         _check_rejects(output, progress, max_reject_share, final=True)
         return _result_of(output, manifest, len(found), time.monotonic() - start, 0.0)
-    job = ShardJob(
-        output=output,
-        fingerprint=identity.fingerprint,
-        read_shard=read_shard,
-        make_worker=make_worker,
-        resources=resources,
-    )
     missing = [shard for shard in shards if shard not in found]
-    for outcome in _make_shards(job, missing):
+    for outcome in stream(missing) if missing else ():
         progress.done_shards += 1
         progress.add_shard(outcome.num_rows, outcome.rejects_by_reason, outcome.figures)
         progress.new_rows += outcome.num_rows + sum(outcome.rejects_by_reason.values())
@@ -164,7 +185,7 @@ def run_shards(
 def _make_shards(job: ShardJob, missing: list[str]) -> Iterator[Outcome]:
     """The outcome of each shard as it is written. What failed is tried once more, by new actors, when all others are done.
 
-    Raises StorageError, ShardError.
+    Raises StorageError, StageError, ShardError.
     """
     failed: dict[str, str] = {}
     for again in (False, True):
@@ -176,7 +197,7 @@ def _make_shards(job: ShardJob, missing: list[str]) -> Iterator[Outcome]:
                     yield outcome
                     continue
                 if outcome.stops:
-                    raise StorageError(outcome.error)
+                    raise {"storage": StorageError, "stage": StageError}[outcome.stops](outcome.error)
                 failed[outcome.shard] = outcome.error
                 if sum(error != DIED for error in failed.values()) > MAX_FAILED_SHARDS:
                     raise ShardError(_describe_failures(job.output, failed))

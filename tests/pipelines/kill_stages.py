@@ -57,7 +57,8 @@ def run_stage(stage: str, dataset_uri: str, source: str) -> StageResult:
 
         return run_ingest(dataset_uri, IngestConfig(source=source, rows_per_shard=ROWS_PER_SHARD, resources=TWO))
     if stage == "caption":
-        from pipelines.caption import CaptionerConfig, SamplingConfig, run_caption
+        from pipelines.caption import run_caption
+        from pipelines.caption_config import CaptionerConfig, SamplingConfig
 
         sampling = SamplingConfig(max_new_tokens=48)
         options = {"dtype": "float32", "batch_size": 64, "sampling": sampling, "resources": TWO}

@@ -124,6 +124,7 @@ def make_dataset(folder: Path, num_shards: int = 3, shard_rows: int = 10) -> str
                 "caption": text,
                 "num_tokens": len(text.split()),
                 "finish_reason": "length" if text == LONG else "stop",
+                "flags": ["cut_off", "repetition"] if text == LONG else [],
             }
             for index, row in enumerate(images)
             for text in [text_of(captioner, index)]

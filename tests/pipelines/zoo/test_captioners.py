@@ -160,14 +160,8 @@ if __name__ == "__main__":
 """
 
 
-def vllm_python():
-    """The interpreter that has vLLM: this one, or the one that VLLM_PYTHON names."""
-    if importlib.util.find_spec("vllm") is not None:
-        return sys.executable
-    return os.environ.get("VLLM_PYTHON")
-
-
-@pytest.mark.skipif(vllm_python() is None, reason="vLLM is not installed, and VLLM_PYTHON names no interpreter that has it")
+@pytest.mark.vllm
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 @pytest.mark.parametrize("kind", KINDS)
 def test_vllm_gives_the_same_tokens(kind, checkpoints, world, tmp_path):
     model, processor = load_captioner(checkpoints / kind)
@@ -189,7 +183,7 @@ def ask_vllm(model_dir: Path, prompt: str, images: list[Image.Image], folder: Pa
     request = {"model": str(model_dir), "prompt": prompt, "images": paths, "max_tokens": 48}
     (folder / "request.json").write_text(json.dumps(request))
     (folder / "ask.py").write_text(VLLM_SCRIPT)
-    command = [vllm_python(), "ask.py", "request.json", "answers.json"]
+    command = [sys.executable, "ask.py", "request.json", "answers.json"]
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
