@@ -87,7 +87,7 @@ class ImageLimits:
     """
 
     min_size: int = 16
-    max_bytes: int = 128 * 2**20
+    max_bytes: int = 64 * 2**20
     max_pixels: int = 80_000_000
     max_aspect_ratio: float = 6.0
 

@@ -176,14 +176,18 @@ def depths_and_colors() -> Iterator[Hostile]:
     half.paste((0, 200, 0), (0, 0, 30, HEIGHT))
     frames = [gradient(), gradient(blue=255)]
     animated = {"save_all": True, "append_images": frames[1:], "duration": 50}
-    deep = png_chunk(b"IDAT", zlib.compress(b"".join(b"\0" + struct.pack(">HHH", 65535, 32896, 0) * WIDTH for _ in range(HEIGHT))))
+    deep = png_chunk(
+        b"IDAT", zlib.compress(b"".join(b"\0" + struct.pack(">HHH", 65535, 32896, 0) * WIDTH for _ in range(HEIGHT)))
+    )
     flat = Image.new("RGB", (WIDTH, HEIGHT), (255, 128, 0))
     yield Hostile("gray.jpg", encode(gray, "JPEG", quality=95), pixels=near(gray, 3))
     yield Hostile("gray_alpha.png", encode(clear.convert("LA"), "PNG"), pixels=lambda pixels: pixels.min() == 255)
     yield Hostile("clear.png", encode(clear, "PNG"), pixels=lambda pixels: pixels.min() == 255)
     yield Hostile("clear.webp", encode(clear, "WEBP"), pixels=lambda pixels: pixels.min() == 255)
     yield Hostile("bilevel.png", encode(picture.convert("1"), "PNG"), pixels=near(picture.convert("1"), 0))
-    yield Hostile("bilevel.tiff", encode(picture.convert("1"), "TIFF", compression="group4"), pixels=near(picture.convert("1"), 0))
+    yield Hostile(
+        "bilevel.tiff", encode(picture.convert("1"), "TIFF", compression="group4"), pixels=near(picture.convert("1"), 0)
+    )
     yield Hostile("palette.png", encode(picture.convert("P"), "PNG"), pixels=near(picture.convert("P"), 0))
     yield Hostile("palette_clear.png", encode(palette, "PNG", transparency=0), pixels=near(half, 0))
     yield Hostile("palette_alphas.png", encode(palette, "PNG", transparency=b"\0\xff"), pixels=near(half, 0))
@@ -191,8 +195,8 @@ def depths_and_colors() -> Iterator[Hostile]:
     yield Hostile("cmyk.jpg", encode(picture.convert("CMYK"), "JPEG", quality=95), pixels=near(picture, 6))
     foreign = encode(picture.convert("CMYK"), "JPEG", quality=95, icc_profile=srgb)
     yield Hostile("cmyk_rgb_profile.jpg", foreign, pixels=near(picture, 6))
-    yield Hostile("cmyk_profile.tiff", encode(Image.new("CMYK", (WIDTH, HEIGHT)), "TIFF", icc_profile=cmyk_profile()),
-                  pixels=near(Image.new("RGB", (WIDTH, HEIGHT), "white"), 2))  # fmt: skip
+    yield Hostile("cmyk_profile.tiff", encode(Image.new("CMYK", (WIDTH, HEIGHT), (128, 0, 0, 0)), "TIFF", icc_profile=cmyk_profile()),
+                  pixels=near(Image.new("RGB", (WIDTH, HEIGHT), (188, 255, 255)), 3))  # fmt: skip
     yield Hostile("16_bit.png", encode(Image.fromarray(gray16.round().astype(np.uint16)), "PNG"), pixels=near(gray, 0))
     yield Hostile("16_bit.tiff", encode(Image.fromarray(gray16.round().astype(np.uint16)), "TIFF"), pixels=near(gray, 0))
     yield Hostile("16_bit_color.png", png(WIDTH, HEIGHT, deep, depth=16), pixels=near(flat, 0))
@@ -207,7 +211,9 @@ def depths_and_colors() -> Iterator[Hostile]:
     yield Hostile("animated.apng", encode(frames[0], "PNG", **animated), pixels=near(frames[0], 0))
     yield Hostile("two.mpo.jpg", encode(frames[0], "MPO", quality=95, save_all=True, append_images=frames[1:]), format="MPO",
                   pixels=near(frames[0], 6))  # fmt: skip
-    yield Hostile("pages.tiff", encode(gradient(), "TIFF", save_all=True, append_images=frames[1:]), pixels=near(frames[0], 0))
+    yield Hostile(
+        "pages.tiff", encode(gradient(), "TIFF", save_all=True, append_images=[gradient(blue=255)]), pixels=near(frames[0], 0)
+    )
     yield Hostile("progressive.jpg", encode(picture, "JPEG", progressive=True, quality=95), pixels=near(picture, 6))
     yield Hostile("profile.png", encode(picture, "PNG", icc_profile=srgb), pixels=near(picture, 0))
     yield Hostile("broken_profile.png", encode(gradient(blue=91), "PNG", icc_profile=b"\0" * 128 + b"junk"),
@@ -254,13 +260,15 @@ def bombs_and_shapes() -> Iterator[Hostile]:
     yield Hostile("text_bomb.png", png_with(png_chunk(b"iTXt", text)), ("too_large",))
     yield Hostile("ztxt_bomb.png", png_with(png_chunk(b"zTXt", b"Comment\0\0" + text[12:])), ("too_large",))
     profile = png_chunk(b"iCCP", b"x\0\0" + text[12:])
-    yield Hostile("profile_bomb.png", png_with(profile), pixels=near(gradient(), 0))
+    yield Hostile("profile_bomb.png", png_with(profile), ("too_large",))
     yield Hostile("scan_bomb.jpg", jpeg[:scan] + jpeg[scan:-2] * 3000 + jpeg[-2:], ("too_large",))
     canvas = struct.pack("<I4sII", 10, b"\2\0\0\0", 0, 0)
     huge_canvas = b"VP8X" + canvas[:8] + (16_382).to_bytes(3, "little") * 2
     frame = b"RIFF" + struct.pack("<I", 4 + len(huge_canvas)) + b"WEBP" + huge_canvas
     yield Hostile("canvas_bomb.webp", frame, ("too_large", *CUT))
-    yield Hostile("screen_bomb.gif", b"GIF89a" + struct.pack("<HH", 65535, 65535) + encode(gradient(), "GIF")[10:], ("too_large",))
+    yield Hostile(
+        "screen_bomb.gif", b"GIF89a" + struct.pack("<HH", 65535, 65535) + encode(gradient(), "GIF")[10:], ("too_large",)
+    )
     yield Hostile("tile_bomb.tiff", huge_tile_tiff(), ("corrupt", "truncated", "too_large", "not_an_image"))
     yield Hostile("1x1.png", encode(gradient(1, 1), "PNG"), ("too_small",))
     yield Hostile("1x20000.png", encode(gradient(20_000, 1), "PNG"), ("too_small",))
