@@ -60,6 +60,15 @@ EVALUATIONS = pa.schema(
         pa.field("seen", pa.string()),  # what the judge reads off the picture then, as a caption
     ]
 )
+DUPLICATES = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("duplicate_of", pa.string()),  # the id of the image that stands for this one; null where it stays
+        pa.field("duplicate_shard", pa.string()),  # where that one is
+        pa.field("distance", pa.int32()),  # between their perceptual hashes, bits
+    ]
+)
+IMAGE_SCORES = pa.schema([pa.field("id", pa.string(), nullable=False), pa.field("score", pa.float32(), nullable=False)])
 REJECTS = pa.schema(
     [
         pa.field("id", pa.string()),  # null where the bytes could not even be read
@@ -78,6 +87,10 @@ def scores_path(scorer: str) -> str:
     return f"scores/{scorer}"
 
 
+def image_scores_path(scorer: str) -> str:
+    return f"image_scores/{scorer}"
+
+
 def latents_path(autoencoder: str, resolution: int) -> str:
     return f"latents/{autoencoder}-{resolution}"
 
@@ -91,3 +104,4 @@ def evaluations_path(name: str) -> str:
 
 
 IMAGES_PATH = "images"
+DUPLICATES_PATH = "duplicates"

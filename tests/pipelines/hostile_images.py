@@ -195,7 +195,8 @@ def depths_and_colors() -> Iterator[Hostile]:
     yield Hostile("cmyk.jpg", encode(picture.convert("CMYK"), "JPEG", quality=95), pixels=near(picture, 6))
     foreign = encode(picture.convert("CMYK"), "JPEG", quality=95, icc_profile=srgb)
     yield Hostile("cmyk_rgb_profile.jpg", foreign, pixels=near(picture, 6))
-    yield Hostile("cmyk_profile.tiff", encode(Image.new("CMYK", (WIDTH, HEIGHT), (128, 0, 0, 0)), "TIFF", icc_profile=cmyk_profile()),
+    inks = Image.new("CMYK", (WIDTH, HEIGHT), (128, 0, 0, 0))  # without the profile its red would be 127
+    yield Hostile("cmyk_profile.tiff", encode(inks, "TIFF", icc_profile=cmyk_profile()),
                   pixels=near(Image.new("RGB", (WIDTH, HEIGHT), (188, 255, 255)), 3))  # fmt: skip
     yield Hostile("16_bit.png", encode(Image.fromarray(gray16.round().astype(np.uint16)), "PNG"), pixels=near(gray, 0))
     yield Hostile("16_bit.tiff", encode(Image.fromarray(gray16.round().astype(np.uint16)), "TIFF"), pixels=near(gray, 0))
