@@ -1,9 +1,12 @@
 """Near duplicates: images that look alike, found by their perceptual hashes across the whole dataset.
 
 Of images within `max_distance` bits of each other the best stays (the largest, then the first); every other is within that
-distance of one that stays. Nothing is deleted: the table `duplicates` says of each image which other stands for it, and what
-reads images downstream may leave those out. The images of an earlier run keep their verdict: a new image that resembles one of
-them is its duplicate, whatever its size. So shards are written once, and what a run decides about is noted before it begins.
+distance of one that stays. Nothing is deleted: the table `image_scores/near_duplicates` has for each image the share of bits
+that it has in common with the image that stands for it, and 0 for one that stays. Where images are read, a filter on it (at
+most 0.5) leaves the others out.
+
+The images of an earlier run keep their verdict: a new image that resembles one of them is its duplicate, whatever its size. So
+shards are written once, and what a run decides about is noted before it begins.
 
 How it grows: with N images the driver holds about 60 bytes for each (6 GB for 100 million), every node 8. Pairs are sought in
 bands: hashes that differ in at most d bits agree in one of d + 1 parts of their bits, so only hashes that agree in a part are
@@ -22,12 +25,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from pipelines.schema import DUPLICATES, DUPLICATES_PATH, IMAGES, IMAGES_PATH
+from pipelines.schema import IMAGE_SCORES, IMAGES, IMAGES_PATH, image_scores_path
 from pipelines.stage import OnProgress, Resources, ShardOutput, StageResult, run_shards
 from pipelines.storage import read_file
 from pipelines.tables import Identity, MissingTableError, Table
 
+NAME = "near_duplicates"  # of the table under image_scores/
 GENERATIONS = "_generations.json"
+HASH_BITS = 64
 INFORMATIVE = (8, 56)  # bits set; fewer or more say that an image is nearly plain, and not what is on it
 SHARDS_PER_TASK = 64
 ROWS_PER_TASK = 2_000_000
@@ -72,12 +77,12 @@ class Verdicts:
 
 
 def run_duplicates(dataset_uri: str, config: DuplicatesConfig, *, on_progress: OnProgress = lambda _: None) -> StageResult:
-    """Say of every image which other image, if any, stands for it, into `duplicates`.
+    """Say of every image which other image, if any, stands for it, into `image_scores/near_duplicates`.
 
     Raises as `run_shards`, and MissingTableError if there are no images.
     """
     images = Table(dataset_uri, IMAGES_PATH, IMAGES)
-    output = Table(dataset_uri, DUPLICATES_PATH, DUPLICATES)
+    output = Table(dataset_uri, image_scores_path(NAME), IMAGE_SCORES)
     settings = {"max_distance": config.max_distance}
     identity = Identity("duplicates", settings, models={}, inputs={IMAGES_PATH: images.require().fingerprint})
     output.claim(identity)
@@ -111,8 +116,7 @@ class DuplicatesWorker:
     """Passes on what was decided, and counts it."""
 
     def process(self, table: pa.Table) -> ShardOutput:
-        found = table.num_rows - table["duplicate_of"].null_count
-        return ShardOutput(table, [], {"duplicates": float(found)})
+        return ShardOutput(table, [], {"duplicates": float(table.num_rows - table["detail"].null_count)})
 
 
 def decide(known: Hashes, max_distance: int, pairs: Iterator[tuple[np.ndarray, np.ndarray]] | None = None) -> Verdicts:
@@ -219,7 +223,7 @@ def _collect(images: Table, output: Table | None, shards: list[str]) -> tuple[np
         table = images.read_shard(shard, ["phash", "width", "height"])
         rows = np.arange(table.num_rows, dtype=np.uint64)
         if output is not None:
-            stays = output.read_shard(shard, ["duplicate_of"])["duplicate_of"].is_null().to_numpy()
+            stays = output.read_shard(shard, ["detail"])["detail"].is_null().to_numpy()
             table, rows = table.filter(pa.array(stays)), rows[stays]
         positions.append((np.uint64(int(shard)) << np.uint64(32)) + rows)
         hashes.append(np.frombuffer(bytes.fromhex("".join(table["phash"].to_pylist())), ">u8").astype(np.uint64))
@@ -249,19 +253,19 @@ def _search(unique: np.ndarray, band: int, part: int, num_parts: int, max_distan
 
 
 def _read_verdicts(images: Table, verdicts: Any, shard: str) -> pa.Table:
-    """A shard of DUPLICATES."""
+    """A shard of IMAGE_SCORES."""
     ids = images.read_shard(shard, ["id"])["id"].to_pylist()
     found: Verdicts = ray.get(verdicts)
     first = np.uint64(int(shard)) << np.uint64(32)
     low, high = np.searchsorted(found.positions, [first, first + np.uint64(2**32 - 1)])
-    rows = (found.positions[low:high] - first).tolist()
-    numbers, places = (found.twins[low:high] >> np.uint64(32)).tolist(), (found.twins[low:high] & np.uint64(2**32 - 1)).tolist()
+    rows, twins = (found.positions[low:high] - first).tolist(), found.twins[low:high]
+    numbers, places = (twins >> np.uint64(32)).tolist(), (twins & np.uint64(2**32 - 1)).tolist()
     twin_ids = {number: images.read_shard(f"{number:05}", ["id"])["id"] for number in sorted(set(numbers))}
-    columns: dict[str, list[Any]] = {name: [None] * len(ids) for name in ("duplicate_of", "duplicate_shard", "distance")}
-    for row, number, place, distance in zip(rows, numbers, places, found.distances[low:high].tolist(), strict=True):
-        columns["duplicate_of"][row] = twin_ids[number][place].as_py()
-        columns["duplicate_shard"][row], columns["distance"][row] = f"{number:05}", distance
-    return pa.table({"id": ids} | columns, DUPLICATES)
+    scores, details = np.zeros(len(ids), np.float32), np.full(len(ids), None)
+    scores[rows] = 1 - found.distances[low:high] / HASH_BITS
+    for row, number, place in zip(rows, numbers, places, strict=True):
+        details[row] = f"{number:05}/{twin_ids[number][place]}"
+    return pa.table({"id": ids, "score": scores, "detail": pa.array(details, pa.string())}, IMAGE_SCORES)
 
 
 def _plan_generations(images: Table, output: Table) -> list[list[str]]:

@@ -6,7 +6,7 @@ over its image embedding, as the LAION aesthetic predictors are.
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Literal, Protocol
@@ -18,16 +18,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification, CLIPVisionModelWithProjection
 
+from pipelines.duplicates import NAME as NEAR_DUPLICATES
 from pipelines.images import BadImageError, decode
 from pipelines.models import local_model, model_version, pick_device
-from pipelines.schema import (
-    DUPLICATES,
-    DUPLICATES_PATH,
-    IMAGE_SCORES,
-    IMAGES,
-    IMAGES_PATH,
-    image_scores_path,
-)
+from pipelines.schema import IMAGE_SCORES, IMAGES, IMAGES_PATH, image_scores_path
 from pipelines.stage import OnProgress, Resources, Row, ShardOutput, StageResult, reject, run_shards
 from pipelines.tables import Identity, Table
 from sana_model.checkpoint_files import read_weights_file, resolve
@@ -63,8 +57,8 @@ class ImageScorerConfig:
     max_reject_share: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.name == DUPLICATES_PATH:
-            raise ValueError(f"name={self.name!r} is taken: by it, filters ask for the table of near duplicates")
+        if self.name == NEAR_DUPLICATES:
+            raise ValueError(f"name={self.name!r} is taken by the stage that finds near duplicates")
         if (self.label is None) == (self.head is None):
             raise ValueError(f"label={self.label!r}, head={self.head!r}: give a classifier's label, or a CLIP's head")
 
@@ -92,25 +86,6 @@ def run_image_scores(dataset_uri: str, config: ImageScorerConfig, *, on_progress
         max_reject_share=config.max_reject_share,
         on_progress=on_progress,
     )
-
-
-def load_image_scores(dataset_uri: str, shard: str, names: Iterable[str]) -> dict[str, dict[str, float]]:
-    """Scores by scorer's name and image id, of the images of a shard; an image that a scorer refused is absent there.
-
-    The name "duplicates" asks for the table of near duplicates: 1 for an image that another stands for, 0 for one that stays.
-
-    Raises FileNotFoundError: a scorer has not done this shard.
-    """
-    scores = {}
-    for name in names:
-        if name == DUPLICATES_PATH:
-            table = Table(dataset_uri, DUPLICATES_PATH, DUPLICATES).read_shard(shard, ["id", "duplicate_of"])
-            values = [float(twin is not None) for twin in table["duplicate_of"].to_pylist()]
-        else:
-            table = Table(dataset_uri, image_scores_path(name), IMAGE_SCORES).read_shard(shard)
-            values = table["score"].to_pylist()
-        scores[name] = dict(zip(table["id"].to_pylist(), values, strict=True))
-    return scores
 
 
 class ImageModel(Protocol):

@@ -4,8 +4,10 @@ from dataclasses import asdict
 
 import numpy as np
 import pyarrow.compute as pc
+from numpy.typing import ArrayLike
 
 from pipelines.charts import histograms, number
+from pipelines.duplicates import HASH_BITS, NAME
 from pipelines.report_data import (
     DEFAULT_SAMPLE,
     SampleConfig,
@@ -17,7 +19,7 @@ from pipelines.report_data import (
     spread,
     thumbnail,
 )
-from pipelines.schema import DUPLICATES, DUPLICATES_PATH, IMAGE_SCORES, image_scores_path
+from pipelines.schema import IMAGE_SCORES, image_scores_path
 from pipelines.stage import Row
 from pipelines.tables import Table
 from pipelines.templates import render
@@ -56,18 +58,22 @@ def image_scores_report(dataset_uri: str, scorer: str, *, sample: SampleConfig =
 
 
 def duplicates_report(dataset_uri: str, *, sample: SampleConfig = DEFAULT_SAMPLE) -> str:
-    """The page of `duplicates`: how many images look alike, and pairs of them side by side.
+    """The page of `image_scores/near_duplicates`: how many images look alike, and pairs of them side by side.
 
     Raises MissingTableError if there is no such table.
     """
-    table = Table(dataset_uri, DUPLICATES_PATH, DUPLICATES)
-    light = read_light(table, ["duplicate_of", "distance"], sample)
-    found = light.rows.filter(pc.is_valid(light.rows["duplicate_of"]))
+    table = Table(dataset_uri, image_scores_path(NAME), IMAGE_SCORES)
+    light = read_light(table, ["score", "detail"], sample)
+    found = light.rows.filter(pc.is_valid(light.rows["detail"]))
     pairs = _pairs(table, sample)
-    wanted = [(row["shard"], row["id"]) for row in pairs] + [(row["duplicate_shard"], row["duplicate_of"]) for row in pairs]
+    distances = _distance(found["score"].to_numpy())
+    for row in pairs:
+        row["twin_shard"], _, row["twin"] = row["detail"].partition("/")
+        row["distance"] = _distance(row["score"])
+    wanted = [place for row in pairs for place in ((row["shard"], row["id"]), (row["twin_shard"], row["twin"]))]
     contents = read_image_bytes(dataset_uri, wanted)
     for row in pairs:
-        row["left"] = _picture(contents, row["duplicate_of"], "stays")
+        row["left"] = _picture(contents, row["twin"], "stays")
         row["right"] = _picture(contents, row["id"], "its near duplicate")
     manifest = table.require()
     return render(
@@ -81,7 +87,9 @@ def duplicates_report(dataset_uri: str, *, sample: SampleConfig = DEFAULT_SAMPLE
             origin=asdict(manifest.identity()),
         ),
         scope=light.scope,
-        chart=histograms({"": found["distance"].to_numpy()}, title="Distance to the image that stays", x_label="bits of 64"),
+        chart=histograms(
+            {"": _distance(found["score"].to_numpy())}, title="Distance to the image that stays", x_label="bits of 64"
+        ),
         pairs=pairs,
     )
 
@@ -104,10 +112,15 @@ def _pairs(table: Table, sample: SampleConfig) -> list[Row]:
     rows: list[Row] = []
     for shard in chosen:
         content = table.read_shard(shard)
-        content = content.filter(pc.is_valid(content["duplicate_of"]))
+        content = content.filter(pc.is_valid(content["detail"]))
         places = np.array(spread(content.num_rows, -(-sample.num_images // len(chosen))), np.int64)
         rows += [row | {"shard": shard} for row in content.take(places).to_pylist()]
-    return sorted(rows, key=lambda row: (-row["distance"], row["id"]))
+    return sorted(rows, key=lambda row: (row["score"], row["id"]))
+
+
+def _distance(score: ArrayLike) -> np.ndarray:
+    """Bits in which two hashes differ."""
+    return np.round((1 - np.asarray(score)) * HASH_BITS).astype(int)
 
 
 def _picture(contents: dict[str, bytes], image: str, alt: str) -> object:

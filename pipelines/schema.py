@@ -23,6 +23,13 @@ IMAGES = pa.schema(
         pa.field("metadata", pa.string()),  # a JSON object: what else lay beside the image
     ]
 )
+IMAGE_SCORES = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("score", pa.float32(), nullable=False),  # what it means is its scorer's
+        pa.field("detail", pa.string()),  # what else the scorer tells: of a near duplicate, the image that stands for it
+    ]
+)
 CAPTIONS = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
@@ -60,15 +67,6 @@ EVALUATIONS = pa.schema(
         pa.field("seen", pa.string()),  # what the judge reads off the picture then, as a caption
     ]
 )
-DUPLICATES = pa.schema(
-    [
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("duplicate_of", pa.string()),  # the id of the image that stands for this one; null where it stays
-        pa.field("duplicate_shard", pa.string()),  # where that one is
-        pa.field("distance", pa.int32()),  # between their perceptual hashes, bits
-    ]
-)
-IMAGE_SCORES = pa.schema([pa.field("id", pa.string(), nullable=False), pa.field("score", pa.float32(), nullable=False)])
 REJECTS = pa.schema(
     [
         pa.field("id", pa.string()),  # null where the bytes could not even be read
@@ -79,16 +77,16 @@ REJECTS = pa.schema(
 )
 
 
+def image_scores_path(scorer: str) -> str:
+    return f"image_scores/{scorer}"
+
+
 def captions_path(captioner: str) -> str:
     return f"captions/{captioner}"
 
 
 def scores_path(scorer: str) -> str:
     return f"scores/{scorer}"
-
-
-def image_scores_path(scorer: str) -> str:
-    return f"image_scores/{scorer}"
 
 
 def latents_path(autoencoder: str, resolution: int) -> str:
@@ -104,4 +102,3 @@ def evaluations_path(name: str) -> str:
 
 
 IMAGES_PATH = "images"
-DUPLICATES_PATH = "duplicates"
