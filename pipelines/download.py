@@ -126,7 +126,10 @@ class _Downloads:
             return await asyncio.gather(*(self._fetch_patiently(url) for url in urls))
 
     async def _fetch_patiently(self, url: str) -> bytes | FetchError:
-        host = urlsplit(url).netloc
+        try:
+            host = urlsplit(url).netloc
+        except ValueError as error:
+            return FetchError("bad_url", str(error))
         for attempt in range(1, self.config.attempts + 1):
             async with self.turns_of_host[host], self.turn:
                 try:

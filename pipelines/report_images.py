@@ -87,9 +87,7 @@ def duplicates_report(dataset_uri: str, *, sample: SampleConfig = DEFAULT_SAMPLE
             origin=asdict(manifest.identity()),
         ),
         scope=light.scope,
-        chart=histograms(
-            {"": _distance(found["score"].to_numpy())}, title="Distance to the image that stays", x_label="bits of 64"
-        ),
+        chart=histograms({"": distances}, title="Distance to the image that stays", x_label="bits of 64"),
         pairs=pairs,
     )
 

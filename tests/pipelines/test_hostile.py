@@ -1,4 +1,4 @@
-"""A folder of hostile images through a whole `ingest`: each ends as the right row or with the right reason, and nothing dies."""
+"""A folder of hostile images through a whole `ingest`: each ends as the right row or with the right reason; nothing dies."""
 
 import threading
 from pathlib import Path
