@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModelForImageClassification, CLIPVisionModelWithProjection
+from transformers import AutoModelForImageClassification, CLIPVisionModelWithProjection
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the top-level name wants torchvision
 
 from pipelines.duplicates import NAME as NEAR_DUPLICATES
 from pipelines.images import BadImageError, decode
@@ -130,7 +131,7 @@ class Classifier:
     def __init__(self, config: ImageScorerConfig):
         path, revision = local_model(config.model), config.revision or "main"
         self.device = pick_device(config.device)
-        self.processor = AutoImageProcessor.from_pretrained(path, revision=revision)
+        self.processor = AutoImageProcessor.from_pretrained(path, revision=revision, backend="pil")
         dtype = getattr(torch, config.dtype)
         model = AutoModelForImageClassification.from_pretrained(path, dtype=dtype, revision=revision)
         self.model = model.to(self.device).eval()
@@ -161,7 +162,7 @@ class ClipHead:
         assert config.head is not None
         path, revision = local_model(config.model), config.revision or "main"
         self.device = pick_device(config.device)
-        self.processor = AutoImageProcessor.from_pretrained(path, revision=revision)
+        self.processor = AutoImageProcessor.from_pretrained(path, revision=revision, backend="pil")
         dtype = getattr(torch, config.dtype)
         model: torch.nn.Module = CLIPVisionModelWithProjection.from_pretrained(path, dtype=dtype, revision=revision)
         self.model = model.to(self.device, dtype).eval()
@@ -170,7 +171,7 @@ class ClipHead:
         numbers = sorted(int(name.split(".")[1]) for name in weights if re.fullmatch(r"layers\.\d+\.weight", name))
         if not numbers or len(weights[f"layers.{numbers[-1]}.weight"]) != 1:
             raise ValueError(
-                f"{config.head} is no head: it needs layers.<n>.weight, the last of one row; it holds {list(weights)}"
+                f"{config.head} is no head: it needs layers.<n>.weight, the last of one row; it holds {', '.join(weights)}"
             )
         self.layers = [
             tuple(weights[f"layers.{number}.{part}"].float().to(self.device) for part in ("weight", "bias"))
