@@ -163,8 +163,16 @@ def test_whole_stage_resumes_grows_and_refuses_another_config(tmp_path, local_ra
     grown = run_ingest(str(dataset), config)
     assert (grown.num_shards, grown.found_shards, grown.num_rows, grown.num_rejects) == (4, 3, 8, 2)
     tables = read_table(images)
-    assert names(tables.pop("00003")) == ["008.png"]
+    grown_rows = tables.pop("00003")
+    assert names(grown_rows) == ["008.png"]
     assert tables == rows
+
+    other = encode(noise_image(9), "PNG")
+    (source / "0_new/008.png").write_bytes(other)  # a file that changes: what is done holds what was there
+    assert run_ingest(str(dataset), config).was_done and read_table(images) == rows | {"00003": grown_rows}
+    os.remove(dataset / "images/00003.parquet")  # what is not done yet holds what is there
+    run_ingest(str(dataset), config)
+    assert [row["id"] for row in read_table(images)["00003"]] == [image_id(other)]
 
     os.remove(dataset / "images/00002.parquet")
     lost = run_ingest(str(dataset), config)
