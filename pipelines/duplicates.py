@@ -8,10 +8,10 @@ most 0.5) leaves the others out.
 The images of an earlier run keep their verdict: a new image that resembles one of them is its duplicate, whatever its size. So
 shards are written once, and what a run decides about is noted before it begins.
 
-How it grows: the driver holds about 110 bytes for each image (measured at a million; 11 GB for 100 million), every node 8. Pairs
-are sought in bands: hashes that differ in at most d bits agree in one of d + 1 parts of their bits, so only hashes that agree
-in a part are compared, about N^2 (d + 1) / 2^(64 / (d + 1) + 1) of them: at d = 3, 30 million for a million images (3 s on
-one core, sorting included), and 10,000 times as many for 100 million, spread over tasks.
+How it grows: the driver holds about 110 bytes for each image (measured at a million; 11 GB for 100 million), every node 8.
+Pairs are sought in bands: hashes that differ in at most d bits agree in one of d + 1 parts of their bits, so only hashes that
+agree in a part are compared, about N^2 (d + 1) / 2^(64 / (d + 1) + 1) of them: at d = 3, 30 million for a million images (3 s
+on one core, sorting included), and 10,000 times as many for 100 million, spread over tasks.
 """
 
 import json

@@ -19,7 +19,7 @@ from ray.actor import ActorHandle
 
 from pipelines.download import DownloadConfig
 from pipelines.images import BadImageError, ImageLimits, open_image, perceptual_hash, to_rgb
-from pipelines.ledger import UNSEEN, claim, start_ledger, to_digests
+from pipelines.ledger import UNSEEN, claim, skipping, start_ledger, to_digests
 from pipelines.plan import Plan, ShardSize, extend_plan, plan_retries, read_plan, write_plan
 from pipelines.readers import NUM_THREADS, read_parts
 from pipelines.schema import IMAGES, IMAGES_PATH
@@ -153,9 +153,10 @@ class ShardReader:
     ledger: ActorHandle | None = None
 
     def __call__(self, shard: str) -> pa.Table:
-        table = self._read(shard)
         if self.ledger is None:
-            return table
+            return self._read(shard)
+        with skipping(self.ledger, int(shard)):
+            table = self._read(shard)
         earlier = claim(self.ledger, int(shard), _digests(table), lambda other: _digests(self._read(f"{other:05}")))
         errors, details = table["error"].to_pylist(), table["detail"].to_pylist()
         rows = [row for row, image in enumerate(table["id"]) if image.is_valid]

@@ -7,7 +7,8 @@ a moment while they are merged): 2 GB for 100 million. Claiming takes about 1 ms
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -65,8 +66,10 @@ class Ledger:
     """
 
     def __init__(self, missing: list[int]):
-        self.seen, self.missing, self.num_claimed = DigestSet(), missing, 0
+        self.seen, self.missing, self.num_passed = DigestSet(), missing, 0
         self.claimed: set[int] = set()
+        self.passed: set[int] = set()  # claimed or skipped: nobody waits for them
+        self.stalled: set[int] = set()
         self.changed = asyncio.Condition()
 
     async def add_done(self, shard: int, digests: np.ndarray) -> None:
@@ -76,23 +79,36 @@ class Ledger:
     async def claim(self, shard: int, digests: np.ndarray, stall: float = STALL) -> np.ndarray | int:
         """For each digest the other shard that it came from before, or UNSEEN: (N,) int32. The same however often it is asked.
 
-        Waits until all earlier shards are claimed; if that makes no progress for `stall` seconds, returns the number of the
-        shard that everybody waits for.
+        Waits until all earlier shards are claimed or skipped; if that makes no progress for `stall` seconds, returns the number
+        of the shard that everybody waits for, once, and skips it the next time.
         """
         async with self.changed:
-            while shard not in self.claimed and (blocking := self.missing[self.num_claimed]) != shard:
+            while shard not in self.passed and (blocking := self.missing[self.num_passed]) != shard:
                 try:
                     await asyncio.wait_for(self.changed.wait(), stall)
                 except TimeoutError:
-                    return blocking
+                    if blocking not in self.stalled:
+                        self.stalled.add(blocking)
+                        return blocking
+                    self._pass(blocking)
             if shard not in self.claimed:
                 self._add(shard, digests)
                 self.claimed.add(shard)
-                self.num_claimed += 1
-                self.changed.notify_all()
+                self._pass(shard)
         places = self.seen.find(digests)
         places[places == shard] = UNSEEN
         return places
+
+    async def skip(self, shard: int) -> None:
+        """It cannot be read now: the others go on. When it is claimed after all, it comes after those that were not held up."""
+        async with self.changed:
+            self._pass(shard)
+
+    def _pass(self, shard: int) -> None:
+        self.passed.add(shard)
+        while self.num_passed < len(self.missing) and self.missing[self.num_passed] in self.passed:
+            self.num_passed += 1
+        self.changed.notify_all()
 
     def _add(self, shard: int, digests: np.ndarray) -> None:
         new = np.unique(digests[self.seen.find(digests) == UNSEEN], axis=0)
@@ -112,4 +128,15 @@ def claim(ledger: Any, shard: int, digests: np.ndarray, read_digests: Callable[[
         answer = ray.get(ledger.claim.remote(shard, digests))
         if not isinstance(answer, int):
             return answer
-        ray.get(ledger.claim.remote(answer, read_digests(answer)))
+        with skipping(ledger, answer):
+            ray.get(ledger.claim.remote(answer, read_digests(answer)))
+
+
+@contextmanager
+def skipping(ledger: Any, shard: int) -> Iterator[None]:
+    """What fails within keeps no other shard waiting."""
+    try:
+        yield
+    except Exception:
+        ray.get(ledger.skip.remote(shard))
+        raise

@@ -59,7 +59,20 @@ def test_who_waits_too_long_is_told_for_whom() -> None:
         assert await ledger.claim(2, digests(5), stall=0.05) == 0
         assert isinstance(await ledger.claim(0, digests(5)), np.ndarray)
         assert await ledger.claim(2, digests(5), stall=0.05) == 1
-        await ledger.claim(1, digests())
-        assert (await ledger.claim(2, digests(5), stall=0.05)).tolist() == [0]
+        assert (await ledger.claim(2, digests(5, 6), stall=0.05)).tolist() == [0, UNSEEN]  # told once, then it is skipped
+        assert (await ledger.claim(1, digests(6, 7))).tolist() == [2, UNSEEN]
+
+    asyncio.run(ask())
+
+
+def test_what_cannot_be_read_holds_up_nobody() -> None:
+    async def ask() -> None:
+        ledger = Ledger([0, 1, 2])
+        waiting = asyncio.create_task(ledger.claim(2, digests(1, 2)))
+        await ledger.skip(0)
+        await ledger.skip(1)
+        assert (await waiting).tolist() == [UNSEEN, UNSEEN]
+        assert (await ledger.claim(0, digests(2, 3))).tolist() == [2, UNSEEN]
+        assert (await ledger.claim(1, digests(3, 4))).tolist() == [0, UNSEEN]
 
     asyncio.run(ask())
