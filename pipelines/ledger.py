@@ -128,8 +128,10 @@ def claim(ledger: Any, shard: int, digests: np.ndarray, read_digests: Callable[[
         answer = ray.get(ledger.claim.remote(shard, digests))
         if not isinstance(answer, int):
             return answer
-        with skipping(ledger, answer):
+        try:
             ray.get(ledger.claim.remote(answer, read_digests(answer)))
+        except Exception:  # why it cannot be read is for its own task to say
+            ray.get(ledger.skip.remote(answer))
 
 
 @contextmanager
