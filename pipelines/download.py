@@ -26,7 +26,8 @@ CHUNK = 2**16
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadConfig:
-    """How the URLs of a list are fetched. The limits of connections hold for each reading task; several run side by side.
+    """How the URLs of a list are fetched. The limits of connections hold for each reading task: two run for each of the stage's
+    actors (`resources.num_actors`), wherever in the cluster they are.
 
     Args:
         connections: at once.

@@ -16,7 +16,7 @@ on one core, sorting included), and 10,000 times as many for 100 million, spread
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -87,6 +87,7 @@ def run_duplicates(dataset_uri: str, config: DuplicatesConfig, *, on_progress: O
     identity = Identity("duplicates", settings, models={}, inputs={IMAGES_PATH: images.require().fingerprint})
     output.claim(identity)
     generations = _plan_generations(images, output)
+    found = set(output.list_shards())
     result: StageResult | None = None
     older: list[str] = []
     for generation in generations:
@@ -109,7 +110,7 @@ def run_duplicates(dataset_uri: str, config: DuplicatesConfig, *, on_progress: O
         older = shards
     if result is None:
         raise MissingTableError(f"{images.uri} holds no shard yet: run ingest first")
-    return result
+    return replace(result, found_shards=len(found.intersection(older)))
 
 
 class DuplicatesWorker:
