@@ -67,6 +67,7 @@ class Ledger:
 
     def __init__(self, missing: list[int]):
         self.seen, self.missing, self.num_passed = DigestSet(), missing, 0
+        self.expected = set(missing)
         self.claimed: set[int] = set()
         self.passed: set[int] = set()  # claimed or skipped: nobody waits for them
         self.stalled: set[int] = set()
@@ -83,7 +84,8 @@ class Ledger:
         of the shard that everybody waits for, once, and skips it the next time.
         """
         async with self.changed:
-            while shard not in self.passed and (blocking := self.missing[self.num_passed]) != shard:
+            while self._must_wait(shard):
+                blocking = self.missing[self.num_passed]
                 try:
                     await asyncio.wait_for(self.changed.wait(), stall)
                 except TimeoutError:
@@ -98,6 +100,10 @@ class Ledger:
         places = self.seen.find(digests)
         places[places == shard] = UNSEEN
         return places
+
+    def _must_wait(self, shard: int) -> bool:
+        """A shard that was there when the ledger was opened, and is made anew all the same, waits for nobody."""
+        return shard in self.expected and shard not in self.passed and self.missing[self.num_passed] != shard
 
     async def skip(self, shard: int) -> None:
         """It cannot be read now: the others go on. When it is claimed after all, it comes after those that were not held up."""

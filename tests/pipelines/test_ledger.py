@@ -74,5 +74,6 @@ def test_what_cannot_be_read_holds_up_nobody() -> None:
         assert (await waiting).tolist() == [UNSEEN, UNSEEN]
         assert (await ledger.claim(0, digests(2, 3))).tolist() == [2, UNSEEN]
         assert (await ledger.claim(1, digests(3, 4))).tolist() == [0, UNSEEN]
+        assert (await ledger.claim(9, digests(4, 5))).tolist() == [1, UNSEEN]  # one that nobody knew to be missing
 
     asyncio.run(ask())
