@@ -3,8 +3,8 @@
 Every stage decodes here, so that an image looks the same to the captioners, to CLIP and to the DC-AE.
 """
 
-import struct
-import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
@@ -15,19 +15,39 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 """What may be decoded, as Pillow names it. Not all that Pillow knows: some (EPS) start other programs."""
 
+REFUSED_EXTENSIONS = (".heic", ".heif", ".svg", ".psd", ".eps", ".ico", ".tga", ".pcx", ".jxl")
 # fmt: off
 EXTENSIONS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm",
-    ".pgm", ".heic", ".heif",
+    ".pgm", *REFUSED_EXTENSIONS,
 )
 # fmt: on
-"""What is taken for an image by its name. HEIC cannot be decoded: such photos are refused, rather than passed over."""
+"""What is taken for an image by its name. Those that cannot be decoded are refused, rather than passed over."""
 
 PILLOW_MAX_PIXELS = 2 * 89_478_485
 """Pillow refuses larger images by itself."""
 
-# What Pillow's decoders raise on broken files; which one depends on the format and the place.
-DECODER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, IndexError, EOFError, OverflowError, struct.error, zlib.error)
+MAX_JPEG_SCANS = 200
+"""A progressive JPEG has about ten; each costs a pass over the whole image, and a few hundred KB can hold thousands."""
+
+# By their first bytes, at an offset: formats that people have, and that are not decoded.
+SIGNATURES = (
+    (4, b"ftyphei", "HEIC"),
+    (4, b"ftyphev", "HEIC"),
+    (4, b"ftypmif1", "HEIF"),
+    (4, b"ftypmsf1", "HEIF"),
+    (0, b"%!PS-Adobe", "EPS or PostScript"),
+    (0, b"\xc5\xd0\xd3\xc6", "EPS"),
+    (0, b"%PDF-", "PDF"),
+    (0, b"8BPS", "PSD"),
+    (0, b"\0\0\1\0", "ICO"),
+    (0, b"\0\0\2\0", "CUR or TGA"),
+    (0, b"\x0a\x05\x01", "PCX"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (0, b"\0\0\0\x0cJXL ", "JPEG XL"),
+)
+TEXT_SIGNATURES = ((b"<svg", "SVG"), (b"<!doctype svg", "SVG"))
+HEAD = 1024  # bytes looked through for the beginning of a text format
 
 ORIENTATION_TAG = 0x0112
 TRANSPOSE = {
@@ -61,11 +81,13 @@ class ImageLimits:
 
     Args:
         min_size: of the shorter side, pixels.
+        max_bytes: of the file; larger ones are not even fetched where their size is known before.
         max_pixels: width times height; a decoded pixel takes 3 to 4 bytes. At most 178956970.
         max_aspect_ratio: longer by shorter side. The widest bucket has 4: what is longer loses its ends.
     """
 
     min_size: int = 16
+    max_bytes: int = 64 * 2**20
     max_pixels: int = 80_000_000
     max_aspect_ratio: float = 6.0
 
@@ -74,8 +96,8 @@ class ImageLimits:
             raise ValueError(
                 f"max_pixels={self.max_pixels} must be between 1 and {PILLOW_MAX_PIXELS}, which is Pillow's own limit"
             )
-        if self.min_size < 1:
-            raise ValueError(f"min_size={self.min_size} must be at least 1")
+        if self.min_size < 1 or self.max_bytes < 1:
+            raise ValueError(f"min_size={self.min_size}, max_bytes={self.max_bytes}: both must be at least 1")
         if self.max_aspect_ratio < 1:
             raise ValueError(f"max_aspect_ratio={self.max_aspect_ratio} must be at least 1 (it is longer by shorter side)")
 
@@ -90,38 +112,36 @@ def decode(image_bytes: bytes, limits: ImageLimits | None = None) -> Image.Image
         limits: None for images that `ingest` let in.
 
     Raises:
-        BadImageError: not_an_image, unsupported_format, too_large, too_small, extreme_aspect_ratio, truncated, corrupt or
-            unsupported_pixels.
+        BadImageError: not_an_image, unsupported_format, too_many_bytes, too_large, too_small, extreme_aspect_ratio, truncated,
+            corrupt or unsupported_pixels.
     """
     return to_rgb(open_image(image_bytes, limits))
 
 
 def open_image(image_bytes: bytes, limits: ImageLimits | None = None) -> Image.Image:
     """Read the header (format, size) and check the limits; nothing is decoded. Raises as `decode`."""
+    if limits is not None and len(image_bytes) > limits.max_bytes:
+        raise too_many_bytes(len(image_bytes), limits.max_bytes)
     try:
-        image = Image.open(BytesIO(image_bytes), formats=FORMATS)
-    except Image.DecompressionBombError as error:
-        raise BadImageError("too_large", str(error)) from error
+        with _decoding():
+            image = Image.open(BytesIO(image_bytes), formats=FORMATS)
     except UnidentifiedImageError as error:
-        if image_bytes[4:12] in (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1"):
-            raise BadImageError("unsupported_format", "HEIC: convert it to JPEG or PNG") from error
-        detail = f"{len(image_bytes)} bytes that begin with {image_bytes[:12]!r}" if image_bytes else "no bytes"
-        raise BadImageError("not_an_image", detail) from error
-    except DECODER_ERRORS as error:
-        raise _broken(error) from error
+        raise _unidentified(image_bytes) from error
     if limits is not None:
         _check_limits(*image.size, limits)
+    if image.format in ("JPEG", "MPO") and (scans := image_bytes.count(b"\xff\xda")) > MAX_JPEG_SCANS:
+        raise BadImageError("too_large", f"{scans} scans: a JPEG made to be slow, over {MAX_JPEG_SCANS}")
     return image
+
+
+def too_many_bytes(size: int, max_bytes: int) -> BadImageError:
+    return BadImageError("too_many_bytes", f"{size} bytes, over max_bytes={max_bytes}")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """An opened image of any mode to RGB, as `decode` says and raising as it does."""
-    try:
+    with _decoding():
         image.load()
-    except Image.DecompressionBombError as error:
-        raise BadImageError("too_large", str(error)) from error
-    except DECODER_ERRORS as error:
-        raise _broken(error) from error
     transpose = TRANSPOSE.get(_orientation(image))  # after loading: Pillow turns TIFF by itself, and then says 1
     profile = image.info.get("icc_profile")
     image = _to_8_bits(image)
@@ -130,6 +150,36 @@ def to_rgb(image: Image.Image) -> Image.Image:
     except ValueError as error:
         raise BadImageError("unsupported_pixels", f"mode {image.mode} ({error})") from error
     return rgb if transpose is None else rgb.transpose(transpose)
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """Turns what a decoder raises into BadImageError. Hostile bytes make Pillow raise errors of nearly every type."""
+    try:
+        yield
+    except UnidentifiedImageError:
+        raise
+    except (Image.DecompressionBombError, MemoryError) as error:
+        raise BadImageError("too_large", str(error) or "out of memory") from error
+    except Exception as error:
+        text = str(error) or type(error).__name__
+        lower = text.lower()
+        if "decompressed data too large" in lower or "too much memory" in lower:  # text chunks of PNG
+            raise BadImageError("too_large", text) from error
+        cut_off = isinstance(error, EOFError) or any(word in lower for word in ("truncated", "unexpected end", "eof"))
+        raise BadImageError("truncated" if cut_off else "corrupt", text) from error
+
+
+def _unidentified(image_bytes: bytes) -> BadImageError:
+    for offset, signature, name in SIGNATURES:
+        if image_bytes.startswith(signature, offset):
+            return BadImageError("unsupported_format", f"{name}: convert it to JPEG, PNG or WebP")
+    head = image_bytes[:HEAD].lower()
+    for word, name in TEXT_SIGNATURES:
+        if word in head and b"<html" not in head:
+            return BadImageError("unsupported_format", f"{name}: draw it into a PNG")
+    detail = f"{len(image_bytes)} bytes that begin with {image_bytes[:12]!r}" if image_bytes else "no bytes"
+    return BadImageError("not_an_image", detail)
 
 
 def resize_and_crop(
@@ -177,17 +227,12 @@ def _check_limits(width: int, height: int, limits: ImageLimits) -> None:
         raise BadImageError("extreme_aspect_ratio", detail)
 
 
-def _broken(error: Exception) -> BadImageError:
-    text = str(error) or type(error).__name__
-    cut_off = isinstance(error, EOFError) or any(word in text.lower() for word in ("truncated", "unexpected end", "eof"))
-    return BadImageError("truncated" if cut_off else "corrupt", text)
-
-
 def _orientation(image: Image.Image) -> int:
     """1, upright, where the EXIF data is absent or broken."""
     try:
-        return image.getexif().get(ORIENTATION_TAG, 1)
-    except DECODER_ERRORS:
+        with _decoding():
+            return image.getexif().get(ORIENTATION_TAG, 1)
+    except BadImageError:
         return 1
 
 
@@ -213,6 +258,8 @@ def _onto_white(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """Convert to RGB, by the embedded colour profile if there is one that fits."""
+    if image.mode == "LAB":
+        return _convert_profile(image, ImageCms.createProfile("LAB"))
     if image.mode not in ("L", "RGB", "CMYK"):
         image = image.convert("RGB")
     if not profile:
@@ -221,8 +268,12 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         embedded = ImageCms.ImageCmsProfile(BytesIO(profile))
         if image.mode == "RGB" and "sRGB" in ImageCms.getProfileDescription(embedded):
             return image
-        converted = ImageCms.profileToProfile(image, embedded, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        return _convert_profile(image, embedded)
     except (ImageCms.PyCMSError, OSError, ImportError):  # a broken or foreign profile, or a Pillow without lcms
         return image.convert("RGB")
-    assert converted is not None
+
+
+def _convert_profile(image: Image.Image, profile: ImageCms.ImageCmsProfile | ImageCms.core.CmsProfile) -> Image.Image:
+    converted = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    assert converted is not None  # that is for inPlace
     return converted

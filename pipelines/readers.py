@@ -3,21 +3,33 @@
 A file that cannot be read, or not to its end, gives a row that says so; the rows before it are kept.
 """
 
-import json
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from posixpath import splitext
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.images import EXTENSIONS
-from pipelines.sources import SIDECARS, Part, Source
+from pipelines.download import FetchError, fetch_all, read_key
+from pipelines.images import EXTENSIONS, too_many_bytes
+from pipelines.lists import copy_list, read_listed
+from pipelines.sidecars import clean, read_sidecars, to_json
+from pipelines.sources import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    SIDECARS,
+    Part,
+    Source,
+    find_column,
+    holds_images,
+    holds_text,
+    is_binary,
+)
 from pipelines.stage import Row
+from pipelines.storage import StorageError, is_transient, open_file
 
 SOURCE_ROWS = pa.schema(
     [
@@ -29,9 +41,6 @@ SOURCE_ROWS = pa.schema(
         pa.field("detail", pa.string()),
     ]
 )
-IMAGE_COLUMNS = ("image", "image_bytes", "jpg", "jpeg", "png", "webp", "img", "bytes")
-CAPTION_COLUMNS = ("caption", "text", "txt")
-
 NUM_THREADS = 16  # they wait for the disk or the network
 PARQUET_BATCH = 64  # rows decoded at once
 TAR_BLOCK = 512
@@ -41,34 +50,44 @@ READ_ERRORS = (OSError, EOFError, zlib.error, tarfile.TarError, pa.ArrowExceptio
 
 
 def count_samples(source: Source, part: Part) -> int | None:
-    """How many samples a whole file holds, by its headers; None if they cannot be read.
+    """How many samples a whole file holds, by its headers; None if they cannot be read. A list is copied by it.
 
     Raises:
-        ValueError: a Parquet file without an image column.
+        ValueError: a Parquet file without an image column, a list that is none.
+        StorageError: the storage does not answer.
     """
     if source.kind == "folder":
         return 1
-    filesystem, root = source.open()
+    if source.kind == "list":
+        return copy_list(source, part)
+    uri = source.uri_of(part.path)
     try:
-        with filesystem.open(f"{root}/{part.path}", "rb") as file:
+        with open_file(uri) as file:
             if source.kind == "webdataset":
                 with tarfile.open(fileobj=file) as archive:
                     images, _, cut_off = _scan_tar(archive)
                     return len(images) or (None if cut_off else 0)
             parquet = pq.ParquetFile(file)
             count = parquet.metadata.num_rows
-    except READ_ERRORS:
+    except READ_ERRORS as error:
+        _failed(uri, error)
         return None
-    _find_columns(parquet.schema_arrow, source, source.uri_of(part.path))
+    _find_columns(parquet.schema_arrow, source, uri)
     return count
 
 
 def read_parts(source: Source, parts: list[Part]) -> pa.Table:
     """The samples of some parts in order, as SOURCE_ROWS.
 
-    Errors: missing_source (the file is gone), truncated (a tar that ends too early), unreadable.
+    Errors: missing_source (the file is gone), truncated (a tar that ends too early), too_many_bytes, unreadable, those of
+    `download.fetch_all`, and no_url (a row of a list without one).
+
+    Raises StorageError: the storage does not answer; no row is given up for that.
     """
-    return pa.Table.from_pylist(list(_read_rows(source, parts)), SOURCE_ROWS)
+    rows = list(_read_rows(source, parts))
+    for row in rows:  # names in an archive or a folder may be no UTF-8
+        row["source_uri"] = row["source_uri"].encode(errors="backslashreplace").decode()
+    return pa.Table.from_pylist(rows, SOURCE_ROWS)
 
 
 def _read_rows(source: Source, parts: list[Part]) -> Iterator[Row]:
@@ -76,7 +95,7 @@ def _read_rows(source: Source, parts: list[Part]) -> Iterator[Row]:
         with ThreadPoolExecutor(NUM_THREADS) as pool:
             yield from pool.map(partial(_read_image_file, source), parts)
         return
-    read = _read_tar if source.kind == "webdataset" else _read_parquet
+    read = {"webdataset": _read_tar, "parquet": _read_parquet, "list": read_listed}[source.kind]
     for part in parts:
         try:
             yield from read(source, part)
@@ -85,6 +104,8 @@ def _read_rows(source: Source, parts: list[Part]) -> Iterator[Row]:
 
 
 def _failed(uri: str, error: Exception) -> Row:
+    if isinstance(error, StorageError) and is_transient(error):
+        raise error
     if isinstance(error, FileNotFoundError):
         code = "missing_source"
     else:
@@ -92,27 +113,28 @@ def _failed(uri: str, error: Exception) -> Row:
     return {"source_uri": uri, "error": code, "detail": f"{type(error).__name__}: {error}"}
 
 
+def _refused(uri: str, error: FetchError) -> Row:
+    return {"source_uri": uri, "error": error.reason, "detail": error.detail}
+
+
 def _read_image_file(source: Source, part: Part) -> Row:
-    filesystem, root = source.open()
     uri = source.uri_of(part.path)
-    try:
-        image_bytes = filesystem.cat_file(f"{root}/{part.path}")
-    except OSError as error:
-        return _failed(uri, error)
-    sidecars: dict[str, bytes | Exception] = {}
-    for path in part.sidecars:
-        try:
-            sidecars[splitext(path)[1]] = filesystem.cat_file(f"{root}/{path}")
-        except OSError as error:
-            sidecars[splitext(path)[1]] = error
-    return {"image_bytes": image_bytes, "source_uri": uri, **_read_sidecars(sidecars)}
+    content = read_key(uri, source.max_bytes, part.size)
+    if isinstance(content, FetchError):
+        return _refused(uri, content)
+    beside = {splitext(path)[1]: read_key(source.uri_of(path), source.max_bytes) for path in part.sidecars}
+    return {"image_bytes": content, "source_uri": uri, **read_sidecars(beside)}
 
 
 def _read_tar(source: Source, part: Part) -> Iterator[Row]:
-    filesystem, root = source.open()
-    with filesystem.open(f"{root}/{part.path}", "rb") as file, tarfile.open(fileobj=file) as archive:
+    with open_file(source.uri_of(part.path)) as file, tarfile.open(fileobj=file) as archive:
         images, texts, cut_off = _scan_tar(archive)
         for member in images[part.start : part.stop]:
+            uri = f"{source.uri_of(part.path)}#{member.name}"
+            if member.size > source.max_bytes:
+                refusal = too_many_bytes(member.size, source.max_bytes)
+                yield {"source_uri": uri, "error": refusal.reason, "detail": refusal.detail}
+                continue
             image_bytes = _extract(archive, member)
             if isinstance(image_bytes, Exception):
                 if cut_off is None:
@@ -120,8 +142,7 @@ def _read_tar(source: Source, part: Part) -> Iterator[Row]:
                 break  # the last member, of which only a part is there
             beside = {ending: texts.get(splitext(member.name)[0] + ending) for ending in SIDECARS}
             sidecars = {ending: _extract(archive, text) for ending, text in beside.items() if text}
-            uri = f"{source.uri_of(part.path)}#{member.name}"
-            yield {"image_bytes": image_bytes, "source_uri": uri, **_read_sidecars(sidecars)}
+            yield {"image_bytes": image_bytes, "source_uri": uri, **read_sidecars(sidecars)}
         if part.stop is None and cut_off is not None:
             raise cut_off
 
@@ -157,25 +178,35 @@ def _extract(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | Excep
 
 
 def _read_parquet(source: Source, part: Part) -> Iterator[Row]:
-    filesystem, root = source.open()
     uri = source.uri_of(part.path)
-    with filesystem.open(f"{root}/{part.path}", "rb") as file:
+    with open_file(uri) as file:
         parquet = pq.ParquetFile(file)
         image_column, caption_column = _find_columns(parquet.schema_arrow, source, uri)
         stop = parquet.metadata.num_rows if part.stop is None else part.stop
-        for row, index in _parquet_rows(parquet, image_column, part.start, stop):
-            value = row.pop(image_column)
-            image_bytes = value["bytes"] if isinstance(value, dict) else value
-            caption = _clean(row.pop(caption_column)) if caption_column else None
-            found = {"source_uri": f"{uri}#{index}", "caption": caption, "metadata": _to_json(row)}
-            if image_bytes is None:
-                found |= {"error": "unreadable", "detail": f"column {image_column!r} holds no bytes ({value})"}
-            yield {"image_bytes": image_bytes, **found}
+        for batch, first in _parquet_batches(parquet, image_column, part.start, stop):
+            contents = _image_contents(source, part.path, [row.pop(image_column) for row in batch])
+            for index, (row, content) in enumerate(zip(batch, contents, strict=True), first):
+                caption = clean(row.pop(caption_column)) if caption_column else None
+                found = {"caption": caption, "metadata": to_json(row)}
+                if isinstance(content, FetchError):
+                    yield found | _refused(f"{uri}#{index}", content)
+                else:
+                    yield found | {"image_bytes": content, "source_uri": f"{uri}#{index}"}
 
 
-def _parquet_rows(parquet: pq.ParquetFile, image_column: str, start: int, stop: int) -> Iterator[tuple[Row, int]]:
-    """Rows `start` to `stop` with their index, read from the row groups that hold them, without other binary columns."""
-    columns = [field.name for field in parquet.schema_arrow if field.name == image_column or not _is_binary(field.type)]
+def _image_contents(source: Source, path: str, values: list[bytes | Row | None]) -> list[bytes | FetchError]:
+    """Bytes as they are, or of `datasets`' struct of bytes and path, where there may be only the path."""
+    wrapped: list[Row] = [value if isinstance(value, dict) else {"bytes": value} for value in values]
+    keys = {value["path"]: None for value in wrapped if value["bytes"] is None and value.get("path")}
+    fetched = fetch_all([source.resolve(path, key) for key in keys], source.download, source.max_bytes) if keys else []
+    by_key = dict(zip(keys, fetched, strict=True))
+    nothing = FetchError("unreadable", "the row holds neither bytes nor a path")
+    return [by_key.get(value.get("path"), nothing) if value["bytes"] is None else value["bytes"] for value in wrapped]
+
+
+def _parquet_batches(parquet: pq.ParquetFile, image_column: str, start: int, stop: int) -> Iterator[tuple[list[Row], int]]:
+    """Rows `start` to `stop` and the first one's index, from the row groups that hold them, without other binary columns."""
+    columns = [field.name for field in parquet.schema_arrow if field.name == image_column or not is_binary(field.type)]
     first = 0
     for group in range(parquet.metadata.num_row_groups):
         count = parquet.metadata.row_group(group).num_rows
@@ -184,70 +215,19 @@ def _parquet_rows(parquet: pq.ParquetFile, image_column: str, start: int, stop: 
             for batch in parquet.iter_batches(PARQUET_BATCH, row_groups=[group], columns=columns):
                 low, high = max(start - index, 0), min(stop - index, len(batch))
                 if low < high:
-                    yield from zip(batch.slice(low, high - low).to_pylist(), range(index + low, index + high), strict=True)
+                    yield batch.slice(low, high - low).to_pylist(), index + low
                 index += len(batch)
         first += count
 
 
 def _find_columns(schema: pa.Schema, source: Source, uri: str) -> tuple[str, str | None]:
     """Names of the image column and of the caption column, if there is one."""
-
-    def holds_images(name: str) -> bool:
-        kind = schema.field(name).type
-        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:  # as Hugging Face's `datasets` writes images
-            kind = kind.field("bytes").type
-        return _is_binary(kind)
-
-    def holds_text(name: str) -> bool:
-        kind = schema.field(name).type
-        return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-    image_names = [source.image_column] if source.image_column else IMAGE_COLUMNS
-    caption_names = [source.caption_column] if source.caption_column else CAPTION_COLUMNS
-    images = [name for name in image_names if name in schema.names and holds_images(name)]
-    captions = [name for name in caption_names if name in schema.names and holds_text(name)]
+    image = find_column(schema, source.image_column, IMAGE_COLUMNS, holds_images)
+    caption = find_column(schema, source.caption_column, CAPTION_COLUMNS, holds_text)
     there = ", ".join(f"{field.name} ({field.type})" for field in schema)
-    if not images:
-        names = " or ".join(image_names)
+    if image is None:
+        names = source.image_column or " or ".join(IMAGE_COLUMNS)
         raise ValueError(f"{uri} has no column of image bytes named {names}: set image_column. There are: {there}")
-    if source.caption_column and not captions:
+    if source.caption_column and caption is None:
         raise ValueError(f"{uri} has no column of text named caption_column={source.caption_column!r}. There are: {there}")
-    return images[0], captions[0] if captions else None
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
-
-
-def _read_sidecars(sidecars: Mapping[str, bytes | Exception]) -> Row:
-    """`caption` and `metadata` of the files beside an image, by their ending. The .txt is the caption before the .json."""
-    caption, metadata = None, {}
-    content = sidecars.get(".json")
-    if isinstance(content, bytes):
-        try:
-            metadata = json.loads(content)
-            if not isinstance(metadata, dict):
-                metadata = {"sidecar_error": f"the .json holds a {type(metadata).__name__}, not an object"}
-        except ValueError as error:
-            metadata = {"sidecar_error": f".json: {error}"}
-    content = sidecars.get(".txt")
-    if isinstance(content, bytes):
-        caption = _clean(content.decode("utf-8-sig", errors="replace"))
-    if caption is None:
-        named = [name for name in CAPTION_COLUMNS if isinstance(metadata.get(name), str)]
-        caption = _clean(metadata.pop(named[0])) if named else None
-    failed = [f"{ending}: {error}" for ending, error in sidecars.items() if isinstance(error, Exception)]
-    if failed:
-        metadata["sidecar_error"] = "; ".join(failed)
-    return {"caption": caption, "metadata": _to_json(metadata)}
-
-
-def _clean(caption: str | None) -> str | None:
-    return (caption.strip() or None) if caption else None
-
-
-def _to_json(metadata: Mapping[str, Any]) -> str | None:
-    """A strict JSON object of the values that are there; what JSON does not know as text, NaN as null."""
-    present = {name: value for name, value in metadata.items() if value is not None}
-    loose = json.dumps(present, default=lambda value: f"<{len(value)} bytes>" if isinstance(value, bytes) else str(value))
-    return json.dumps(json.loads(loose, parse_constant=lambda name: None)) if present else None
+    return image, caption

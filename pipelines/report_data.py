@@ -191,7 +191,7 @@ def _locate(rejects: Table, ids: set[str | None], config: SampleConfig) -> list[
 
 def _read_source(uri: str | None) -> bytes | None:
     """The first MAX_SOURCE_BYTES of a file, or of a member of a local tar ("a.tar#name"); None where they cannot be had."""
-    if not uri:
+    if not uri or uri.startswith(("http://", "https://")):  # no server is asked again for a report
         return None
     archive, _, member = uri.partition("#")
     if member and archive.endswith(".tar"):

@@ -23,6 +23,13 @@ IMAGES = pa.schema(
         pa.field("metadata", pa.string()),  # a JSON object: what else lay beside the image
     ]
 )
+IMAGE_SCORES = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("score", pa.float32(), nullable=False),  # what it means is its scorer's
+        pa.field("detail", pa.string()),  # what else the scorer tells: of a near duplicate, the image that stands for it
+    ]
+)
 CAPTIONS = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
@@ -78,6 +85,10 @@ REJECTS = pa.schema(
         pa.field("detail", pa.string(), nullable=False),  # for people
     ]
 )
+
+
+def image_scores_path(scorer: str) -> str:
+    return f"image_scores/{scorer}"
 
 
 def captions_path(captioner: str) -> str:

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from pipelines.images import ImageLimits, decode
-from pipelines.ingest import IngestConfig, IngestWorker, ShardReader, _pack, image_id, run_ingest
+from pipelines.ingest import IngestConfig, IngestWorker, ShardReader, image_id, run_ingest
+from pipelines.plan import ShardSize, pack
 from pipelines.readers import SOURCE_ROWS
 from pipelines.schema import IMAGES, IMAGES_PATH
 from pipelines.sources import Part, find_source, list_parts
@@ -80,7 +81,7 @@ def test_bad_folder_through_the_worker(tmp_path):
     """Rows and rejects exactly, without Ray."""
     write_bad_folder(tmp_path)
     source = find_source(str(tmp_path), "auto")
-    table = ShardReader(source, {"00000": list_parts(source)}, {})("00000")
+    table = ShardReader(source, {"00000": list_parts(source)})("00000")
     rows, rejects, _ = IngestWorker(ImageLimits()).process(table)
     found = {Path(row["source_uri"]).name: (row["format"], row["width"], row["height"], row["caption"]) for row in rows}
     assert found == {
@@ -116,18 +117,18 @@ def test_worker_refuses_what_was_not_read():
 def test_plan_slices_files_by_rows_and_bytes():
     def packed(counts: list[int | None], size: int = 100, **config) -> list[list[tuple]]:
         parts = [Part(f"{index}.tar", size) for index in range(len(counts))]
-        shards = _pack(parts, counts, IngestConfig(source="x", **config))
+        shards = pack(parts, counts, ShardSize(**{"rows": 1000, "bytes": 2**20} | config))
         return [[(part.path[0], part.start, part.stop) for part in shard] for shard in shards]
 
-    assert packed([1, 1, 1, 1, 1], rows_per_shard=2) == [
+    assert packed([1, 1, 1, 1, 1], rows=2) == [
         [("0", 0, None), ("1", 0, None)],
         [("2", 0, None), ("3", 0, None)],
         [("4", 0, None)],
     ]
-    assert packed([5, 0, 2], rows_per_shard=3) == [[("0", 0, 3)], [("0", 3, None), ("2", 0, 1)], [("2", 1, None)]]
-    assert packed([1, None, 1], rows_per_shard=3) == [[("0", 0, None)], [("1", 0, None)], [("2", 0, None)]]
-    assert packed([10], bytes_per_shard=45) == [[("0", 0, 4)], [("0", 4, 8)], [("0", 8, None)]]
-    assert packed([1, 1], bytes_per_shard=45) == [[("0", 0, None)], [("1", 0, None)]]
+    assert packed([5, 0, 2], rows=3) == [[("0", 0, 3)], [("0", 3, None), ("2", 0, 1)], [("2", 1, None)]]
+    assert packed([1, None, 1], rows=3) == [[("0", 0, None)], [("1", 0, None)], [("2", 0, None)]]
+    assert packed([10], bytes=45) == [[("0", 0, 4)], [("0", 4, 8)], [("0", 8, None)]]
+    assert packed([1, 1], bytes=45) == [[("0", 0, None)], [("1", 0, None)]]
 
 
 def test_whole_stage_resumes_grows_and_refuses_another_config(tmp_path, local_ray):
@@ -147,7 +148,7 @@ def test_whole_stage_resumes_grows_and_refuses_another_config(tmp_path, local_ra
         "00002": ["006.png"],
     }
     [duplicate] = rejects["00002"]
-    assert (duplicate["id"], duplicate["detail"]) == (rows["00000"][0]["id"], f"the same bytes as {source}/000.png")
+    assert (duplicate["id"], duplicate["detail"]) == (rows["00000"][0]["id"], "the same bytes as an image of shard 00000")
 
     for shards in (["00002"], ["00000"], ["00000", "00001", "00002"]):
         for shard in shards:
@@ -162,8 +163,16 @@ def test_whole_stage_resumes_grows_and_refuses_another_config(tmp_path, local_ra
     grown = run_ingest(str(dataset), config)
     assert (grown.num_shards, grown.found_shards, grown.num_rows, grown.num_rejects) == (4, 3, 8, 2)
     tables = read_table(images)
-    assert names(tables.pop("00003")) == ["008.png"]
+    grown_rows = tables.pop("00003")
+    assert names(grown_rows) == ["008.png"]
     assert tables == rows
+
+    other = encode(noise_image(9), "PNG")
+    (source / "0_new/008.png").write_bytes(other)  # a file that changes: what is done holds what was there
+    assert run_ingest(str(dataset), config).was_done and read_table(images) == rows | {"00003": grown_rows}
+    os.remove(dataset / "images/00003.parquet")  # what is not done yet holds what is there
+    run_ingest(str(dataset), config)
+    assert [row["id"] for row in read_table(images)["00003"]] == [image_id(other)]
 
     os.remove(dataset / "images/00002.parquet")
     lost = run_ingest(str(dataset), config)

@@ -1,0 +1,41 @@
+"""`python -m jobs.duplicates --config jobs/configs/duplicates.yaml`: images -> which of them look alike."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from jobs.runner import JobConfig, run_job, track_stage
+from pipelines.duplicates import DuplicatesConfig, run_duplicates
+from pipelines.report_images import duplicates_report
+from pipelines.stage import StageResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class DuplicatesJob(JobConfig):
+    """Find the images of a dataset that look alike.
+
+    Args:
+        duplicates: what counts as looking alike.
+    """
+
+    duplicates: DuplicatesConfig = field(default_factory=DuplicatesConfig)
+
+
+def run(job: DuplicatesJob) -> StageResult:
+    """The stage in an MLflow run, on the Ray that is there."""
+    return track_stage(
+        job,
+        "duplicates",
+        lambda on_progress: run_duplicates(job.dataset_uri, job.duplicates, on_progress=on_progress),
+        make_report=lambda: duplicates_report(job.dataset_uri),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_job(
+        DuplicatesJob, run, argv, prog="python -m jobs.duplicates", description="Images -> which of them look alike."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""`python -m jobs.score_images --config jobs/configs/score_images.yaml`: images -> one number for each, of one scorer."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jobs.runner import JobConfig, run_job, track_stage
+from pipelines.image_scores import ImageScorerConfig, run_image_scores
+from pipelines.report_images import image_scores_report
+from pipelines.stage import StageResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreImagesJob(JobConfig):
+    """Score every image of a dataset with one scorer.
+
+    Args:
+        scorer: the model, and which of its labels counts.
+    """
+
+    scorer: ImageScorerConfig
+
+
+def run(job: ScoreImagesJob) -> StageResult:
+    """The stage in an MLflow run, on the Ray that is there."""
+    return track_stage(
+        job,
+        f"score images {job.scorer.name}",
+        lambda on_progress: run_image_scores(job.dataset_uri, job.scorer, on_progress=on_progress),
+        make_report=lambda: image_scores_report(job.dataset_uri, job.scorer.name),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_job(
+        ScoreImagesJob, run, argv, prog="python -m jobs.score_images", description="Images -> scores of the images alone."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

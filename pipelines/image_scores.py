@@ -1,0 +1,189 @@
+"""Scores of images alone (aesthetic, not safe for work, watermark): one table for each scorer, thresholds come downstream.
+
+A scorer is any image classifier of transformers (its score is the probability of one label), or a CLIP with a linear head
+over its image embedding, as the LAION aesthetic predictors are.
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Literal, Protocol
+
+import pyarrow as pa
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from transformers import AutoModelForImageClassification, CLIPVisionModelWithProjection
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the top-level name wants torchvision
+
+from pipelines.duplicates import NAME as NEAR_DUPLICATES
+from pipelines.images import BadImageError, decode
+from pipelines.models import local_model, model_version, pick_device
+from pipelines.schema import IMAGE_SCORES, IMAGES, IMAGES_PATH, image_scores_path
+from pipelines.stage import OnProgress, Resources, Row, ShardOutput, StageResult, reject, run_shards
+from pipelines.tables import Identity, Table
+from sana_model.checkpoint_files import read_weights_file, resolve
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageScorerConfig:
+    """A model that gives each image one number.
+
+    Args:
+        name: of the table under image_scores/.
+        model: a classifier or a CLIP: a local folder, a hub id, or a zoo://, hf:// or fsspec URI.
+        revision: of a hub id.
+        label: of a classifier: the name or the number of the class whose probability, from 0 to 1, is the score.
+        head: for a CLIP: a file (.pth, .safetensors) of linear layers over its image embedding; a path, an hf:// or an fsspec
+            URI. What they say is the score: from 1 to 10 for the LAION aesthetic predictors.
+        dtype: of the weights.
+        batch_size: images in one call of the model; changes no value.
+        device: "cpu", "cuda"; None: the first GPU that Ray gave the actor, or else the CPU.
+        resources: of the stage's actors.
+        max_reject_share: the job fails when a larger share of the images is refused.
+    """
+
+    name: str
+    model: str
+    revision: str | None = None
+    label: str | int | None = None
+    head: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    batch_size: int = 64
+    device: str | None = None
+    resources: Resources = field(default_factory=Resources)
+    max_reject_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.name == NEAR_DUPLICATES:
+            raise ValueError(f"name={self.name!r} is taken by the stage that finds near duplicates")
+        if (self.label is None) == (self.head is None):
+            raise ValueError(f"label={self.label!r}, head={self.head!r}: give a classifier's label, or a CLIP's head")
+
+
+def run_image_scores(dataset_uri: str, config: ImageScorerConfig, *, on_progress: OnProgress = lambda _: None) -> StageResult:
+    """Score every image of a dataset into `image_scores/<name>`.
+
+    Raises as `run_shards`, and MissingTableError if there are no images.
+    """
+    images = Table(dataset_uri, IMAGES_PATH, IMAGES)
+    values = asdict(config)
+    settings = {name: values[name] for name in ("model", "label", "head", "dtype")}
+    models = {config.name: model_version(config.model, config.revision)}
+    if config.head:
+        with resolve(config.head).open("rb") as file:
+            models["head"] = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:32]}"
+    identity = Identity("score_images", settings, models, {IMAGES_PATH: images.require().fingerprint})
+    return run_shards(
+        Table(dataset_uri, image_scores_path(config.name), IMAGE_SCORES),
+        identity,
+        images.list_shards(),
+        read_shard=partial(images.read_shard, columns=["id", "image_bytes", "source_uri"]),
+        make_worker=partial(ImageScorer, config),
+        resources=config.resources,
+        max_reject_share=config.max_reject_share,
+        on_progress=on_progress,
+    )
+
+
+class ImageModel(Protocol):
+    """What gives each image one number."""
+
+    def score(self, images: Sequence[Image.Image]) -> Tensor:
+        """RGB images -> scores (B,), float32 on the CPU."""
+        ...
+
+
+class ImageScorer:
+    """Ray Data actor: images -> scores."""
+
+    def __init__(self, config: ImageScorerConfig):
+        self.config = config
+        self.model: ImageModel = ClipHead(config) if config.head else Classifier(config)
+
+    def process(self, table: pa.Table) -> ShardOutput:
+        """A score for each image, or a reject."""
+        rows: list[Row] = []
+        rejects: list[Row] = []
+        source = table.to_pylist()
+        for start in range(0, len(source), self.config.batch_size):
+            ids, images = [], []
+            for row in source[start : start + self.config.batch_size]:
+                try:
+                    images.append(decode(row["image_bytes"]))
+                    ids.append(row["id"])
+                except BadImageError as error:
+                    rejects.append(reject(row, error.reason, error.detail))
+            scores = self.model.score(images).tolist() if images else []
+            rows += [{"id": image, "score": score} for image, score in zip(ids, scores, strict=True)]
+        return ShardOutput(rows, rejects)
+
+
+class Classifier:
+    """Any image classifier of transformers: the probability of one label.
+
+    Raises ValueError: the model has no such label.
+    """
+
+    def __init__(self, config: ImageScorerConfig):
+        path, revision = local_model(config.model), config.revision or "main"
+        self.device = pick_device(config.device)
+        self.processor = AutoImageProcessor.from_pretrained(path, revision=revision, backend="pil")
+        dtype = getattr(torch, config.dtype)
+        model = AutoModelForImageClassification.from_pretrained(path, dtype=dtype, revision=revision)
+        self.model = model.to(self.device).eval()
+        labels = {str(name): int(number) for number, name in model.config.id2label.items()}
+        number = config.label if isinstance(config.label, int) else labels.get(str(config.label))
+        if number is None or not 0 <= number < len(labels):
+            raise ValueError(f"{config.model} has no label {config.label!r}; it has {', '.join(labels)}")
+        self.label = number
+
+    @torch.inference_mode()
+    def score(self, images: Sequence[Image.Image]) -> Tensor:
+        """RGB images -> scores (B,), float32 on the CPU."""
+        pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"]
+        logits = self.model(pixel_values=pixels.to(self.device, self.model.dtype)).logits
+        return logits.float().softmax(-1)[:, self.label].cpu()
+
+
+class ClipHead:
+    """A CLIP's image tower whose unit embedding goes through linear layers, kept as "layers.<n>.weight" and "layers.<n>.bias".
+
+    So are the aesthetic predictors of LAION (christophschuhmann/improved-aesthetic-predictor): from 768 to 1 in five layers,
+    with nothing between them but dropout.
+
+    Raises ValueError: the file holds no such layers, or they do not end in one number.
+    """
+
+    def __init__(self, config: ImageScorerConfig):
+        assert config.head is not None
+        path, revision = local_model(config.model), config.revision or "main"
+        self.device = pick_device(config.device)
+        self.processor = AutoImageProcessor.from_pretrained(path, revision=revision, backend="pil")
+        dtype = getattr(torch, config.dtype)
+        model: torch.nn.Module = CLIPVisionModelWithProjection.from_pretrained(path, dtype=dtype, revision=revision)
+        self.model = model.to(self.device, dtype).eval()
+        self.dtype = dtype
+        weights = read_weights_file(resolve(config.head))
+        numbers = sorted(int(name.split(".")[1]) for name in weights if re.fullmatch(r"layers\.\d+\.weight", name))
+        if not numbers or len(weights[f"layers.{numbers[-1]}.weight"]) != 1:
+            raise ValueError(
+                f"{config.head} is no head: it needs layers.<n>.weight, the last of one row; it holds {', '.join(weights)}"
+            )
+        self.layers = [
+            tuple(weights[f"layers.{number}.{part}"].float().to(self.device) for part in ("weight", "bias"))
+            for number in numbers
+        ]
+
+    @torch.inference_mode()
+    def score(self, images: Sequence[Image.Image]) -> Tensor:
+        """RGB images -> scores (B,), float32 on the CPU."""
+        pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"]
+        embeds = self.model(pixel_values=pixels.to(self.device, self.dtype)).image_embeds.float()
+        hidden = F.normalize(embeds, dim=-1)
+        for weight, bias in self.layers:
+            hidden = F.linear(hidden, weight, bias)
+        return hidden[:, 0].cpu()

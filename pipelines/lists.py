@@ -1,0 +1,147 @@
+"""Lists of URLs or keys: CSV, TSV, JSON lines or Parquet files with one image in a row.
+
+A list is copied into the dataset once, when it is planned, in pieces of PIECE_ROWS rows: then any slice of it can be read
+without reading what comes before, and what a shard holds no longer changes with the file at the source.
+"""
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.download import FetchError, fetch_all
+from pipelines.sidecars import clean, to_json
+from pipelines.sources import CAPTION_COLUMNS, URL_COLUMNS, Part, Source, find_column, holds_text, is_binary
+from pipelines.stage import Row
+from pipelines.storage import open_file, read_file, write_file
+
+PIECE_ROWS = 100_000
+ROW_GROUP = 1000  # about what a shard reads
+MAX_FIELD = 2**24  # characters of a CSV's field; Python's own limit is 128 KiB
+LIST_ROWS = pa.schema([("url", pa.string()), ("caption", pa.string()), ("metadata", pa.string())])
+
+
+def copy_list(source: Source, part: Part) -> int:
+    """Copy a list into the dataset; returns its number of rows.
+
+    Raises:
+        ValueError: it cannot be read, or has no column of URLs.
+    """
+    uri = source.uri_of(part.path)
+    rows = _read_list(source, part.path)
+    count = 0
+    try:
+        for piece in iter(lambda: list(islice(rows, PIECE_ROWS)), []):
+            buffer = io.BytesIO()
+            pq.write_table(pa.Table.from_pylist(piece, LIST_ROWS), buffer, compression="zstd", row_group_size=ROW_GROUP)
+            write_file(_piece_uri(source, part.path, count // PIECE_ROWS), buffer.getvalue())
+            count += len(piece)
+    except (pa.ArrowException, csv.Error, UnicodeError) as error:
+        raise ValueError(
+            f"{uri} cannot be read as a list after row {count} ({error}): put it right, or take it away"
+        ) from error
+    return count
+
+
+def read_listed(source: Source, part: Part) -> Iterator[Row]:
+    """The images that a slice of a list names, as rows of `readers.SOURCE_ROWS`. Raises as `download.fetch_all`."""
+    rows = slice_list(source, part)
+    uris = [source.resolve(part.path, row["url"]) for row in rows if row["url"]]
+    contents = iter(fetch_all(uris, source.download, source.max_bytes))
+    named = iter(uris)
+    for index, row in enumerate(rows, part.start):
+        found = {"caption": row["caption"], "metadata": row["metadata"]}
+        if not row["url"]:
+            uri = f"{source.uri_of(part.path)}#{index}"
+            yield found | {"source_uri": uri, "error": "no_url", "detail": f"row {index} of the list names no image"}
+            continue
+        content = next(contents)
+        found["source_uri"] = next(named)
+        if isinstance(content, FetchError):
+            yield found | {"error": content.reason, "detail": content.detail}
+        else:
+            yield found | {"image_bytes": content}
+
+
+def slice_list(source: Source, part: Part) -> list[Row]:
+    """The rows of a part, from the copy: LIST_ROWS."""
+    rows: list[Row] = []
+    position = part.start
+    while part.stop is None or position < part.stop:
+        try:
+            content = read_file(_piece_uri(source, part.path, position // PIECE_ROWS))
+        except FileNotFoundError:
+            break
+        first = position - position % PIECE_ROWS
+        file = pq.ParquetFile(io.BytesIO(content))
+        end = min(part.stop or first + PIECE_ROWS, first + file.metadata.num_rows)
+        groups = range((position - first) // ROW_GROUP, -(-(end - first) // ROW_GROUP))
+        table = file.read_row_groups(list(groups)).slice((position - first) % ROW_GROUP, end - position)
+        rows += table.to_pylist()
+        position = first + PIECE_ROWS
+    return rows
+
+
+def _piece_uri(source: Source, path: str, piece: int) -> str:
+    return f"{source.copies_uri}/{hashlib.sha256(path.encode()).hexdigest()[:16]}-{piece:05}.parquet"
+
+
+def _read_list(source: Source, path: str) -> Iterator[Row]:
+    """Rows of LIST_ROWS; a line that is no record has no URL, and says why in its metadata."""
+    uri = source.uri_of(path)
+    with open_file(uri) as file:
+        if path.lower().endswith(".parquet"):
+            parquet = pq.ParquetFile(file)
+            columns = [field.name for field in parquet.schema_arrow if not is_binary(field.type)]
+            batches = parquet.iter_batches(ROW_GROUP, columns=columns)
+            records: Iterator[Row] = (row for batch in batches for row in batch.to_pylist())
+            schema = parquet.schema_arrow
+        else:
+            text = io.TextIOWrapper(file, "utf-8-sig", errors="replace", newline="")
+            records = _read_csv(text, path) if path.lower().endswith((".csv", ".tsv")) else _read_json(text)
+            first = next(records, None)
+            if first is None:
+                return
+            schema = pa.schema(
+                [(name, pa.string()) for name, value in first.items() if value is None or isinstance(value, str)]
+            )
+            records = chain([first], records)
+        url_column = find_column(schema, source.url_column, URL_COLUMNS, holds_text)
+        caption_column = find_column(schema, source.caption_column, CAPTION_COLUMNS, holds_text)
+        if url_column is None:
+            wanted = source.url_column or " or ".join(URL_COLUMNS)
+            raise ValueError(
+                f"{uri} has no column of URLs named {wanted}: set url_column. There are: {', '.join(schema.names)}"
+            )
+        if source.caption_column and caption_column is None:
+            raise ValueError(f"{uri} has no column of text named caption_column={source.caption_column!r}")
+        for record in records:
+            url, caption = record.pop(url_column, None), record.pop(caption_column, None) if caption_column else None
+            yield {"url": _text(url), "caption": _text(caption), "metadata": to_json(record)}
+
+
+def _text(value: object) -> str | None:
+    return clean(value) if isinstance(value, str) else None
+
+
+def _read_csv(text: Iterable[str], path: str) -> Iterator[Row]:
+    csv.field_size_limit(MAX_FIELD)
+    for row in csv.DictReader(text, delimiter="\t" if path.lower().endswith(".tsv") else ","):
+        row.pop(None, None)  # more fields than the header has
+        yield row
+
+
+def _read_json(text: Iterable[str]) -> Iterator[Row]:
+    for line in text:
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            record = {"list_error": str(error)}
+        yield record if isinstance(record, dict) else {"list_error": f"a {type(record).__name__}, not an object"}
