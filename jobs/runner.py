@@ -3,25 +3,33 @@
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import ray
 
 from jobs.config import parse_config, to_dict
+from jobs.status_line import StatusLine
+from pipelines.lease import LeaseConfig, LeaseLostError, hold, lease_settings
+from pipelines.rebuild import delete_table
 from pipelines.report import write_report
 from pipelines.stage import OnProgress, Progress, StageResult, TooManyRejectsError
 from pipelines.tables import REPORT, MissingTableError, StaleTableError, absolute_uri
 from pipelines.tracking import TrackedRun, TrackingConfig, start_run
 from pipelines.train_config import TrainingError
 
-EXPECTED = (MissingTableError, StaleTableError, TooManyRejectsError, TrainingError, FileNotFoundError, ValueError)
+EXPECTED = (
+    MissingTableError,
+    StaleTableError,
+    LeaseLostError,
+    TooManyRejectsError,
+    TrainingError,
+    FileNotFoundError,
+    ValueError,
+)
 """What a user can put right: shown as one message, without a traceback. Exit code 1."""
-CLEAR_LINE = "\r\x1b[2K"
-PRINT_EVERY = 10.0  # seconds between progress lines in a log file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,27 +67,6 @@ def start_ray(config: RayConfig) -> Iterator[None]:
         ray.shutdown()
 
 
-class StatusLine:
-    """Shows how far something is: one line, rewritten on a terminal; in a log a line now and then."""
-
-    def __init__(self) -> None:
-        self.printed = 0.0
-        self.is_terminal = sys.stderr.isatty()
-
-    def show(self, text: str) -> None:
-        now = time.monotonic()
-        if not self.is_terminal and now - self.printed < PRINT_EVERY:
-            return
-        self.printed = now
-        start, end = (CLEAR_LINE, "") if self.is_terminal else ("", "\n")
-        print(f"{start}{text}", end=end, file=sys.stderr, flush=True)
-
-    def clear(self) -> None:
-        """Take the line away, where it can be."""
-        if self.is_terminal:
-            print(CLEAR_LINE, end="", file=sys.stderr, flush=True)
-
-
 def describe_progress(name: str, progress: Progress) -> str:
     return (
         f"{name:<22} {progress.done_shards}/{progress.num_shards} shards  {progress.num_rows} rows  "
@@ -106,11 +93,25 @@ class JobConfig:
         dataset_uri: the folder (any fsspec URI) that holds the dataset's tables.
         ray: the Ray to run on.
         tracking: where MLflow keeps the run.
+        lease: what keeps a second job from writing the same table.
     """
 
     dataset_uri: str
     ray: RayConfig = field(default_factory=RayConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    lease: LeaseConfig = field(default_factory=LeaseConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageJobConfig(JobConfig):
+    """What the job of a stage that makes a table is told.
+
+    Args:
+        on_stale: what to do with a table that was made in another way than it would be made now. rebuild: delete it with its
+            rejects and make it anew. What was made from it is not touched: it is stale then, for its own stage to rebuild.
+    """
+
+    on_stale: Literal["refuse", "rebuild"] = "refuse"
 
 
 Job = TypeVar("Job", bound=JobConfig)
@@ -126,7 +127,7 @@ def run_job(
     job = parse_config(job_class, argv, prog=prog, description=description)
     job = replace(job, dataset_uri=absolute_uri(job.dataset_uri))
     try:
-        with start_ray(job.ray):
+        with start_ray(job.ray), lease_settings(job.lease):
             run(job)
     except EXPECTED as error:
         print(f"error: {error}", file=sys.stderr)
@@ -135,7 +136,7 @@ def run_job(
 
 
 def track_stage(
-    job: JobConfig,
+    job: StageJobConfig,
     name: str,
     run_stage: Callable[[OnProgress], StageResult],
     *,
@@ -157,7 +158,16 @@ def track_stage(
                 run = stack.enter_context(tracked)
             line.show(describe_progress(name, progress))
 
-        result = run_stage(on_progress)
+        try:
+            result = run_stage(on_progress)
+        except StaleTableError as error:
+            if error.table is None or not (job.on_stale == "rebuild" or error.table.deletion_begun()):
+                raise
+            line.clear()
+            print(f"{name:<22} {error.table.path} is stale: deleting it, to make it anew\n{error}", flush=True)
+            with hold(error.table.uri):
+                delete_table(error.table)
+                result = run_stage(on_progress)
         if run is not None:
             log_result(run, result)
             if make_report is not None:

@@ -247,6 +247,12 @@ def _read_plan(images: Table) -> Plan | None:
         raise ValueError(f"{images.uri}/{PLAN} is no plan of this version ({error!r})") from error
 
 
+def planned_shards(images: Table) -> list[str] | None:
+    """Names of the shards that the plan of ingest has; None if there is no plan. Raises ValueError if it cannot be read."""
+    plan = _read_plan(images)
+    return list(plan.shards) if plan else None
+
+
 def _read_part(part: dict[str, Any]) -> Part:
     return Part(**part | {"sidecars": tuple(part["sidecars"])})
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import pyarrow as pa
 import ray
 
+from pipelines.lease import Ticket, hold
 from pipelines.schema import REJECTS
 from pipelines.storage import remove_leftovers
 from pipelines.tables import Identity, Manifest, ShardFacts, Table
@@ -137,33 +138,36 @@ def run_shards(
 
     Raises:
         StaleTableError: `output` was made in another way.
+        LeaseHeldError, LeaseLostError: another writer is at work on `output`, or has taken it over.
         TooManyRejectsError: over `max_reject_share` of the rows were refused. The shards made until then stay.
     """
     start = time.monotonic()
-    manifest = output.claim(identity)
-    remove_leftovers(output.uri)
-    found = set(output.list_shards()) & set(shards)
-    progress = Progress(len(shards), len(found), len(found))
-    was_done = manifest.complete and manifest.num_shards == len(found) == len(shards)
-    if was_done:
-        progress.add_shard(manifest.num_rows, manifest.rejects_by_reason, {})
-    else:
-        _count_found(output, sorted(found), progress)
-    on_progress(progress)
-    if was_done:
-        _check_rejects(output, progress, max_reject_share, final=True)
-        return _result_of(output, manifest, len(found), time.monotonic() - start, 0.0)
-    missing = [shard for shard in shards if shard not in found]
-    for outcome in _stream(output, identity, missing, read_shard, make_worker, resources):
-        rejects_by_reason = dict(outcome["rejects_by_reason"])
-        progress.done_shards += 1
-        progress.add_shard(outcome["num_rows"], rejects_by_reason, dict(outcome["figures"]))
-        progress.new_rows += outcome["num_rows"] + sum(rejects_by_reason.values())
-        progress.seconds = time.monotonic() - start
+    with hold(output.uri) as lease:
+        manifest = output.claim(identity)
+        remove_leftovers(output.uri)
+        found = set(output.list_shards()) & set(shards)
+        progress = Progress(len(shards), len(found), len(found))
+        was_done = manifest.complete and manifest.num_shards == len(found) == len(shards)
+        if was_done:
+            progress.add_shard(manifest.num_rows, manifest.rejects_by_reason, {})
+        else:
+            _count_found(output, sorted(found), progress)
         on_progress(progress)
-        _check_rejects(output, progress, max_reject_share)
-    _check_rejects(output, progress, max_reject_share, final=True)
-    return _complete(output, progress, start)
+        if was_done:
+            _check_rejects(output, progress, max_reject_share, final=True)
+            return _result_of(output, manifest, len(found), time.monotonic() - start, 0.0)
+        missing = [shard for shard in shards if shard not in found]
+        for outcome in _stream(output, identity, lease.ticket, missing, read_shard, make_worker, resources):
+            lease.check()
+            rejects_by_reason = dict(outcome["rejects_by_reason"])
+            progress.done_shards += 1
+            progress.add_shard(outcome["num_rows"], rejects_by_reason, dict(outcome["figures"]))
+            progress.new_rows += outcome["num_rows"] + sum(rejects_by_reason.values())
+            progress.seconds = time.monotonic() - start
+            on_progress(progress)
+            _check_rejects(output, progress, max_reject_share)
+        _check_rejects(output, progress, max_reject_share, final=True)
+        return _complete(output, progress, start)
 
 
 def _complete(output: Table, progress: Progress, start: float) -> StageResult:
@@ -227,6 +231,7 @@ def _check_rejects(output: Table, progress: Progress, max_share: float, *, final
 def _stream(
     output: Table,
     identity: Identity,
+    ticket: Ticket,
     shards: list[str],
     read_shard: ReadShard,
     make_worker: Callable[[], ShardWorker],
@@ -249,7 +254,7 @@ def _stream(
         num_gpus=resources.num_gpus or None,
         resources=resources.custom or None,
     )
-    write = partial(_write, output=output, fingerprint=identity.fingerprint)
+    write = partial(_write, output=output, fingerprint=identity.fingerprint, ticket=ticket)
     dataset = dataset.map_batches(write, batch_size=1, batch_format="pyarrow", num_cpus=LIGHT)
     yield from dataset.iter_rows()
 
@@ -274,8 +279,9 @@ class _Worker:
         return pa.table({"shard": batch["shard"]} | columns)
 
 
-def _write(batch: pa.Table, output: Table, fingerprint: str) -> pa.Table:
+def _write(batch: pa.Table, output: Table, fingerprint: str, ticket: Ticket) -> pa.Table:
     """Rejects first: a shard that exists is a shard that is done."""
+    ticket.check()
     shard = batch["shard"][0].as_py()
     rows, rejects, figures = _unpack(batch["rows"]), _unpack(batch["rejects"]), batch["figures"][0].as_py()
     output.rejects().write_shard(shard, rejects, fingerprint=fingerprint)
