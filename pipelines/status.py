@@ -171,8 +171,8 @@ def _problems(found: FoundTable, files: Mapping[str, int]) -> list[str]:
 
 def expected_shards(found: FoundTable, known: Mapping[str, list[str]]) -> list[str] | None:
     """The shards that a table should have; None where nothing tells. `known`: those of the tables that were made before."""
-    if found.path == IMAGES_PATH:
-        return planned_shards(found.table)
+    if found.path == IMAGES_PATH and (planned := planned_shards(found.table)) is not None:
+        return planned
     manifest = found.manifest
     inputs = [path for path in manifest.inputs if path in known] if manifest else []
     if inputs:

@@ -9,6 +9,7 @@ Memory: some megabytes for each thread, and the ids of the shards under work; th
 """
 
 import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +25,7 @@ from pipelines.schema import IMAGES_PATH, SCHEMA_VERSION
 from pipelines.seen_ids import SeenIds
 from pipelines.status import FoundTable, expected_shards, find_stale, find_tables
 from pipelines.storage import StorageError, find_files, open_file
-from pipelines.tables import MANIFEST, REBUILD, Manifest, Table
+from pipelines.tables import FACTS_KEY, MANIFEST, REBUILD, Manifest, Table
 
 BATCH_ROWS = 64
 BUFFER_BYTES = 2**20
@@ -248,10 +249,10 @@ def _read_through(
         with open_file(table.shard_uri(shard), buffer_size=BUFFER_BYTES) as content:
             parquet = pq.ParquetFile(content, page_checksum_verification=True)
             if not parquet.schema_arrow.equals(table.schema):
-                violations.append(
-                    Violation(file, f"has other columns ({_difference(parquet.schema_arrow, table.schema)})", REMAKE)
-                )
+                difference = _difference(parquet.schema_arrow, table.schema)
+                violations.append(Violation(file, f"has other columns ({difference})", REMAKE))
                 return None
+            made_by = json.loads((parquet.metadata.metadata or {}).get(FACTS_KEY, b"{}")).get("fingerprint", "")
             for batch in parquet.iter_batches(batch_size=BATCH_ROWS):
                 here = batch["id"].to_pylist()
                 ids += here
@@ -278,16 +279,10 @@ def _changed_images(batch: pa.RecordBatch) -> list[str]:
 
 
 def _difference(found: pa.Schema, wanted: pa.Schema) -> str:
-    fields = {field.name: field for field in wanted}
-    here = {field.name: field for field in found}
-    return (
-        ", ".join(
-            f"{name}: {here.get(name, 'absent')} in place of {fields.get(name, 'nothing')}"
-            for name in sorted(fields.keys() | here.keys())
-            if here.get(name) != fields.get(name)
-        )
-        or "in another order"
-    )
+    here, there = ({one.name: str(one) for one in schema} for schema in (found, wanted))
+    names = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+    told = [f"{here.get(name, f'no {name}')} in place of {there.get(name, 'nothing')}" for name in names]
+    return ", ".join(told) or "in another order"
 
 
 def _check_counts(table: Table, manifest: Manifest, num_shards: int, counts: _Counts) -> Iterator[Violation]:
