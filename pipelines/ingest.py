@@ -253,6 +253,12 @@ def planned_shards(images: Table) -> list[str] | None:
     return list(plan.shards) if plan else None
 
 
+def planned_files(images: Table) -> int | None:
+    """How many files of the source the plan of ingest has; None if there is no plan."""
+    plan = _read_plan(images)
+    return len({part.path for parts in plan.shards.values() for part in parts}) if plan else None
+
+
 def _read_part(part: dict[str, Any]) -> Part:
     return Part(**part | {"sidecars": tuple(part["sidecars"])})
 

@@ -91,6 +91,7 @@ class Manifest:
     """"<figure>.mean" and "<figure>.min" over the shards."""
     versions: dict[str, str] = field(default_factory=dict)
     """Of the software that began the table. They change no fingerprint."""
+    begun: str = ""
     updated: str = ""
 
     def identity(self) -> Identity:
@@ -220,7 +221,7 @@ class Table:
                     "Delete them, or let the job do it with --on_stale rebuild.",
                     self,
                 )
-            fields = asdict(identity) | {"versions": software_versions()}
+            fields = asdict(identity) | {"versions": software_versions(), "begun": _now()}
             manifest = Manifest(fingerprint=identity.fingerprint, rejects_by_reason={}, **fields)
             self.write_manifest(manifest)
         if manifest.fingerprint != identity.fingerprint:
@@ -242,8 +243,12 @@ class Table:
         return True
 
     def write_manifest(self, manifest: Manifest) -> None:
-        content = asdict(manifest) | {"updated": datetime.now(UTC).isoformat(timespec="seconds")}
+        content = asdict(manifest) | {"updated": _now()}
         self.write_file(MANIFEST, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def describe_differences(old: Identity, new: Identity) -> list[str]:

@@ -103,17 +103,11 @@ def test_a_dead_writer_of_another_host_is_taken_over_when_its_lease_has_expired(
 
 
 def test_a_restarted_job_goes_on_at_once_and_its_former_process_stops(uri: str, start: type[Holder]) -> None:
-    first = start(uri, seconds=600, owner="job-7")
+    first = start(uri, seconds=4, owner="job-7")
     assert first.read() == "held"
-    second = start(uri, seconds=600, owner="job-7")
-    assert second.read() == "held"
-    with hold_as("job-7"), hold(uri) as third:
-        third.check()
-        os.kill(second.process.pid, signal.SIGTERM)
-
-
-def hold_as(owner: str) -> object:
-    return lease_settings(LeaseConfig(owner=owner, seconds=600))
+    with lease_settings(LeaseConfig(owner="job-7", seconds=600)), hold(uri) as lease:
+        assert first.read().startswith("lost")
+        lease.check()
 
 
 def test_a_writer_that_slept_too_long_finds_its_lease_lost(uri: str, start: type[Holder]) -> None:
