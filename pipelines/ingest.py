@@ -179,7 +179,7 @@ def _identity(config: IngestConfig, source: Source, plan: Plan) -> Identity:
 
 def _plan_sources(images: Table, config: IngestConfig) -> tuple[Source, Plan]:
     """The plan that there is, with new files appended as new shards; written before it is used."""
-    plan = _read_plan(images)
+    plan = read_plan(images)
     exclude = images.dataset_uri
     if absolute_uri(os.path.expanduser(config.source)) == exclude:
         raise ValueError(f"source={config.source!r} is the dataset itself: give the dataset a folder of its own")
@@ -233,7 +233,8 @@ def _hash_listing(parts: list[Part]) -> str:
     return hashlib.sha256(json.dumps([asdict(part) for part in parts]).encode()).hexdigest()[:16]
 
 
-def _read_plan(images: Table) -> Plan | None:
+def read_plan(images: Table) -> Plan | None:
+    """None if there is none. Raises ValueError if it is of another version."""
     filesystem, path = fsspec.url_to_fs(f"{images.uri}/{PLAN}")
     try:
         content = filesystem.cat_file(path)
@@ -245,18 +246,6 @@ def _read_plan(images: Table) -> Plan | None:
         return Plan(plan["kind"], plan["first_listing"], shards)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{images.uri}/{PLAN} is no plan of this version ({error!r})") from error
-
-
-def planned_shards(images: Table) -> list[str] | None:
-    """Names of the shards that the plan of ingest has; None if there is no plan. Raises ValueError if it cannot be read."""
-    plan = _read_plan(images)
-    return list(plan.shards) if plan else None
-
-
-def planned_files(images: Table) -> int | None:
-    """How many files of the source the plan of ingest has; None if there is no plan."""
-    plan = _read_plan(images)
-    return len({part.path for parts in plan.shards.values() for part in parts}) if plan else None
 
 
 def _read_part(part: dict[str, Any]) -> Part:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.ingest import planned_files
+from pipelines.ingest import read_plan
 from pipelines.report_data import SampleConfig, read_light
 from pipelines.schema import IMAGES, IMAGES_PATH, SCORES
 from pipelines.select import SelectionConfig, caption_probabilities
@@ -73,14 +73,8 @@ def make_lineage(dataset_uri: str, *, max_shards: int = DEFAULT_SHARDS) -> Linea
         made=datetime.now(UTC).isoformat(timespec="seconds"),
         sources=[_describe_source(dataset_uri, manifests[IMAGES_PATH])] if IMAGES_PATH in manifests else [],
         stages=[_describe_stage(table, manifests.get(table.path)) for table in status.tables],
-        scores={
-            path: {
-                "selection": asdict(selection),
-                "selection_of": chosen_by,
-                **_scores(dataset_uri, path, selection, max_shards),
-            }
-            for path in tables
-        },
+        selection={"of": chosen_by, **asdict(selection)},
+        scores={path: _scores(dataset_uri, path, selection, max_shards) for path in tables},
         trainings=_describe_trainings(status, trainings),
         software=software_versions(),
     )
@@ -89,8 +83,10 @@ def make_lineage(dataset_uri: str, *, max_shards: int = DEFAULT_SHARDS) -> Linea
 def _describe_source(dataset_uri: str, manifest: Manifest) -> dict[str, Any]:
     known = ("source", "source_kind", "license")
     facts = {name: manifest.config[name] for name in known if manifest.config.get(name) is not None}
-    num_files = planned_files(Table(dataset_uri, IMAGES_PATH, IMAGES))
-    return facts if num_files is None else facts | {"num_files": num_files}
+    plan = read_plan(Table(dataset_uri, IMAGES_PATH, IMAGES))
+    if plan is not None:
+        facts["num_files"] = len({part.path for parts in plan.shards.values() for part in parts})
+    return facts
 
 
 def _describe_stage(table: TableStatus, manifest: Manifest | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.checkpoints import RECORD
-from pipelines.ingest import planned_shards
+from pipelines.ingest import read_plan
 from pipelines.lease import read_lease
 from pipelines.schema import IMAGES_PATH, SCHEMA_VERSION, TABLE_SCHEMAS
 from pipelines.stage import NUM_THREADS
@@ -171,8 +171,8 @@ def _problems(found: FoundTable, files: Mapping[str, int]) -> list[str]:
 
 def expected_shards(found: FoundTable, known: Mapping[str, list[str]]) -> list[str] | None:
     """The shards that a table should have; None where nothing tells. `known`: those of the tables that were made before."""
-    if found.path == IMAGES_PATH and (planned := planned_shards(found.table)) is not None:
-        return planned
+    if found.path == IMAGES_PATH and (plan := read_plan(found.table)) is not None:
+        return list(plan.shards)
     manifest = found.manifest
     inputs = [path for path in manifest.inputs if path in known] if manifest else []
     if inputs:

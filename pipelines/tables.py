@@ -178,7 +178,7 @@ class Table:
         """
         facts = {"fingerprint": fingerprint, "figures": dict(figures or {})}
         if self.schema == REJECTS:
-            facts["rejects_by_reason"] = dict(Counter(rows["reject_reason"].to_pylist()))
+            facts["rejects_by_reason"] = count_reasons(rows)
         noted = rows.cast(self.schema).replace_schema_metadata({FACTS_KEY: json.dumps(facts)})
         buffer = BytesIO()
         pq.write_table(noted, buffer, compression="zstd", write_page_checksum=True)
@@ -249,6 +249,11 @@ class Table:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def count_reasons(rejects: pa.Table) -> dict[str, int]:
+    """How many rows there are for each reject_reason."""
+    return dict(Counter(rejects["reject_reason"].to_pylist()))
 
 
 def describe_differences(old: Identity, new: Identity) -> list[str]:

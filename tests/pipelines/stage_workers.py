@@ -1,5 +1,6 @@
 """Workers for the tests of the stage runner, in a module that Ray's actors can import."""
 
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -28,3 +29,27 @@ class Upper:
 
 def read_ids(ids: dict[str, list[str]], shard: str) -> pa.Table:
     return pa.table({"id": pa.array(ids[shard], pa.string())})
+
+
+class Dying(Upper):
+    """Ends its process at a row `poison`: every time, or once for each file in `lives`."""
+
+    def __init__(self, lives: Path | None = None):
+        super().__init__()
+        self.lives = lives
+
+    def process(self, table: pa.Table) -> ShardOutput:
+        if "poison" in table["id"].to_pylist():
+            if self.lives is None:
+                os._exit(1)
+            if spent := next(self.lives.iterdir(), None):
+                spent.unlink()
+                os._exit(1)
+        return super().process(table)
+
+
+class Unborn(Upper):
+    """Ends its process before it can work."""
+
+    def __init__(self) -> None:
+        os._exit(1)
