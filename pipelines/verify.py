@@ -31,6 +31,7 @@ BATCH_ROWS = 64
 BUFFER_BYTES = 2**20
 REMAKE = "delete it, and its stage makes it again"
 REBUILD_ADVICE = "run its stage with --on_stale rebuild"
+KEYS = ("id", "captioner", "reject_reason")
 ID = re.compile(r"[0-9a-f]{64}")
 
 
@@ -198,53 +199,45 @@ def _check_listing(found: FoundTable, shards: list[str], expected: list[str] | N
 def _verify_shard(found: FoundTable, source: Table | None, shard: str, seen: "SeenIds | None") -> _Shard:
     table, rejects = found.table, found.table.rejects()
     violations: list[Violation] = []
-    ids = _read_through(found, table, shard, violations, check_bytes=found.path == IMAGES_PATH)
-    reasons: list[str] = []
-    refused = _read_through(found, rejects, shard, violations, reasons=reasons) if ids is not None else None
-    if ids is None or refused is None:
-        return _Shard(len(ids or ()), Counter(reasons), violations, True)
-    file = _file(table, shard)
-    doubled = [row_id for row_id, count in Counter(ids).items() if count > 1]
-    if doubled:
+    kept = _read_through(found, table, shard, violations)
+    refused = _read_through(found, rejects, shard, violations) if kept is not None else None
+    if kept is None or refused is None:
+        return _Shard(0, Counter(), violations, True)
+    file, ids = _file(table, shard), kept["id"]
+    keys = list(zip(ids, kept["captioner"], strict=True)) if "captioner" in kept else ids
+    if doubled := {key for key, count in Counter(keys).items() if count > 1}:
         violations.append(Violation(file, f"holds {_some(doubled)} more than once", REMAKE))
     if seen is not None:
         seen.add(shard, [row_id for row_id in ids if ID.fullmatch(row_id)])
-    elif source is not None:
-        violations += _check_ids(file, ids, refused, _ids_of(source, shard), source)
-    return _Shard(len(ids), Counter(reasons), violations, False)
+    elif source is not None and (given := _ids_of(source, shard)) is not None:
+        violations += _check_ids(file, set(ids), set(refused["id"]), given, source.path, one_row=keys is ids)
+    return _Shard(len(ids), Counter(refused["reject_reason"]), violations, False)
 
 
-def _check_ids(file: str, ids: list[str], refused: list[str], given: list[str] | None, source: Table) -> Iterator[Violation]:
-    """`given`: the ids of the shard that this one was made from; None if it cannot be read, which its own check tells."""
-    if given is None:
-        return
-    kept, away, expected = set(ids), set(refused), set(given)
-    if lost := expected - kept - away:
-        yield Violation(file, f"lacks {_some(lost)} of {source.path}, which its rejects lack too", REMAKE)
-    if alien := (kept | away) - expected:
-        yield Violation(file, f"or its rejects hold {_some(alien)} that {source.path} has not in this shard", REMAKE)
-    if both := kept & away:
+def _check_ids(
+    file: str, kept: set[str], refused: set[str], given: set[str], source: str, *, one_row: bool
+) -> Iterator[Violation]:
+    """`given`: the ids of the shard of `source` that this one was made from. `one_row`: there is one for each, or a reject."""
+    if lost := given - kept - refused:
+        yield Violation(file, f"lacks {_some(lost)} of {source}, which its rejects lack too", REMAKE)
+    if alien := (kept | refused) - given:
+        yield Violation(file, f"or its rejects hold {_some(alien)} that {source} has not in this shard", REMAKE)
+    if one_row and (both := kept & refused):
         yield Violation(file, f"holds {_some(both)}, refused at the same time", REMAKE)
 
 
-def _ids_of(source: Table, shard: str) -> list[str] | None:
+def _ids_of(source: Table, shard: str) -> set[str] | None:
+    """None if it cannot be read, which its own check tells."""
     try:
-        return source.read_shard(shard, ["id"])["id"].to_pylist()
+        return set(source.read_shard(shard, ["id"])["id"].to_pylist())
     except (FileNotFoundError, ValueError):
         return None
 
 
-def _read_through(
-    found: FoundTable,
-    table: Table,
-    shard: str,
-    violations: list[Violation],
-    *,
-    check_bytes: bool = False,
-    reasons: list[str] | None = None,
-) -> list[str] | None:
-    """The ids of a file that is read to its end, or None if it is damaged. `reasons` takes those of the rejects."""
-    file, ids = _file(table, shard), list[str]()
+def _read_through(found: FoundTable, table: Table, shard: str, violations: list[Violation]) -> dict[str, list[str]] | None:
+    """The columns of KEYS that there are, of a file that is read to its end; None if it is damaged, or not there."""
+    file = _file(table, shard)
+    columns: dict[str, list[str]] = {name: [] for name in KEYS if name in table.schema.names}
     try:
         with open_file(table.shard_uri(shard), buffer_size=BUFFER_BYTES) as content:
             parquet = pq.ParquetFile(content, page_checksum_verification=True)
@@ -254,12 +247,9 @@ def _read_through(
                 return None
             made_by = json.loads((parquet.metadata.metadata or {}).get(FACTS_KEY, b"{}")).get("fingerprint", "")
             for batch in parquet.iter_batches(batch_size=BATCH_ROWS):
-                here = batch["id"].to_pylist()
-                ids += here
-                if reasons is not None:
-                    reasons += batch["reject_reason"].to_pylist()
-                changed = _changed_images(batch) if check_bytes else []
-                if changed:
+                for name, values in columns.items():
+                    values += batch[name].to_pylist()
+                if table.path == IMAGES_PATH and (changed := _changed_images(batch)):
                     violations.append(Violation(file, f"has other bytes than its id says for {_some(changed)}", REMAKE))
     except FileNotFoundError:
         return None
@@ -270,7 +260,7 @@ def _read_through(
         return None
     if found.manifest is not None and made_by not in ("", found.manifest.fingerprint):
         violations.append(Violation(file, f"was made by {made_by[:8]}, its table by {found.manifest.fingerprint[:8]}", REMAKE))
-    return ids
+    return columns
 
 
 def _changed_images(batch: pa.RecordBatch) -> list[str]:
@@ -317,8 +307,8 @@ def _file(table: Table, shard: str) -> str:
     return f"{table.path}/{shard}.parquet"
 
 
-def _some(ids: Iterable[str | None], limit: int = 3) -> str:
-    listed = sorted(str(row_id) for row_id in ids)
+def _some(ids: Iterable[object], limit: int = 3) -> str:
+    listed = sorted(" of ".join(row_id) if isinstance(row_id, tuple) else str(row_id) for row_id in ids)
     shown = ", ".join(row_id if len(row_id) <= 16 else f"{row_id[:16]}…" for row_id in listed[:limit])
     more = f" and {len(listed) - limit:,} more" if len(listed) > limit else ""
     return f"{len(listed):,} id{'s' * (len(listed) != 1)} ({shown}{more})"

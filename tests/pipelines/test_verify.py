@@ -10,11 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import verify as job
-from pipelines.schema import CAPTIONS
+from pipelines.schema import CAPTIONS, TABLE_SCHEMAS
 from pipelines.seen_ids import SeenIds
-from pipelines.tables import MANIFEST, Table
+from pipelines.stage import Row, reject
+from pipelines.tables import MANIFEST, Identity, Table
 from pipelines.verify import Violation, verify_dataset
-from tests.pipelines.whole_dataset import make_dataset
+from tests.pipelines.whole_dataset import make_dataset, write_table
 
 Tables = dict[str, Table]
 
@@ -111,6 +112,25 @@ def test_latents_are_aligned_to_the_scores_and_not_to_all_images(tables: Tables)
     rewrite(tables["latents/ae-64"], "00001", lambda rows: [*rows, {**rows[0], "id": refused}])
     problems = [one.problem for one in find(tables, "latents/ae-64")]
     assert any("that scores/clip has not in this shard" in problem for problem in problems)
+
+
+def test_where_a_row_is_a_caption_an_id_may_come_once_for_each_captioner(
+    tables: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schema = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("id", "captioner")])
+    monkeypatch.setitem(TABLE_SCHEMAS, "by_caption", schema)
+    table, scores = Table(tables["images"].dataset_uri, "by_caption/x", schema), tables["scores/clip"]
+    shards: dict[str, tuple[list[Row], list[Row]]] = {}
+    for shard in scores.list_shards():
+        ids = scores.read_shard(shard)["id"].to_pylist()
+        rows = [{"id": row_id, "captioner": captioner} for row_id in ids for captioner in ("a", "b")]
+        shards[shard] = rows[1:], [reject(rows[0], "bad_embeds", "")]
+    write_table(table, Identity("embed", {}, {}, {scores.path: scores.require().fingerprint}), shards)
+    assert find(tables, table.path) == []
+    rewrite(table, "00000", lambda rows: [*rows[:-1], rows[0]])
+    assert any("id (" in one.problem and "more than once" in one.problem for one in find(tables, table.path))
+    rewrite(table, "00001", lambda rows: rows[3:])
+    assert any("lacks 1 id" in one.problem for one in find(tables, table.path))
 
 
 def test_an_edited_manifest(tables: Tables) -> None:
