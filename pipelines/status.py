@@ -41,7 +41,7 @@ class TableStatus:
     """How a table stands.
 
     num_shards: how many there are. missing: those that its inputs have, or the plan of ingest, and it has not; None where
-    nothing tells (pictures of a stage that has not ended). num_rows, num_rejects: None where only the shards' footers could
+    nothing tells (pictures of a stage that has not ended). ended: its stage has, with these shards. num_rows, num_rejects: None where only the shards' footers could
     tell. num_bytes: of shards and rejects. stale: why it is not what its stage would make now, a line for each cause.
     problems: what else is wrong with it. writer: who holds its lease.
     """
@@ -49,6 +49,7 @@ class TableStatus:
     path: str
     num_shards: int
     missing: list[str] | None
+    ended: bool
     num_rows: int | None
     num_rejects: int | None
     rejects_by_reason: dict[str, int]
@@ -63,7 +64,7 @@ class TableStatus:
     @property
     def complete(self) -> bool:
         """All shards are there that its inputs have now, and its stage has come to its end."""
-        return self.missing == [] and self.num_rows is not None and not self.problems
+        return self.missing == [] and self.ended and not self.problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +148,7 @@ def _table_status(
         path=table.path,
         num_shards=len(shards),
         missing=None if expected is None else sorted(set(expected) - set(shards)),
+        ended=counted,
         num_rows=rows,
         num_rejects=None if rows is None else sum(reasons.values()),
         rejects_by_reason=dict(sorted(reasons.items(), key=lambda item: -item[1])),
