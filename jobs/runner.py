@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,6 @@ from typing import Literal, TypeVar
 import ray
 
 from jobs.config import parse_config, to_dict
-from jobs.status_line import StatusLine
 from pipelines.lease import LeaseConfig, LeaseLostError, hold, lease_settings
 from pipelines.rebuild import delete_table
 from pipelines.report import write_report
@@ -30,6 +30,8 @@ EXPECTED = (
     ValueError,
 )
 """What a user can put right: shown as one message, without a traceback. Exit code 1."""
+CLEAR_LINE = "\r\x1b[2K"
+PRINT_EVERY = 10.0  # seconds between progress lines in a log file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,27 @@ def start_ray(config: RayConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+class StatusLine:
+    """Shows how far something is: one line, rewritten on a terminal; in a log a line now and then."""
+
+    def __init__(self) -> None:
+        self.printed = 0.0
+        self.is_terminal = sys.stderr.isatty()
+
+    def show(self, text: str) -> None:
+        now = time.monotonic()
+        if not self.is_terminal and now - self.printed < PRINT_EVERY:
+            return
+        self.printed = now
+        start, end = (CLEAR_LINE, "") if self.is_terminal else ("", "\n")
+        print(f"{start}{text}", end=end, file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Take the line away, where it can be."""
+        if self.is_terminal:
+            print(CLEAR_LINE, end="", file=sys.stderr, flush=True)
 
 
 def describe_progress(name: str, progress: Progress) -> str:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.config import to_dict
-from jobs.runner import JobConfig, run_job
-from jobs.status_line import StatusLine
+from jobs.runner import JobConfig, StatusLine, run_job
 from pipelines.report_run import training_report
 from pipelines.tables import REPORT
 from pipelines.tracking import TrackedRun, start_run

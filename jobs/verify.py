@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from jobs.status_line import StatusLine
+from jobs.runner import StatusLine
 from pipelines.tables import absolute_uri
 from pipelines.verify import VerifyProgress, verify_dataset
 

@@ -41,9 +41,9 @@ class TableStatus:
     """How a table stands.
 
     num_shards: how many there are. missing: those that its inputs have, or the plan of ingest, and it has not; None where
-    nothing tells (pictures of a stage that has not ended). ended: its stage has, with these shards. num_rows, num_rejects: None where only the shards' footers could
-    tell. num_bytes: of shards and rejects. stale: why it is not what its stage would make now, a line for each cause.
-    problems: what else is wrong with it. writer: who holds its lease.
+    nothing tells (pictures of a stage that has not ended). ended: its stage has, with these shards. num_rows, num_rejects:
+    None where only the shards' footers could tell. num_bytes: of shards and rejects. stale: why it is not what its stage would
+    make now, a line for each cause. problems: what else is wrong with it. writer: who holds its lease.
     """
 
     path: str

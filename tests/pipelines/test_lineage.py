@@ -18,8 +18,9 @@ from tests.pipelines.whole_dataset import make_dataset
 
 def test_the_card_of_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tables = make_dataset(str(tmp_path))
-    identity = Identity("train", {"num_steps": 9, "data": {"selection": asdict(SelectionConfig(policy="random"))}}, {"init": "sha256:i"},
-                        {"latents/ae-64": tables["latents/ae-64"].require().fingerprint})  # fmt: skip
+    settings = {"num_steps": 9, "data": {"selection": asdict(SelectionConfig(policy="random"))}}
+    inputs = {"latents/ae-64": tables["latents/ae-64"].require().fingerprint}
+    identity = Identity("train", settings, {"init": "sha256:i"}, inputs)
     (tmp_path / "train").mkdir()
     result = {"loss_start": 1.0, "loss_end": 0.5}
     (tmp_path / "train/training.json").write_text(json.dumps({"fingerprint": "f" * 64, **asdict(identity), "result": result}))
@@ -74,9 +75,8 @@ def test_expected_shares_are_those_of_the_draws() -> None:
         for epoch in range(20)
     ]
     for name, share in shares.items():
-        assert share == pytest.approx(
-            np.mean([caption is not None and caption["captioner"] == name for caption in drawn]), abs=0.02
-        )
+        times = [caption is not None and caption["captioner"] == name for caption in drawn]
+        assert share == pytest.approx(np.mean(times), abs=0.02)
     assert sum(shares.values()) == pytest.approx(1)
 
 

@@ -11,6 +11,7 @@ from pipelines import schema
 from pipelines.lease import hold
 from pipelines.schema import TABLE_SCHEMAS
 from pipelines.status import TableStatus, dataset_status
+from pipelines.storage import remove_file
 from pipelines.tables import MANIFEST, Identity, Table
 from tests.pipelines.whole_dataset import caption_row, make_dataset, write_table
 
@@ -28,8 +29,6 @@ def look(tables: Tables, *, count_rows: bool = False) -> dict[str, TableStatus]:
 
 
 def delete(table: Table, name: str) -> None:
-    from pipelines.storage import remove_file
-
     remove_file(f"{table.uri}/{name}")
 
 
