@@ -4,14 +4,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jobs.runner import StageJobConfig, run_job, track_stage
+from jobs.runner import JobConfig, run_job, track_stage
 from pipelines.caption import CaptionerConfig, run_caption
 from pipelines.report import captions_report
 from pipelines.stage import StageResult
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionJob(StageJobConfig):
+class CaptionJob(JobConfig):
     """Have one VLM describe every image of a dataset.
 
     Args:

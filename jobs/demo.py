@@ -1,14 +1,14 @@
 """`make demo`: the whole way once, from raw images to pictures drawn by a model trained on them, on this machine."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
 from jobs import caption, evaluate, extract, ingest, sample, score, train
 from jobs.demo_report import Timings, print_summary, summarize_demo, write_demo_report
-from jobs.runner import JobConfig, StageJobConfig, run_job
+from jobs.runner import JobConfig, run_job
 from pipelines.caption import CaptionerConfig
 from pipelines.evaluate import EvaluateConfig
 from pipelines.extract import ExtractConfig
@@ -42,7 +42,7 @@ class WorldConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoJob(StageJobConfig):
+class DemoJob(JobConfig):
     """The configuration of every stage.
 
     Args:
@@ -86,18 +86,17 @@ def run(job: DemoJob) -> None:
     prompts = world_prompts(job.world) if job.images is None else photo_prompts(job)
     assert job.train.init is not None
     draw_and_judge(job, "before", job.train.init, prompts, step=0, timings=timings)
-    trained = timings.measure("train", lambda: train.run(_stage(train.TrainJob, job, train=job.train)))
+    trained = timings.measure("train", lambda: train.run(_stage(train.TrainJob, job, train=job.train, on_stale="refuse")))
     draw_and_judge(job, "after", trained.pipeline, prompts, step=trained.num_steps, timings=timings)
     summary = summarize_demo(job, trained, timings)
     report = write_demo_report(job, summary)
     print_summary(job, summary, report)
 
 
-def _stage(job_class: type[Stage], job: DemoJob, **settings: object) -> Stage:
+def _stage(job_class: Callable[..., Stage], job: DemoJob, **settings: object) -> Stage:
     """A stage's own job, on the demo's dataset and MLflow."""
-    if issubclass(job_class, StageJobConfig):
-        settings["on_stale"] = job.on_stale
-    return job_class(dataset_uri=job.dataset_uri, ray=job.ray, tracking=job.tracking, lease=job.lease, **settings)
+    shared = {"ray": job.ray, "tracking": job.tracking, "lease": job.lease, "on_stale": job.on_stale}
+    return job_class(dataset_uri=job.dataset_uri, **shared | settings)
 
 
 def draw_scenes(job: DemoJob) -> None:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jobs.runner import StageJobConfig, run_job, track_stage
+from jobs.runner import JobConfig, run_job, track_stage
 from pipelines.evaluate import EvaluateConfig, run_evaluate, summarize
 from pipelines.stage import StageResult
 from pipelines.tracking import TrackedRun
@@ -14,7 +14,7 @@ METRICS = "metrics.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateJob(StageJobConfig):
+class EvaluateJob(JobConfig):
     """Judge the pictures of a samples table.
 
     Args:

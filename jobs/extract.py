@@ -4,14 +4,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jobs.runner import StageJobConfig, run_job, track_stage
+from jobs.runner import JobConfig, run_job, track_stage
 from pipelines.extract import ExtractConfig, run_extract
 from pipelines.report import latents_report
 from pipelines.stage import StageResult
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractJob(StageJobConfig):
+class ExtractJob(JobConfig):
     """Encode every scored image of a dataset.
 
     Args:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jobs.runner import StageJobConfig, run_job, track_stage
+from jobs.runner import JobConfig, run_job, track_stage
 from pipelines.ingest import IngestConfig, run_ingest
 from pipelines.lease import hold
 from pipelines.report import images_report
@@ -14,7 +14,7 @@ from pipelines.tables import absolute_uri
 
 
 @dataclass(frozen=True, kw_only=True)
-class IngestJob(StageJobConfig):
+class IngestJob(JobConfig):
     """Read images from a folder, tars or Parquet into a dataset.
 
     Args:

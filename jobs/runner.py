@@ -117,23 +117,14 @@ class JobConfig:
         ray: the Ray to run on.
         tracking: where MLflow keeps the run.
         lease: what keeps a second job from writing the same table.
+        on_stale: what to do with a table that was made in another way than it would be made now. rebuild: delete it with its
+            rejects and make it anew. What was made from it is not touched: it is stale then, for its own stage to rebuild.
     """
 
     dataset_uri: str
     ray: RayConfig = field(default_factory=RayConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     lease: LeaseConfig = field(default_factory=LeaseConfig)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageJobConfig(JobConfig):
-    """What the job of a stage that makes a table is told.
-
-    Args:
-        on_stale: what to do with a table that was made in another way than it would be made now. rebuild: delete it with its
-            rejects and make it anew. What was made from it is not touched: it is stale then, for its own stage to rebuild.
-    """
-
     on_stale: Literal["refuse", "rebuild"] = "refuse"
 
 
@@ -159,7 +150,7 @@ def run_job(
 
 
 def track_stage(
-    job: StageJobConfig,
+    job: JobConfig,
     name: str,
     run_stage: Callable[[OnProgress], StageResult],
     *,

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jobs.runner import StageJobConfig, run_job, track_stage
+from jobs.runner import JobConfig, run_job, track_stage
 from pipelines.sample import SampleConfig, image_grid, read_pictures, run_sample, to_png
 from pipelines.stage import StageResult
 from pipelines.tracking import TrackedRun
@@ -13,7 +13,7 @@ GRID = "grid.png"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleJob(StageJobConfig):
+class SampleJob(JobConfig):
     """Draw pictures.
 
     Args:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from jobs.runner import StageJobConfig, run_job, track_stage
+from jobs.runner import JobConfig, run_job, track_stage
 from pipelines.report import scores_report
 from pipelines.score import ScorerConfig, run_score
 from pipelines.select import SelectionConfig, choose_caption
@@ -12,7 +12,7 @@ from pipelines.stage import Row, StageResult
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreJob(StageJobConfig):
+class ScoreJob(JobConfig):
     """Score every caption of every image of a dataset with a CLIP.
 
     Args:

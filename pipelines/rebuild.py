@@ -44,6 +44,4 @@ def _refuse_while_read(table: Table) -> None:
             continue
         lease = read_lease(reader.table.uri)
         if lease is not None and lease.is_alive():
-            raise LeaseHeldError(
-                f"{table.uri} cannot be rebuilt now: {reader.table.path} is made from it by {lease.describe()}"
-            )
+            raise LeaseHeldError(f"{table.uri} cannot be deleted now: {reader.path} is made from it by {lease.describe()}")

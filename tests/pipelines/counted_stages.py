@@ -8,11 +8,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipelines import caption, evaluate, extract, ingest, sample, score
+from pipelines import caption, extract, ingest, score
 from pipelines.stage import Row, ShardOutput, ShardWorker, StageResult, run_shards
 from pipelines.tables import Identity, Table
 
-MODULES = (ingest, caption, score, extract, sample, evaluate)
+MODULES = (ingest, caption, score, extract)
 
 
 def count_workers(patch: pytest.MonkeyPatch, log: Path) -> None:
@@ -55,16 +55,3 @@ class Stand:
     def _extract(self, row: Row) -> Row:
         shape = {"latents": b"\0" * 16, "channels": 2, "height": 2, "width": 2, "bucket": "64x64"}
         return {**shape, "captions": row["captions"]}
-
-    def _sample(self, row: Row) -> Row:
-        return {"prompt": row["prompt"], "seed": row["seed"], "image_bytes": PNG}
-
-    def _evaluate(self, row: Row) -> Row:
-        return {"prompt": row["prompt"], "clip_score": 25.0, "asked": None, "seen": None}
-
-
-PNG = bytes.fromhex(
-    "89504e470d0a1a0a0000000d49484452000000010000000108020000009077"
-    "53de0000000c49444154789c63606060000000040001f61738550000000049454e44ae426082"
-)
-"""One black pixel."""
