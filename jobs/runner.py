@@ -15,7 +15,8 @@ from jobs.config import parse_config, to_dict
 from pipelines.lease import LeaseConfig, LeaseLostError, hold, lease_settings
 from pipelines.rebuild import delete_table
 from pipelines.report import write_report
-from pipelines.stage import OnProgress, Progress, StageResult, TooManyRejectsError
+from pipelines.stage import OnProgress, Progress, ShardError, StageResult, TooManyRejectsError
+from pipelines.storage import StorageError
 from pipelines.tables import REPORT, MissingTableError, StaleTableError, absolute_uri
 from pipelines.tracking import TrackedRun, TrackingConfig, start_run
 from pipelines.train_config import TrainingError
@@ -24,6 +25,8 @@ EXPECTED = (
     MissingTableError,
     StaleTableError,
     LeaseLostError,
+    StorageError,
+    ShardError,
     TooManyRejectsError,
     TrainingError,
     FileNotFoundError,

@@ -8,6 +8,7 @@ Ray Data holds back readers while what they read fills its share of the object s
 """
 
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import pyarrow as pa
 import ray
+from ray.util.annotations import RayDeprecationWarning
 
 from pipelines.lease import LeaseLostError, Ticket
 from pipelines.schema import REJECTS
@@ -103,28 +105,7 @@ def stream_shards(job: ShardJob, shards: list[str], *, alone: bool) -> Iterator[
     Raises:
         ray.exceptions.RayError: more than `MAX_FAILED_SHARDS` have none.
     """
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.max_errored_blocks = MAX_FAILED_SHARDS  # of processes that died: what raises is caught here, and told
-    size = min(job.resources.num_actors, len(shards))
-    light: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "num_cpus": LIGHT, "max_retries": RETRIES}
-    light["compute"] = ray.data.TaskPoolStrategy(size=READERS_PER_ACTOR * size)
-    dataset: ray.data.Dataset = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
-    dataset = dataset.map_batches(partial(_read, read_shard=job.read_shard), **light)
-    dataset = dataset.map_batches(
-        _Worker,
-        fn_constructor_args=(job.make_worker, job.output.schema),
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1 if alone else 2),
-        num_cpus=job.resources.num_cpus,
-        num_gpus=job.resources.num_gpus or None,
-        resources=job.resources.custom or None,
-        max_restarts=-1,
-        max_task_retries=RETRIES,
-    )
-    dataset = dataset.map_batches(partial(_write, output=job.output, fingerprint=job.fingerprint, ticket=job.ticket), **light)
-    for row in dataset.iter_rows():
+    for row in _plan(job, shards, alone).iter_rows():
         error = row["error"] or {"stops": False, "message": None}
         yield Outcome(
             shard=row["shard"],
@@ -134,6 +115,34 @@ def stream_shards(job: ShardJob, shards: list[str], *, alone: bool) -> Iterator[
             error=error["message"],
             stops=error["stops"],
         )
+
+
+def _plan(job: ShardJob, shards: list[str], alone: bool) -> ray.data.Dataset:
+    """Read, work, write; nothing runs yet."""
+    context = ray.data.DataContext.get_current().copy()  # not for other datasets of this process: they must not lose blocks
+    context.enable_progress_bars = False
+    context.max_errored_blocks = MAX_FAILED_SHARDS  # of processes that died: what raises is caught here, and told
+    size = min(job.resources.num_actors, len(shards))
+    light: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "num_cpus": LIGHT, "max_retries": RETRIES}
+    light["compute"] = ray.data.TaskPoolStrategy(size=READERS_PER_ACTOR * size)
+    with ray.data.DataContext.current(context), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RayDeprecationWarning)  # Ray 2.60 has no other name for limits of retries
+        names = [{"shard": shard} for shard in shards]
+        dataset: ray.data.Dataset = ray.data.from_items(names, override_num_blocks=len(shards))
+        dataset = dataset.map_batches(partial(_read, read_shard=job.read_shard), **light)
+        dataset = dataset.map_batches(
+            _Worker,
+            fn_constructor_args=(job.make_worker, job.output.schema),
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1 if alone else 2),
+            num_cpus=job.resources.num_cpus,
+            num_gpus=job.resources.num_gpus or None,
+            resources=job.resources.custom or None,
+            max_restarts=-1,
+            max_task_retries=RETRIES,
+        )
+        return dataset.map_batches(partial(_write, output=job.output, fingerprint=job.fingerprint, ticket=job.ticket), **light)
 
 
 def _read(batch: pa.Table, read_shard: ReadShard) -> pa.Table:

@@ -24,8 +24,15 @@ class Kills:
     killed: Counter[str] = field(default_factory=Counter)
     starts: int = 0
     seconds: float = 0.0
-    stragglers: int = 0
-    """Processes of a killed Ray that did not end by themselves."""
+    stragglers: list[str] = field(default_factory=list)
+    """Command lines of processes of a killed Ray that did not end by themselves."""
+
+    def __iadd__(self, other: "Kills") -> "Kills":
+        self.killed += other.killed
+        self.starts += other.starts
+        self.seconds += other.seconds
+        self.stragglers += other.stragglers
+        return self
 
 
 def run_with_kills(
@@ -98,12 +105,12 @@ def _kill(job: subprocess.Popen[bytes], target: Target, kills: Kills) -> bool:
     try:
         job.wait(GONE_SECONDS)
     except subprocess.TimeoutExpired:
-        kills.stragglers += 1
+        kills.stragglers.append("driver")
         job.kill()
         job.wait()
     _, alive = psutil.wait_procs(family[1:], timeout=GONE_SECONDS)
-    kills.stragglers += len(alive)
     for process in alive:
+        kills.stragglers.append(_command_of(process)[:100])
         process.kill()
     return True
 

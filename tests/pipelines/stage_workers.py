@@ -24,7 +24,7 @@ class Upper:
                 rejects.append(reject(row, "bad_id", f"{row['id']} ends in bad"))
             else:
                 rows.append({"id": row["id"], "caption": row["id"].upper(), "num_tokens": 1, "finish_reason": "stop"})
-        return ShardOutput(rows, rejects)
+        return ShardOutput(rows, rejects, {"kept": len(rows)})
 
 
 def read_ids(ids: dict[str, list[str]], shard: str) -> pa.Table:

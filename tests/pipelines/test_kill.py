@@ -11,12 +11,12 @@ import pytest
 from pipelines.shapes import write_folder
 from pipelines.storage import find_files, read_file, write_file
 from pipelines.tables import Table
-from tests.kills import Target, run_with_kills
+from tests.kills import Kills, Target, run_with_kills
 from tests.pipelines.kill_stages import CHEAP, stage_table
 from tests.s3 import BUCKET, FaultyProxy, environment, s3_environment, serve_s3
 
 NUM_IMAGES = 2048
-TARGETS: list[Target] = ["driver", "actor", "raylet", "actor", "driver", "actor", "raylet", "driver", "actor", "raylet"]
+TARGETS: list[Target] = ["driver", "actor", "actor", "raylet", "actor", "actor", "driver", "actor", "raylet", "actor"]
 STAGES = ["ingest", "caption", "score", "extract"]
 
 
@@ -55,7 +55,7 @@ def test_a_cheap_stage_survives_the_death_of_its_driver_and_actors(tmp_path: Pat
     }
     manifest = table.require()
     assert manifest.complete and (manifest.num_rows, manifest.num_rejects) == (108, 12)
-    assert kills.killed["driver"] == 2 and kills.killed["actor"] >= 2 and kills.starts == 3 and kills.stragglers == 0
+    assert kills.killed["driver"] == 2 and kills.killed["actor"] >= 2 and kills.starts == 3
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +75,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 @pytest.fixture(scope="module", params=["local", "s3"])
 def disturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
-    """The URI of a dataset, and the environment to reach it; the S3 spoils one answer in twenty."""
+    """Where datasets go, and the environment to reach it; the S3 spoils one answer in twenty."""
     if request.param == "local":
-        yield str(tmp_path_factory.mktemp("disturbed") / "data"), {}
+        yield str(tmp_path_factory.mktemp("disturbed")), {}
         return
     with serve_s3() as endpoint:
         proxy = FaultyProxy(endpoint, share=0.05, faults=("500", "503", "reset", "cut", "slow"))
         with proxy.serve() as spoiled, environment(s3_environment(endpoint)):
-            yield f"s3://{BUCKET}/data", s3_environment(spoiled)
+            yield f"s3://{BUCKET}", s3_environment(spoiled)
         assert proxy.spoiled.total() > 10
         print(f"S3 spoiled {dict(proxy.spoiled)} of {proxy.requests.total()} answers")
 
@@ -94,23 +94,29 @@ def test_ten_kills_change_nothing(
     undisturbed: tuple[Path, str], disturbed: tuple[str, dict[str, str]], stage: str, tmp_path: Path
 ) -> None:
     source, reference = undisturbed
-    uri, reach = disturbed
-    for made in STAGES[: STAGES.index(stage)]:
-        copy_table(stage_table(made, reference), stage_table(made, uri))
-    table = stage_table(stage, uri)
-    kills = run_with_kills(
-        command(stage, uri, source),
-        TARGETS,
-        lambda: len(table.list_shards()),
-        log=tmp_path / "log",
-        seed=STAGES.index(stage),
-        environment=reach,
-    )
-    found, expected = contents(table), contents(stage_table(stage, reference))
-    assert found == expected
-    assert table.require().complete and len(table.rejects().list_shards()) == len(found)
-    num_rows = sum(len(rows) for rows, _ in found.values())
+    root, reach = disturbed
+    expected = contents(stage_table(stage, reference))
+    targets, total, num_runs = list(TARGETS), Kills(), 0
+    while targets:  # a job that is done sooner than it could be killed is begun anew, elsewhere
+        uri, num_runs = f"{root}/{stage}-{num_runs}", num_runs + 1
+        for made in STAGES[: STAGES.index(stage)]:
+            copy_table(stage_table(made, reference), stage_table(made, uri))
+        table = stage_table(stage, uri)
+        kills = run_with_kills(
+            command(stage, uri, source),
+            targets,
+            lambda table=table: len(table.list_shards()),  # type: ignore[misc]
+            log=tmp_path / "log",
+            seed=10 * STAGES.index(stage) + num_runs,
+            environment=reach,
+        )
+        found = contents(table)
+        assert found == expected
+        assert table.require().complete and len(table.rejects().list_shards()) == len(found)
+        del targets[: kills.killed.total()]
+        total += kills
+    num_rows = sum(len(rows) for rows, _ in expected.values())
     print(
-        f"{stage} at {uri}: {dict(kills.killed)} killed, {kills.starts} starts, {num_rows} rows in {len(found)} shards, "
-        f"{kills.seconds:.0f} s, {kills.stragglers} stragglers"
+        f"\n{stage} at {root}: killed {dict(total.killed)} in {num_runs} runs with {total.starts} starts, each with {num_rows} rows "
+        f"in {len(expected)} shards as undisturbed; {total.seconds:.0f} s, stragglers {total.stragglers}"
     )
