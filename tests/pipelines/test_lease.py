@@ -8,13 +8,18 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO
 
 import pytest
 
 from pipelines.lease import LEASE, LeaseConfig, LeaseHeldError, LeaseLostError, hold, lease_settings, read_lease, submission_id
+from pipelines.schema import CAPTIONS
+from pipelines.stage import Progress, Resources, run_shards
 from pipelines.swap import read_if_there, swap
+from pipelines.tables import Identity, Table
+from tests.pipelines.stage_workers import Upper, read_ids
 
 ROOT = Path(__file__).parents[2]
 SHORT = LeaseConfig(seconds=2)
@@ -132,6 +137,29 @@ def test_tasks_see_that_the_lease_is_lost(uri: str) -> None:
             lease.ticket.check()
         raise RuntimeError("what went wrong because of it")
     assert read_if_there(f"{uri}/{LEASE}") is not None  # the other's
+
+
+def test_a_stage_whose_lease_is_lost_stops_and_writes_nothing(tmp_path: Path, local_ray: None) -> None:
+    table = Table(str(tmp_path), "captions/upper", CAPTIONS)
+    ids = {f"{number:05d}": ["a"] for number in range(4)}
+
+    def steal(progress: Progress) -> None:
+        content = read_if_there(f"{table.uri}/{LEASE}")
+        assert swap(f"{table.uri}/{LEASE}", content, content and content.replace(b'"token": "', b'"token": "x'))
+
+    with pytest.raises(LeaseLostError, match="This job writes nothing more"):
+        run_shards(
+            table,
+            Identity("caption", {}, {}, {}),
+            list(ids),
+            read_shard=partial(read_ids, ids),
+            make_worker=Upper,
+            resources=Resources(num_cpus=0.5),
+            max_reject_share=0.9,
+            on_progress=steal,
+        )
+    assert table.list_shards() == [] and table.rejects().list_shards() == []
+    assert not table.require().complete
 
 
 def test_within_a_process_a_lease_is_shared(uri: str) -> None:
