@@ -186,27 +186,9 @@ def test_a_file_that_is_no_lease_is_nobody_s(uri: str) -> None:
         assert read_lease(uri) is not None
 
 
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test"), ("DEFAULT_REGION", "us-east-1")):
-            patch.setenv(f"AWS_{name}", value)
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        import s3fs
-
-        s3fs.S3FileSystem.clear_instance_cache()
-        s3fs.S3FileSystem().mkdir("leases")
-        yield "s3://leases"
-        s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
-
-
 @pytest.mark.parametrize("where", ["local", "s3"])
 def test_of_many_writers_that_swap_at_once_one_succeeds(where: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    folder = str(tmp_path) if where == "local" else request.getfixturevalue("bucket")
+    folder = str(tmp_path) if where == "local" else request.getfixturevalue("bucket_uri")
     uri, expected = f"{folder}/file", None
     for turn in range(3):
         winners = []
@@ -230,8 +212,8 @@ def test_of_many_writers_that_swap_at_once_one_succeeds(where: str, tmp_path: Pa
     assert swap(uri, expected, None) and read_if_there(uri) is None
 
 
-def test_a_lease_on_s3_refuses_and_is_released(bucket: str, start: type[Holder]) -> None:
-    uri = f"{bucket}/data/captions/llava"
+def test_a_lease_on_s3_refuses_and_is_released(bucket_uri: str, start: type[Holder]) -> None:
+    uri = f"{bucket_uri}/data/captions/llava"
     first = start(uri)
     assert first.read() == "held"
     with lease_settings(SHORT), pytest.raises(LeaseHeldError), hold(uri):

@@ -21,11 +21,11 @@ from pipelines.score import ScorerConfig
 from pipelines.shapes import write_folder
 from pipelines.stage import StageResult
 from pipelines.status import TableStatus, dataset_status
-from pipelines.tables import REBUILD, Identity, StaleTableError
+from pipelines.tables import REBUILD, Identity, StaleTableError, Table
 from pipelines.verify import verify_dataset
 from sana_model.checkpoint_files import ZOO_DIR
 from tests.pipelines.counted_stages import count_workers
-from tests.pipelines.whole_dataset import make_dataset
+from tests.pipelines.whole_dataset import SHARDS, make_dataset, write_table
 
 Jobs = dict[str, tuple[Callable[[JobConfig], StageResult], JobConfig]]
 
@@ -209,3 +209,16 @@ def test_a_table_that_is_being_read_or_written_is_not_deleted(tmp_path: Path) ->
         delete_table(tables["latents/ae-64"])
     assert files(tmp_path) == {path: stamp for path, stamp in before.items() if "latents" not in str(path)}
     assert not Path(tables["captions/a"].uri, REBUILD).exists()
+
+
+def test_on_s3_only_the_table_goes_and_none_whose_name_begins_alike(bucket_uri: str) -> None:
+    tables = make_dataset(f"{bucket_uri}/data")
+    first = tables["captions/a"]
+    other = Table(first.dataset_uri, "captions/a-next", first.schema)
+    write_table(other, first.require().identity(), {shard: (first.read_shard(shard).to_pylist(), []) for shard in SHARDS})
+    assert list(verify_dataset(first.dataset_uri)) == []
+    delete_table(first)
+    found = {table.path: table for table in dataset_status(first.dataset_uri).tables}
+    assert list(found) == ["images", "captions/a-next", "captions/b", "scores/clip", "latents/ae-64"]
+    assert found["captions/a-next"].complete and found["scores/clip"].stale == ["captions/a is gone"]
+    assert first.rejects().list_shards() == [] and other.rejects().list_shards() == list(SHARDS)
