@@ -15,8 +15,8 @@ import pyarrow as pa
 import ray
 from ray.exceptions import RayError
 
-from pipelines.shard_stream import LIGHT, Outcome, ReadShard, Row, ShardOutput, StageError, write_output
-from pipelines.storage import StorageError
+from pipelines.lease import Ticket
+from pipelines.shard_stream import LIGHT, STOPS, Outcome, ReadShard, Row, ShardOutput, write_output
 from pipelines.tables import DamagedShardError, Table, count_reasons
 
 ROWS_AT_A_TIME = 16
@@ -37,6 +37,7 @@ def stream_rows(
     output: Table,
     fingerprint: str,
     shards: list[str],
+    ticket: Ticket,
     *,
     read_shard: ReadShard,
     make_row: MakeRow,
@@ -56,7 +57,7 @@ def stream_rows(
     dataset = dataset.map_batches(take_apart, batch_size=1, batch_format="pyarrow", num_cpus=1)
     actor: Any = ray.remote(_ShardWriter)
     lasting = actor.options(num_cpus=LIGHT, max_restarts=-1, max_task_retries=-1, max_concurrency=MAX_WRITES)
-    writer = lasting.remote(output, fingerprint, make_finisher)
+    writer = lasting.remote(output, fingerprint, ticket, make_finisher)
     writes: deque[ray.ObjectRef] = deque()
     with _naming_the_cause():
         for shard, rows in _gather(run_model(dataset).iter_rows(), shards, read_shard):
@@ -75,7 +76,7 @@ def _naming_the_cause() -> Iterator[None]:
     except RayError as error:
         cause: BaseException | None = error
         while cause is not None:
-            if isinstance(cause, StorageError | DamagedShardError | StageError):
+            if isinstance(cause, (*STOPS.values(), DamagedShardError)):
                 raise type(cause)(str(cause)) from error
             cause = getattr(cause, "cause", None) or cause.__cause__
         raise
@@ -114,13 +115,13 @@ def _gather(rows: Iterable[Row], shards: list[str], read_shard: ReadShard) -> It
 
 
 class _ShardWriter:
-    def __init__(self, output: Table, fingerprint: str, make_finisher: Callable[[], Finisher]):
-        self.output, self.fingerprint = output, fingerprint
+    def __init__(self, output: Table, fingerprint: str, ticket: Ticket, make_finisher: Callable[[], Finisher]):
+        self.output, self.fingerprint, self.ticket = output, fingerprint, ticket
         self.finisher = make_finisher()
 
     def write(self, shard: str, rows: list[Row]) -> Outcome:
         made = self.finisher.finish(rows)
         kept, refused = made.tables(self.output.schema)
-        write_output(self.output, shard, kept, refused, made.figures, self.fingerprint)
+        write_output(self.output, shard, kept, refused, made.figures, self.fingerprint, self.ticket)
         counts = {"num_rows": kept.num_rows, "rejects_by_reason": dict(count_reasons(refused)), "figures": dict(made.figures)}
         return Outcome(shard=shard, error=None, stops="", **counts)

@@ -76,7 +76,6 @@ EVALUATIONS = pa.schema(
         pa.field("seen", pa.string()),  # what the judge reads off the picture then, as a caption
     ]
 )
-IMAGE_SCORES = pa.schema([pa.field("id", pa.string(), nullable=False), pa.field("score", pa.float32(), nullable=False)])
 REJECTS = pa.schema(
     [
         pa.field("id", pa.string()),  # null where the bytes could not even be read
@@ -99,10 +98,6 @@ def scores_path(scorer: str) -> str:
     return f"scores/{scorer}"
 
 
-def image_scores_path(scorer: str) -> str:
-    return f"image_scores/{scorer}"
-
-
 def latents_path(autoencoder: str, resolution: int) -> str:
     return f"latents/{autoencoder}-{resolution}"
 
@@ -120,3 +115,15 @@ def evaluations_path(name: str) -> str:
 
 
 IMAGES_PATH = "images"
+
+TABLE_SCHEMAS = {
+    IMAGES_PATH: IMAGES,
+    "image_scores": IMAGE_SCORES,
+    "captions": CAPTIONS,
+    "scores": SCORES,
+    "latents": LATENTS,
+    "caption_embeds": CAPTION_EMBEDS,
+    "samples": SAMPLES,
+    "evaluations": EVALUATIONS,
+}
+"""By the first part of a table's path, in the order in which they are made."""

@@ -20,6 +20,7 @@ import pyarrow as pa
 import ray
 from ray.util.annotations import RayDeprecationWarning
 
+from pipelines.lease import LeaseLostError, Ticket
 from pipelines.schema import REJECTS
 from pipelines.storage import StorageError
 from pipelines.tables import DamagedShardError, Table, count_reasons
@@ -36,6 +37,10 @@ ERROR = pa.struct([("stops", pa.string()), ("message", pa.string())])
 
 class StageError(RuntimeError):
     """Raised by a worker that no shard can be made as things are (a server is down), so that none is tried in vain."""
+
+
+STOPS: dict[str, type[Exception]] = {"storage": StorageError, "stage": StageError, "lease": LeaseLostError}
+"""What ends a stage at once, by the name under which it travels on in a shard's row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +89,7 @@ ReadShard = Callable[[str], pa.Table]
 class Outcome:
     """A shard that is written, or that failed: then `error` says why.
 
-    `stops` is not empty if every other shard would fail likewise: "storage" where that is at fault, "stage" for a StageError.
+    `stops` is not empty if every other shard would fail likewise: a key of STOPS.
     """
 
     shard: str
@@ -97,10 +102,11 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardJob:
-    """How the shards of a table are made: `fingerprint` is that of the table's identity."""
+    """How the shards of a table are made: `fingerprint` is that of the table's identity, `ticket` lets this writer write it."""
 
     output: Table
     fingerprint: str
+    ticket: Ticket
     read_shard: ReadShard
     make_worker: Callable[[], ShardWorker]
     resources: Resources
@@ -152,7 +158,7 @@ def _plan(job: ShardJob, shards: list[str], alone: bool) -> ray.data.Dataset:
             max_restarts=-1,
             max_task_retries=RETRIES,
         )
-        return dataset.map_batches(partial(_write, output=job.output, fingerprint=job.fingerprint), **light)
+        return dataset.map_batches(partial(_write, output=job.output, fingerprint=job.fingerprint, ticket=job.ticket), **light)
 
 
 def _read(batch: pa.Table, read_shard: ReadShard) -> pa.Table:
@@ -192,12 +198,12 @@ class _Worker:
         return _read_row(shard, _pack(rows), error).append_column("rejects", _pack(refused)).append_column("figures", figures)
 
 
-def _write(batch: pa.Table, output: Table, fingerprint: str) -> pa.Table:
+def _write(batch: pa.Table, output: Table, fingerprint: str, ticket: Ticket) -> pa.Table:
     shard, error, figures = (batch[name][0].as_py() for name in ("shard", "error", "figures"))
     rows, rejects = _unpack(batch["rows"]), _unpack(batch["rejects"])
     if error is None:
         try:
-            write_output(output, shard, rows, rejects, dict(figures), fingerprint)
+            write_output(output, shard, rows, rejects, dict(figures), fingerprint, ticket)
         except Exception as failure:
             error = _describe(failure)
     counts = pa.array([list(count_reasons(rejects).items())], COUNTS)
@@ -213,18 +219,25 @@ def _write(batch: pa.Table, output: Table, fingerprint: str) -> pa.Table:
 
 
 def write_output(
-    output: Table, shard: str, rows: pa.Table, rejects: pa.Table, figures: Mapping[str, float], fingerprint: str
+    output: Table,
+    shard: str,
+    rows: pa.Table,
+    rejects: pa.Table,
+    figures: Mapping[str, float],
+    fingerprint: str,
+    ticket: Ticket,
 ) -> None:
-    """Rejects first: a shard that exists is a shard that is done."""
+    """Rejects first: a shard that exists is a shard that is done. Raises LeaseLostError, StorageError."""
+    ticket.check()
     output.rejects().write_shard(shard, rejects, fingerprint=fingerprint)
     output.write_shard(shard, rows, fingerprint=fingerprint, figures=figures)
 
 
 def _describe(error: Exception) -> Row:
-    """A row of ERROR. Storage that refuses one shard after long patience would refuse the others as well."""
-    known = isinstance(error, StorageError | DamagedShardError | StageError)
+    """A row of ERROR. Storage that refuses one shard after long patience would refuse the others as well; a lost lease does."""
+    known = isinstance(error, StorageError | DamagedShardError | StageError | LeaseLostError)
     message = str(error) if known else "".join(traceback.format_exception(error)).strip()
-    stops = "storage" if isinstance(error, StorageError) else "stage" if isinstance(error, StageError) else ""
+    stops = next((name for name, kind in STOPS.items() if isinstance(error, kind)), "")
     return {"stops": stops, "message": message}
 
 
