@@ -5,9 +5,6 @@ never mix, and the manifest goes right after it, so that no stage takes what is 
 touched: those that were made from this one become stale, and their own stages rebuild them.
 """
 
-import json
-from dataclasses import asdict
-
 from pipelines.lease import LEASE, LeaseHeldError, hold, read_lease
 from pipelines.status import find_tables
 from pipelines.storage import find_files, remove_files
@@ -27,9 +24,7 @@ def delete_table(table: Table) -> None:
     with hold(table.uri):
         _refuse_while_read(table)
         if not table.deletion_begun():
-            manifest = table.read_manifest()
-            content = {"deletes": manifest and asdict(manifest)}
-            table.write_file(REBUILD, (json.dumps(content, indent=2) + "\n").encode())
+            table.write_file(REBUILD, b"{}\n")
         remove_files([f"{table.uri}/{MANIFEST}"])
         rejects = table.rejects().uri
         remove_files([f"{rejects}/{name}" for name in find_files(rejects)])

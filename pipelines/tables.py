@@ -213,7 +213,12 @@ class Table:
         """
         if self.deletion_begun():
             raise StaleTableError(f"{self.uri} is being deleted, to be made anew: start its job again, it goes on there", self)
-        manifest = self.read_manifest()
+        try:
+            manifest = self.read_manifest()
+        except ValueError as error:
+            raise StaleTableError(
+                f"{error}. Put it back, or let the job make the table anew with --on_stale rebuild.", self
+            ) from error
         if manifest is None:
             if shards := self.list_shards():
                 raise StaleTableError(
@@ -224,7 +229,7 @@ class Table:
             fields = asdict(identity) | {"versions": software_versions(), "begun": _now()}
             manifest = Manifest(fingerprint=identity.fingerprint, rejects_by_reason={}, **fields)
             self.write_manifest(manifest)
-        if manifest.fingerprint != identity.fingerprint:
+        if {manifest.fingerprint, manifest.identity().fingerprint} != {identity.fingerprint}:  # the second: it was edited
             differences = "\n".join(f"  {line}" for line in describe_differences(manifest.identity(), identity))
             raise StaleTableError(
                 f"{self.uri} was made in another way:\n{differences}\n"

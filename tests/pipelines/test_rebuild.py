@@ -21,7 +21,7 @@ from pipelines.score import ScorerConfig
 from pipelines.shapes import write_folder
 from pipelines.stage import StageResult
 from pipelines.status import TableStatus, dataset_status
-from pipelines.tables import REBUILD, Identity, StaleTableError, Table
+from pipelines.tables import MANIFEST, REBUILD, Identity, StaleTableError, Table
 from pipelines.verify import verify_dataset
 from sana_model.checkpoint_files import ZOO_DIR
 from tests.pipelines.counted_stages import count_workers
@@ -198,6 +198,21 @@ def test_while_a_table_is_being_deleted_nothing_is_written_into_it(
     assert {path.name for path in Path(table.uri).iterdir()} == {f"{LEASE}.lock"}
     assert files(tmp_path) == {path: stamp for path, stamp in others.items() if "captions/a" not in str(path)}
     assert table.claim(identity).fingerprint == identity.fingerprint
+
+
+@pytest.mark.parametrize("content", [None, "{", "edited"])
+def test_a_table_without_a_whole_manifest_may_be_made_anew(tmp_path: Path, content: str | None) -> None:
+    table = make_dataset(str(tmp_path / "data"))["captions/a"]
+    identity, path = table.require().identity(), Path(table.uri, MANIFEST)
+    text = path.read_text()
+    path.unlink()
+    if content is not None:
+        path.write_text(text.replace("Describe.", "Tell.") if content == "edited" else content)
+    with pytest.raises(StaleTableError, match="--on_stale rebuild") as refused:
+        table.claim(identity)
+    assert refused.value.table == table
+    delete_table(table)
+    assert table.claim(identity).fingerprint == identity.fingerprint and table.list_shards() == []
 
 
 def test_a_table_that_is_being_read_or_written_is_not_deleted(tmp_path: Path) -> None:
