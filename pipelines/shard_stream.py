@@ -20,6 +20,7 @@ import pyarrow as pa
 import ray
 from ray.util.annotations import RayDeprecationWarning
 
+from pipelines.lease import LeaseLostError, Ticket
 from pipelines.schema import REJECTS
 from pipelines.storage import StorageError
 from pipelines.tables import DamagedShardError, Table, count_reasons
@@ -85,10 +86,11 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardJob:
-    """How the shards of a table are made: `fingerprint` is that of the table's identity."""
+    """How the shards of a table are made: `fingerprint` is that of the table's identity, `ticket` lets this writer write it."""
 
     output: Table
     fingerprint: str
+    ticket: Ticket
     read_shard: ReadShard
     make_worker: Callable[[], ShardWorker]
     resources: Resources
@@ -140,7 +142,7 @@ def _plan(job: ShardJob, shards: list[str], alone: bool) -> ray.data.Dataset:
             max_restarts=-1,
             max_task_retries=RETRIES,
         )
-        return dataset.map_batches(partial(_write, output=job.output, fingerprint=job.fingerprint), **light)
+        return dataset.map_batches(partial(_write, output=job.output, fingerprint=job.fingerprint, ticket=job.ticket), **light)
 
 
 def _read(batch: pa.Table, read_shard: ReadShard) -> pa.Table:
@@ -181,12 +183,13 @@ class _Worker:
         return _read_row(shard, _pack(rows), error).append_column("rejects", _pack(refused)).append_column("figures", figures)
 
 
-def _write(batch: pa.Table, output: Table, fingerprint: str) -> pa.Table:
+def _write(batch: pa.Table, output: Table, fingerprint: str, ticket: Ticket) -> pa.Table:
     """Rejects first: a shard that exists is a shard that is done."""
     shard, error, figures = (batch[name][0].as_py() for name in ("shard", "error", "figures"))
     rows, rejects = _unpack(batch["rows"]), _unpack(batch["rejects"])
     if error is None:
         try:
+            ticket.check()
             output.rejects().write_shard(shard, rejects, fingerprint=fingerprint)
             output.write_shard(shard, rows, fingerprint=fingerprint, figures=dict(figures))
         except Exception as failure:
@@ -204,10 +207,10 @@ def _write(batch: pa.Table, output: Table, fingerprint: str) -> pa.Table:
 
 
 def _describe(error: Exception) -> Row:
-    """A row of ERROR. Storage that refuses one shard after long patience would refuse the others as well."""
-    known = isinstance(error, StorageError | DamagedShardError)
+    """A row of ERROR. Storage that refuses one shard after long patience would refuse the others too; a lost lease does."""
+    known = isinstance(error, StorageError | DamagedShardError | LeaseLostError)
     message = str(error) if known else "".join(traceback.format_exception(error)).strip()
-    return {"stops": isinstance(error, StorageError), "message": message}
+    return {"stops": isinstance(error, StorageError | LeaseLostError), "message": message}
 
 
 def _pack(table: pa.Table) -> pa.Array:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from ray.exceptions import RayError, RayTaskError
 
+from pipelines.lease import Lease, hold
 from pipelines.shard_stream import (
     MAX_FAILED_SHARDS,
     RETRIES,
@@ -127,7 +128,24 @@ def run_shards(
         TooManyRejectsError: over `max_reject_share` of the rows were refused. The shards made until then stay.
         StorageError: the storage refused, or gave no answer for long.
         ShardError: shards could not be made, but all others are; or more than a few could not be made.
+        LeaseHeldError, LeaseLostError: another writer is at work on `output`, or has taken it over.
     """
+    with hold(output.uri) as lease:
+        job = ShardJob(
+            output=output,
+            fingerprint=identity.fingerprint,
+            ticket=lease.ticket,
+            read_shard=read_shard,
+            make_worker=make_worker,
+            resources=resources,
+        )
+        return _run(job, identity, shards, lease, max_reject_share, on_progress)
+
+
+def _run(
+    job: ShardJob, identity: Identity, shards: list[str], lease: Lease, max_reject_share: float, on_progress: OnProgress
+) -> StageResult:
+    output = job.output
     start = time.monotonic()
     manifest = output.claim(identity)
     remove_leftovers(output.uri)
@@ -142,15 +160,9 @@ def run_shards(
     if was_done:
         _check_rejects(output, progress, max_reject_share, final=True)
         return _result_of(output, manifest, len(found), time.monotonic() - start, 0.0)
-    job = ShardJob(
-        output=output,
-        fingerprint=identity.fingerprint,
-        read_shard=read_shard,
-        make_worker=make_worker,
-        resources=resources,
-    )
     missing = [shard for shard in shards if shard not in found]
     for outcome in _make_shards(job, missing):
+        lease.check()
         progress.done_shards += 1
         progress.add_shard(outcome.num_rows, outcome.rejects_by_reason, outcome.figures)
         progress.new_rows += outcome.num_rows + sum(outcome.rejects_by_reason.values())
