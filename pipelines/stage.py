@@ -179,7 +179,8 @@ def _run(
 ) -> StageResult:
     start = time.monotonic()
     manifest = output.claim(identity)
-    remove_leftovers(output.uri)
+    for table in (output, output.rejects()):
+        remove_leftovers(table.uri)
     found = set(output.list_shards()) & set(shards)
     progress = Progress(len(shards), len(found), len(found))
     was_done = manifest.complete and manifest.num_shards == len(found) == len(shards)

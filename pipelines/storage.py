@@ -13,6 +13,7 @@ import random
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -26,7 +27,6 @@ from fsspec.exceptions import FSTimeoutError
 
 ATTEMPTS = 8
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds; doubled after each attempt: about a minute in all
-STALE_SECONDS = 3600.0  # a temporary file as old as this was left by a process that died
 
 S3_OPTIONS: dict[str, Any] = {
     "use_listings_cache": False,
@@ -303,13 +303,9 @@ def remove_files(uris: Sequence[str]) -> None:
 
 
 def remove_leftovers(uri: str) -> None:
-    """Delete the temporary files of killed processes from a local folder; those of the last hour may be another's at work."""
+    """Delete what killed processes left half-written in a local folder. Nobody else may be writing there."""
     if not is_local(uri):
         return
     _, root = open_filesystem(uri)
     for path in Path(root).glob(".*.tmp"):
-        try:
-            if time.time() - path.stat().st_mtime > STALE_SECONDS:
-                path.unlink()
-        except OSError:
-            continue  # another process was quicker, or it may not be deleted: nothing counts it
+        call(partial(path.unlink, missing_ok=True), "delete", str(path))
