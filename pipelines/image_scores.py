@@ -49,7 +49,7 @@ class ImageScorerConfig:
     name: str
     model: str
     revision: str | None = None
-    label: str | int | None = None
+    label: str | None = None
     head: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     batch_size: int = 64
@@ -136,8 +136,9 @@ class Classifier:
         model = AutoModelForImageClassification.from_pretrained(path, dtype=dtype, revision=revision)
         self.model = model.to(self.device).eval()
         labels = {str(name): int(number) for number, name in model.config.id2label.items()}
-        number = config.label if isinstance(config.label, int) else labels.get(str(config.label))
-        if number is None or not 0 <= number < len(labels):
+        assert config.label is not None
+        number = labels.get(config.label, int(config.label) if config.label.isdecimal() else -1)
+        if not 0 <= number < len(labels):
             raise ValueError(f"{config.model} has no label {config.label!r}; it has {', '.join(labels)}")
         self.label = number
 

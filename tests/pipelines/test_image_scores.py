@@ -79,7 +79,7 @@ def test_a_label_is_named_or_numbered(classifier: str) -> None:
     np.testing.assert_allclose(scores, expected, atol=1e-5)
     assert len(set(scores)) == len(CONTENTS)
     assert [(row["id"], row["reject_reason"]) for row in rejects] == [("id7", "not_an_image")]
-    other = ImageScorer(ImageScorerConfig(name="normal", model=classifier, label=0)).process(table_of(CONTENTS))
+    other = ImageScorer(ImageScorerConfig(name="normal", model=classifier, label="0")).process(table_of(CONTENTS))
     np.testing.assert_allclose([row["score"] for row in other.rows], 1 - expected, atol=1e-5)
     with pytest.raises(ValueError, match=r"no label 'watermark'; it has normal, nsfw"):
         ImageScorer(ImageScorerConfig(name="x", model=classifier, label="watermark"))
