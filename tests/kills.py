@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -14,7 +15,7 @@ import psutil
 
 Target = Literal["driver", "actor", "raylet"]
 NAMES = {"actor": "MapWorker", "raylet": "raylet/raylet"}  # in the command lines of processes
-GONE_SECONDS = 60.0  # within which the processes of a killed Ray must be gone
+GONE_SECONDS = 30.0  # within which the processes of a killed Ray should be gone
 
 
 @dataclass(kw_only=True)
@@ -108,10 +109,13 @@ def _kill(job: subprocess.Popen[bytes], target: Target, kills: Kills) -> bool:
         kills.stragglers.append("driver")
         job.kill()
         job.wait()
-    _, alive = psutil.wait_procs(family[1:], timeout=GONE_SECONDS)
-    for process in alive:
-        kills.stragglers.append(_command_of(process)[:100])
-        process.kill()
+    # Ray's agents outlive their raylet for a while. They write nothing.
+    agents = [process for process in family[1:] if "Agent" in _command_of(process)]
+    _, alive = psutil.wait_procs([process for process in family[1:] if process not in agents], timeout=GONE_SECONDS)
+    kills.stragglers += [_command_of(process)[:100] for process in alive]
+    for process in [*agents, *alive]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     return True
 
 

@@ -10,6 +10,8 @@ from functools import partial
 
 import psutil
 import pyarrow as pa
+import ray
+from ray._private.internal_api import get_memory_info_reply, get_state_from_address  # Ray has no public way to its store's use
 from tqdm import tqdm
 
 from jobs.runner import RayConfig, start_ray
@@ -121,8 +123,9 @@ def _run(source: Table, make_worker: Callable[[], ShardWorker]) -> StageResult:
 
 @dataclass
 class _Peaks:
-    """Bytes."""
+    """Bytes; `address` is Ray's."""
 
+    address: str
     driver: int = 0
     workers: int = 0
     object_store: int = 0
@@ -138,10 +141,10 @@ class _Peaks:
                     name = " ".join(process.cmdline()[:1])
                 except psutil.Error:
                     continue  # it has just ended
-                if name.endswith("raylet/raylet"):
-                    self.object_store = max(self.object_store, memory.shared)
-                elif name.startswith("ray::"):
+                if name.startswith("ray::"):
                     workers += memory.rss - memory.shared
+            stats = get_memory_info_reply(get_state_from_address(self.address)).store_stats
+            self.object_store = max(self.object_store, stats.object_store_bytes_used)
             memory = me.memory_info()
             self.driver = max(self.driver, memory.rss - memory.shared)
             self.workers = max(self.workers, workers)
@@ -149,7 +152,7 @@ class _Peaks:
 
 @contextmanager
 def _watch_memory() -> Iterator[_Peaks]:
-    peaks = _Peaks()
+    peaks = _Peaks(ray.get_runtime_context().gcs_address)
     thread = threading.Thread(target=peaks.watch, daemon=True)
     thread.start()
     try:

@@ -22,11 +22,11 @@ def test_a_full_disk_ends_a_job_with_one_message(tmp_path: Path) -> None:
         run = subprocess.run(
             [*command, "--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db"], capture_output=True, text=True, timeout=300
         )
-        files = [path.name for path in disk.rglob("*") if path.is_file()]
+        files = {str(path.relative_to(disk)) for path in disk.rglob("*") if path.is_file()}
     finally:
         subprocess.run(["umount", str(disk)], check=True)
     assert run.returncode == 1
     errors = [line for line in run.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and "Traceback" not in run.stderr
     assert f"cannot write {disk}/data/" in errors[0] and "the disk is full: free space there and start again" in errors[0]
-    assert all(not name.endswith(".tmp") for name in files) and "00000.parquet" not in files
+    assert not any(name.endswith(".tmp") for name in files) and "data/images/00000.parquet" not in files

@@ -117,6 +117,6 @@ def test_ten_kills_change_nothing(
         total += kills
     num_rows = sum(len(rows) for rows, _ in expected.values())
     print(
-        f"\n{stage} at {root}: killed {dict(total.killed)} in {num_runs} runs with {total.starts} starts, each with {num_rows} rows "
-        f"in {len(expected)} shards as undisturbed; {total.seconds:.0f} s, stragglers {total.stragglers}"
+        f"\n{stage} at {root}: killed {dict(total.killed)} in {num_runs} runs with {total.starts} starts, each "
+        f"with {num_rows} rows in {len(expected)} shards as undisturbed; {total.seconds:.0f} s, stragglers {total.stragglers}"
     )

@@ -36,7 +36,7 @@ def proxy(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProx
     with proxy.serve() as spoiled, environment(s3_environment(spoiled)):
         # s3fs keeps one client for equal options: one of its own for each proxy.
         options = {**storage.S3_OPTIONS, "endpoint_url": spoiled}
-        config = {**options["config_kwargs"], "read_timeout": 2}
+        config = {**options["config_kwargs"], "read_timeout": 2, "retries": {"mode": "standard", "total_max_attempts": 2}}
         monkeypatch.setattr(storage, "S3_OPTIONS", {**options, "config_kwargs": config})
         yield proxy
 
