@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from pipelines.embed_captions import CaptionEmbedder, EmbedConfig, embed_identity, read_caption_embeds
+from pipelines.report import embeds_report
 from pipelines.schema import CAPTION_EMBEDS, SCORES
 from pipelines.tables import Identity, MissingTableError, Table
 from sana_model.text_encoder import TextEncoder, TextEncoderConfig
+from tests.pipelines.html_page import check_page
 
 PROMPTS = TextEncoderConfig(instruction="Say what the picture shows.\nUser Prompt: ", max_tokens=12, lowercase=True)
 CONFIG = EmbedConfig(
@@ -63,6 +65,20 @@ def test_what_is_read_is_what_the_text_encoder_gives(embedder: CaptionEmbedder, 
     assert len(found["x", "b"]) == PROMPTS.max_tokens > len(found["x", "original"])
     chosen = read_caption_embeds(str(tmp_path), "gemma", "00000", {("x", "a"), ("y", "b")})
     assert list(chosen) == [("x", "a"), ("y", "b")] and torch.equal(chosen["x", "a"], found["x", "a"])
+
+
+def test_the_report_counts_captions_and_cuts(embedder: CaptionEmbedder, tmp_path: Path) -> None:
+    Table(str(tmp_path), "scores/clip", SCORES).claim(Identity("score", {}, {}, {}))
+    table = Table(str(tmp_path), "caption_embeds/gemma", CAPTION_EMBEDS)
+    manifest = table.claim(embed_identity(str(tmp_path), CONFIG))
+    assert "The table is empty" in check_page(embeds_report(str(tmp_path), table.path)).text
+    rows, _, figures = embedder.process(scores_table())
+    table.write_shard("00000", pa.Table.from_pylist(list(rows), CAPTION_EMBEDS))
+    means = {f"{name}.mean": value for name, value in figures.items()}
+    table.write_manifest(replace(manifest, complete=True, num_shards=1, num_rows=5, figures=means))
+    page = check_page(embeds_report(str(tmp_path), table.path), table)
+    assert "About 1 captions were longer than 12 tokens" in page.text
+    assert "a 2 40.0%" in page.text and "original 1 20.0%" in page.text
 
 
 def test_all_that_changes_a_value_is_in_the_identity(tmp_path: Path) -> None:
