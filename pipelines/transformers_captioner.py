@@ -32,7 +32,7 @@ from pipelines.prepare import prepare_ahead
 from pipelines.stage import ShardOutput, StageError
 
 # What processors and models raise for one row: a placeholder too many in its prompt, an image that they cannot cut up.
-ROW_ERRORS = (ValueError, RuntimeError, IndexError, KeyError, TypeError)
+ROW_ERRORS = (ValueError, RuntimeError, LookupError, TypeError, StopIteration)
 FAILURES = ("out_of_memory", "caption_failed")
 MANY_ROWS = 8
 """Where so many rows of a shard fail, and no other is captioned, the rows are not at fault."""
