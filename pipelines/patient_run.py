@@ -19,7 +19,7 @@ Entry = tuple[int, Mapping[str, float]]
 
 
 class PatientRun:
-    """Sends in a thread, in order. While MLflow cannot be reached everything waits here, and in the checkpoints of the training.
+    """Sends in a thread, in order. While MLflow cannot be reached everything waits here, and in the training's checkpoints.
 
     What the run knows already of a step is not sent again: steps that come again after a restart appear once.
 

@@ -63,7 +63,7 @@ class Desk:
 @contextmanager
 def open_desk(on_progress: OnTrainProgress, on_notice: OnNotice) -> Iterator[Any]:
     """The actor's handle. Within, a thread calls back with what is new, and SIGTERM asks the workers to save and end."""
-    desk = ray.remote(num_cpus=0)(Desk).remote()
+    desk: Any = ray.remote(num_cpus=0)(Desk).remote()
     ended = threading.Event()
 
     def watch() -> None:
