@@ -25,25 +25,38 @@ class Trained:
     num_bad: int
 
 
-def train_on_ranks(folder: Path, dataset: Path, configs: Sequence[tuple[str, TrainConfig]]) -> dict[str, Trained]:
-    """Train each (name, config) in `folder/name`, one after the other; all of one number of workers."""
+def train_on_ranks(
+    folder: Path, dataset: Path, configs: Sequence[tuple[str, TrainConfig]], *, output_root: str | None = None
+) -> dict[str, Trained]:
+    """Train each (name, config) in `output_root/name`, one after the other; all of one number of workers.
+
+    `output_root`: the folder itself unless given.
+    """
     (num_workers,) = {config.num_workers for _, config in configs}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_run_rank, (num_workers, port, folder, dataset, configs), nprocs=num_workers)
+    torch.multiprocessing.spawn(
+        _run_rank, (num_workers, port, folder, dataset, configs, output_root or str(folder)), nprocs=num_workers
+    )
     return {name: torch.load(folder / f"{name}.pt", weights_only=False) for name, _ in configs}
 
 
 def _run_rank(
-    rank: int, world_size: int, port: int, folder: Path, dataset: Path, configs: Sequence[tuple[str, TrainConfig]]
+    rank: int,
+    world_size: int,
+    port: int,
+    folder: Path,
+    dataset: Path,
+    configs: Sequence[tuple[str, TrainConfig]],
+    output_root: str,
 ) -> None:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
     torch.distributed.init_process_group("gloo")
     for name, config in configs:
         table = Table(str(dataset), config.latents, LATENTS)
-        task = TrainTask(config=config, table=table, inputs={}, output_uri=str(folder / name))
+        task = TrainTask(config=config, table=table, inputs={}, output_uri=f"{output_root}/{name}")
         worker, error = TrainWorker(task, device=torch.device("cpu")), None
         try:
             worker.restore()
