@@ -14,7 +14,7 @@ from PIL import Image
 from pipelines.checkpoints import read_weights
 from pipelines.engine import EngineConfig
 from pipelines.optim import OptimConfig
-from pipelines.tables import StaleTableError
+from pipelines.tables import MissingTableError, StaleTableError
 from pipelines.tracking import RunPlan, TrackingConfig
 from pipelines.train import TrainResult, run_train
 from pipelines.train_config import FlowConfig, GridConfig, TrainConfig, TrainingError, TrainingStopped
@@ -187,6 +187,8 @@ def test_what_fails_in_a_worker_is_one_message(world: World, tmp_path: Path) -> 
 def test_what_the_driver_can_tell_at_once(world: World, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="num_workers=4 need a shard each"):
         world.train("early", replace(world.config, num_workers=4, global_batch_size=32))
+    with pytest.raises(MissingTableError, match="there is no table 'latents/other'"):
+        world.train("early", replace(world.config, latents="latents/other"))
     make_table(tmp_path, make_shards([8]), complete=False)
     with pytest.raises(ValueError, match="is not complete"):
         run_train(str(tmp_path), world.config, output_dir=str(tmp_path / "run"))

@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipelines.bad_steps import BadStepConfig
@@ -170,3 +171,26 @@ def test_what_cannot_be_validated_with(tmp_path: Path, dataset: Path, config: Tr
     assert error is not None and "has no sample to validate with" in error
     with pytest.raises(ValueError, match=r"keep_best=validation_loss needs validation\.latents"):
         replace(config, keep_best="validation_loss")
+
+
+@pytest.mark.slow
+def test_skewed_buckets_on_two_workers_of_the_demo_model(tmp_path: Path, config: TrainConfig) -> None:
+    """Twenty buckets, the first seventy times as frequent as the last, three epochs and more."""
+    sides = [f"{8 * height}x{8 * width}" for height in range(4, 9) for width in (5, 6, 8, 10)]
+    weights = 0.8 ** np.arange(20)
+    buckets = np.random.default_rng(0).choice(sides, 600, p=weights / weights.sum())
+    shards = {f"{shard:05d}": [make_row(i, buckets[i]) for i in range(100 * shard, 100 * shard + 100)] for shard in range(6)}
+    make_table(tmp_path / "dataset", shards)
+    config = replace(config, init="zoo://pipeline", num_workers=2, num_steps=125, micro_batch_size=8, global_batch_size=16)
+    trained = train_on_ranks(tmp_path, tmp_path / "dataset", [("run", replace(config, log_every=25))])["run"]
+    counts = Counter(sample for samples in read_drawn(str(tmp_path / "run" / "drawn")).values() for sample in samples)
+    states = Checkpoint.open(str(tmp_path / "run" / "checkpoints" / "step-000125")).states
+    assert trained.error is None and min(state["stream"]["epoch"] for state in states) >= 3
+    buffers = [state["stream"]["buffers"] for state in states]
+    counts.update((epoch, sample_id) for buffer in buffers for rows in buffer.values() for epoch, _, sample_id in rows)
+    assert set(counts.values()) == {1} and len(set(buckets)) == 20
+    assert {key for key in counts if key[0] < 3} == {
+        (epoch, make_row(index)["id"]) for epoch in range(3) for index in range(600)
+    }
+    print(f"waiting for data: {trained.wait_share:.2%} of the time of the steps")
+    assert trained.wait_share < 0.05
