@@ -1,7 +1,6 @@
 """The training's own workers in plain processes over gloo, without Ray: many trainings in seconds."""
 
 import multiprocessing
-import multiprocessing
 import os
 import socket
 from collections.abc import Sequence
