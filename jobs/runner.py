@@ -88,6 +88,11 @@ class StatusLine:
         start, end = (CLEAR_LINE, "") if self.is_terminal else ("", "\n")
         print(f"{start}{text}", end=end, file=sys.stderr, flush=True)
 
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.clear()
+        print(text, file=sys.stderr, flush=True)
+
     def clear(self) -> None:
         """Take the line away, where it can be."""
         if self.is_terminal:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.checkpoints import RECORD
+from pipelines.training_record import RECORD
 from pipelines.lease import read_lease
 from pipelines.plan import read_plan
 from pipelines.schema import IMAGES_PATH, SCHEMA_VERSION, TABLE_SCHEMAS
