@@ -1,12 +1,13 @@
 """What a training is told."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from pipelines.data import StreamConfig
 from pipelines.ema import EmaConfig
 from pipelines.engine import EngineConfig
 from pipelines.optim import OptimConfig
+from sana_model.text_encoder import TextEncoderConfig
 
 
 class TrainingError(RuntimeError):
@@ -28,6 +29,26 @@ class FlowConfig:
     mean: float = 0.0
     std: float = 1.0
     shift: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionConfig:
+    """What a stage at another resolution changes of the transformer. It has no weights: those of the stage before carry over.
+
+    Args:
+        base_size: side, in tokens, of the square image that the stage is for: 16 at 512 px. None: as it was.
+        scale: interpolation of the sincos positional embedding (published: none at 512 and 1024 px, 1.0 at 2048, 2.0 at
+            4096). None: as it was.
+    """
+
+    base_size: int | None = None
+    scale: float | None = None
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """Fields of `SanaConfig`."""
+        named = {"base_size": self.base_size, "position_scale": self.scale}
+        return {name: value for name, value in named.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +97,8 @@ class TrainConfig:
         init: the pipeline to go on from: a folder, or a zoo://, hf:// or fsspec URI; ours, diffusers' or an NVlabs .pth.
         preset: in place of `init`, the shape of a fresh transformer, such as sana-0.6b.
         text_encoder, autoencoder: paths; they go with `preset`, or replace those of `init`.
+        prompts: how captions become tokens; None: as the pipeline of `init` does it, or as published for a `preset`.
+        positions: what changes of the transformer with the resolution.
         num_steps: optimizer steps.
         micro_batch_size: samples of one worker's forward pass.
         global_batch_size: samples of one step; a multiple of micro_batch_size * num_workers.
@@ -99,6 +122,8 @@ class TrainConfig:
     preset: str | None = None
     text_encoder: str | None = None
     autoencoder: str | None = None
+    prompts: TextEncoderConfig | None = None
+    positions: PositionConfig = field(default_factory=PositionConfig)
     num_steps: int
     micro_batch_size: int
     global_batch_size: int

@@ -28,7 +28,7 @@ from sana_model.autoencoder import DCAutoencoder
 from sana_model.flow import flow_loss, sample_sigmas
 from sana_model.generate import DEFAULT_FLOW_SHIFT, Caption, TextToImage
 from sana_model.pipeline_files import load_pipeline
-from sana_model.text_encoder import TextEncoder
+from sana_model.text_encoder import NVLABS_PROMPTS, TextEncoder
 from sana_model.transformer import SanaTransformer
 
 PIPELINE_DIR = "pipeline"
@@ -67,16 +67,23 @@ def load_start(config: TrainConfig) -> TextToImage:
             autoencoder=config.autoencoder,
             text_encoder=config.text_encoder,
             flow_shift=config.flow.shift,
+            **config.positions.overrides,
         )
         pipeline.transformer.float()
+        if config.prompts is not None:
+            encoder = pipeline.text_encoder
+            pipeline.text_encoder = TextEncoder(encoder.model, encoder.tokenizer, config.prompts)
         return pipeline
     assert config.preset is not None and config.autoencoder is not None and config.text_encoder is not None
     autoencoder = DCAutoencoder.from_pretrained(config.autoencoder)
-    text_encoder = TextEncoder.from_pretrained(config.text_encoder)
+    text_encoder = TextEncoder.from_pretrained(config.text_encoder, config=config.prompts or NVLABS_PROMPTS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         transformer = SanaTransformer.from_preset(
-            config.preset, in_channels=autoencoder.config.latent_channels, caption_dim=text_encoder.embed_dim
+            config.preset,
+            in_channels=autoencoder.config.latent_channels,
+            caption_dim=text_encoder.embed_dim,
+            **config.positions.overrides,
         )
     shift = DEFAULT_FLOW_SHIFT if config.flow.shift is None else config.flow.shift
     return TextToImage(transformer, autoencoder, text_encoder, flow_shift=shift)

@@ -56,6 +56,9 @@ PRESETS: dict[str, SanaConfig] = {
     "sana-1.6b-2k": replace(_SANA_1_6B, position_scale=1.0, base_size=64),
     "sana-1.6b-4k": replace(_SANA_1_6B, position_scale=2.0, base_size=128),
     "sana-4.8b": replace(_SANA_1_6B, depth=60, qk_norm=True, cross_qk_norm=True),
+    "shapes": SanaConfig(
+        dim=128, depth=6, num_cross_heads=4, ffn_dim=320, in_channels=8, caption_dim=64, position_scale=1.0, base_size=8
+    ),
     "tiny": SanaConfig(dim=64, depth=2, num_cross_heads=4, ffn_dim=160, in_channels=8, caption_dim=64, base_size=8),
 }
 
