@@ -63,6 +63,7 @@ class Engine:
             "gradient_clipping": 0.0 if self._clips_itself else optim.max_grad_norm,
             "bf16": {"enabled": config.dtype == "bf16"},
             "zero_optimization": {"stage": config.zero_stage},
+            "zero_allow_untested_optimizer": True,
             "steps_per_print": None,
         }
         if config.dtype == "bf16" and config.zero_stage:

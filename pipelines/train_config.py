@@ -142,6 +142,7 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self.optim.check_sharding(self.engine.zero_stage)
         if (self.init is None) == (self.preset is None):
             raise ValueError(
                 f"init={self.init}, preset={self.preset}: give one, a pipeline to go on from or a shape to begin with"
