@@ -72,9 +72,7 @@ def asked_scenes(job: LearningJob) -> list[Scene]:
     return [sample_scene(FIRST_PROMPT + number, config) for number in range(job.num_prompts)]
 
 
-def judge_grids(
-    folder: Path, asked: Sequence[Scene], clip: str, *, size: int, columns: int
-) -> dict[str, dict[str, float]]:
+def judge_grids(folder: Path, asked: Sequence[Scene], clip: str, *, size: int, columns: int) -> dict[str, dict[str, float]]:
     """By step: the share of pictures whose shape, color, background, and all three are right, as the CLIP reads them."""
     judge = AttributeJudge(ClipModel(clip))
     figures = {}

@@ -111,7 +111,10 @@ class Engine:
         masters = iter(self.master_weights())
         gathered = {}
         for name, parameter in self._deepspeed.module.named_parameters():
-            full = next(masters) if self.config.zero_stage == 0 else safe_get_full_fp32_param(parameter)
+            if not parameter.requires_grad:  # frozen: it has no master
+                full = parameter.float()
+            else:
+                full = next(masters) if self.config.zero_stage == 0 else safe_get_full_fp32_param(parameter)
             if torch.distributed.get_rank() == 0:
                 gathered[name] = full.detach().cpu().clone()
         return gathered or None

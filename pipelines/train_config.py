@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pipelines.data import StreamConfig
 from pipelines.ema import EmaConfig
 from pipelines.engine import EngineConfig
+from pipelines.lora import LoraConfig
 from pipelines.optim import OptimConfig
 from sana_model.text_encoder import TextEncoderConfig
 
@@ -105,6 +106,7 @@ class TrainConfig:
         num_workers: that train together, each on its own shards.
         data: which samples and captions are drawn.
         flow: at which noise levels.
+        lora: train adapters, and leave the weights of `init` as they are; None: train all weights.
         optim: how weights follow gradients.
         ema: the average of the weights.
         engine: how DeepSpeed spreads and computes it.
@@ -130,6 +132,7 @@ class TrainConfig:
     num_workers: int = 1
     data: StreamConfig = field(default_factory=StreamConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
+    lora: LoraConfig | None = None
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -143,6 +146,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         self.optim.check_sharding(self.engine.zero_stage)
+        if self.lora is not None and self.engine.zero_stage == 3:
+            raise ValueError(
+                "lora with zero_stage=3: the frozen weights would be gathered anew in every step; set engine.zero_stage to 0, 1 or 2"
+            )
         if (self.init is None) == (self.preset is None):
             raise ValueError(
                 f"init={self.init}, preset={self.preset}: give one, a pipeline to go on from or a shape to begin with"

@@ -16,6 +16,7 @@ from pipelines.checkpoints import load_checkpoint, save_checkpoint
 from pipelines.data import MicroBatch, PrefetchedStream, TrainingStream
 from pipelines.ema import EMA
 from pipelines.engine import Engine
+from pipelines.lora import add_lora, merge_lora, save_lora
 from pipelines.optim import learning_rate
 from pipelines.sample import image_grid
 from pipelines.select import uniform
@@ -33,6 +34,7 @@ from sana_model.transformer import SanaTransformer
 
 PIPELINE_DIR = "pipeline"
 GRIDS_DIR = "samples"
+LORA_DIR = "lora"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +168,8 @@ class TrainWorker:
             raise TrainingError(str(error)) from error
         self.shift = self.pipeline.flow_shift
         self.transformer_config = self.pipeline.transformer.config
+        if config.lora is not None:
+            add_lora(self.pipeline.transformer, config.lora, seed=config.seed)
         self.pipeline.transformer.train()
         dtype = config.engine.torch_dtype
         self.text_encoder = self.pipeline.text_encoder.to(self.device, dtype)
@@ -269,6 +273,9 @@ class TrainWorker:
             weights = self.engine.gather_weights()
         if weights is None:
             return None
+        if self.config.lora is not None:
+            save_lora(self.task.output_dir / LORA_DIR, weights, self.config.lora)
+            weights = merge_lora(weights, self.config.lora)
         assert self.autoencoder is not None
         with torch.device("meta"):
             transformer = SanaTransformer(self.transformer_config)
