@@ -1,6 +1,6 @@
 """LoRA (arXiv 2106.09685): a few trained weights beside frozen ones, saved as an adapter that diffusers loads.
 
-peft puts the adapters into the transformer, and its names into the weights: `qkv.base_layer.weight`, `qkv.lora_A.default.weight`,
+peft puts adapters into the transformer, and its names into the weights: `qkv.base_layer.weight`, `qkv.lora_A.default.weight`,
 `qkv.lora_B.default.weight`. Only this file knows them.
 """
 
