@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 from pipelines.images import BadImageError, decode
 from pipelines.models import local_model, model_version, pick_device
 from pipelines.schema import CAPTIONS, IMAGES, IMAGES_PATH, captions_path
-from pipelines.stage import OnProgress, Resources, Row, StageResult, reject, run_shards
+from pipelines.stage import OnProgress, Resources, Row, ShardOutput, StageResult, reject, run_shards
 from pipelines.tables import Identity, Table
 
 DEFAULT_PROMPT = "Describe the image."
@@ -115,7 +115,7 @@ class Captioner:
         self.prompt = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         self.generation = self._generation_config()
 
-    def process(self, table: pa.Table) -> tuple[list[Row], list[Row]]:
+    def process(self, table: pa.Table) -> ShardOutput:
         """A row of captions for each image, or a reject."""
         rows: list[Row] = []
         rejects: list[Row] = []
@@ -133,7 +133,7 @@ class Captioner:
                     rows.append({"id": row["id"], **caption})
                 else:
                     rejects.append(reject(row, "empty_caption", f"{self.config.model} answered with nothing"))
-        return rows, rejects
+        return ShardOutput(rows, rejects)
 
     @torch.inference_mode()
     def caption(self, images: list[Image.Image]) -> list[Row]:

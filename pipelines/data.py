@@ -2,13 +2,17 @@
 
 Every rank goes its own way and never ends: each epoch the shards are dealt out among the ranks anew, and what a bucket has
 left when its shards are read waits for the next epoch's samples. So no rank ever waits for another, whatever the buckets.
+
+Another number of ranks goes on from the states of all the old ones: what these had not yet drawn of the epochs they had
+begun, and the samples that waited in their buffers, is dealt out among the new ranks, and after that come whole epochs.
 """
 
 import queue
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, Self
 
 import numpy as np
@@ -28,18 +32,22 @@ class StreamConfig:
     Args:
         selection: which of a sample's captions is drawn, anew in each epoch.
         caption_dropout: share of samples that get the null caption instead, for classifier-free guidance.
+        held_out_share: share of the samples that are never drawn, by their ids: the loss on them tells what was learnt.
         shuffle_shards: shards that are read, and shuffled row by row, together; all of them are in memory at once.
         prefetch: micro-batches made ready ahead; changes no value.
     """
 
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     caption_dropout: float = 0.1
+    held_out_share: float = 0.0
     shuffle_shards: int = 4
     prefetch: int = 4
 
     def __post_init__(self) -> None:
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"caption_dropout={self.caption_dropout} must be between 0 and 1")
+        if not 0 <= self.held_out_share < 1:
+            raise ValueError(f"held_out_share={self.held_out_share} must be at least 0 and below 1")
         for name in ("shuffle_shards", "prefetch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -72,6 +80,15 @@ class MicroBatch:
     epochs: list[int]
 
 
+@dataclass(frozen=True)
+class Window:
+    """Shards, by index, that are read and shuffled together in an epoch, from `start` on in their shuffled order."""
+
+    epoch: int
+    shards: tuple[int, ...]
+    start: int = 0
+
+
 def rank_shards(num_shards: int, *, seed: int, epoch: int, rank: int, world_size: int) -> list[int]:
     """Indices of the shards that a rank reads in an epoch, in its order: each shard is exactly one rank's.
 
@@ -79,6 +96,11 @@ def rank_shards(num_shards: int, *, seed: int, epoch: int, rank: int, world_size
     """
     order = np.random.default_rng([seed, epoch]).permutation(num_shards)
     return order[(rank + epoch) % world_size :: world_size].tolist()
+
+
+def is_held_out(sample_id: str, share: float) -> bool:
+    """Whether a sample is kept from training: by its id alone, in every training alike."""
+    return uniform("held out", sample_id) < share
 
 
 class TrainingStream:
@@ -108,8 +130,9 @@ class TrainingStream:
                 f"num_workers={world_size} need a shard each, and {table.uri} has {len(self.shards)}: "
                 "train with fewer workers, or ingest into smaller shards"
             )
-        self.epoch = 0
-        self._window = 0  # of the epoch: `shuffle_shards` of the rank's shards
+        self.epoch = 0  # the one whose windows are drawn; or, of `leftover`, the last that the old ranks had begun
+        self._leftover: tuple[Window, ...] = ()  # of another world size's epochs: drawn before whole epochs go on
+        self._window = 0  # of the windows of the epoch
         self._row = 0  # of the window, shuffled
         self._buffers: dict[str, list[Sample]] = {}
         self._samples = self._draw()
@@ -118,12 +141,16 @@ class TrainingStream:
         return self
 
     def __next__(self) -> MicroBatch:
-        for sample in self._samples:
-            buffer = self._buffers.setdefault(sample.bucket, [])
-            buffer.append(sample)
-            if len(buffer) == self.micro_batch_size:
-                return _collate(self._buffers.pop(sample.bucket))
-        raise AssertionError("the stream never ends")
+        while (bucket := self._full_bucket()) is None:
+            sample = next(self._samples)
+            self._buffers.setdefault(sample.bucket, []).append(sample)
+        samples = self._buffers.pop(bucket)
+        if rest := samples[self.micro_batch_size :]:
+            self._buffers[bucket] = rest
+        return _collate(samples[: self.micro_batch_size])
+
+    def _full_bucket(self) -> str | None:
+        return next((bucket for bucket, samples in self._buffers.items() if len(samples) >= self.micro_batch_size), None)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is, as plain numbers and strings: position, and the samples that wait for their bucket to fill."""
@@ -131,6 +158,7 @@ class TrainingStream:
             "rank": self.rank,
             "world_size": self.world_size,
             "epoch": self.epoch,
+            "leftover": [(window.epoch, window.shards, window.start) for window in self._leftover],
             "window": self._window,
             "row": self._row,
             "buffers": {
@@ -145,22 +173,58 @@ class TrainingStream:
             if state[name] != getattr(self, name):
                 raise ValueError(f"the stream's state is of {name}={state[name]}, this is {name}={getattr(self, name)}")
         self.epoch, self._window, self._row = state["epoch"], state["window"], state["row"]
+        self._leftover = tuple(Window(epoch, tuple(shards), start) for epoch, shards, start in state["leftover"])
         self._buffers = self._restore_buffers(state["buffers"])
         self._samples = self._draw()
+
+    def load_all_states(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go on from the states of all ranks of a training, in the order of the ranks, that had any world size.
+
+        At another world size than this stream's, windows that were not drawn to their end go to the ranks by turns, and so
+        do the samples that waited: no sample of an epoch is lost, or drawn twice.
+        """
+        if len(states) == self.world_size:
+            self.load_state_dict(states[self.rank])
+            return
+        last_epoch = max(state["epoch"] for state in states)
+        windows = list(chain.from_iterable(self._left_of(state, last_epoch) for state in states))
+        waiting: dict[str, list[tuple[int, str, str]]] = {}
+        for state in states:
+            for bucket, entries in state["buffers"].items():
+                waiting.setdefault(bucket, []).extend(entries)
+        mine = {bucket: entries[self.rank :: self.world_size] for bucket, entries in waiting.items()}
+        self.epoch, self._window, self._row = last_epoch, 0, 0
+        self._leftover = tuple(windows[self.rank :: self.world_size])
+        if not self._leftover:
+            self.epoch += 1
+        self._buffers = self._restore_buffers({bucket: entries for bucket, entries in mine.items() if entries})
+        self._samples = self._draw()
+
+    def _left_of(self, state: dict[str, Any], last_epoch: int) -> Iterator[Window]:
+        """What the rank of `state` had still to draw of its epochs up to `last_epoch`."""
+        rank, world_size, row = state["rank"], state["world_size"], state["row"]
+        leftover = [Window(epoch, tuple(shards), start) for epoch, shards, start in state["leftover"]]
+        for window in (leftover or self._plan_epoch(state["epoch"], rank, world_size))[state["window"] :]:
+            yield replace(window, start=max(window.start, row))
+            row = 0
+        for epoch in range(state["epoch"] + 1, last_epoch + 1):
+            yield from self._plan_epoch(epoch, rank, world_size)
 
     def _draw(self) -> Iterator[Sample]:
         """Every sample of the rank, epoch after epoch, from the current position on."""
         num_idle_epochs = 0
         while True:
-            windows = self._plan_windows()
+            windows = self._leftover or self._plan_epoch(self.epoch, self.rank, self.world_size)
             num_drawn = self._window + self._row  # of an epoch that goes on, some were drawn before
             while self._window < len(windows):
-                rows = self._read_window(windows[self._window])
-                order = np.random.default_rng([self.seed, self.epoch, *windows[self._window]]).permutation(len(rows))
+                window = windows[self._window]
+                rows = self._read_window(window.shards)
+                order = np.random.default_rng([self.seed, window.epoch, *window.shards]).permutation(len(rows))
+                self._row = max(self._row, window.start)
                 while self._row < len(order):
                     row = int(order[self._row])
                     self._row += 1
-                    if (sample := self._make_sample(rows, row, self.epoch)) is not None:
+                    if (sample := self._make_sample(rows, row, window.epoch)) is not None:
                         num_drawn += 1
                         yield sample
                 self._window, self._row = self._window + 1, 0
@@ -169,24 +233,26 @@ class TrainingStream:
                 raise ValueError(
                     f"no sample of {self.table.uri} can be drawn: it has no rows, or {self.config.selection} lets none pass"
                 )
-            self.epoch, self._window = self.epoch + 1, 0
+            self.epoch, self._window, self._leftover = self.epoch + 1, 0, ()
 
-    def _plan_windows(self) -> list[tuple[int, ...]]:
-        shards = rank_shards(len(self.shards), seed=self.seed, epoch=self.epoch, rank=self.rank, world_size=self.world_size)
+    def _plan_epoch(self, epoch: int, rank: int, world_size: int) -> tuple[Window, ...]:
+        shards = rank_shards(len(self.shards), seed=self.seed, epoch=epoch, rank=rank, world_size=world_size)
         size = self.config.shuffle_shards
-        return [tuple(shards[start : start + size]) for start in range(0, len(shards), size)]
+        return tuple(Window(epoch, tuple(shards[start : start + size])) for start in range(0, len(shards), size))
 
-    def _read_window(self, window: tuple[int, ...]) -> pa.Table:
-        return pa.concat_tables(self._read_shard(self.shards[index]) for index in window).combine_chunks()
+    def _read_window(self, shards: tuple[int, ...]) -> pa.Table:
+        return pa.concat_tables(self._read_shard(self.shards[index]) for index in shards).combine_chunks()
 
     def _read_shard(self, shard: str) -> pa.Table:
         rows = self.table.read_shard(shard)
         return rows.append_column("shard", pa.repeat(pa.scalar(shard), rows.num_rows))
 
     def _make_sample(self, rows: pa.Table, row: int, epoch: int) -> Sample | None:
-        """None where the selection policy lets no caption pass."""
+        """None where the sample is held out, or the selection policy lets no caption pass."""
+        sample_id = rows["id"][row].as_py()
+        if is_held_out(sample_id, self.config.held_out_share):
+            return None
         values = {name: rows[name][row].as_py() for name in rows.column_names}
-        sample_id = values["id"]
         chosen = choose_caption(values["captions"], self.config.selection, seed=self.seed, epoch=epoch, sample_id=sample_id)
         if chosen is None:
             return None

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,20 +27,25 @@ class EmaConfig:
 class EMA:
     """Averages of `weights`: float32 tensors, all of the model's or one rank's part of them.
 
-    An average is elementwise, so the ranks' parts together are what one process would have computed.
+    An average is elementwise, so the ranks' parts together are what one process would have computed. `averages` and
+    `num_updates` are all its state.
     """
 
     def __init__(self, weights: Sequence[Tensor], config: EmaConfig):
         self.config = config
         self.num_updates = 0
-        self._averages = [weight.detach().clone() for weight in weights]
+        self.averages = [weight.detach().clone() for weight in weights]
 
     @torch.no_grad()
     def update(self, weights: Sequence[Tensor]) -> None:
         """Call after each optimizer step."""
         self.num_updates += 1
-        decay = min(self.config.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        torch._foreach_lerp_(self._averages, list(weights), 1 - decay)
+        torch._foreach_lerp_(self.averages, list(weights), 1 - self.decay)
+
+    @property
+    def decay(self) -> float:
+        """Of the last update."""
+        return min(self.config.decay, (1 + self.num_updates) / (10 + self.num_updates))
 
     @contextmanager
     def in_place_of(self, weights: Sequence[Tensor]) -> Iterator[None]:
@@ -52,18 +56,9 @@ class EMA:
         finally:
             self._swap(weights)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"num_updates": self.num_updates, "averages": self._averages}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.num_updates = state["num_updates"]
-        for average, saved in zip(self._averages, state["averages"], strict=True):
-            average.copy_(saved)
-
     @torch.no_grad()
     def _swap(self, weights: Sequence[Tensor]) -> None:
-        for average, weight in zip(self._averages, weights, strict=True):
+        for average, weight in zip(self.averages, weights, strict=True):
             kept = weight.clone()
             weight.copy_(average)
             average.copy_(kept)

@@ -3,18 +3,21 @@
 DeepSpeed is imported where it is used: that takes seconds, and a driver never needs it.
 """
 
+import copy
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from pipelines.fragments import Fragment, find_fragments
 from pipelines.optim import OptimConfig, make_optimizer
+from sana_model.transformer import SanaTransformer
 
-CHECKPOINT_TAG = "engine"
+LOSS_SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,16 +26,53 @@ class EngineConfig:
 
     Args:
         zero_stage: what the workers share out among them: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too.
-        dtype: of weights and activations in the forward and backward pass. The weights that the optimizer updates, its
-            states and the average are float32 in either case.
+        dtype: of weights and activations in the forward and backward pass; "fp16", for GPUs without bf16, scales the loss.
+            The weights that the optimizer updates, its states and the average are float32 in either case.
+        offload_optimizer: keep master weights and optimizer states in the CPU's memory, and update them there (ZeRO 1 to 3).
+        offload_weights: keep each worker's part of the weights there too (ZeRO 3).
+        checkpoint_blocks: recompute every n-th block's activations in the backward pass: 1 all, 0 none.
+        compile_blocks: let torch.compile make each block one program; pays where shapes are few.
     """
 
     zero_stage: Literal[0, 1, 2, 3] = 1
-    dtype: Literal["bf16", "fp32"] = "bf16"
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    offload_optimizer: bool = False
+    offload_weights: bool = False
+    checkpoint_blocks: int = 0
+    compile_blocks: bool = False
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_blocks < 0:
+            raise ValueError(f"checkpoint_blocks={self.checkpoint_blocks} must not be negative")
+        if self.dtype == "fp16" and self.zero_stage == 0:
+            raise ValueError("dtype=fp16 with zero_stage=0: take zero_stage=1, which costs one worker nothing, or bf16")
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer with zero_stage=0: DeepSpeed offloads from zero_stage=1 on")
+        if self.offload_weights and self.zero_stage != 3:
+            raise ValueError(f"offload_weights with zero_stage={self.zero_stage}: only zero_stage=3 cuts the weights")
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.dtype == "bf16" else torch.float32
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.dtype]
+
+    def deepspeed_settings(self) -> dict[str, Any]:
+        """What DeepSpeed is told of it."""
+        zero: dict[str, Any] = {"stage": self.zero_stage}
+        if self.offload_optimizer:
+            zero["offload_optimizer"] = {"device": "cpu"}
+        if self.offload_weights:
+            zero["offload_param"] = {"device": "cpu"}
+        settings: dict[str, Any] = {
+            "bf16": {"enabled": self.dtype == "bf16"},
+            "fp16": {"enabled": self.dtype == "fp16"},
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,  # 8-bit AdamW
+            "zero_force_ds_cpu_optimizer": False,  # its own would compile a C++ extension; torch's fused AdamW is as good
+            "steps_per_print": None,
+        }
+        if self.dtype != "fp32" and self.zero_stage:
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        return settings
 
 
 class Engine:
@@ -43,7 +83,7 @@ class Engine:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: SanaTransformer,
         config: EngineConfig,
         optim: OptimConfig,
         *,
@@ -61,19 +101,23 @@ class Engine:
             "train_micro_batch_size_per_gpu": micro_batch_size,
             "gradient_accumulation_steps": grad_accum_steps,
             "gradient_clipping": 0.0 if self._clips_itself else optim.max_grad_norm,
-            "bf16": {"enabled": config.dtype == "bf16"},
-            "zero_optimization": {"stage": config.zero_stage},
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": None,
+            **config.deepspeed_settings(),
         }
-        if config.dtype == "bf16" and config.zero_stage:
-            settings["data_types"] = {"grad_accum_dtype": "fp32"}
         model = model.to(device)
+        if config.checkpoint_blocks:
+            model.enable_gradient_checkpointing(config.checkpoint_blocks)
+        if config.compile_blocks:
+            for block in model.blocks:
+                block.compile()
         self._deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=make_optimizer(model.parameters(), optim), config=settings
         )
         # DeepSpeed's bf16 optimizer without ZeRO begins with a step on zero gradients, which AdamW would count.
         self._deepspeed.basic_optimizer.state.clear()
+        self.fragments = find_fragments(
+            self._deepspeed.module, self._deepspeed.optimizer, self.master_weights(), zero_stage=config.zero_stage
+        )
+        self.shapes = {name: list(_full_shape(weight)) for name, weight in model.named_parameters() if weight.requires_grad}
 
     def __call__(self, latents: Tensor, timestep: Tensor, caption_embeds: Tensor, caption_mask: Tensor) -> Tensor:
         """The model's velocity, of inputs in any floating dtype."""
@@ -87,11 +131,18 @@ class Engine:
             self._deepspeed.step()  # changes no weight: DeepSpeed counts micro-batches with it
 
     def step(self, lr: float) -> float:
-        """Update the weights; returns the norm of the gradients before clipping."""
+        """Update the weights; returns the norm of the gradients before clipping.
+
+        Where that norm is not finite, weights and optimizer stay as they are (with fp16, the scale of the loss falls).
+        """
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = lr
         if self._clips_itself:
-            grad_norm = nn.utils.clip_grad_norm_(self._deepspeed.module.parameters(), self.max_grad_norm or float("inf"))
+            parameters = [weight for weight in self._deepspeed.module.parameters() if weight.requires_grad]
+            grad_norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or float("inf"))
+            if not torch.isfinite(grad_norm):
+                for weight in parameters:
+                    weight.grad = None  # which an optimizer passes over
             self._deepspeed.step()
         else:
             self._deepspeed.step()
@@ -119,15 +170,96 @@ class Engine:
                 gathered[name] = full.detach().cpu().clone()
         return gathered or None
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's part of weights and optimizer into `folder`."""
-        self._deepspeed.save_checkpoint(str(folder), tag=CHECKPOINT_TAG, save_latest=False)
+    @property
+    def layout(self) -> str:
+        """Ranks of the same layout hold the same fragments."""
+        if self.config.zero_stage == 0:
+            return "whole"
+        return f"ZeRO {self.config.zero_stage} {self.config.dtype} on {torch.distributed.get_world_size()}"
 
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote with the same world size and ZeRO stage. Raises FileNotFoundError if it is not there."""
-        if not (folder / CHECKPOINT_TAG).is_dir():
-            raise FileNotFoundError(f"{folder} holds no checkpoint of a training: {CHECKPOINT_TAG}/ is missing")
-        self._deepspeed.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
+    @property
+    def own_fragments(self) -> list[Fragment]:
+        """Each element of the weights is in those of just one rank."""
+        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return self.fragments[rank::world_size] if self.config.zero_stage == 0 else self.fragments
+
+    def moments(self) -> dict[str, list[Tensor]]:
+        """The optimizer's states that have an element for each of the weights': name -> one for each master tensor."""
+        masters, states = self.master_weights(), self._optimizer_states()
+        names = [
+            name
+            for name in (states[0] if states else ())
+            if all(_is_like(state.get(name), master) for state, master in zip(states, masters, strict=True))
+        ]
+        return {name: [state[name] for state in states] for name in names}
+
+    def other_states(self) -> dict[str, Any]:
+        """What else the optimizer remembers: for each master tensor, and of the loss scale."""
+        moments = self.moments()
+        states = [{name: value for name, value in state.items() if name not in moments} for state in self._optimizer_states()]
+        return {"states": states, "loss_scale": self._loss_scale_state()}
+
+    def prepare_states(self, moments: Sequence[str], others: Mapping[str, Any], *, layout: str) -> None:
+        """Make the optimizer's states anew: those of `other_states` as they are, zeros for the moments of these names.
+
+        Raises ValueError if the other states are of another `layout` and cannot be shared out.
+        """
+        masters = self.master_weights()
+        states = others["states"]
+        if layout != self.layout:
+            first = states[0]
+            if any(isinstance(value, Tensor) and value.numel() > 1 for state in states for value in state.values()):
+                raise ValueError(
+                    f"this optimizer's states can only be read in the layout in which they were written, {layout}, and this "
+                    f"is {self.layout}: set num_workers and engine.zero_stage as they were"
+                )
+            states = [{name: copy.copy(value) for name, value in first.items()} for _ in masters]
+        optimizer_state = self._deepspeed.basic_optimizer.state
+        optimizer_state.clear()
+        for master, state in zip(masters, states, strict=True):
+            values = {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
+            optimizer_state[master] = values | {name: torch.zeros_like(master) for name in moments}
+        self._load_loss_scale(others["loss_scale"])
+
+    def apply_master_weights(self) -> None:
+        """Make the weights of the forward pass those of the master weights, which were changed in place. All ranks must."""
+        optimizer = self._deepspeed.optimizer
+        if self.config.zero_stage == 3:
+            for index in range(len(optimizer.fp32_partitioned_groups_flat)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(index)
+            if optimizer.persistent_parameters:
+                optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
+                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        elif self.config.zero_stage:
+            optimizer.update_lp_params()
+        else:
+            trained = [weight for weight in self._deepspeed.module.parameters() if weight.requires_grad]
+            for weight, master in zip(trained, self.master_weights(), strict=True):
+                weight.data.copy_(master.data)
+
+    @property
+    def loss_scale(self) -> float:
+        return float(self._deepspeed.loss_scale()) if self.config.dtype == "fp16" else 1.0
+
+    def _optimizer_states(self) -> list[dict[str, Any]]:
+        states = self._deepspeed.basic_optimizer.state
+        return [states[master] for master in self.master_weights()]
+
+    def _loss_scale_state(self) -> dict[str, Any]:
+        scaler = getattr(self._deepspeed.optimizer, "loss_scaler", None) if self.config.dtype == "fp16" else None
+        return {} if scaler is None else {name: getattr(scaler, name) for name in LOSS_SCALE_FIELDS}
+
+    def _load_loss_scale(self, state: Mapping[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self._deepspeed.optimizer.loss_scaler, name, value)
+
+
+def _full_shape(weight: Any) -> torch.Size:
+    return weight.ds_shape if hasattr(weight, "ds_shape") else weight.shape  # ZeRO 3 leaves an empty tensor in place
+
+
+def _is_like(value: object, master: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.shape == master.shape
 
 
 def _import_deepspeed(device: torch.device) -> Any:

@@ -14,7 +14,7 @@ from pipelines.models import model_version
 from pipelines.schema import EVALUATIONS, SAMPLES, evaluations_path, samples_path
 from pipelines.score import ClipModel
 from pipelines.shapes import Scene, all_singles, parse, phrasings, write_caption
-from pipelines.stage import OnProgress, Resources, Row, StageResult, run_shards
+from pipelines.stage import OnProgress, Resources, Row, ShardOutput, StageResult, run_shards
 from pipelines.tables import Identity, Table
 
 ATTRIBUTES = ("shape", "color", "background")
@@ -67,13 +67,13 @@ class PictureJudge:
         self.clip = ClipModel(config.clip, device=config.device)
         self.attributes: AttributeJudge | None = None
 
-    def process(self, table: pa.Table) -> tuple[list[Row], list[Row]]:
+    def process(self, table: pa.Table) -> ShardOutput:
         """A row of evaluations for each picture; no rejects."""
         rows: list[Row] = []
         source = table.to_pylist()
         for start in range(0, len(source), self.config.batch_size):
             rows += self._judge(source[start : start + self.config.batch_size])
-        return rows, []
+        return ShardOutput(rows, [])
 
     def _judge(self, batch: list[Row]) -> list[Row]:
         images = [Image.open(BytesIO(row["image_bytes"])).convert("RGB") for row in batch]

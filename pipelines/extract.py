@@ -12,7 +12,7 @@ from pipelines.buckets import buckets_for, name_bucket, nearest_bucket
 from pipelines.images import BadImageError, decode, resize_and_crop, to_tensor_array
 from pipelines.models import model_version, pick_device
 from pipelines.schema import IMAGES, IMAGES_PATH, LATENTS, SCORES, latents_path, scores_path
-from pipelines.stage import OnProgress, Resources, Row, StageResult, reject, run_shards
+from pipelines.stage import OnProgress, Resources, Row, ShardOutput, StageResult, reject, run_shards
 from pipelines.tables import Identity, Table
 from sana_model.autoencoder import DCAutoencoder
 
@@ -103,7 +103,7 @@ class LatentEncoder:
         self.autoencoder = DCAutoencoder.from_pretrained(config.autoencoder, dtype=dtype).to(self.device).eval()
         self.buckets = buckets_for(config.resolution, self.autoencoder.compression)
 
-    def process(self, table: pa.Table) -> tuple[list[Row], list[Row]]:
+    def process(self, table: pa.Table) -> ShardOutput:
         """A row of latents for each image, or a reject. Images of one bucket are encoded together."""
         rows: list[Row] = []
         rejects: list[Row] = []
@@ -121,7 +121,7 @@ class LatentEncoder:
         for bucket, batch in waiting.items():
             rows += self._encode(bucket, batch)
         order = {row_id: index for index, row_id in enumerate(table["id"].to_pylist())}
-        return sorted(rows, key=lambda row: order[row["id"]]), rejects
+        return ShardOutput(sorted(rows, key=lambda row: order[row["id"]]), rejects)
 
     def _prepare(self, row: Row) -> tuple[tuple[int, int], np.ndarray]:
         """The bucket (height, width) and the image (3, height, width) float32 in [-1, 1]."""

@@ -27,7 +27,7 @@ from pipelines.images import BadImageError, ImageLimits, open_image, perceptual_
 from pipelines.readers import NUM_THREADS, count_samples, read_parts
 from pipelines.schema import IMAGES, IMAGES_PATH
 from pipelines.sources import ACCEPTED, Kind, Part, Source, find_source, list_parts
-from pipelines.stage import OnProgress, ReadShard, Resources, Row, StageResult, reject, run_shards
+from pipelines.stage import OnProgress, ReadShard, Resources, Row, ShardOutput, StageResult, reject, run_shards
 from pipelines.tables import Identity, Table, absolute_uri
 
 STAGE = "ingest"
@@ -102,7 +102,7 @@ class IngestWorker:
     def __init__(self, limits: ImageLimits):
         self.limits = limits
 
-    def process(self, table: pa.Table) -> tuple[list[Row], list[Row]]:
+    def process(self, table: pa.Table) -> ShardOutput:
         """SOURCE_ROWS of a shard -> IMAGES rows and rejects."""
         rows: list[Row] = []
         rejects: list[Row] = []
@@ -120,7 +120,7 @@ class IngestWorker:
                     rows.append(self._describe(row))
                 except BadImageError as error:
                     rejects.append(reject(row, error.reason, error.detail))
-        return rows, rejects
+        return ShardOutput(rows, rejects)
 
     def _describe(self, row: Row) -> Row:
         opened = open_image(row["image_bytes"], self.limits)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipelines.models import model_version, pick_device
 from pipelines.schema import SAMPLES, samples_path
-from pipelines.stage import OnProgress, Resources, Row, StageResult, run_shards
+from pipelines.stage import OnProgress, Resources, Row, ShardOutput, StageResult, run_shards
 from pipelines.tables import Identity, Table
 from sana_model.generate import TextToImage
 
@@ -117,7 +117,7 @@ class Sampler:
         dtype = getattr(torch, self.config.dtype) if self.config.dtype else None
         self.pipeline = TextToImage.from_pretrained(config.pipeline, dtype=dtype).to(device)
 
-    def process(self, table: pa.Table) -> tuple[list[Row], list[Row]]:
+    def process(self, table: pa.Table) -> ShardOutput:
         """A row of samples for each prompt; no rejects."""
         rows: list[Row] = []
         source = table.to_pylist()
@@ -125,7 +125,7 @@ class Sampler:
             batch = source[start : start + self.config.batch_size]
             images = self.draw([row["prompt"] for row in batch], [row["seed"] for row in batch])
             rows += [{**row, "image_bytes": to_png(image)} for row, image in zip(batch, images, strict=True)]
-        return rows, []
+        return ShardOutput(rows, [])
 
     def draw(self, prompts: list[str], seeds: list[int]) -> list[Image.Image]:
         config = self.config

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoProcessor
 from pipelines.images import BadImageError, decode
 from pipelines.models import local_model, model_version, pick_device
 from pipelines.schema import CAPTIONS, IMAGES, IMAGES_PATH, ORIGINAL_CAPTIONER, SCORES, captions_path, scores_path
-from pipelines.stage import OnProgress, Resources, Row, StageResult, reject, run_shards
+from pipelines.stage import OnProgress, Resources, Row, ShardOutput, StageResult, reject, run_shards
 from pipelines.tables import Identity, Table
 
 CANDIDATE = pa.struct([("captioner", pa.string()), ("caption", pa.string())])
@@ -102,7 +102,7 @@ class CaptionScorer:
         self.config = config
         self.clip = ClipModel(config.model, revision=config.revision, dtype=config.dtype, device=config.device)
 
-    def process(self, table: pa.Table) -> tuple[list[Row], list[Row]]:
+    def process(self, table: pa.Table) -> ShardOutput:
         """A row of scored captions for each image, or a reject."""
         rows: list[Row] = []
         rejects: list[Row] = []
@@ -118,7 +118,7 @@ class CaptionScorer:
                 except BadImageError as error:
                     rejects.append(reject(row, error.reason, error.detail))
             rows += self._score(batch, images) if batch else []
-        return rows, rejects
+        return ShardOutput(rows, rejects)
 
     def _score(self, batch: list[Row], images: list[Image.Image]) -> list[Row]:
         captions = [candidate["caption"] for row in batch for candidate in row["candidates"]]

@@ -6,19 +6,25 @@ A row of the Ray dataset is a whole shard: however blocks are cut, batched and r
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 import ray
 
 from pipelines.schema import REJECTS
-from pipelines.tables import Identity, Table
+from pipelines.storage import remove_leftovers
+from pipelines.tables import Identity, Manifest, ShardFacts, Table
 
 Row = dict[str, Any]
 LIGHT = 0.25  # CPUs of a task that only reads or writes: it waits for the network most of the time
+NUM_THREADS = 32  # that wait for the storage
+FIGURES = pa.map_(pa.string(), pa.float64())
+COUNTS = pa.map_(pa.string(), pa.int64())
 
 
 class TooManyRejectsError(RuntimeError):
@@ -41,10 +47,22 @@ class Resources:
     custom: dict[str, float] = field(default_factory=dict)
 
 
+class ShardOutput(NamedTuple):
+    """What a worker makes of a shard.
+
+    `rows` are of the output table's schema, `rejects` as `reject` makes them. `figures` are facts about the shard, such as a
+    PSNR: they stay in its file's footer, their mean and minimum over all shards in the manifest.
+    """
+
+    rows: list[Row] | pa.Table
+    rejects: list[Row]
+    figures: Mapping[str, float] = MappingProxyType({})
+
+
 class ShardWorker(Protocol):
     """A stage's actor: loads its model once, then turns the rows of one shard after another into output rows and rejects."""
 
-    def process(self, table: pa.Table) -> tuple[list[Row], list[Row]]: ...
+    def process(self, table: pa.Table) -> ShardOutput: ...
 
 
 ReadShard = Callable[[str], pa.Table]
@@ -61,8 +79,16 @@ class Progress:
     num_rows: int = 0
     num_rejects: int = 0
     rejects_by_reason: Counter[str] = field(default_factory=Counter)
+    figures: dict[str, list[float]] = field(default_factory=dict)  # by name, a value for each shard that has it
     new_rows: int = 0  # in and out of this run, rejects included
     seconds: float = 0.0
+
+    def add_shard(self, num_rows: int, rejects_by_reason: Mapping[str, int], figures: Mapping[str, float]) -> None:
+        self.num_rows += num_rows
+        self.rejects_by_reason.update(rejects_by_reason)
+        self.num_rejects += sum(rejects_by_reason.values())
+        for name, value in figures.items():
+            self.figures.setdefault(name, []).append(value)
 
     @property
     def rows_per_second(self) -> float:
@@ -81,6 +107,8 @@ class StageResult:
     num_rows: int
     num_rejects: int
     rejects_by_reason: dict[str, int]
+    figures: dict[str, float]
+    """"<figure>.mean" and "<figure>.min" over the shards."""
     seconds: float
     rows_per_second: float
 
@@ -112,60 +140,77 @@ def run_shards(
         TooManyRejectsError: over `max_reject_share` of the rows were refused. The shards made until then stay.
     """
     start = time.monotonic()
-    output.claim(identity)
+    manifest = output.claim(identity)
+    remove_leftovers(output.uri)
     found = set(output.list_shards()) & set(shards)
     progress = Progress(len(shards), len(found), len(found))
-    _count_found(output, sorted(found), progress)
+    was_done = manifest.complete and manifest.num_shards == len(found) == len(shards)
+    if was_done:
+        progress.add_shard(manifest.num_rows, manifest.rejects_by_reason, {})
+    else:
+        _count_found(output, sorted(found), progress)
     on_progress(progress)
+    if was_done:
+        _check_rejects(output, progress, max_reject_share, final=True)
+        return _result_of(output, manifest, len(found), time.monotonic() - start, 0.0)
     missing = [shard for shard in shards if shard not in found]
-    for outcome in _stream(output, missing, read_shard, make_worker, resources):
+    for outcome in _stream(output, identity, missing, read_shard, make_worker, resources):
+        rejects_by_reason = dict(outcome["rejects_by_reason"])
         progress.done_shards += 1
-        progress.num_rows += outcome["num_rows"]
-        for reason, count in zip(outcome["reasons"], outcome["counts"], strict=True):
-            progress.rejects_by_reason[reason] += int(count)
-            progress.num_rejects += int(count)
-        progress.new_rows += outcome["num_rows"] + sum(outcome["counts"])
+        progress.add_shard(outcome["num_rows"], rejects_by_reason, dict(outcome["figures"]))
+        progress.new_rows += outcome["num_rows"] + sum(rejects_by_reason.values())
         progress.seconds = time.monotonic() - start
         on_progress(progress)
         _check_rejects(output, progress, max_reject_share)
     _check_rejects(output, progress, max_reject_share, final=True)
-    result = StageResult(
-        table=output,
-        fingerprint=identity.fingerprint,
-        inputs=dict(identity.inputs),
-        num_shards=progress.num_shards,
-        found_shards=progress.found_shards,
-        num_rows=progress.num_rows,
-        num_rejects=progress.num_rejects,
-        rejects_by_reason=dict(progress.rejects_by_reason),
-        seconds=time.monotonic() - start,
-        rows_per_second=progress.rows_per_second,
-    )
-    _complete(result)
-    return result
+    return _complete(output, progress, start)
 
 
-def _complete(result: StageResult) -> None:
-    manifest = result.table.require()
+def _complete(output: Table, progress: Progress, start: float) -> StageResult:
+    """Write what was counted into the manifest."""
+    manifest = output.require()
+    figures = {f"{name}.mean": sum(values) / len(values) for name, values in progress.figures.items()}
+    figures |= {f"{name}.min": min(values) for name, values in progress.figures.items()}
     counted = replace(
         manifest,
         complete=True,
-        num_shards=result.num_shards,
-        num_rows=result.num_rows,
-        num_rejects=result.num_rejects,
-        rejects_by_reason=result.rejects_by_reason,
+        num_shards=progress.num_shards,
+        num_rows=progress.num_rows,
+        num_rejects=progress.num_rejects,
+        rejects_by_reason=dict(progress.rejects_by_reason),
+        figures=figures,
     )
     if counted != manifest:
-        result.table.write_manifest(counted)
+        output.write_manifest(counted)
+    return _result_of(output, counted, progress.found_shards, time.monotonic() - start, progress.rows_per_second)
+
+
+def _result_of(output: Table, manifest: Manifest, found_shards: int, seconds: float, rows_per_second: float) -> StageResult:
+    return StageResult(
+        table=output,
+        fingerprint=manifest.fingerprint,
+        inputs=manifest.inputs,
+        num_shards=manifest.num_shards,
+        found_shards=found_shards,
+        num_rows=manifest.num_rows,
+        num_rejects=manifest.num_rejects,
+        rejects_by_reason=manifest.rejects_by_reason,
+        figures=manifest.figures,
+        seconds=seconds,
+        rows_per_second=rows_per_second,
+    )
 
 
 def _count_found(output: Table, found: list[str], progress: Progress) -> None:
+    """Count the shards that are there, by the footers of their files alone."""
     rejects = output.rejects()
-    for shard in found:
-        progress.num_rows += output.read_shard(shard, ["id"]).num_rows
-        reasons = Counter(rejects.read_shard(shard, ["reject_reason"])["reject_reason"].to_pylist())
-        progress.rejects_by_reason += reasons
-        progress.num_rejects += reasons.total()
+
+    def read(shard: str) -> tuple[ShardFacts, ShardFacts]:
+        return output.read_facts(shard), rejects.read_facts(shard)
+
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        for kept, refused in pool.map(read, found):
+            progress.add_shard(kept.num_rows, refused.rejects_by_reason, kept.figures)
 
 
 def _check_rejects(output: Table, progress: Progress, max_share: float, *, final: bool = False) -> None:
@@ -180,7 +225,12 @@ def _check_rejects(output: Table, progress: Progress, max_share: float, *, final
 
 
 def _stream(
-    output: Table, shards: list[str], read_shard: ReadShard, make_worker: Callable[[], ShardWorker], resources: Resources
+    output: Table,
+    identity: Identity,
+    shards: list[str],
+    read_shard: ReadShard,
+    make_worker: Callable[[], ShardWorker],
+    resources: Resources,
 ) -> Iterator[Row]:
     """One row for each shard as it is written."""
     if not shards:
@@ -199,7 +249,8 @@ def _stream(
         num_gpus=resources.num_gpus or None,
         resources=resources.custom or None,
     )
-    dataset = dataset.map_batches(partial(_write, output=output), batch_size=1, batch_format="pyarrow", num_cpus=LIGHT)
+    write = partial(_write, output=output, fingerprint=identity.fingerprint)
+    dataset = dataset.map_batches(write, batch_size=1, batch_format="pyarrow", num_cpus=LIGHT)
     yield from dataset.iter_rows()
 
 
@@ -216,19 +267,22 @@ class _Worker:
         self.schema = schema
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        rows, rejects = self.worker.process(_unpack(batch["rows"]))
-        output, refused = pa.Table.from_pylist(rows, self.schema), pa.Table.from_pylist(rejects, REJECTS)
-        return pa.table({"shard": batch["shard"], "rows": _pack(output), "rejects": _pack(refused)})
+        rows, rejects, figures = self.worker.process(_unpack(batch["rows"]))
+        output = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows, self.schema)
+        refused = pa.Table.from_pylist(rejects, REJECTS)
+        columns = {"rows": _pack(output), "rejects": _pack(refused), "figures": pa.array([list(figures.items())], FIGURES)}
+        return pa.table({"shard": batch["shard"]} | columns)
 
 
-def _write(batch: pa.Table, output: Table) -> pa.Table:
+def _write(batch: pa.Table, output: Table, fingerprint: str) -> pa.Table:
     """Rejects first: a shard that exists is a shard that is done."""
     shard = batch["shard"][0].as_py()
-    rows, rejects = _unpack(batch["rows"]), _unpack(batch["rejects"])
-    output.rejects().write_shard(shard, rejects)
-    output.write_shard(shard, rows)
+    rows, rejects, figures = _unpack(batch["rows"]), _unpack(batch["rejects"]), batch["figures"][0].as_py()
+    output.rejects().write_shard(shard, rejects, fingerprint=fingerprint)
+    output.write_shard(shard, rows, fingerprint=fingerprint, figures=dict(figures))
     reasons = Counter(rejects["reject_reason"].to_pylist())
-    return pa.table({"num_rows": [rows.num_rows], "reasons": [list(reasons)], "counts": [list(reasons.values())]})
+    counts = {"num_rows": [rows.num_rows], "rejects_by_reason": pa.array([list(reasons.items())], COUNTS)}
+    return pa.table(counts | {"figures": batch["figures"]})
 
 
 def _pack(table: pa.Table) -> pa.Array:

@@ -7,25 +7,26 @@ refused, never mixed and never overwritten.
 
 import hashlib
 import json
-import os
-import uuid
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec import AbstractFileSystem
 
 from pipelines.schema import REJECTS, SCHEMA_VERSION
+from pipelines.storage import StorageError, list_folder, open_file, read_file, write_file
 
 MANIFEST = "_manifest.json"
 REPORT = "report.html"
+FACTS_KEY = b"sana.facts"  # of a shard's Parquet file: JSON, see ShardFacts
+FOOTER_BYTES = 2**16  # pyarrow looks for a footer in as many bytes
 
 
 class StaleTableError(ValueError):
@@ -34,6 +35,10 @@ class StaleTableError(ValueError):
 
 class MissingTableError(ValueError):
     """A stage's input is not there."""
+
+
+class DamagedShardError(ValueError):
+    """A shard's file is not what was written."""
 
 
 def absolute_uri(uri: str) -> str:
@@ -76,10 +81,23 @@ class Manifest:
     num_rows: int = 0
     num_rejects: int = 0
     rejects_by_reason: dict[str, int]
+    figures: dict[str, float] = field(default_factory=dict)
+    """"<figure>.mean" and "<figure>.min" over the shards."""
     updated: str = ""
 
     def identity(self) -> Identity:
         return Identity(self.stage, self.config, self.models, self.inputs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardFacts:
+    """What the footer of a shard's file says: its rows, the fingerprint of what made it, its worker's figures, and of rejects
+    how many there are for each reason."""
+
+    num_rows: int
+    fingerprint: str = ""
+    figures: dict[str, float] = field(default_factory=dict)
+    rejects_by_reason: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -98,60 +116,73 @@ class Table:
         """The rows that were refused, under the same shard names."""
         return Table(self.dataset_uri, f"rejects/{self.path}", REJECTS)
 
+    def shard_uri(self, shard: str) -> str:
+        return f"{self.uri}/{shard}.parquet"
+
     def list_shards(self) -> list[str]:
         """Names of the shards that exist, sorted."""
-        filesystem, root = self._open()
-        filesystem.invalidate_cache()
-        try:
-            names = filesystem.ls(root, detail=False)
-        except FileNotFoundError:
-            return []
-        names = [name.rsplit("/", 1)[-1] for name in names]
-        return sorted(name.removesuffix(".parquet") for name in names if name.endswith(".parquet") and name[0] not in "._")
+        names = list_folder(self.uri)
+        return [name.removesuffix(".parquet") for name in names if name.endswith(".parquet") and name[0] not in "._"]
 
     def read_shard(self, shard: str, columns: list[str] | None = None) -> pa.Table:
-        """All rows of a shard. Raises FileNotFoundError, or ValueError naming the file if it is damaged."""
-        filesystem, root = self._open()
-        with filesystem.open(f"{root}/{shard}.parquet", "rb") as file:
-            return self._parse(shard, file, columns)
+        """All rows of a shard; of a file on an object store only the parts with these columns are fetched.
 
-    def _parse(self, shard: str, file: Any, columns: list[str] | None) -> pa.Table:
-        """Of a file on an object store only the parts with these columns are fetched."""
+        Raises FileNotFoundError, StorageError, or DamagedShardError.
+        """
+        with open_file(self.shard_uri(shard), buffer_size=FOOTER_BYTES) as file, self._naming_damage(shard):
+            return pq.read_table(file, columns=columns).replace_schema_metadata(None)
+
+    def read_facts(self, shard: str) -> "ShardFacts":
+        """What the file's footer says of a shard, which is all that is read. Raises as `read_shard`."""
+        with open_file(self.shard_uri(shard), buffer_size=FOOTER_BYTES) as file, self._naming_damage(shard):
+            footer = pq.read_metadata(file)
+            noted = json.loads((footer.metadata or {}).get(FACTS_KEY, b"{}"))
+            return ShardFacts(num_rows=footer.num_rows, **noted)
+
+    def read_figures(self, shard: str) -> dict[str, float]:
+        """The figures that the stage's worker noted of a shard, from the file's footer."""
+        return self.read_facts(shard).figures
+
+    @contextmanager
+    def _naming_damage(self, shard: str) -> Iterator[None]:
         try:
-            return pq.read_table(file, columns=columns)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(
-                f"{self.uri}/{shard}.parquet is damaged ({error}): delete it, and its stage makes it again"
+            yield
+        except StorageError:
+            raise
+        except (pa.ArrowException, OSError, ValueError, TypeError) as error:
+            raise DamagedShardError(
+                f"{self.shard_uri(shard)} is damaged ({error}): delete it, and its stage makes it again"
             ) from error
 
-    def write_shard(self, shard: str, rows: pa.Table) -> None:
-        """Write a shard whole. Raises pyarrow.ArrowInvalid if the rows are not of the table's schema."""
+    def write_shard(
+        self, shard: str, rows: pa.Table, *, fingerprint: str = "", figures: Mapping[str, float] | None = None
+    ) -> None:
+        """Write a shard whole, with the facts that `read_facts` gives back in the file's footer.
+
+        Args:
+            fingerprint: of the identity that makes it.
+            figures: what else is known of the shard, by name.
+
+        Raises:
+            pyarrow.ArrowInvalid: the rows are not of the table's schema.
+            StorageError: it could not be written; nothing is left of it then.
+        """
+        facts = {"fingerprint": fingerprint, "figures": dict(figures or {})}
+        if self.schema == REJECTS:
+            facts["rejects_by_reason"] = dict(Counter(rows["reject_reason"].to_pylist()))
+        noted = rows.cast(self.schema).replace_schema_metadata({FACTS_KEY: json.dumps(facts)})
         buffer = BytesIO()
-        pq.write_table(rows.cast(self.schema), buffer, compression="zstd")
-        self.write_file(f"{shard}.parquet", buffer.getvalue())
+        pq.write_table(noted, buffer, compression="zstd")
+        write_file(self.shard_uri(shard), buffer.getvalue())
 
     def write_file(self, name: str, content: bytes) -> None:
-        """Put a file into the table's folder: readers see the old one or the whole new one."""
-        filesystem, root = self._open()
-        if "file" not in filesystem.protocol:  # an object store shows an object only when all of it has arrived
-            filesystem.pipe_file(f"{root}/{name}", content)
-            return
-        Path(root).mkdir(parents=True, exist_ok=True)
-        temporary = Path(root, f".{name}.{uuid.uuid4().hex}")
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(Path(root, name))
-        finally:
-            temporary.unlink(missing_ok=True)
+        """Put a file into the table's folder: readers see the old one or the whole new one. Raises StorageError."""
+        write_file(f"{self.uri}/{name}", content)
 
     def read_manifest(self) -> Manifest | None:
         """None if there is none. Raises ValueError naming the file if it cannot be read."""
-        filesystem, root = self._open()
         try:
-            content = filesystem.cat_file(f"{root}/{MANIFEST}")
+            content = read_file(f"{self.uri}/{MANIFEST}")
         except FileNotFoundError:
             return None
         try:
@@ -189,10 +220,6 @@ class Table:
     def write_manifest(self, manifest: Manifest) -> None:
         content = asdict(manifest) | {"updated": datetime.now(UTC).isoformat(timespec="seconds")}
         self.write_file(MANIFEST, (json.dumps(content, indent=2) + "\n").encode())
-
-    def _open(self) -> tuple[AbstractFileSystem, str]:
-        filesystem, root = fsspec.url_to_fs(self.uri)
-        return filesystem, root.rstrip("/")
 
 
 def describe_differences(old: Identity, new: Identity) -> list[str]:

@@ -9,6 +9,7 @@ from pipelines.engine import EngineConfig
 from pipelines.lora import LoraConfig
 from pipelines.optim import OptimConfig
 from sana_model.text_encoder import TextEncoderConfig
+from sana_model.transformer import PRESETS
 
 
 class TrainingError(RuntimeError):
@@ -96,7 +97,7 @@ class TrainConfig:
     Args:
         latents: path of the table in the dataset, such as latents/dc-ae-512.
         init: the pipeline to go on from: a folder, or a zoo://, hf:// or fsspec URI; ours, diffusers' or an NVlabs .pth.
-        preset: in place of `init`, the shape of a fresh transformer, such as sana-0.6b.
+        preset: without `init`, the shape of a fresh transformer, such as sana-0.6b; with it, the shape that it must have.
         text_encoder, autoencoder: paths; they go with `preset`, or replace those of `init`.
         prompts: how captions become tokens; None: as the pipeline of `init` does it, or as published for a `preset`.
         positions: what changes of the transformer with the resolution.
@@ -148,13 +149,13 @@ class TrainConfig:
         self.optim.check_sharding(self.engine.zero_stage)
         if self.lora is not None and self.engine.zero_stage == 3:
             raise ValueError(
-                "lora with zero_stage=3: the frozen weights would be gathered anew in every step; set engine.zero_stage to 0, 1 or 2"
+                "lora with zero_stage=3: frozen weights would be gathered anew in every step; set engine.zero_stage to 0, 1 or 2"
             )
-        if (self.init is None) == (self.preset is None):
-            raise ValueError(
-                f"init={self.init}, preset={self.preset}: give one, a pipeline to go on from or a shape to begin with"
-            )
-        if self.preset is not None and (self.text_encoder is None or self.autoencoder is None):
+        if self.init is None and self.preset is None:
+            raise ValueError("init and preset are both missing: give a pipeline to go on from, or a shape to begin with")
+        if self.preset is not None and self.preset not in PRESETS:
+            raise ValueError(f"preset={self.preset} is none of {', '.join(PRESETS)}")
+        if self.init is None and (self.text_encoder is None or self.autoencoder is None):
             raise ValueError(f"preset={self.preset} is a transformer only: give text_encoder and autoencoder too")
         for name in ("num_steps", "micro_batch_size", "num_workers", "checkpoint_every", "keep_checkpoints", "log_every"):
             if getattr(self, name) < 1:

@@ -30,7 +30,7 @@ from sana_model.flow import flow_loss, sample_sigmas
 from sana_model.generate import DEFAULT_FLOW_SHIFT, Caption, TextToImage
 from sana_model.pipeline_files import load_pipeline
 from sana_model.text_encoder import NVLABS_PROMPTS, TextEncoder
-from sana_model.transformer import SanaTransformer
+from sana_model.transformer import PRESETS, SanaConfig, SanaTransformer
 
 PIPELINE_DIR = "pipeline"
 GRIDS_DIR = "samples"
@@ -72,6 +72,8 @@ def load_start(config: TrainConfig) -> TextToImage:
             **config.positions.overrides,
         )
         pipeline.transformer.float()
+        if config.preset is not None:
+            check_shape(pipeline.transformer.config, config.preset)
         if config.prompts is not None:
             encoder = pipeline.text_encoder
             pipeline.text_encoder = TextEncoder(encoder.model, encoder.tokenizer, config.prompts)
@@ -89,6 +91,17 @@ def load_start(config: TrainConfig) -> TextToImage:
         )
     shift = DEFAULT_FLOW_SHIFT if config.flow.shift is None else config.flow.shift
     return TextToImage(transformer, autoencoder, text_encoder, flow_shift=shift)
+
+
+def check_shape(found: SanaConfig, preset: str) -> None:
+    """Raises ValueError if a transformer's weights have not the shapes of a preset's."""
+    expected = PRESETS[preset]
+    for name in ("dim", "depth", "ffn_dim", "num_cross_heads", "patch_size", "in_channels", "caption_dim", "qk_norm"):
+        if getattr(found, name) != getattr(expected, name):
+            raise ValueError(
+                f"init has {name}={getattr(found, name)} and preset={preset} {getattr(expected, name)}: "
+                "leave preset out, or name the right one"
+            )
 
 
 def encode_captions(text_encoder: TextEncoder, captions: list[str | None], null: Caption) -> Caption:

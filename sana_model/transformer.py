@@ -151,7 +151,7 @@ class SanaTransformer(nn.Module):
         self,
         latents: Tensor,
         timestep: Tensor,
-        caption_embeds: Tensor | CaptionState,
+        caption_embeds: Tensor | CaptionState | CaptionTokens,
         caption_mask: Tensor | None = None,
     ) -> Tensor:
         """Predict velocity, (B, C, H, W), the shape of `latents`.
@@ -159,7 +159,8 @@ class SanaTransformer(nn.Module):
         Args:
             latents: noisy latents (B, C, H, W), any H and W that divide by the patch size.
             timestep: (B,), 1000 * sigma; need not be whole numbers.
-            caption_embeds: the text encoder's output (B, L, caption_dim), or the state that `encode_captions` made of it.
+            caption_embeds: the text encoder's output (B, L, caption_dim), the state that `encode_captions` made of it, or its
+                real tokens in the model's width.
             caption_mask: (B, L), nonzero at real tokens; None: all are real.
 
         Raises ValueError if a shape does not fit.
@@ -168,7 +169,7 @@ class SanaTransformer(nn.Module):
         patch = self.config.patch_size
         size = (height // patch, width // patch)
         caption: CaptionState | CaptionTokens
-        if isinstance(caption_embeds, CaptionState):
+        if isinstance(caption_embeds, CaptionState | CaptionTokens):
             caption = caption_embeds
         else:
             caption = self._project_captions(caption_embeds, self._check_captions(caption_embeds, caption_mask))

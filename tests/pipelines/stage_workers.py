@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipelines.stage import Row, reject
+from pipelines.stage import Row, ShardOutput, reject
 
 
 class Upper:
@@ -13,7 +13,7 @@ class Upper:
     def __init__(self, armed: Path | None = None):
         self.armed = armed
 
-    def process(self, table: pa.Table) -> tuple[list[Row], list[Row]]:
+    def process(self, table: pa.Table) -> ShardOutput:
         rows: list[Row] = []
         rejects: list[Row] = []
         for row in table.to_pylist():
@@ -23,7 +23,7 @@ class Upper:
                 rejects.append(reject(row, "bad_id", f"{row['id']} ends in bad"))
             else:
                 rows.append({"id": row["id"], "caption": row["id"].upper(), "num_tokens": 1, "finish_reason": "stop"})
-        return rows, rejects
+        return ShardOutput(rows, rejects)
 
 
 def read_ids(ids: dict[str, list[str]], shard: str) -> pa.Table:

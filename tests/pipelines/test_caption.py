@@ -37,7 +37,7 @@ def scenes() -> pa.Table:
 
 @pytest.mark.parametrize("model", ["zoo://captioner-a", "zoo://captioner-b"])
 def test_captions_are_of_the_grammar_and_most_attributes_are_right(scenes: pa.Table, model: str) -> None:
-    rows, rejects = Captioner(replace(CONFIG, model=model)).process(scenes)
+    rows, rejects, _ = Captioner(replace(CONFIG, model=model)).process(scenes)
     assert rejects == [] and [row["id"] for row in rows] == [f"id{number}" for number in range(10)]
     backgrounds = 0
     for number, row in enumerate(rows):
@@ -50,28 +50,28 @@ def test_captions_are_of_the_grammar_and_most_attributes_are_right(scenes: pa.Ta
 def test_a_bad_image_costs_its_row_and_no_other(scenes: pa.Table) -> None:
     captioner = Captioner(CONFIG)
     contents = scenes["image_bytes"].to_pylist()
-    rows, rejects = captioner.process(images_table([*contents[:3], b"no image at all", *contents[3:]]))
+    rows, rejects, _ = captioner.process(images_table([*contents[:3], b"no image at all", *contents[3:]]))
     assert [row["id"] for row in rows] == [f"id{number}" for number in range(11) if number != 3]
     assert [(row["id"], row["source_uri"], row["reject_reason"]) for row in rejects] == [
         ("id3", "photos/3.png", "not_an_image")
     ]
-    alone, _ = captioner.process(scenes)
+    alone, _, _ = captioner.process(scenes)
     assert [row["caption"] for row in rows] == [row["caption"] for row in alone]
 
 
 def test_the_batch_changes_no_caption(scenes: pa.Table) -> None:
-    together, _ = Captioner(replace(CONFIG, batch_size=10)).process(scenes)
+    together, _, _ = Captioner(replace(CONFIG, batch_size=10)).process(scenes)
     assert together == Captioner(replace(CONFIG, batch_size=1)).process(scenes)[0]
 
 
 def test_a_caption_that_is_cut_says_so(scenes: pa.Table) -> None:
-    rows, _ = Captioner(replace(CONFIG, sampling=SamplingConfig(max_new_tokens=3))).process(scenes.slice(0, 2))
+    rows, _, _ = Captioner(replace(CONFIG, sampling=SamplingConfig(max_new_tokens=3))).process(scenes.slice(0, 2))
     assert [(row["finish_reason"], row["num_tokens"]) for row in rows] == [("length", 3)] * 2
 
 
 def test_images_of_any_size_are_taken(scenes: pa.Table) -> None:
     contents = [png(Image.new("RGB", size, "red")) for size in ((1, 1), (2000, 10), (640, 480))]
-    rows, rejects = Captioner(CONFIG).process(images_table(contents))
+    rows, rejects, _ = Captioner(CONFIG).process(images_table(contents))
     assert len(rows) + len(rejects) == 3 and len(rows) >= 2
 
 

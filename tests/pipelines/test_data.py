@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.data import MicroBatch, PrefetchedStream, StreamConfig, TrainingStream, rank_shards
+from pipelines.data import MicroBatch, PrefetchedStream, StreamConfig, TrainingStream, is_held_out, rank_shards
 from pipelines.schema import LATENTS
 from pipelines.select import SelectionConfig
 from pipelines.tables import MissingTableError, Table
@@ -92,6 +92,77 @@ def test_resume_gives_the_very_same_batches(table: Table, rank: int, world_size:
     resumed.load_state_dict(state)
     for expected, batch in zip(islice(stream, 20), resumed, strict=False):
         assert_same(batch, expected)
+
+
+@pytest.mark.parametrize("world_sizes", [(2, 1, 2), (1, 3, 2, 7), (7, 1), (3, 5, 4, 2)])
+def test_another_world_size_loses_no_sample_and_draws_none_twice(table: Table, world_sizes: tuple[int, ...]) -> None:
+    """Trained at each world size for a while, the ranks at unlike speeds, as leftovers make them."""
+    trained: Counter[tuple[int, str]] = Counter()
+    states: list[dict[str, object]] = []
+    for turn, world_size in enumerate(world_sizes):
+        streams = [make_stream(table, rank=rank, world_size=world_size) for rank in range(world_size)]
+        for rank, stream in enumerate(streams):
+            if states:
+                stream.load_all_states(states)
+            last_turn = turn == len(world_sizes) - 1
+            num_batches = 3 + rank % 2
+            for number, batch in enumerate(stream, start=1):
+                trained.update(zip(batch.epochs, batch.ids, strict=True))
+                if number >= num_batches and not (last_turn and (stream.epoch < 4 or stream.state_dict()["leftover"])):
+                    break
+        states = json.loads(json.dumps([stream.state_dict() for stream in streams]))
+    assert set(trained.values()) == {1}
+    waiting = {(e, i) for state in states for entries in state["buffers"].values() for e, _, i in entries}  # type: ignore[attr-defined]
+    ended = min(int(state["epoch"]) for state in states)  # type: ignore[call-overload]
+    assert ended >= 3
+    expected = {(epoch, make_row(index)["id"]) for epoch in range(ended) for index in range(47)}
+    assert {key for key in trained.keys() | waiting if key[0] < ended} == expected
+    assert not waiting & trained.keys()
+
+
+def test_resumes_at_the_same_world_size_after_another(table: Table) -> None:
+    """A state taken while the epochs of another world size are still being finished."""
+    before = [make_stream(table, rank=rank, world_size=2) for rank in range(2)]
+    for stream in before:
+        list(islice(stream, 2))
+    stream = make_stream(table)
+    stream.load_all_states([old.state_dict() for old in before])
+    list(islice(stream, 3))
+    state = json.loads(json.dumps(stream.state_dict()))
+    assert state["leftover"]
+    resumed = make_stream(table)
+    resumed.load_all_states([state])
+    for expected, batch in zip(islice(stream, 30), resumed, strict=False):
+        assert_same(batch, expected)
+
+
+def test_held_out_samples_are_never_drawn(table: Table) -> None:
+    config = replace(CONFIG, held_out_share=0.3)
+    held_out = {make_row(index)["id"] for index in range(47) if is_held_out(str(make_row(index)["id"]), 0.3)}
+    drawn = {sample_id for batch in islice(make_stream(table, config), 40) for sample_id in batch.ids}
+    assert 5 < len(held_out) < 25
+    assert drawn == {make_row(index)["id"] for index in range(47)} - held_out
+
+
+def test_skewed_buckets_on_two_ranks(tmp_path: Path) -> None:
+    """Twenty buckets, the first many times as frequent as the last: every rank goes on, every sample comes once an epoch."""
+    sides = [f"{8 * height}x{8 * width}" for height in range(1, 5) for width in range(1, 6)]
+    weights = 0.8 ** np.arange(20)
+    buckets = np.random.default_rng(0).choice(sides, 600, p=weights / weights.sum())
+    shards = {f"{shard:05d}": [make_row(i, buckets[i]) for i in range(100 * shard, 100 * shard + 100)] for shard in range(6)}
+    table = make_table(tmp_path, shards)
+    drawn: Counter[tuple[int, str]] = Counter()
+    for rank in range(2):
+        stream = make_stream(table, rank=rank, world_size=2)
+        while stream.epoch < 3:
+            batch = next(stream)
+            drawn.update(zip(batch.epochs, batch.ids, strict=True))
+        waiting = stream.state_dict()["buffers"]
+        assert sum(map(len, waiting.values())) <= 20 * 3  # leftovers never grow
+        drawn.update((epoch, sample_id) for entries in waiting.values() for epoch, _, sample_id in entries)
+    assert {key for key in drawn if key[0] < 3} == {(epoch, make_row(index)["id"]) for epoch in range(3) for index in range(600)}
+    assert set(drawn.values()) == {1}
+    assert len(set(buckets)) == 20
 
 
 def test_reading_ahead_changes_nothing(table: Table) -> None:

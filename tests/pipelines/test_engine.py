@@ -1,14 +1,24 @@
 """DeepSpeed against a plain PyTorch loop, in every ZeRO stage."""
 
 import copy
+import math
+import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from pipelines.checkpoints import (
+    BadCheckpointError,
+    Checkpoint,
+    CheckpointReader,
+    read_weights,
+    take_snapshot,
+    write_part,
+)
 from pipelines.ema import EMA, EmaConfig
 from pipelines.engine import Engine, EngineConfig
 from pipelines.optim import OptimConfig, make_optimizer
@@ -38,7 +48,8 @@ def make_engine(config: EngineConfig, *, micro_batch_size: int = 4, grad_accum_s
     torch.manual_seed(0)
     model = SanaTransformer.from_preset("tiny")
     sizes = {"micro_batch_size": micro_batch_size, "grad_accum_steps": grad_accum_steps}
-    return Engine(model, config, OPTIM, device=torch.device("cpu"), **sizes)
+    device = torch.device("cuda" if config.dtype == "fp16" else "cpu")
+    return Engine(model, config, OPTIM, device=device, **sizes)
 
 
 def losses(model: Engine | SanaTransformer, step: int, parts: int) -> Iterator[Tensor]:
@@ -113,20 +124,131 @@ def test_accumulated_gradients_are_those_of_the_whole(grad_accum_steps: int) -> 
     assert_close(engine.gather_weights(), weights, 2e-5)
 
 
-@pytest.mark.parametrize(("zero_stage", "dtype"), [(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "fp32")])
+def snapshot_of(engine: Engine, ema: EMA, folder: Path) -> Checkpoint:
+    write_part(str(folder), take_snapshot(engine, ema, {}, step=3))
+    return Checkpoint.open(str(folder))
+
+
+def restore(engine: Engine, checkpoint: Checkpoint) -> EMA:
+    ema = EMA(engine.master_weights(), EmaConfig())
+    reader = CheckpointReader(checkpoint, engine)
+    reader.load(ema)
+    reader.close()
+    return ema
+
+
+@pytest.mark.parametrize(("zero_stage", "dtype"), [(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "fp32"), (3, "bf16")])
 def test_goes_on_from_a_checkpoint_exactly(tmp_path: Path, zero_stage: int, dtype: str) -> None:
     config = EngineConfig(zero_stage=zero_stage, dtype=dtype)
     straight = make_engine(config)
     ema = EMA(straight.master_weights(), EmaConfig())
     train(straight, ema, range(3))
-    straight.save(tmp_path)
+    checkpoint = snapshot_of(straight, ema, tmp_path)
     norms = train(straight, ema, range(3, NUM_STEPS))
     resumed = make_engine(config)
-    resumed.load(tmp_path)
-    assert train(resumed, EMA(resumed.master_weights(), EmaConfig()), range(3, NUM_STEPS)) == norms
+    resumed_ema = restore(resumed, checkpoint)
+    assert train(resumed, resumed_ema, range(3, NUM_STEPS)) == norms
     assert_close(resumed.gather_weights(), straight.gather_weights() or {}, 0.0)
+    for average, other in zip(resumed_ema.averages, ema.averages, strict=True):
+        assert torch.equal(average, other)
 
 
-def test_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
-        make_engine(EngineConfig(zero_stage=0, dtype="fp32")).load(tmp_path)
+@pytest.mark.parametrize(("written", "read"), [(0, 2), (2, 3), (3, 0), (1, 2)])
+def test_another_zero_stage_goes_on_from_it(tmp_path: Path, written: int, read: int) -> None:
+    straight = make_engine(EngineConfig(zero_stage=written, dtype="fp32"))
+    ema = EMA(straight.master_weights(), EmaConfig())
+    train(straight, ema, range(3))
+    checkpoint = snapshot_of(straight, ema, tmp_path)
+    assert_close(read_weights(str(tmp_path), average=False), straight.gather_weights() or {}, 0.0)
+    with ema.in_place_of(straight.master_weights()):
+        assert_close(read_weights(str(tmp_path)), straight.gather_weights() or {}, 0.0)
+    norms = train(straight, ema, range(3, NUM_STEPS))
+    resumed = make_engine(EngineConfig(zero_stage=read, dtype="fp32"))
+    resumed_ema = restore(resumed, checkpoint)
+    assert train(resumed, resumed_ema, range(3, NUM_STEPS)) == pytest.approx(norms, rel=1e-5)
+    assert_close(resumed.gather_weights(), straight.gather_weights() or {}, 1e-5)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_gradients_that_are_not_finite_change_nothing(zero_stage: int, dtype: str) -> None:
+    engine = make_engine(EngineConfig(zero_stage=zero_stage, dtype=dtype))
+    ema = EMA(engine.master_weights(), EmaConfig())
+    train(engine, ema, range(2))
+    before = engine.gather_weights() or {}
+    moments = {name: [tensor.clone() for tensor in tensors] for name, tensors in engine.moments().items()}
+    for index, loss in enumerate(losses(engine, 2, 2)):
+        engine.backward(loss * (float("nan") if index == 1 else 1.0))
+    assert not math.isfinite(engine.step(OPTIM.lr))
+    assert_close(engine.gather_weights(), before, 0.0)
+    assert set(moments) == {"exp_avg", "exp_avg_sq"}
+    for name, tensors in engine.moments().items():
+        for tensor, old in zip(tensors, moments[name], strict=True):
+            assert torch.equal(tensor, old)
+    assert all(math.isfinite(norm) for norm in train(engine, ema, range(3, 5)))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        EngineConfig(zero_stage=2, dtype="fp32", offload_optimizer=True),
+        EngineConfig(zero_stage=3, dtype="fp32", offload_optimizer=True, offload_weights=True),
+        EngineConfig(zero_stage=1, dtype="fp32", checkpoint_blocks=1),
+        EngineConfig(zero_stage=0, dtype="fp32", checkpoint_blocks=2),
+    ],
+    ids=["offload_optimizer", "offload_weights", "checkpoint_all", "checkpoint_every_second"],
+)
+def test_ways_to_save_memory_change_no_weight(config: EngineConfig, tmp_path: Path) -> None:
+    weights, _, norms = plain_loop()
+    engine = make_engine(config)
+    ema = EMA(engine.master_weights(), EmaConfig())
+    assert train(engine, ema, range(NUM_STEPS)) == pytest.approx(norms, rel=1e-4)
+    assert_close(engine.gather_weights(), weights, 2e-5)
+    checkpoint = snapshot_of(engine, ema, tmp_path)
+    resumed = make_engine(EngineConfig(zero_stage=0, dtype="fp32"))
+    restore(resumed, checkpoint)
+    assert_close(resumed.gather_weights(), engine.gather_weights() or {}, 0.0)
+
+
+def test_compiled_blocks_change_no_weight() -> None:
+    weights, _, norms = plain_loop()
+    engine = make_engine(EngineConfig(zero_stage=2, dtype="fp32", compile_blocks=True))
+    assert train(engine, EMA(engine.master_weights(), EmaConfig()), range(NUM_STEPS)) == pytest.approx(norms, rel=1e-3)
+    assert_close(engine.gather_weights(), weights, 1e-3)
+
+
+@pytest.mark.gpu
+def test_loss_scaling_in_half_precision(tmp_path: Path) -> None:
+    """DeepSpeed refuses float16 on a CPU."""
+    _, _, norms = plain_loop()
+    engine = make_engine(EngineConfig(zero_stage=1, dtype="fp16"))
+    ema = EMA(engine.master_weights(), EmaConfig())
+    assert engine.loss_scale > 1
+    assert train(engine, ema, range(NUM_STEPS)) == pytest.approx(norms, rel=0.02)
+    checkpoint = snapshot_of(engine, ema, tmp_path)
+    resumed = make_engine(EngineConfig(zero_stage=1, dtype="fp16"))
+    restore(resumed, checkpoint)
+    assert resumed.loss_scale == engine.loss_scale
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "rank-00000.json").unlink(), "rank-00000.json is missing"),
+        (lambda folder: os.truncate(folder / "rank-00000-average.safetensors", 100), "has 100 bytes in place of"),
+        (lambda folder: flip_last_byte(folder / "rank-00000-moments.safetensors"), "the content of .*moments.* has changed"),
+    ],
+)
+def test_damaged_checkpoints_are_known(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
+    engine = make_engine(EngineConfig(zero_stage=1, dtype="fp32"))
+    ema = EMA(engine.master_weights(), EmaConfig())
+    train(engine, ema, range(1))
+    snapshot_of(engine, ema, tmp_path)
+    damage(tmp_path)
+    with pytest.raises(BadCheckpointError, match=message):
+        CheckpointReader(Checkpoint.open(str(tmp_path)), engine)
+
+
+def flip_last_byte(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

@@ -25,7 +25,7 @@ def prompts_table(prompts: list[str], seeds: list[int]) -> pa.Table:
 
 def test_a_picture_depends_on_its_prompt_and_seed_and_not_on_its_batch() -> None:
     prompts = ["a red circle", "a blue square", "a green star", "a red circle", "a red circle"]
-    together, _ = Sampler(CONFIG).process(prompts_table(prompts, [1, 2, 3, 1, 4]))
+    together, _, _ = Sampler(CONFIG).process(prompts_table(prompts, [1, 2, 3, 1, 4]))
     alone = Sampler(replace(CONFIG, draw=replace(DRAW, batch_size=1))).process(prompts_table(prompts[:1], [1]))[0]
 
     def difference(first: bytes, second: bytes) -> int:
@@ -46,7 +46,9 @@ def test_the_judge_reads_drawn_scenes_and_leaves_other_prompts_alone() -> None:
         rows.append({"id": f"{number}", "prompt": prompt, "seed": 0, "image_bytes": to_png(Image.fromarray(pixels))})
         wanted.append(scene)
     rows.append({**rows[0], "id": "30", "prompt": "a photograph of a cat"})
-    judged, _ = PictureJudge(EvaluateConfig(name="test", clip="zoo://clip", batch_size=8)).process(pa.Table.from_pylist(rows))
+    judged, _, _ = PictureJudge(EvaluateConfig(name="test", clip="zoo://clip", batch_size=8)).process(
+        pa.Table.from_pylist(rows)
+    )
     assert judged[30]["asked"] is None and judged[30]["seen"] is None
     seen = [parse(row["seen"]) for row in judged[:30]]
     accuracy = attribute_accuracy(wanted, seen)  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ def scene(row: int) -> Image.Image:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_stored_latents_are_those_of_the_autoencoder(dtype: str) -> None:
     images = [scene(row) for row in range(5)]
-    rows, rejects = LatentEncoder(replace(CONFIG, dtype=dtype)).process(table_of(images))  # type: ignore[arg-type]
+    rows, rejects, _ = LatentEncoder(replace(CONFIG, dtype=dtype)).process(table_of(images))  # type: ignore[arg-type]
     assert rejects == [] and [row["id"] for row in rows] == [f"id{number}" for number in range(5)]
     autoencoder = DCAutoencoder.from_pretrained(CONFIG.autoencoder, dtype=torch.float32).eval()
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 127.5 - 1
@@ -48,7 +48,7 @@ def test_stored_latents_are_those_of_the_autoencoder(dtype: str) -> None:
 
 def test_each_image_goes_to_the_bucket_of_its_shape_and_order_is_kept() -> None:
     images = [scene(0), Image.new("RGB", (300, 100), "red"), scene(1), Image.new("RGB", (90, 270), "blue"), scene(2)]
-    rows, _ = LatentEncoder(CONFIG).process(table_of(images))
+    rows, _, _ = LatentEncoder(CONFIG).process(table_of(images))
     assert [row["id"] for row in rows] == [f"id{number}" for number in range(5)]
     for row in rows:
         height, width = (int(side) for side in row["bucket"].split("x"))
@@ -60,6 +60,6 @@ def test_each_image_goes_to_the_bucket_of_its_shape_and_order_is_kept() -> None:
 
 def test_images_without_a_good_caption_are_refused() -> None:
     encoder = LatentEncoder(replace(CONFIG, min_best_score=27.0))
-    rows, rejects = encoder.process(table_of([scene(0)]))
+    rows, rejects, _ = encoder.process(table_of([scene(0)]))
     assert rows == [] and rejects[0]["reject_reason"] == "low_score" and "26.0" in rejects[0]["detail"]
     assert len(LatentEncoder(replace(CONFIG, min_best_score=26.0)).process(table_of([scene(0)]))[0]) == 1

@@ -81,7 +81,7 @@ def test_bad_folder_through_the_worker(tmp_path):
     write_bad_folder(tmp_path)
     source = find_source(str(tmp_path), "auto")
     table = ShardReader(source, {"00000": list_parts(source)}, {})("00000")
-    rows, rejects = IngestWorker(ImageLimits()).process(table)
+    rows, rejects, _ = IngestWorker(ImageLimits()).process(table)
     found = {Path(row["source_uri"]).name: (row["format"], row["width"], row["height"], row["caption"]) for row in rows}
     assert found == {
         "a_good.jpg": ("JPEG", 48, 32, "a caption"),
@@ -108,7 +108,7 @@ def test_bad_folder_through_the_worker(tmp_path):
 
 def test_worker_refuses_what_was_not_read():
     rows = [{"source_uri": "x.jpg", "error": "unreadable", "detail": "no permission"}]
-    kept, [reject] = IngestWorker(ImageLimits()).process(pa.Table.from_pylist(rows, SOURCE_ROWS))
+    kept, [reject], _ = IngestWorker(ImageLimits()).process(pa.Table.from_pylist(rows, SOURCE_ROWS))
     assert kept == []
     assert reject == {"id": None, "source_uri": "x.jpg", "reject_reason": "unreadable", "detail": "no permission"}
 

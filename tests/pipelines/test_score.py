@@ -51,7 +51,7 @@ def scorer() -> CaptionScorer:
 
 def test_scores_are_a_hundred_cosines_as_transformers_computes_them(scorer: CaptionScorer) -> None:
     texts = ["a red circle", "a large blue solid square in the center of a white background"]
-    rows, rejects = scorer.process(table_of([texts] * 4))
+    rows, rejects, _ = scorer.process(table_of([texts] * 4))
     assert rejects == [] and len(rows) == 4
     folder = str(resolve("zoo://clip"))
     model, processor = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval(), CLIPProcessor.from_pretrained(folder)
@@ -68,14 +68,14 @@ def test_the_right_caption_beats_a_wrong_one(scorer: CaptionScorer) -> None:
         scene, _ = draw_row(FIRST + number)
         wrong = hard_negatives(scene, rng, 1)[0]
         captions.append([write_caption(scene, phrasings(scene)[0]), write_caption(wrong, phrasings(scene)[0])])
-    rows, _ = scorer.process(table_of(captions))
+    rows, _, _ = scorer.process(table_of(captions))
     right = [row["captions"][0]["clip_score"] > row["captions"][1]["clip_score"] for row in rows]
     assert sum(right) >= 36
 
 
 def test_long_captions_are_cut_and_missing_ones_refused(scorer: CaptionScorer) -> None:
     long = "a red circle " * 400
-    rows, rejects = scorer.process(table_of([[long, long + "and more"], []]))
+    rows, rejects, _ = scorer.process(table_of([[long, long + "and more"], []]))
     scores = [caption["clip_score"] for caption in rows[0]["captions"]]
     assert scores[0] == scores[1]  # 77 tokens are seen of either
     assert rows[0]["captions"][0]["caption"] == long

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from pipelines.schema import CAPTIONS
+from pipelines.storage import StorageError
 from pipelines.tables import Identity, MissingTableError, StaleTableError, Table, absolute_uri
 
 IDENTITY = Identity("caption", {"prompt": "Describe.", "sampling": {"temperature": 0.0}}, {"vlm": "sha256:1"}, {"images": "f"})
@@ -92,7 +93,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(StorageError, match=r"cannot write .*00000\.parquet: the disk is full: free space there"):
         table.write_shard("00000", rows("a"))
     assert list((tmp_path / "captions/vlm").iterdir()) == []
 
