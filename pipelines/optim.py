@@ -11,7 +11,7 @@ from torch import nn
 
 @dataclass(frozen=True, kw_only=True)
 class CameConfig:
-    """CAME (arXiv 2307.02047), as Sana is published with it. Its momentum takes 4 bytes a weight, its other states next to none.
+    """CAME (arXiv 2307.02047), as Sana is published with it. Its momentum takes 4 bytes a weight, the rest next to none.
 
     Args:
         betas: of the momentum, of the square gradients, and of the instability.
@@ -61,7 +61,7 @@ class OptimConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if (self.schedule == "wsd") != (self.decay_steps > 0):
             raise ValueError(
-                f"schedule={self.schedule} with decay_steps={self.decay_steps}: wsd needs them, and no other schedule reads them"
+                f"schedule={self.schedule} with decay_steps={self.decay_steps}: only wsd reads them, and needs them"
             )
 
     def check_sharding(self, zero_stage: int) -> None:

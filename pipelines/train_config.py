@@ -149,7 +149,7 @@ class TrainConfig:
         self.optim.check_sharding(self.engine.zero_stage)
         if self.lora is not None and self.engine.zero_stage == 3:
             raise ValueError(
-                "lora with zero_stage=3: frozen weights would be gathered anew in every step; set engine.zero_stage to 0, 1 or 2"
+                "lora with zero_stage=3: frozen weights would be gathered in every step; set engine.zero_stage to 0, 1 or 2"
             )
         if self.init is None and self.preset is None:
             raise ValueError("init and preset are both missing: give a pipeline to go on from, or a shape to begin with")

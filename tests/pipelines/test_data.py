@@ -160,7 +160,9 @@ def test_skewed_buckets_on_two_ranks(tmp_path: Path) -> None:
         waiting = stream.state_dict()["buffers"]
         assert sum(map(len, waiting.values())) <= 20 * 3  # leftovers never grow
         drawn.update((epoch, sample_id) for entries in waiting.values() for epoch, _, sample_id in entries)
-    assert {key for key in drawn if key[0] < 3} == {(epoch, make_row(index)["id"]) for epoch in range(3) for index in range(600)}
+    assert {key for key in drawn if key[0] < 3} == {
+        (epoch, make_row(index)["id"]) for epoch in range(3) for index in range(600)
+    }
     assert set(drawn.values()) == {1}
     assert len(set(buckets)) == 20
 

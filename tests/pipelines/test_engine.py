@@ -137,7 +137,9 @@ def restore(engine: Engine, checkpoint: Checkpoint) -> EMA:
     return ema
 
 
-@pytest.mark.parametrize(("zero_stage", "dtype"), [(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "fp32"), (3, "bf16")])
+@pytest.mark.parametrize(
+    ("zero_stage", "dtype"), [(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "fp32"), (3, "bf16")]
+)
 def test_goes_on_from_a_checkpoint_exactly(tmp_path: Path, zero_stage: int, dtype: str) -> None:
     config = EngineConfig(zero_stage=zero_stage, dtype=dtype)
     straight = make_engine(config)
