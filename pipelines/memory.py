@@ -203,8 +203,10 @@ def estimate_memory(
     engine = training.engine
     fixed = _held_always(training, sizes) | {"CUDA context and libraries": CONTEXT_BYTES if on_gpu else 0}
     gradients, bucket = _gradients(training, sizes)
+    # ZeRO 2 makes its share of the gradients when a backward pass is over and its activations are gone.
+    kept = 0 if engine.zero_stage == 2 and training.grad_accum_steps == 1 else gradients
     moments = {
-        "forward and backward": {"gradients": gradients, "buckets of gradients": bucket, "activations": activations},
+        "forward and backward": {"gradients": kept, "buckets of gradients": bucket, "activations": activations},
         "the optimizer's step": {"gradients": gradients, "step": _step_bytes(engine, sizes)},
         "encoding captions": {"gradients": gradients, "text encoder's activations": text_activations},
     }
