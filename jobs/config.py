@@ -1,11 +1,11 @@
 """A job's configuration: a dataclass, filled from YAML files and dotted command-line overrides, in this order."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 
 T = TypeVar("T")
 
@@ -35,6 +35,16 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None = None, *, pr
 def _last_config(arguments: list[str]) -> int:
     places = [index for index, argument in enumerate(arguments) if argument.split("=")[0] == "--config"]
     return places[-1] if places else 0
+
+
+def from_dict(config_class: type[T], values: Mapping[str, Any]) -> T:
+    """What `to_dict` was given, from what it returned. Raises ValueError, naming the key, for what does not fit."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(config_class, as_group=False)
+    try:
+        return config_class(**vars(parser.instantiate(parser.parse_object(dict(values)))))
+    except ArgumentError as error:
+        raise ValueError(f"this is no {config_class.__name__}: {error}") from error
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -14,11 +14,12 @@ import ray
 from jobs.config import parse_config, to_dict
 from pipelines.report import write_report
 from pipelines.stage import OnProgress, Progress, StageResult, TooManyRejectsError
+from pipelines.storage import StorageError
 from pipelines.tables import REPORT, MissingTableError, StaleTableError, absolute_uri
 from pipelines.tracking import TrackedRun, TrackingConfig, start_run
 from pipelines.train_config import TrainingError
 
-EXPECTED = (MissingTableError, StaleTableError, TooManyRejectsError, TrainingError, FileNotFoundError, ValueError)
+EXPECTED = (MissingTableError, StaleTableError, TooManyRejectsError, TrainingError, FileNotFoundError, StorageError, ValueError)
 """What a user can put right: shown as one message, without a traceback. Exit code 1."""
 CLEAR_LINE = "\r\x1b[2K"
 PRINT_EVERY = 10.0  # seconds between progress lines in a log file
@@ -73,6 +74,11 @@ class StatusLine:
         self.printed = now
         start, end = (CLEAR_LINE, "") if self.is_terminal else ("", "\n")
         print(f"{start}{text}", end=end, file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.clear()
+        print(text, file=sys.stderr, flush=True)
 
     def clear(self) -> None:
         """Take the line away, where it can be."""

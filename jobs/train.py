@@ -2,20 +2,17 @@
 
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 from jobs.config import to_dict
 from jobs.runner import JobConfig, StatusLine, run_job
 from pipelines.report_run import training_report
-from pipelines.tables import REPORT
-from pipelines.tracking import TrackedRun, start_run
+from pipelines.storage import write_file
+from pipelines.tables import REPORT, absolute_uri
+from pipelines.tracking import RunPlan
 from pipelines.train import TrainResult, run_train
 from pipelines.train_config import TrainConfig
 from pipelines.train_progress import TrainProgress
-
-RUN_ID = "mlflow_run_id"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,23 +34,21 @@ class TrainJob(JobConfig):
 
 def run(job: TrainJob) -> TrainResult:
     """Train in one MLflow run, which a training that goes on continues; the folder gets `report.html`."""
-    folder = Path(job.dataset_uri, job.name)
+    output_uri = f"{absolute_uri(job.dataset_uri)}/{job.name}"
+    plan = RunPlan.make("train", to_dict(job), tracking=job.tracking, output_dir=job.dataset_uri, key=output_uri)
     line = StatusLine()
-    with ExitStack() as stack:
-
-        def open_run() -> TrackedRun:
-            run_id = (folder / RUN_ID).read_text() if (folder / RUN_ID).exists() else None
-            tracked = start_run("train", to_dict(job), tracking=job.tracking, output_dir=job.dataset_uri, run_id=run_id)
-            run = stack.enter_context(tracked)
-            (folder / RUN_ID).write_text(run.run_id)
-            opened.append(run)
-            return run
-
-        opened: list[TrackedRun] = []
-        show = lambda progress: line.show(describe_progress(job.name, progress))  # noqa: E731
-        result = run_train(job.dataset_uri, job.train, output_dir=str(folder), open_run=open_run, on_progress=show)
-        for run in opened:
-            log_result(job, run, result)
+    result = run_train(
+        job.dataset_uri,
+        job.train,
+        output_dir=output_uri,
+        plan=plan,
+        on_progress=lambda progress: line.show(describe_progress(job.name, progress)),
+        on_notice=lambda notice: line.say(f"{job.name:<22} {notice}"),
+    )
+    if not result.was_done:
+        html = make_report(job, result)
+        write_file(f"{output_uri}/{REPORT}", html.encode())
+        plan.try_to(lambda run: run.log_html(html, REPORT))
     line.clear()
     print(describe(job.name, result), flush=True)
     return result
@@ -65,29 +60,23 @@ def show_preflight(job: TrainJob) -> None:
     print(format_preflight(run_preflight(job.dataset_uri, job.train, device_gib=job.device_gib)), flush=True)
 
 
-def log_result(job: TrainJob, run: TrackedRun, result: TrainResult) -> None:
-    run.log_metrics(
-        {
-            "loss_at_start": result.loss_start,
-            "loss_at_end": result.loss_end,
-            "startup_seconds": result.startup_seconds,
-            "seconds": result.seconds,
-        }
-    )
-    run.tag_tables(result.inputs)
+def make_report(job: TrainJob, result: TrainResult) -> str:
     facts = {"Steps": result.num_steps, "Samples/s": f"{result.samples_per_second:.1f}"}
-    html = training_report(
-        job.dataset_uri, job.train.latents, result.losses, result.grids, facts=facts, config=to_dict(job.train)
-    )
-    Path(job.dataset_uri, job.name, REPORT).write_text(html)
-    run.log_html(html, REPORT)
+    config = to_dict(job.train)
+    return training_report(job.dataset_uri, job.train.latents, result.losses, result.grids, facts=facts, config=config)
 
 
 def describe_progress(name: str, progress: TrainProgress) -> str:
     return (
         f"{name:<22} step {progress.step}/{progress.num_steps}  loss {progress.loss:.4f}  "
-        f"{progress.samples_per_second:.1f} samples/s  {progress.seconds_left:.0f} s left"
+        f"{progress.samples_per_second:.1f} samples/s  {progress.data_wait_share:.1%} waiting for data  "
+        f"{describe_time(progress.seconds_left)} left"
     )
+
+
+def describe_time(seconds: float) -> str:
+    hours, minutes = divmod(int(seconds) // 60, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min" if minutes > 9 else f"{seconds:.0f} s"
 
 
 def describe(name: str, result: TrainResult) -> str:

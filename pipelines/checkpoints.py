@@ -32,6 +32,10 @@ class BadCheckpointError(ValueError):
     """A checkpoint is not whole; the message says what is wrong with it."""
 
 
+class UnfinishedCheckpointError(BadCheckpointError):
+    """A checkpoint was not written to its end: what a kill leaves."""
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """A rank's part of a checkpoint, copied to the CPU's memory: the training may go on while it is written.
@@ -140,11 +144,11 @@ class Checkpoint:
         """Raises BadCheckpointError."""
         found = find_files(uri)
         if f"{part_name(0)}.json" not in found:
-            raise BadCheckpointError(f"{uri} is not whole: {part_name(0)}.json is missing, it was not written to its end")
+            raise UnfinishedCheckpointError(f"{uri} is not whole: {part_name(0)}.json is missing, it was never finished")
         first = json.loads(read_file(f"{uri}/{part_name(0)}.json"))
         names = [f"{part_name(rank)}.json" for rank in range(first["world_size"])]
         if missing := [name for name in names if name not in found]:
-            raise BadCheckpointError(f"{uri} is not whole: {missing[0]} is missing, it was not written to its end")
+            raise UnfinishedCheckpointError(f"{uri} is not whole: {missing[0]} is missing, it was never finished")
         parts = [first, *(json.loads(read_file(f"{uri}/{name}")) for name in names[1:])]
         for part in parts:
             for name, file in part["files"].items():
@@ -153,6 +157,10 @@ class Checkpoint:
                         f"{uri} is not whole: {name} has {found.get(name, 'no')} bytes in place of {file['size']}"
                     )
         return cls(uri, parts)
+
+    @property
+    def step(self) -> int:
+        return self.parts[0]["step"]
 
     @property
     def states(self) -> list[dict[str, Any]]:

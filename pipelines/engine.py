@@ -6,7 +6,8 @@ DeepSpeed is imported where it is used: that takes seconds, and a driver never n
 import copy
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -129,6 +130,15 @@ class Engine:
         self._deepspeed.backward(loss)
         if not self._deepspeed.is_gradient_accumulation_boundary():
             self._deepspeed.step()  # changes no weight: DeepSpeed counts micro-batches with it
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within, the model is in evaluation mode."""
+        self._deepspeed.eval()
+        try:
+            yield
+        finally:
+            self._deepspeed.train()
 
     def step(self, lr: float) -> float:
         """Update the weights; returns the norm of the gradients before clipping.

@@ -257,6 +257,13 @@ def _replace(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def upload_folder(folder: str | Path, uri: str) -> None:
+    """Put every file under a local folder below a URI. Raises StorageError."""
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_file():
+            write_file(f"{uri}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+
+
 def remove_file(uri: str) -> None:
     """Nothing happens if it is not there. Raises StorageError."""
     filesystem, path = open_filesystem(uri)

@@ -1,19 +1,24 @@
 """MLflow: one run for each job, with the resolved configuration, the fingerprints of what it read, and what it made."""
 
 import os
+import platform
+import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import yaml
 from mlflow import MlflowClient
-from mlflow.entities import Metric
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from PIL import Image
+
+VERSIONS = ("torch", "ray", "deepspeed", "transformers", "mlflow")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +69,96 @@ def start_run(
         if run_id is None:
             mlflow.log_params({key: str(value)[:6000] for key, value in flatten(config).items()})
             mlflow.log_text(yaml.safe_dump(dict(config), sort_keys=False), "config.yaml")
-        mlflow.set_tags({"stage": name, **(tags or {})})
+        mlflow.set_tags({"stage": name, **code_tags(), **(tags or {})})
         yield TrackedRun(run.info.run_id, uri)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """A run to be made or gone on with, by the first process that reaches MLflow. It may be sent to other processes.
+
+    Args:
+        name: of the run, and the value of its tag "stage".
+        config: the resolved one.
+        uri: of the MLflow server or database.
+        experiment: the experiment's name.
+        artifacts: URI of the artifacts of a new experiment; None: the server's choice.
+        tags: more tags.
+        key: the run is the one of this name in the experiment; whoever has the same key goes on with it.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    uri: str
+    experiment: str
+    artifacts: str | None
+    tags: Mapping[str, str]
+    key: str
+
+    @classmethod
+    def make(
+        cls, name: str, config: Mapping[str, Any], *, tracking: TrackingConfig, output_dir: str | Path, key: str
+    ) -> "RunPlan":
+        uri = tracking_uri(tracking, output_dir)
+        artifacts = f"{_local_folder(output_dir).as_uri()}/mlartifacts" if uri.startswith("sqlite") else None
+        return cls(
+            name=name,
+            config=config,
+            uri=uri,
+            experiment=tracking.experiment,
+            artifacts=artifacts,
+            tags=code_tags(),
+            key=key,
+        )
+
+    def connect(self) -> "TrackedRun":
+        """Raises what MLflow raises where it cannot be reached."""
+        for name, value in {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}.items():
+            os.environ.setdefault(name, value)  # whoever plans a run has a patience of their own
+        if self.uri.startswith("sqlite:///"):
+            Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        client = _client(self.uri)
+        if (found := self.find()) is not None:
+            client.update_run(found.run_id, status="RUNNING")
+            return found
+        experiment = client.get_experiment_by_name(self.experiment)
+        experiment_id = experiment.experiment_id if experiment else client.create_experiment(self.experiment, self.artifacts)
+        tags = {"stage": self.name, "run_key": self.key, **self.tags}
+        run_id = client.create_run(experiment_id, tags=tags, run_name=self.name).info.run_id
+        params = [Param(key, str(value)[:6000]) for key, value in flatten(self.config).items()]
+        client.log_batch(run_id, params=params)
+        client.log_text(run_id, yaml.safe_dump(dict(self.config), sort_keys=False), "config.yaml")
+        return TrackedRun(run_id, self.uri)
+
+    def find(self) -> "TrackedRun | None":
+        """The run, if it was made."""
+        client = _client(self.uri)
+        experiment = client.get_experiment_by_name(self.experiment)
+        if experiment is None:
+            return None
+        found = client.search_runs([experiment.experiment_id], f"tags.run_key = '{self.key}'", max_results=1)
+        return TrackedRun(found[0].info.run_id, self.uri) if found else None
+
+    def try_to(self, log: Callable[["TrackedRun"], None]) -> str | None:
+        """Log to the run, if it was made; what went wrong, where MLflow cannot be reached."""
+        try:
+            run = self.find()
+            if run is not None:
+                log(run)
+        except Exception as error:  # of MLflow, its server, its database, the network: no work is undone for it
+            return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        return None
+
+
+def code_tags() -> dict[str, str]:
+    """Which code makes a run: the commit, where it is a checkout, and the versions that matter."""
+    tags = {f"version.{name}": version(name) for name in VERSIONS} | {"version.python": platform.python_version()}
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        described = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return tags
+    return tags | {"mlflow.source.git.commit": described.stdout.strip()}
 
 
 @dataclass(frozen=True)
@@ -80,6 +173,17 @@ class TrackedRun:
         values = [Metric(name, float(value), now, step or 0) for name, value in metrics.items()]
         _client(self.uri).log_batch(self.run_id, metrics=values)
 
+    def last_step(self, metric: str) -> int:
+        """The last step at which a metric was logged; -1 if never."""
+        metrics = _client(self.uri).get_run(self.run_id).data._metric_objs  # of each, the one of its last step
+        return next((point.step for point in metrics if point.key == metric), -1)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        _client(self.uri).log_batch(self.run_id, tags=[RunTag(name, value[:5000]) for name, value in tags.items()])
+
+    def end(self, *, failed: bool) -> None:
+        _client(self.uri).set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
+
     def log_image(self, image: Image.Image, key: str, step: int | None = None) -> None:
         _client(self.uri).log_image(self.run_id, image, key=key, step=step, synchronous=True)
 
@@ -88,6 +192,17 @@ class TrackedRun:
 
     def log_html(self, html: str, name: str) -> None:
         _client(self.uri).log_text(self.run_id, html, name)
+
+    def log_inputs(self, dataset_uri: str, fingerprints: Mapping[str, str], context: str) -> None:
+        """Say what this run read (path of a table: fingerprint), and for what, as MLflow's datasets."""
+        inputs = [
+            DatasetInput(
+                Dataset(name=path, digest=fingerprint[:32], source_type="table", source=f"{dataset_uri}/{path}"),
+                [InputTag("mlflow.data.context", context)],
+            )
+            for path, fingerprint in fingerprints.items()
+        ]
+        _client(self.uri).log_inputs(self.run_id, inputs)
 
     def tag_tables(self, fingerprints: Mapping[str, str]) -> None:
         """Say which tables (path: fingerprint) this run read or made."""

@@ -1,34 +1,39 @@
 """The train stage: a latents table and a pipeline -> a trained pipeline, by Ray Train and DeepSpeed."""
 
 import logging
+import tempfile
 import time
-from collections.abc import Callable
+import uuid
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from ray.train import (
-    CheckpointConfig,
-    FailureConfig,
-    Result,
-    RunConfig,
-    ScalingConfig,
-    TrainingFailedError,
-    WorkerGroupError,
-)
+from ray.train import FailureConfig, Result, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchTrainer
 
-from pipelines.checkpoints import TrainingRecord
 from pipelines.data import TrainingStream
 from pipelines.models import model_version
 from pipelines.schema import LATENTS
+from pipelines.storage import list_folder
 from pipelines.tables import Identity, Table, absolute_uri
-from pipelines.tracking import TrackedRun
-from pipelines.train_config import TrainConfig, TrainingError
-from pipelines.train_progress import OnTrainProgress, watch_progress
-from pipelines.train_worker import GRIDS_DIR, PIPELINE_DIR, TrainTask, train_worker
+from pipelines.tracking import RunPlan, TrackedRun
+from pipelines.train_config import TrainConfig, TrainingError, TrainingStopped, TrainTask
+from pipelines.train_outputs import GRIDS_DIR
+from pipelines.train_progress import OnNotice, OnTrainProgress, open_desk
+from pipelines.train_worker import PIPELINE_DIR, train_worker
+from pipelines.training_record import TrainingRecord, write_config
+from pipelines.validate import validation_table
 
-CHECKPOINTS_DIR = "checkpoints"
+NOT_IN_IDENTITY = {
+    "": (
+        *("grid", "resources", "checkpoint_every", "keep_checkpoints", "keep_every", "keep_best", "log_every"),
+        *("max_failures", "num_workers", "micro_batch_size", "record_samples"),
+    ),
+    "data": ("prefetch",),
+    "engine": ("zero_stage", "offload_optimizer", "offload_weights", "checkpoint_blocks", "compile_blocks"),
+}
+"""What may change while a training goes on: it changes no weight beyond rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,18 +62,21 @@ class TrainResult:
 
 
 def train_identity(dataset_uri: str, config: TrainConfig) -> Identity:
-    """What the trained weights depend on. Raises MissingTableError, or ValueError if the table is not complete."""
-    table = Table(dataset_uri, config.latents, LATENTS)
-    manifest = table.require()
-    if not manifest.complete:
-        raise ValueError(f"{table.uri} is not complete: let its stage finish first, or samples would come and go")
+    """What the trained weights depend on. Raises MissingTableError, or ValueError if a table is not complete."""
+    inputs = {}
+    held_out = validation_table(dataset_uri, config.latents, config.validation, config.data)
+    for table in [Table(dataset_uri, config.latents, LATENTS), *([held_out] if held_out else [])]:
+        manifest = table.require()
+        if not manifest.complete:
+            raise ValueError(f"{table.uri} is not complete: let its stage finish first, or samples would come and go")
+        inputs[table.path] = manifest.fingerprint
     settings = asdict(config)
-    for name in ("grid", "resources", "checkpoint_every", "keep_checkpoints", "log_every", "max_failures"):
-        del settings[name]
-    del settings["data"]["prefetch"]
+    for part, names in NOT_IN_IDENTITY.items():
+        for name in names:
+            del (settings[part] if part else settings)[name]
     paths = {name: settings.pop(name) for name in ("init", "text_encoder", "autoencoder")}
     models = {name: model_version(path) for name, path in paths.items() if path is not None}
-    return Identity("train", settings, models, {table.path: manifest.fingerprint})
+    return Identity("train", settings, models, inputs)
 
 
 def run_train(
@@ -76,41 +84,72 @@ def run_train(
     config: TrainConfig,
     *,
     output_dir: str,
-    open_run: Callable[[], TrackedRun] | None = None,
+    plan: RunPlan | None = None,
     on_progress: OnTrainProgress = lambda progress: None,
+    on_notice: OnNotice = lambda notice: None,
 ) -> TrainResult:
-    """Train in `output_dir`, a folder that all nodes see, or go on with the training that was begun there.
+    """Train in `output_dir` (any fsspec URI, or a folder that all nodes see), or go on with the training that was begun there.
 
     Args:
-        open_run: called once there is something to do; the workers log to the run that it returns.
-        on_progress: called from another thread.
+        plan: the MLflow run that the workers log to.
+        on_progress, on_notice: called from another thread, with figures and with what a person should know.
 
     Raises:
         MissingTableError, ValueError: the table or the configuration will not do.
         StaleTableError: `output_dir` holds a training with other settings.
+        StorageError: `output_dir` cannot be written.
+        TrainingStopped: SIGTERM came; a checkpoint was saved, and called again, it goes on from there.
         TrainingError: it failed. Called again, it goes on from the last checkpoint.
     """
     start = time.time()
     config = _with_absolute_paths(config)
-    dataset_uri, folder = absolute_uri(dataset_uri), _local_folder(output_dir)
-    record = TrainingRecord.claim(folder, train_identity(dataset_uri, config), checkpoints=folder / CHECKPOINTS_DIR)
-    if record.result is not None and (folder / PIPELINE_DIR).exists():
+    dataset_uri, output_uri = absolute_uri(dataset_uri), absolute_uri(output_dir)
+    record = TrainingRecord.claim(output_uri, train_identity(dataset_uri, config))
+    if record.result is not None and list_folder(f"{output_uri}/{PIPELINE_DIR}"):
         return _to_result(record, was_done=True)
+    write_config(output_uri, config)
     table = Table(dataset_uri, config.latents, LATENTS)
     TrainingStream(  # raises here, on the driver, what it would raise in every worker
         table, config.data, micro_batch_size=config.micro_batch_size, seed=config.seed, world_size=config.num_workers
     )
-    run = open_run() if open_run is not None else None
-    task = TrainTask(config=config, table=table, output_dir=folder, run=run)
-    with watch_progress(folder, on_progress):
-        ended = _fit(task)
+    with open_desk(on_progress, on_notice) as desk:
+        task = TrainTask(config=config, table=table, inputs=record.identity.inputs, output_uri=output_uri, plan=plan, desk=desk)
+        try:
+            figures = _figures(_fit(task))
+        except TrainingError:
+            _end_run(plan, on_notice, failed=True)
+            raise
+    figures["startup_seconds"] = figures.pop("started_at") - start
+    record = record.finish({**figures, "seconds": time.time() - start})
+    result = _to_result(record, was_done=False)
+    _end_run(plan, on_notice, failed=False, result=result)
+    return result
+
+
+def _figures(ended: Result) -> dict[str, Any]:
+    """What the workers return. Raises TrainingError where the training did not come to its end."""
     figures = dict(ended.return_value)  # type: ignore[attr-defined]  # mypy takes it for the Result of Ray Train 1
+    if "stopped" in figures:
+        raise TrainingStopped(f"stopped at step {figures['stopped']}, with a checkpoint: run it again to go on from there")
     if "error" in figures:
         raise TrainingError(figures["error"])
-    assert ended.checkpoint is not None
-    figures["startup_seconds"] = figures.pop("started_at") - start
-    record = record.finish({**figures, "checkpoint": ended.checkpoint.path, "seconds": time.time() - start})
-    return _to_result(record, was_done=False)
+    return figures
+
+
+def _end_run(plan: RunPlan | None, on_notice: OnNotice, *, failed: bool, result: TrainResult | None = None) -> None:
+    """MLflow's run ends as the training did, if MLflow can be reached."""
+    if plan is None:
+        return
+
+    def end(run: TrackedRun) -> None:
+        if result is not None:
+            names = ("loss_start", "loss_end", "startup_seconds", "seconds")
+            run.log_metrics({name: getattr(result, name) for name in names}, result.num_steps)
+            run.tag_tables(result.inputs)
+        run.end(failed=failed)
+
+    if (problem := plan.try_to(end)) is not None:
+        on_notice(f"MLflow at {plan.uri} cannot be reached, its run stays open: {problem}")
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -122,21 +161,17 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     return replace(
         config,
         init=absolute(config.init),
+        resume_from=absolute(config.resume_from),
         text_encoder=absolute(config.text_encoder),
         autoencoder=absolute(config.autoencoder),
     )
-
-
-def _local_folder(output_dir: str) -> Path:
-    if "://" in output_dir:
-        raise ValueError(f"output_dir={output_dir} is a URI: give a folder, on a file system that all nodes share")
-    return Path(output_dir).absolute()
 
 
 def _fit(task: TrainTask) -> Result:
     """Raises TrainingError."""
     config = task.config
     resources = config.resources
+    name = f"train-{uuid.uuid4().hex[:12]}"
     trainer = TorchTrainer(
         partial(train_worker, task),  # type: ignore[arg-type]  # it may return a value, whatever Ray's annotation says
         scaling_config=ScalingConfig(
@@ -145,10 +180,9 @@ def _fit(task: TrainTask) -> Result:
             resources_per_worker={"CPU": resources.num_cpus, **_gpus(resources.num_gpus), **resources.custom},
         ),
         run_config=RunConfig(
-            name=CHECKPOINTS_DIR,
-            storage_path=str(task.output_dir),
+            name=name,  # Ray Train's notes of this attempt; checkpoints are ours
+            storage_path=str(Path(tempfile.gettempdir(), "sana-ray-train")),
             failure_config=FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
         ),
     )
     logging.getLogger("ray.train").setLevel(logging.ERROR)
@@ -176,12 +210,13 @@ def _explain(error: TrainingFailedError) -> str:
 
 def _to_result(record: TrainingRecord, *, was_done: bool) -> TrainResult:
     assert record.result is not None
-    grids = sorted((record.folder / GRIDS_DIR).glob("step-*.png"))
+    folder = f"{record.output_uri}/{GRIDS_DIR}"
+    names = [name for name in list_folder(folder) if name.startswith("step-")]
     figures = record.result | {"losses": [(step, loss) for step, loss in record.result["losses"]]}
     return TrainResult(
-        pipeline=str(record.folder / PIPELINE_DIR),
+        pipeline=f"{record.output_uri}/{PIPELINE_DIR}",
         num_steps=record.identity.config["num_steps"],
-        grids=[(int(path.stem.removeprefix("step-")), str(path)) for path in grids],
+        grids=[(int(name.removeprefix("step-").removesuffix(".png")), f"{folder}/{name}") for name in names],
         inputs=dict(record.identity.inputs),
         fingerprint=record.identity.fingerprint,
         was_done=was_done,

@@ -1,19 +1,28 @@
 """What a training is told."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pipelines.bad_steps import BadStepConfig
 from pipelines.data import StreamConfig
 from pipelines.ema import EmaConfig
 from pipelines.engine import EngineConfig
 from pipelines.lora import LoraConfig
 from pipelines.optim import OptimConfig
+from pipelines.tables import Table
+from pipelines.tracking import RunPlan
+from pipelines.validate import ValidationConfig
 from sana_model.text_encoder import TextEncoderConfig
 from sana_model.transformer import PRESETS
 
 
 class TrainingError(RuntimeError):
     """A training cannot go on, and another try would end alike. Raised on all workers at the same point."""
+
+
+class TrainingStopped(TrainingError):
+    """A training was asked to end, and saved a checkpoint: the next start goes on from there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,10 +120,16 @@ class TrainConfig:
         optim: how weights follow gradients.
         ema: the average of the weights.
         engine: how DeepSpeed spreads and computes it.
+        bad_steps: what is done where gradients are not finite or the loss leaps.
+        validation: the loss on samples that are not trained on.
         grid: pictures drawn on the way.
         resources: of each worker.
         checkpoint_every: steps from one checkpoint to the next; the last step makes one too.
         keep_checkpoints: how many of the newest are kept.
+        keep_every: checkpoints whose step divides by this are kept too.
+        keep_best: the checkpoint with the lowest value of this metric is kept too.
+        resume_from: URI of a checkpoint of another output folder to go on from exactly, where this one has none yet.
+        record_samples: write down which samples each step used, in `drawn/` of the output folder.
         log_every: steps from one report of losses and speed to the next.
         max_failures: how often lost workers are replaced, from the last checkpoint, before the training fails.
         seed: of the order of samples, the captions, the noise, and a fresh transformer.
@@ -137,10 +152,16 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    bad_steps: BadStepConfig = field(default_factory=BadStepConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     grid: GridConfig = field(default_factory=GridConfig)
     resources: WorkerResources = field(default_factory=WorkerResources)
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
+    keep_every: int | None = None
+    keep_best: Literal["loss", "validation_loss"] | None = None
+    resume_from: str | None = None
+    record_samples: bool = False
     log_every: int = 10
     max_failures: int = 3
     seed: int = 0
@@ -160,6 +181,10 @@ class TrainConfig:
         for name in ("num_steps", "micro_batch_size", "num_workers", "checkpoint_every", "keep_checkpoints", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.keep_every is not None and self.keep_every < 1:
+            raise ValueError(f"keep_every={self.keep_every} must be at least 1")
+        if self.keep_best == "validation_loss" and not (self.validation.latents or self.data.held_out_share):
+            raise ValueError("keep_best=validation_loss needs validation.latents or data.held_out_share")
         if self.grid.every < 1:
             raise ValueError(f"grid.every={self.grid.every} must be at least 1")
         together = self.micro_batch_size * self.num_workers
@@ -171,3 +196,19 @@ class TrainConfig:
     @property
     def grad_accum_steps(self) -> int:
         return self.global_batch_size // (self.micro_batch_size * self.num_workers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTask:
+    """What the driver hands to the workers.
+
+    inputs: path and fingerprint of the tables. output_uri: folder on any fsspec file system. plan: the MLflow run; None: none.
+    desk: handle of the actor that links workers and driver; None: nobody listens.
+    """
+
+    config: TrainConfig
+    table: Table
+    inputs: Mapping[str, str]
+    output_uri: str
+    plan: RunPlan | None = None
+    desk: Any = None

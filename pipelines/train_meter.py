@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.flops import peak_flops
 from sana_model.flow import loss_by_sigma
 
 NUM_SIGMA_BINS = 5
@@ -40,19 +41,27 @@ class TrainingMeter:
         self.seconds = 0.0  # in steps
         self._clock = 0.0
         self._waited = 0.0
+        self._peak_flops = peak_flops(device)
         self._clear()
 
     def _clear(self) -> None:
         self._step_losses: list[Tensor] = []
-        self._micro_losses: list[Tensor] = []
+        self._step: list[tuple[Tensor, Tensor]] = []
         self._losses: list[Tensor] = []
         self._sigmas: list[Tensor] = []
+        self._num_tokens = 0
+        self._flops = 0.0
         self._grad_norms: list[float] = []
         self._lr = 0.0
 
     def start(self) -> None:
         self.started_at = time.time()
         self._clock = time.monotonic()
+
+    def restart(self, wait_seconds: float) -> None:
+        """Forget the steps since the last `collect`: they did not count."""
+        self._clear()
+        self._clock, self._waited = time.monotonic(), wait_seconds
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -61,23 +70,36 @@ class TrainingMeter:
         yield
         self._clock += time.monotonic() - start
 
-    def add(self, loss: Tensor, sigma: Tensor) -> None:
-        """Of a micro-batch: (B,) each."""
-        self._losses.append(loss.detach())
-        self._sigmas.append(sigma)
-        self._micro_losses.append(loss.detach().mean())
+    def add(self, loss: Tensor, sigma: Tensor, *, num_tokens: int, flops: float) -> None:
+        """Of a micro-batch: loss and sigma (B,), its image tokens, and what computing it takes."""
+        self._step.append((loss.detach(), sigma))
+        self._num_tokens += num_tokens
+        self._flops += flops
 
     def end_step(self, *, lr: float, grad_norm: float) -> None:
-        self._step_losses.append(torch.stack(self._micro_losses).mean())
-        self._micro_losses = []
+        self._step_losses.append(torch.stack([loss.mean() for loss, _ in self._step]).mean())
+        self._losses += [loss for loss, _ in self._step]
+        self._sigmas += [sigma for _, sigma in self._step]
+        self._step = []
         self._grad_norms.append(grad_norm)
         self._lr = lr
 
-    def collect(self, wait_seconds: float, global_batch_size: int) -> MeterReport:
-        """What happened since the last time, over all ranks, all of which must call it.
+    @property
+    def step_losses(self) -> list[Tensor]:
+        """Of the micro-batches of the step that goes on: (B,) each."""
+        return [loss for loss, _ in self._step]
+
+    def drop_step(self) -> None:
+        """The step that goes on did not count."""
+        self._step = []
+
+    def collect(self, wait_seconds: float, global_batch_size: int) -> MeterReport | None:
+        """What happened since the last time, over all ranks, all of which must call it; None if no step counted.
 
         `wait_seconds`: for data, since the beginning.
         """
+        if not self._step_losses:
+            return None
         losses, by_sigma = self._reduce()
         now = time.monotonic()
         seconds, waited = now - self._clock, wait_seconds - self._waited
@@ -91,9 +113,14 @@ class TrainingMeter:
             "grad_norm": float(np.mean(self._grad_norms)),
             "samples_per_second": num_samples / seconds,
             "seconds_per_step": seconds / len(losses),
+            "tokens_per_second": torch.distributed.get_world_size() * self._num_tokens / seconds,
             "data_wait_share": waited / seconds,
             **by_sigma,
         }
+        if self._peak_flops:
+            metrics["mfu"] = self._flops / seconds / self._peak_flops
+        if self.device.type == "cuda":
+            metrics["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self._clear()
         return MeterReport(losses, metrics)
 

@@ -1,30 +1,33 @@
-"""What every training worker does: steps, and between them reports, pictures and checkpoints."""
+"""What every training worker does: steps, and between them reports, pictures, validation and checkpoints."""
 
 import math
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 import ray.train
 import ray.train.torch
 import torch
 from torch import Tensor
 
-from pipelines.checkpoints import load_checkpoint, save_checkpoint
+from pipelines.bad_steps import BadStepGuard
+from pipelines.checkpoint_store import CheckpointStore, gather_objects
+from pipelines.checkpoints import BadCheckpointError, CheckpointReader, take_snapshot
 from pipelines.data import MicroBatch, PrefetchedStream, TrainingStream
 from pipelines.ema import EMA
 from pipelines.engine import Engine
+from pipelines.flops import step_flops
 from pipelines.lora import add_lora, merge_lora, save_lora
 from pipelines.optim import learning_rate
 from pipelines.sample import image_grid
 from pipelines.select import uniform
-from pipelines.tables import Table
-from pipelines.tracking import TrackedRun
-from pipelines.train_config import FlowConfig, TrainConfig, TrainingError
+from pipelines.storage import upload_folder
+from pipelines.train_config import FlowConfig, TrainConfig, TrainingError, TrainTask
 from pipelines.train_meter import LossHistory, TrainingMeter
-from pipelines.train_progress import TrainProgress
+from pipelines.train_outputs import TrainOutputs
+from pipelines.train_progress import StopWatch, watch_for_sigterm
+from pipelines.training_record import CHECKPOINTS_DIR
+from pipelines.validate import ValidationSet, fixed_noise, validation_table
 from sana_model.autoencoder import DCAutoencoder
 from sana_model.flow import flow_loss, sample_sigmas
 from sana_model.generate import DEFAULT_FLOW_SHIFT, Caption, TextToImage
@@ -33,24 +36,18 @@ from sana_model.text_encoder import NVLABS_PROMPTS, TextEncoder
 from sana_model.transformer import PRESETS, SanaConfig, SanaTransformer
 
 PIPELINE_DIR = "pipeline"
-GRIDS_DIR = "samples"
 LORA_DIR = "lora"
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainTask:
-    """What the driver hands to the workers."""
-
-    config: TrainConfig
-    table: Table
-    output_dir: Path
-    run: TrackedRun | None
-
-
 def train_worker(task: TrainTask) -> dict[str, Any]:
-    """Run by Ray Train in each worker. Returns the figures of the whole training on rank 0, or {"error": message} on all."""
+    """Run by Ray Train in each worker.
+
+    Returns the figures of the whole training on rank 0; {"stopped": step} where the driver asked it to end early; or
+    {"error": message} where another try would end alike. Of the last two, each on all ranks.
+    """
     try:
-        worker = TrainWorker(task)
+        watch_for_sigterm()
+        worker = TrainWorker(task, device=ray.train.torch.get_device())
         worker.restore()
         worker.train()
         return worker.finish()
@@ -138,19 +135,18 @@ def draw_noise(batch: MicroBatch, config: FlowConfig, shift: float, *, seed: int
 
 
 class TrainWorker:
-    """One rank of a training.
+    """One rank of a training; the process group is there.
 
     Raises TrainingError if models, table and configuration do not fit together.
     """
 
-    def __init__(self, task: TrainTask):
+    def __init__(self, task: TrainTask, *, device: torch.device):
         self.task = task
         self.config = task.config
-        context = ray.train.get_context()
-        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         resources = self.config.resources
         torch.set_num_threads(resources.num_threads or max(math.ceil(resources.num_cpus), 1))
-        self.device = ray.train.torch.get_device()
+        self.device = device
         self._load_models()
         self.engine = Engine(
             self.pipeline.transformer,
@@ -162,21 +158,35 @@ class TrainWorker:
         )
         self.ema = EMA(self.engine.master_weights(), self.config.ema)
         self.step = 0  # done
+        self.stopped = False
         self.history = LossHistory()
         self.meter = TrainingMeter(self.device)
+        self.guard = BadStepGuard(self.config.bad_steps, self.device)
+        self.metrics: dict[str, float] = {}  # the last loss, and validation loss
+        self.outputs = TrainOutputs(task, self.rank)
+        self.stop_watch = StopWatch(task.desk if self.rank == 0 else None)
+        self.store = CheckpointStore(
+            f"{task.output_uri}/{CHECKPOINTS_DIR}",
+            keep_last=self.config.keep_checkpoints,
+            keep_every=self.config.keep_every,
+            keep_best=self.config.keep_best,
+            say=self.outputs.say,
+        )
 
     def _load_models(self) -> None:
         config = self.config
+        sizes = {"rank": self.rank, "world_size": self.world_size}
         try:
             self.pipeline = load_start(config)
             self.source = TrainingStream(
-                self.task.table,
-                config.data,
-                micro_batch_size=config.micro_batch_size,
-                seed=config.seed,
-                rank=self.rank,
-                world_size=self.world_size,
+                self.task.table, config.data, micro_batch_size=config.micro_batch_size, seed=config.seed, **sizes
             )
+            held_out = validation_table(self.task.table.dataset_uri, config.latents, config.validation, config.data)
+            self.validation = None
+            if held_out is not None:
+                self.validation = ValidationSet.read(
+                    held_out, config.validation, config.data, batch_size=config.micro_batch_size, **sizes
+                )
         except (ValueError, FileNotFoundError) as error:
             raise TrainingError(str(error)) from error
         self.shift = self.pipeline.flow_shift
@@ -190,79 +200,159 @@ class TrainWorker:
         self.null = self.text_encoder.null()
 
     def restore(self) -> None:
-        """Go on from the last checkpoint, if there is one."""
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is not None:
-            with checkpoint.as_directory() as folder:
-                state = load_checkpoint(Path(folder), self.engine, self.ema, rank=self.rank)
-            self.step = state["step"]
-            self.history.load_state_dict(state["history"])
-            self.source.load_state_dict(state["stream"])
+        """Go on from the last good checkpoint, if there is one."""
+        try:
+            reader = self.store.find(self.engine, fallback=self.config.resume_from)
+            waiting = self._load(reader) if reader is not None else []
+        except (BadCheckpointError, ValueError) as error:
+            raise TrainingError(str(error)) from error
+        if reader is not None:
+            self.source.load_all_states([state["stream"] for state in reader.checkpoint.states])
+        self.outputs.begin(self.step, waiting)
         self.stream = PrefetchedStream(self.source, self.config.data.prefetch)
 
+    def _load(self, reader: CheckpointReader) -> list[Any]:
+        """All but the place in the stream; returns what had not been sent to MLflow then."""
+        reader.load(self.ema)
+        reader.close()
+        state = reader.checkpoint.states[0]
+        self.step, self.metrics = reader.checkpoint.step, dict(state["metrics"])
+        self.history.load_state_dict(state["history"])
+        self.guard.load_state_dict(state["guard"])
+        return state["waiting"]
+
     def train(self) -> None:
-        config = self.config
         self.meter.start()
-        while self.step < config.num_steps:
-            self.train_step()
-            self.step += 1
-            last = self.step == config.num_steps
-            if last or self.step % config.log_every == 0:
-                self.log()
-            if config.grid.prompts and (last or self.step % config.grid.every == 0):
-                self.draw_grid()
-            if last or self.step % config.checkpoint_every == 0:
-                self.save()
+        while self.step < self.config.num_steps and not self.stopped:
+            if self.train_step():
+                self.step += 1
+                self.after_step()
         self.stream.close()
 
-    def train_step(self) -> None:
+    def train_step(self) -> bool:
+        """False if the step was bad and does not count."""
         config = self.config
         lr = learning_rate(self.step, config.num_steps, config.optim)
-        for _ in range(config.grad_accum_steps):
+        for index in range(config.grad_accum_steps):
             batch = next(self.stream)
-            caption_embeds, caption_mask = encode_captions(self.text_encoder, batch.captions, self.null)
             sigma, noise = draw_noise(batch, config.flow, self.shift, seed=config.seed)
-            sigma, noise = sigma.to(self.device), noise.to(self.device)
-            latents = self._to_latents(batch)
-            loss = flow_loss(self.engine, latents, caption_embeds, caption_mask, sigma=sigma, noise=noise)
-            self.engine.backward(loss.mean())
-            self.meter.add(loss, sigma)
+            loss = self.flow_loss(batch, sigma, noise)
+            last = index == config.grad_accum_steps - 1
+            self.engine.backward(self.guard.watch(loss.mean(), share=1 / config.grad_accum_steps, last=last))
+            self._count(batch, loss, sigma)
         grad_norm = self.engine.step(lr)
+        if self.guard.is_bad(grad_norm, self.meter.step_losses, scaled=config.engine.dtype == "fp16"):
+            self.pass_over(grad_norm)
+            return False
         self.ema.update(self.engine.master_weights())
         self.meter.end_step(lr=lr, grad_norm=grad_norm)
+        return True
 
-    def _to_latents(self, batch: MicroBatch) -> Tensor:
+    def flow_loss(self, batch: MicroBatch, sigma: Tensor, noise: Tensor) -> Tensor:
+        """(B,) of samples with these noise levels (B,) and noise (B, C, h, w)."""
         channels = self.transformer_config.in_channels
         if batch.latents.shape[1] != channels:
             raise TrainingError(
                 f"{self.task.table.uri} holds latents of {batch.latents.shape[1]} channels, the transformer takes {channels}: "
                 "they are not of this pipeline's autoencoder"
             )
-        return batch.latents.to(self.device, torch.float32)
+        caption_embeds, caption_mask = encode_captions(self.text_encoder, batch.captions, self.null)
+        self._caption_tokens = caption_embeds.shape[1]
+        latents = batch.latents.to(self.device, torch.float32)
+        sigma, noise = sigma.to(self.device), noise.to(self.device)
+        return flow_loss(self.engine, latents, caption_embeds, caption_mask, sigma=sigma, noise=noise)
+
+    def _count(self, batch: MicroBatch, loss: Tensor, sigma: Tensor) -> None:
+        batch_size, _, height, width = batch.latents.shape
+        image_tokens = height * width // self.transformer_config.patch_size**2
+        sizes = {"batch_size": batch_size, "image_tokens": image_tokens, "caption_tokens": self._caption_tokens}
+        flops = step_flops(self.transformer_config, **sizes)
+        self.meter.add(loss, sigma.to(self.device), num_tokens=batch_size * image_tokens, flops=flops)
+        self.outputs.add_batch(self.step + 1, batch)
+
+    def pass_over(self, grad_norm: float) -> None:
+        """What the policy for bad steps says. Raises TrainingError where the training had better end."""
+        policy, losses = self.config.bad_steps.policy, torch.cat(self.meter.step_losses)
+        self.meter.drop_step()
+        what = f"the step after step {self.step} was bad: loss {losses.mean():.4g}, norm of the gradients {grad_norm:.3g}"
+        if policy == "stop" or self.guard.num_in_a_row >= self.config.bad_steps.max_in_a_row:
+            self.outputs.say(what)
+            raise TrainingError(
+                f"{what}: lower optim.lr={self.config.optim.lr:g}, raise optim.warmup_steps, or look for samples that are not "
+                "finite; bad_steps.policy=skip or roll_back goes on without them"
+            )
+        if policy == "roll_back":
+            self.roll_back(what)
+        else:
+            self.outputs.say(f"{what}; it is passed over")
+
+    def roll_back(self, what: str) -> None:
+        """Weights, optimizer and average of the last checkpoint; the samples drawn since then are passed over."""
+        num_bad, num_in_a_row = self.guard.num_bad, self.guard.num_in_a_row
+        self._first_problem(self.store.wait())  # until the last checkpoint is there, or is known not to be
+        try:
+            reader = self.store.find(self.engine)
+        except BadCheckpointError as error:
+            raise TrainingError(f"{what}; and there is no way back: {error}") from error
+        if reader is None:
+            raise TrainingError(f"{what}; and there is no checkpoint yet to go back to")
+        self.outputs.forget_after(reader.checkpoint.step)
+        self._load(reader)
+        self.guard.num_bad, self.guard.num_in_a_row = num_bad, num_in_a_row
+        self.meter.restart(self.stream.wait_seconds)
+        self.outputs.say(f"{what}; back at step {self.step}, with the next samples")
+
+    def after_step(self) -> None:
+        config = self.config
+        last = self.step == config.num_steps
+        if last or self.step % config.log_every == 0:
+            self.log()
+        if self.validation is not None and (last or self.step % config.validation.every == 0):
+            self.validate(self.validation)
+        if config.grid.prompts and (last or self.step % config.grid.every == 0):
+            self.draw_grid()
+        self.stopped, noticed = self._agree(self.stop_watch.asked_to_stop(), self.stop_watch.noticed())
+        if last or self.stopped or noticed or self.step % config.checkpoint_every == 0:
+            self.save()
+
+    def _agree(self, *flags: bool) -> list[bool]:
+        """Each is true on all ranks if it is on one."""
+        values = torch.tensor(flags, dtype=torch.float32, device=self.device)
+        torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
+        return [bool(value) for value in values.tolist()]
+
+    def _first_problem(self, problem: str | None) -> str | None:
+        """The first that a rank has. All ranks must call it: an error that ends the training is raised on all or on none."""
+        return next((message for message in gather_objects(problem) if message is not None), None)
 
     def log(self) -> None:
-        """Losses and speed since the last time, over all ranks, to MLflow and to the driver. Raises TrainingError on NaN."""
+        """Losses and speed since the last time, over all ranks, to MLflow and to the driver."""
         report = self.meter.collect(self.stream.wait_seconds, self.config.global_batch_size)
-        self.history.add(self.step, report.losses)
-        loss, metrics = report.mean_loss, report.metrics
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss became {loss} within the {len(report.losses)} steps before step {self.step} (norm of the gradients "
-                f"{metrics['grad_norm']:.3g}): lower optim.lr={self.config.optim.lr:g} or raise optim.warmup_steps"
-            )
-        if self.rank != 0:
+        self.outputs.flush_batches(self.step)
+        if report is None:
             return
-        progress = TrainProgress(
-            step=self.step,
-            num_steps=self.config.num_steps,
-            loss=loss,
-            samples_per_second=metrics["samples_per_second"],
-            data_wait_share=metrics["data_wait_share"],
-            seconds_left=metrics["seconds_per_step"] * (self.config.num_steps - self.step),
-        )
-        progress.write(self.task.output_dir)
-        if self.task.run is not None:
-            self.task.run.log_metrics({**metrics, "epoch": self.stream.state_dict()["epoch"]}, self.step)
+        self.history.add(self.step, report.losses)
+        self.metrics["loss"] = report.mean_loss
+        more = {"epoch": self.stream.state_dict()["epoch"], "ema_decay": self.ema.decay, "bad_steps": self.guard.num_bad}
+        self.outputs.report(self.step, report, more)
+
+    @torch.no_grad()
+    def validate(self, validation: ValidationSet) -> None:
+        """The loss on the held-out samples, by noise level and over all, to MLflow."""
+        config = self.config.validation
+        sums = torch.zeros(len(config.sigmas) + 1, dtype=torch.float64, device=self.device)
+        with self.meter.paused(), self.engine.evaluating():
+            for batch, weight in ((item.batch, item.weight) for item in validation.batches):
+                for index, level in enumerate(config.sigmas):
+                    sigma = torch.full((len(batch.ids),), level)
+                    loss = self.flow_loss(batch, sigma, fixed_noise(batch, level, seed=config.seed))
+                    sums[index] += weight * loss.sum()
+                sums[-1] += weight * len(batch.ids)
+            torch.distributed.all_reduce(sums)
+        means = (sums[:-1] / sums[-1]).tolist()
+        self.metrics["validation_loss"] = sum(means) / len(means)
+        by_sigma = {f"validation_loss_sigma.{level:g}": mean for level, mean in zip(config.sigmas, means, strict=True)}
+        self.outputs.log_metrics(self.step, {"validation_loss": self.metrics["validation_loss"], **by_sigma})
 
     def draw_grid(self) -> None:
         """Pictures of the configured prompts with the average weights, as a PNG file and in MLflow."""
@@ -273,21 +363,19 @@ class TrainWorker:
             grid = self.config.grid
             seeds = range(grid.seed, grid.seed + len(grid.prompts))
             images = pipeline(grid.prompts, num_steps=grid.num_steps, guidance_scale=grid.guidance_scale, seed=seeds)
-            picture = image_grid(images, grid.columns)
-            folder = self.task.output_dir / GRIDS_DIR
-            folder.mkdir(exist_ok=True)
-            picture.save(folder / f"step-{self.step:06d}.png")
-            if self.task.run is not None:
-                self.task.run.log_image(picture, "samples", self.step)
+            self.outputs.show_picture(self.step, image_grid(images, grid.columns))
+
+    def gather_average(self) -> dict[str, Tensor] | None:
+        """The average weights, and adapters, on rank 0. All ranks must call it."""
+        with self.ema.in_place_of(self.engine.master_weights()):
+            return self.engine.gather_weights()
 
     def gather_pipeline(self, dtype: torch.dtype) -> TextToImage | None:
         """The pipeline with the average weights, on rank 0. All ranks must call it."""
-        with self.ema.in_place_of(self.engine.master_weights()):
-            weights = self.engine.gather_weights()
+        weights = self.gather_average()
         if weights is None:
             return None
         if self.config.lora is not None:
-            save_lora(self.task.output_dir / LORA_DIR, weights, self.config.lora)
             weights = merge_lora(weights, self.config.lora)
         assert self.autoencoder is not None
         with torch.device("meta"):
@@ -297,24 +385,43 @@ class TrainWorker:
         return TextToImage(transformer, self.autoencoder, self.text_encoder, flow_shift=self.shift)
 
     def save(self) -> None:
-        """A checkpoint of all ranks; Ray Train counts it only when every rank's part has arrived."""
-        state = {"step": self.step, "history": self.history.state_dict(), "stream": self.stream.state_dict()}
-        with self.meter.paused(), tempfile.TemporaryDirectory() as folder:
-            save_checkpoint(Path(folder), self.engine, self.ema, state, rank=self.rank)
-            ray.train.report(
-                {"step": self.step},
-                checkpoint=ray.train.Checkpoint.from_directory(folder),
-                checkpoint_dir_name=f"step-{self.step:06d}",
-            )
+        """A checkpoint, written while the training goes on. Raises TrainingError if several in a row could not be written."""
+        self.guard.num_in_a_row = 0
+        with self.meter.paused():
+            state = {
+                "stream": self.stream.state_dict(),
+                "history": self.history.state_dict(),
+                "guard": self.guard.state_dict(),
+                "metrics": self.metrics,
+                "waiting": self.outputs.waiting(),
+            }
+            self.outputs.flush_batches(self.step)
+            if problem := self._first_problem(self.store.given_up()):
+                raise TrainingError(f"checkpoints cannot be written any more: {problem}")
+            self.store.write(take_snapshot(self.engine, self.ema, state, step=self.step))
+            self.outputs.log_checkpoint(self.step, self.store.uri(self.step))
 
     def finish(self) -> dict[str, Any]:
-        """Write the final pipeline; the training's figures, on rank 0."""
+        """Wait for the last checkpoint, write the final pipeline; the training's figures, on rank 0."""
+        if problem := self._first_problem(self.store.wait()):
+            raise TrainingError(f"the last checkpoint could not be written: {problem}")
+        if self.stopped:
+            self.outputs.close()
+            return {"stopped": self.step}
+        if self.config.lora is not None and (weights := self.gather_average()) is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                save_lora(Path(folder), weights, self.config.lora)
+                upload_folder(folder, f"{self.task.output_uri}/{LORA_DIR}")
         pipeline = self.gather_pipeline(torch.float32)
         if pipeline is None:
             return {}
-        pipeline.save_pretrained(self.task.output_dir / PIPELINE_DIR)
+        with tempfile.TemporaryDirectory() as folder:
+            pipeline.save_pretrained(Path(folder))
+            upload_folder(folder, f"{self.task.output_uri}/{PIPELINE_DIR}")
+        self.outputs.close()
         loss_start, loss_end = self.history.ends()
         return {
+            "checkpoint": self.store.uri(self.step),
             "loss_start": loss_start,
             "loss_end": loss_end,
             "losses": self.history.points,
