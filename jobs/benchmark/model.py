@@ -126,9 +126,7 @@ def _entries(options: Options, dtype: torch.dtype) -> Iterator[Entry]:
         yield entry("text encoder", f"{options.captions} captions", pair, few)
 
 
-def makemake_transformers(
-    device: torch.device, dtype: torch.dtype, depth: int
-) -> tuple[SanaTransformer, SanaTransformer2DModel]:
+def make_transformers(device: torch.device, dtype: torch.dtype, depth: int) -> tuple[SanaTransformer, SanaTransformer2DModel]:
     """Ours and diffusers', as wide as Sana-0.6B."""
     config = PRESETS["sana-0.6b"]
     peer = SanaTransformer2DModel(
