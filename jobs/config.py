@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser
@@ -16,7 +16,8 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None = None, *, pr
     `--print_config` shows the result. An unknown key or a bad value ends the program with one line (exit code 2), and so does
     an override before `--config`, which the file would otherwise undo without a word.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    flags = [f"--{field.name}" for field in fields(config_class) if field.type in (bool, "bool")]  # type: ignore[arg-type]
+    arguments = _spell_out(list(sys.argv[1:] if argv is None else argv), flags)
     parser = ArgumentParser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="a YAML file; overrides come after it, such as --part.field value")
     parser.add_class_arguments(config_class, as_group=False)
@@ -30,6 +31,16 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None = None, *, pr
         return config_class(**{name: value for name, value in values.items() if name != "config"})
     except ValueError as error:
         parser.error(str(error))
+
+
+def _spell_out(arguments: list[str], flags: list[str]) -> list[str]:
+    """`--flag` alone as `--flag true`, which is how jsonargparse wants it."""
+    spelled = []
+    for index, argument in enumerate(arguments):
+        spelled.append(argument)
+        if argument in flags and (index + 1 == len(arguments) or arguments[index + 1].startswith("--")):
+            spelled.append("true")
+    return spelled
 
 
 def _last_config(arguments: list[str]) -> int:

@@ -13,13 +13,22 @@ import ray
 
 from jobs.config import parse_config, to_dict
 from pipelines.report import write_report
-from pipelines.stage import OnProgress, Progress, StageResult, TooManyRejectsError
+from pipelines.stage import OnProgress, Progress, ShardError, StageResult, TooManyRejectsError
 from pipelines.storage import StorageError
 from pipelines.tables import REPORT, MissingTableError, StaleTableError, absolute_uri
 from pipelines.tracking import TrackedRun, TrackingConfig, start_run
 from pipelines.train_config import TrainingError
 
-EXPECTED = (MissingTableError, StaleTableError, TooManyRejectsError, TrainingError, FileNotFoundError, StorageError, ValueError)
+EXPECTED = (
+    MissingTableError,
+    StaleTableError,
+    StorageError,
+    ShardError,
+    TooManyRejectsError,
+    TrainingError,
+    FileNotFoundError,
+    ValueError,
+)
 """What a user can put right: shown as one message, without a traceback. Exit code 1."""
 CLEAR_LINE = "\r\x1b[2K"
 PRINT_EVERY = 10.0  # seconds between progress lines in a log file

@@ -33,7 +33,7 @@ def find_fragments(module: nn.Module, optimizer: Any, masters: Sequence[Tensor],
         module: what DeepSpeed trains.
         optimizer: DeepSpeed's.
     """
-    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    trained: list[tuple[str, Any]] = [(name, weight) for name, weight in module.named_parameters() if weight.requires_grad]
     if zero_stage == 3:
         found = [_partition(name, parameter, optimizer) for name, parameter in trained]
     elif zero_stage:

@@ -1,71 +1,58 @@
-"""What the data stages share: shards go through Ray Data, rows that a stage refuses go to its rejects, and all is counted.
-
-A row of the Ray dataset is a whole shard: however blocks are cut, batched and reordered, a shard stays together. Reading
-(CPU), the stage's work (an actor pool) and writing overlap, and Ray Data holds back readers that run ahead of the workers.
-"""
+"""What the data stages share: the shards that are absent go through Ray Data, refused rows become rejects, all is counted."""
 
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
-from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
 
-import pyarrow as pa
-import ray
+from ray.exceptions import RayError, RayTaskError
 
-from pipelines.schema import REJECTS
-from pipelines.storage import remove_leftovers
+from pipelines.shard_stream import (
+    MAX_FAILED_SHARDS,
+    RETRIES,
+    Outcome,
+    ReadShard,
+    Resources,
+    Row,
+    ShardJob,
+    ShardOutput,
+    ShardWorker,
+    stream_shards,
+)
+from pipelines.storage import StorageError, remove_leftovers
 from pipelines.tables import Identity, Manifest, ShardFacts, Table
 
-Row = dict[str, Any]
-LIGHT = 0.25  # CPUs of a task that only reads or writes: it waits for the network most of the time
+__all__ = [
+    "OnProgress",
+    "Progress",
+    "ReadShard",
+    "Resources",
+    "Row",
+    "ShardError",
+    "ShardOutput",
+    "ShardWorker",
+    "StageResult",
+    "TooManyRejectsError",
+    "reject",
+    "run_shards",
+]
+
 NUM_THREADS = 32  # that wait for the storage
-FIGURES = pa.map_(pa.string(), pa.float64())
-COUNTS = pa.map_(pa.string(), pa.int64())
+DIED = (
+    f"its process died {RETRIES + 1} times, and again when it was tried alone. Did it run out of memory? Ray's logs say more "
+    "(ray logs, or /tmp/ray/session_latest/logs)."
+)
+
+
+class ShardError(RuntimeError):
+    """Shards could not be made; every other is."""
 
 
 class TooManyRejectsError(RuntimeError):
     """More rows were refused than the configuration lets pass."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Resources:
-    """What Ray reserves for a stage's actors.
-
-    Args:
-        num_actors: how many work side by side, each with a model of its own.
-        num_cpus, num_gpus: of each; fractions share a device.
-        custom: custom resources of each, such as {"L40S": 1}.
-    """
-
-    num_actors: int = 1
-    num_cpus: float = 1.0
-    num_gpus: float = 0.0
-    custom: dict[str, float] = field(default_factory=dict)
-
-
-class ShardOutput(NamedTuple):
-    """What a worker makes of a shard.
-
-    `rows` are of the output table's schema, `rejects` as `reject` makes them. `figures` are facts about the shard, such as a
-    PSNR: they stay in its file's footer, their mean and minimum over all shards in the manifest.
-    """
-
-    rows: list[Row] | pa.Table
-    rejects: list[Row]
-    figures: Mapping[str, float] = MappingProxyType({})
-
-
-class ShardWorker(Protocol):
-    """A stage's actor: loads its model once, then turns the rows of one shard after another into output rows and rejects."""
-
-    def process(self, table: pa.Table) -> ShardOutput: ...
-
-
-ReadShard = Callable[[str], pa.Table]
 OnProgress = Callable[["Progress"], None]
 
 
@@ -138,6 +125,8 @@ def run_shards(
     Raises:
         StaleTableError: `output` was made in another way.
         TooManyRejectsError: over `max_reject_share` of the rows were refused. The shards made until then stay.
+        StorageError: the storage refused, or gave no answer for long.
+        ShardError: shards could not be made, but all others are; or more than a few could not be made.
     """
     start = time.monotonic()
     manifest = output.claim(identity)
@@ -153,17 +142,60 @@ def run_shards(
     if was_done:
         _check_rejects(output, progress, max_reject_share, final=True)
         return _result_of(output, manifest, len(found), time.monotonic() - start, 0.0)
+    job = ShardJob(
+        output=output,
+        fingerprint=identity.fingerprint,
+        read_shard=read_shard,
+        make_worker=make_worker,
+        resources=resources,
+    )
     missing = [shard for shard in shards if shard not in found]
-    for outcome in _stream(output, identity, missing, read_shard, make_worker, resources):
-        rejects_by_reason = dict(outcome["rejects_by_reason"])
+    for outcome in _make_shards(job, missing):
         progress.done_shards += 1
-        progress.add_shard(outcome["num_rows"], rejects_by_reason, dict(outcome["figures"]))
-        progress.new_rows += outcome["num_rows"] + sum(rejects_by_reason.values())
+        progress.add_shard(outcome.num_rows, outcome.rejects_by_reason, outcome.figures)
+        progress.new_rows += outcome.num_rows + sum(outcome.rejects_by_reason.values())
         progress.seconds = time.monotonic() - start
         on_progress(progress)
         _check_rejects(output, progress, max_reject_share)
     _check_rejects(output, progress, max_reject_share, final=True)
     return _complete(output, progress, start)
+
+
+def _make_shards(job: ShardJob, missing: list[str]) -> Iterator[Outcome]:
+    """The outcome of each shard as it is written. What failed is tried once more, by new actors, when all others are done.
+
+    Raises StorageError, ShardError.
+    """
+    failed: dict[str, str] = {}
+    for again in (False, True):
+        failed = dict.fromkeys(missing, DIED)
+        try:
+            for outcome in stream_shards(job, missing, alone=again) if missing else ():
+                if outcome.error is None:
+                    del failed[outcome.shard]
+                    yield outcome
+                    continue
+                if outcome.stops:
+                    raise StorageError(outcome.error)
+                failed[outcome.shard] = outcome.error
+                if sum(error != DIED for error in failed.values()) > MAX_FAILED_SHARDS:
+                    raise ShardError(_describe_failures(job.output, failed))
+        except RayTaskError:
+            raise
+        except RayError as error:
+            raise ShardError(
+                f"{job.output.uri}: over {MAX_FAILED_SHARDS} shards ended their process. The last: {error}"
+            ) from error
+        missing = sorted(failed)
+    if missing:
+        raise ShardError(_describe_failures(job.output, failed))
+
+
+def _describe_failures(output: Table, failed: dict[str, str]) -> str:
+    told = {shard: error for shard, error in failed.items() if error != DIED} or failed
+    shards = ", ".join(sorted(told)[: MAX_FAILED_SHARDS + 1])
+    first = min(told)
+    return f"{output.uri}: shards {shards} could not be made. Shard {first}: {told[first]}"
 
 
 def _complete(output: Table, progress: Progress, start: float) -> StageResult:
@@ -222,76 +254,3 @@ def _check_rejects(output: Table, progress: Progress, max_share: float, *, final
         f"{progress.num_rejects} of {seen} rows were refused ({reasons}), more than max_reject_share={max_share:g}; "
         f"each is in {output.rejects().uri}"
     )
-
-
-def _stream(
-    output: Table,
-    identity: Identity,
-    shards: list[str],
-    read_shard: ReadShard,
-    make_worker: Callable[[], ShardWorker],
-    resources: Resources,
-) -> Iterator[Row]:
-    """One row for each shard as it is written."""
-    if not shards:
-        return
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    dataset: ray.data.Dataset = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
-    dataset = dataset.map_batches(partial(_read, read_shard=read_shard), batch_size=1, batch_format="pyarrow", num_cpus=LIGHT)
-    dataset = dataset.map_batches(
-        _Worker,
-        fn_constructor_args=(make_worker, output.schema),
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=min(resources.num_actors, len(shards))),
-        num_cpus=resources.num_cpus,
-        num_gpus=resources.num_gpus or None,
-        resources=resources.custom or None,
-    )
-    write = partial(_write, output=output, fingerprint=identity.fingerprint)
-    dataset = dataset.map_batches(write, batch_size=1, batch_format="pyarrow", num_cpus=LIGHT)
-    yield from dataset.iter_rows()
-
-
-def _read(batch: pa.Table, read_shard: ReadShard) -> pa.Table:
-    shard = batch["shard"][0].as_py()
-    return pa.table({"shard": [shard], "rows": _pack(read_shard(shard))})
-
-
-class _Worker:
-    """The Ray Data actor around a stage's worker."""
-
-    def __init__(self, make_worker: Callable[[], ShardWorker], schema: pa.Schema):
-        self.worker = make_worker()
-        self.schema = schema
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        rows, rejects, figures = self.worker.process(_unpack(batch["rows"]))
-        output = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows, self.schema)
-        refused = pa.Table.from_pylist(rejects, REJECTS)
-        columns = {"rows": _pack(output), "rejects": _pack(refused), "figures": pa.array([list(figures.items())], FIGURES)}
-        return pa.table({"shard": batch["shard"]} | columns)
-
-
-def _write(batch: pa.Table, output: Table, fingerprint: str) -> pa.Table:
-    """Rejects first: a shard that exists is a shard that is done."""
-    shard = batch["shard"][0].as_py()
-    rows, rejects, figures = _unpack(batch["rows"]), _unpack(batch["rejects"]), batch["figures"][0].as_py()
-    output.rejects().write_shard(shard, rejects, fingerprint=fingerprint)
-    output.write_shard(shard, rows, fingerprint=fingerprint, figures=dict(figures))
-    reasons = Counter(rejects["reject_reason"].to_pylist())
-    counts = {"num_rows": [rows.num_rows], "rejects_by_reason": pa.array([list(reasons.items())], COUNTS)}
-    return pa.table(counts | {"figures": batch["figures"]})
-
-
-def _pack(table: pa.Table) -> pa.Array:
-    """A table as one large_binary value, in Arrow's stream format."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return pa.array([sink.getvalue().to_pybytes()], pa.large_binary())
-
-
-def _unpack(column: pa.ChunkedArray) -> pa.Table:
-    return pa.ipc.open_stream(column[0].as_buffer()).read_all()

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 from aiohttp import ClientError as HttpError
+from botocore.exceptions import ConnectionError as BotoConnectionError
 from botocore.exceptions import HTTPClientError
 from botocore.parsers import ResponseParserError
 from fsspec import AbstractFileSystem
@@ -39,7 +40,16 @@ S3_OPTIONS: dict[str, Any] = {
 
 TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
 TRANSIENT_CODES = {"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "Throttling", "ThrottlingException"}
-TRANSIENT_TYPES = (HTTPClientError, ResponseParserError, HttpError, FSTimeoutError, TimeoutError, ConnectionError, EOFError)
+TRANSIENT_TYPES = (
+    HTTPClientError,
+    BotoConnectionError,
+    ResponseParserError,
+    HttpError,
+    FSTimeoutError,
+    TimeoutError,
+    ConnectionError,
+    EOFError,
+)
 TRANSIENT_ERRNO = {
     getattr(errno, name)
     for name in ("EAGAIN", "EBUSY", "ENETUNREACH", "EHOSTUNREACH", "ETIMEDOUT", "ECONNRESET", "ESTALE", "EREMOTEIO")

@@ -169,7 +169,7 @@ class Table:
         """
         facts = {"fingerprint": fingerprint, "figures": dict(figures or {})}
         if self.schema == REJECTS:
-            facts["rejects_by_reason"] = dict(Counter(rows["reject_reason"].to_pylist()))
+            facts["rejects_by_reason"] = count_reasons(rows)
         noted = rows.cast(self.schema).replace_schema_metadata({FACTS_KEY: json.dumps(facts)})
         buffer = BytesIO()
         pq.write_table(noted, buffer, compression="zstd")
@@ -220,6 +220,11 @@ class Table:
     def write_manifest(self, manifest: Manifest) -> None:
         content = asdict(manifest) | {"updated": datetime.now(UTC).isoformat(timespec="seconds")}
         self.write_file(MANIFEST, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def count_reasons(rejects: pa.Table) -> dict[str, int]:
+    """How many rows there are for each reject_reason."""
+    return dict(Counter(rejects["reject_reason"].to_pylist()))
 
 
 def describe_differences(old: Identity, new: Identity) -> list[str]:

@@ -27,8 +27,8 @@ from pipelines.validate import validation_table
 
 NOT_IN_IDENTITY = {
     "": (
-        *("grid", "resources", "checkpoint_every", "keep_checkpoints", "keep_every", "keep_best", "log_every"),
-        *("max_failures", "num_workers", "micro_batch_size", "record_samples"),
+        *("num_workers", "micro_batch_size", "resources", "max_failures", "grid", "log_every", "record_samples"),
+        *("checkpoint_every", "keep_checkpoints", "keep_every", "keep_best", "validation"),
     ),
     "data": ("prefetch",),
     "engine": ("zero_stage", "offload_optimizer", "offload_weights", "checkpoint_blocks", "compile_blocks"),

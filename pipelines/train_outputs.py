@@ -67,8 +67,8 @@ class TrainOutputs:
             self._drawn.add(step, batch.epochs, batch.ids)
 
     def flush_batches(self, step: int) -> None:
-        if self._drawn is not None:
-            self._try(lambda: self._drawn.flush(step))
+        if (drawn := self._drawn) is not None:
+            self._try(lambda: drawn.flush(step))
 
     def _try(self, write: Callable[[], None]) -> None:
         """What is only told is not worth a training: a failure is said."""

@@ -63,7 +63,7 @@ class Desk:
 @contextmanager
 def open_desk(on_progress: OnTrainProgress, on_notice: OnNotice) -> Iterator[Any]:
     """The actor's handle. Within, a thread calls back with what is new, and SIGTERM asks the workers to save and end."""
-    desk = ray.remote(num_cpus=0)(Desk).remote()
+    desk: Any = ray.remote(num_cpus=0)(Desk).remote()
     ended = threading.Event()
 
     def watch() -> None:
@@ -116,9 +116,11 @@ class StopWatch:
 
     Args:
         desk: asked on one worker; None on the others.
+        preempted: asks Ray, on all workers together, whether a node is about to be taken back: None if not.
     """
 
-    def __init__(self, desk: Any | None):
+    def __init__(self, desk: Any | None, preempted: Callable[[], object | None]):
+        self._preempted = preempted
         self._desk = desk
         self._answer = desk.stop_reason.remote() if desk is not None else None
         self._saved_on_notice = False
@@ -134,8 +136,10 @@ class StopWatch:
         self._answer = self._desk.stop_reason.remote()
         return reason is not None
 
-    def noticed(self) -> bool:
+    def noticed(self, *, ask_ray: bool) -> bool:
         """Whether this worker has been told, and this is the first time it says so, that it will be killed soon."""
+        if ask_ray and self._preempted() is not None:
+            _terminated.set()
         if self._saved_on_notice or not _terminated.is_set():
             return False
         self._saved_on_notice = True

@@ -2,6 +2,7 @@
 
 import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def train_worker(task: TrainTask) -> dict[str, Any]:
     """
     try:
         watch_for_sigterm()
-        worker = TrainWorker(task, device=ray.train.torch.get_device())
+        worker = TrainWorker(task, device=ray.train.torch.get_device(), preempted=ray.train.get_preemption_info)
         worker.restore()
         worker.train()
         return worker.finish()
@@ -137,10 +138,15 @@ def draw_noise(batch: MicroBatch, config: FlowConfig, shift: float, *, seed: int
 class TrainWorker:
     """One rank of a training; the process group is there.
 
+    Args:
+        task: what the driver wants.
+        device: to compute on.
+        preempted: tells whether a node of the training is about to be taken back; all ranks call it together.
+
     Raises TrainingError if models, table and configuration do not fit together.
     """
 
-    def __init__(self, task: TrainTask, *, device: torch.device):
+    def __init__(self, task: TrainTask, *, device: torch.device, preempted: Callable[[], object | None] = lambda: None):
         self.task = task
         self.config = task.config
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -164,7 +170,7 @@ class TrainWorker:
         self.guard = BadStepGuard(self.config.bad_steps, self.device)
         self.metrics: dict[str, float] = {}  # the last loss, and validation loss
         self.outputs = TrainOutputs(task, self.rank)
-        self.stop_watch = StopWatch(task.desk if self.rank == 0 else None)
+        self.stop_watch = StopWatch(task.desk if self.rank == 0 else None, preempted)
         self.store = CheckpointStore(
             f"{task.output_uri}/{CHECKPOINTS_DIR}",
             keep_last=self.config.keep_checkpoints,
@@ -235,11 +241,12 @@ class TrainWorker:
         lr = learning_rate(self.step, config.num_steps, config.optim)
         for index in range(config.grad_accum_steps):
             batch = next(self.stream)
+            caption = encode_captions(self.text_encoder, batch.captions, self.null)
             sigma, noise = draw_noise(batch, config.flow, self.shift, seed=config.seed)
-            loss = self.flow_loss(batch, sigma, noise)
+            loss = self.flow_loss(batch, caption, sigma, noise)
             last = index == config.grad_accum_steps - 1
             self.engine.backward(self.guard.watch(loss.mean(), share=1 / config.grad_accum_steps, last=last))
-            self._count(batch, loss, sigma)
+            self._count(batch, caption, loss, sigma)
         grad_norm = self.engine.step(lr)
         if self.guard.is_bad(grad_norm, self.meter.step_losses, scaled=config.engine.dtype == "fp16"):
             self.pass_over(grad_norm)
@@ -248,24 +255,21 @@ class TrainWorker:
         self.meter.end_step(lr=lr, grad_norm=grad_norm)
         return True
 
-    def flow_loss(self, batch: MicroBatch, sigma: Tensor, noise: Tensor) -> Tensor:
-        """(B,) of samples with these noise levels (B,) and noise (B, C, h, w)."""
+    def flow_loss(self, batch: MicroBatch, caption: Caption, sigma: Tensor, noise: Tensor) -> Tensor:
+        """(B,) of samples with these captions, noise levels (B,) and noise (B, C, h, w)."""
         channels = self.transformer_config.in_channels
         if batch.latents.shape[1] != channels:
             raise TrainingError(
                 f"{self.task.table.uri} holds latents of {batch.latents.shape[1]} channels, the transformer takes {channels}: "
                 "they are not of this pipeline's autoencoder"
             )
-        caption_embeds, caption_mask = encode_captions(self.text_encoder, batch.captions, self.null)
-        self._caption_tokens = caption_embeds.shape[1]
         latents = batch.latents.to(self.device, torch.float32)
-        sigma, noise = sigma.to(self.device), noise.to(self.device)
-        return flow_loss(self.engine, latents, caption_embeds, caption_mask, sigma=sigma, noise=noise)
+        return flow_loss(self.engine, latents, *caption, sigma=sigma.to(self.device), noise=noise.to(self.device))
 
-    def _count(self, batch: MicroBatch, loss: Tensor, sigma: Tensor) -> None:
+    def _count(self, batch: MicroBatch, caption: Caption, loss: Tensor, sigma: Tensor) -> None:
         batch_size, _, height, width = batch.latents.shape
         image_tokens = height * width // self.transformer_config.patch_size**2
-        sizes = {"batch_size": batch_size, "image_tokens": image_tokens, "caption_tokens": self._caption_tokens}
+        sizes = {"batch_size": batch_size, "image_tokens": image_tokens, "caption_tokens": caption[0].shape[1]}
         flops = step_flops(self.transformer_config, **sizes)
         self.meter.add(loss, sigma.to(self.device), num_tokens=batch_size * image_tokens, flops=flops)
         self.outputs.add_batch(self.step + 1, batch)
@@ -305,13 +309,14 @@ class TrainWorker:
     def after_step(self) -> None:
         config = self.config
         last = self.step == config.num_steps
-        if last or self.step % config.log_every == 0:
+        reports = last or self.step % config.log_every == 0
+        if reports:
             self.log()
         if self.validation is not None and (last or self.step % config.validation.every == 0):
             self.validate(self.validation)
         if config.grid.prompts and (last or self.step % config.grid.every == 0):
             self.draw_grid()
-        self.stopped, noticed = self._agree(self.stop_watch.asked_to_stop(), self.stop_watch.noticed())
+        self.stopped, noticed = self._agree(self.stop_watch.asked_to_stop(), self.stop_watch.noticed(ask_ray=reports))
         if last or self.stopped or noticed or self.step % config.checkpoint_every == 0:
             self.save()
 
@@ -343,9 +348,10 @@ class TrainWorker:
         sums = torch.zeros(len(config.sigmas) + 1, dtype=torch.float64, device=self.device)
         with self.meter.paused(), self.engine.evaluating():
             for batch, weight in ((item.batch, item.weight) for item in validation.batches):
+                caption = encode_captions(self.text_encoder, batch.captions, self.null)
                 for index, level in enumerate(config.sigmas):
                     sigma = torch.full((len(batch.ids),), level)
-                    loss = self.flow_loss(batch, sigma, fixed_noise(batch, level, seed=config.seed))
+                    loss = self.flow_loss(batch, caption, sigma, fixed_noise(batch, level, seed=config.seed))
                     sums[index] += weight * loss.sum()
                 sums[-1] += weight * len(batch.ids)
             torch.distributed.all_reduce(sums)

@@ -29,7 +29,7 @@ class TrainingRecord:
         StorageError if the folder cannot be written.
         """
         record = cls(output_uri, identity)
-        if (found := record._read()) is not None:
+        if (found := cls.read(output_uri)) is not None:
             if found.identity.fingerprint == identity.fingerprint:
                 return found
             if found.result is not None or list_folder(f"{output_uri}/{CHECKPOINTS_DIR}"):
@@ -48,14 +48,15 @@ class TrainingRecord:
         record._write()
         return record
 
-    def _read(self) -> "TrainingRecord | None":
+    @classmethod
+    def read(cls, output_uri: str) -> "TrainingRecord | None":
+        """None if there is none."""
         try:
-            content = json.loads(read_file(f"{self.output_uri}/{RECORD}"))
+            content = json.loads(read_file(f"{output_uri}/{RECORD}"))
         except FileNotFoundError:
             return None
-        return TrainingRecord(
-            self.output_uri, Identity(*(content[field.name] for field in fields(Identity))), content["result"]
-        )
+        identity = Identity(*(content[field.name] for field in fields(Identity)))
+        return cls(output_uri, identity, content["result"])
 
     def _write(self) -> None:
         content = {"fingerprint": self.identity.fingerprint, **asdict(self.identity), "result": self.result}

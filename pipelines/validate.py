@@ -60,8 +60,8 @@ class ValidationSet:
         cls, table: Table, config: ValidationConfig, stream: StreamConfig, *, batch_size: int, rank: int, world_size: int
     ) -> "ValidationSet":
         by_bucket: dict[str, list[tuple[str, Tensor, str]]] = {}
-        for bucket, *sample in islice(_read_samples(table, config, stream), config.num_samples):
-            by_bucket.setdefault(bucket, []).append(tuple(sample))
+        for bucket, sample in islice(_read_samples(table, config, stream), config.num_samples):
+            by_bucket.setdefault(bucket, []).append(sample)
         batches = [
             _collate(bucket, samples[start : start + batch_size])
             for bucket, samples in sorted(by_bucket.items())
@@ -76,8 +76,10 @@ class ValidationSet:
         return cls(batches=[*mine, *[ValidationBatch(batches[0], 0.0)] * missing])
 
 
-def _read_samples(table: Table, config: ValidationConfig, stream: StreamConfig) -> Iterator[tuple[str, str, Tensor, str]]:
-    """Bucket, id, latents and caption of each."""
+def _read_samples(
+    table: Table, config: ValidationConfig, stream: StreamConfig
+) -> Iterator[tuple[str, tuple[str, Tensor, str]]]:
+    """Bucket, and id, latents and caption of each."""
     dtype = table.require().config["dtype"]
     for shard in table.list_shards():
         for row in table.read_shard(shard).to_pylist():
@@ -85,7 +87,7 @@ def _read_samples(table: Table, config: ValidationConfig, stream: StreamConfig) 
                 continue
             chosen = choose_caption(row["captions"], stream.selection, seed=config.seed, epoch=0, sample_id=row["id"])
             if chosen is not None:
-                yield row["bucket"], row["id"], read_latents(row, dtype), chosen["caption"]
+                yield row["bucket"], (row["id"], read_latents(row, dtype), chosen["caption"])
 
 
 def _collate(bucket: str, samples: Sequence[tuple[str, Tensor, str]]) -> MicroBatch:

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -77,6 +78,16 @@ def test_train_command_prints_images_per_second_both_ways():
         assert len(rows[part]) in (4, 5), rows
     for step in ("step as measured", "step at full depth"):
         assert rows[step][-1] == "images/s" and float(rows[step][4].rstrip("x")) > 1, rows
+
+
+def test_stage_command_prints_the_ratio_and_the_memory():
+    options = ["--rows=60", "--ms_per_row=1", "--rows_per_shard=20", "--memory_rows=[50, 100]"]
+    run = run_benchmark("stage", *options)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert re.search(r"60 rows, 1 ms each: bare loop \d+\.\d s, stage \d+\.\d s, ratio \d+\.\d%", run.stdout)
+    rows = [line.split() for line in run.stdout.splitlines()[-2:]]
+    assert [row[0] for row in rows] == ["50", "100"]
+    assert all(int(figure) > 0 for row in rows for figure in row[3:]), "memory of driver, workers and object store"
 
 
 def test_help_and_bad_values_are_clear():

@@ -1,5 +1,6 @@
 """Workers for the tests of the stage runner, in a module that Ray's actors can import."""
 
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,8 +24,32 @@ class Upper:
                 rejects.append(reject(row, "bad_id", f"{row['id']} ends in bad"))
             else:
                 rows.append({"id": row["id"], "caption": row["id"].upper(), "num_tokens": 1, "finish_reason": "stop"})
-        return ShardOutput(rows, rejects)
+        return ShardOutput(rows, rejects, {"kept": len(rows)})
 
 
 def read_ids(ids: dict[str, list[str]], shard: str) -> pa.Table:
     return pa.table({"id": pa.array(ids[shard], pa.string())})
+
+
+class Dying(Upper):
+    """Ends its process at a row `poison`: every time, or once for each file in `lives`."""
+
+    def __init__(self, lives: Path | None = None):
+        super().__init__()
+        self.lives = lives
+
+    def process(self, table: pa.Table) -> ShardOutput:
+        if "poison" in table["id"].to_pylist():
+            if self.lives is None:
+                os._exit(1)
+            if spent := next(self.lives.iterdir(), None):
+                spent.unlink()
+                os._exit(1)
+        return super().process(table)
+
+
+class Unborn(Upper):
+    """Ends its process before it can work."""
+
+    def __init__(self) -> None:
+        os._exit(1)

@@ -57,8 +57,10 @@ def losses(model: Engine | SanaTransformer, step: int, parts: int) -> Iterator[T
     generator = torch.Generator().manual_seed(step)
     latents, noise = torch.randn(2, 8, 8, 8, 8, generator=generator)
     sigma, captions = torch.rand(8, generator=generator), torch.randn(8, 5, 64, generator=generator)
+    if isinstance(model, Engine):
+        latents, noise, sigma, captions = (tensor.to(model.device) for tensor in (latents, noise, sigma, captions))
     for part in torch.arange(8).chunk(parts):
-        mask = torch.ones(len(part), 5)
+        mask = torch.ones(len(part), 5, device=latents.device)
         yield flow_loss(model, latents[part], captions[part], mask, sigma=sigma[part], noise=noise[part]).mean()
 
 

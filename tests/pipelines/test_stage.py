@@ -1,14 +1,17 @@
 """The stage runner on Ray Data: aligned shards, rejects, resume after a death, limits on rejects."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from pipelines import shard_stream
 from pipelines.schema import CAPTIONS
-from pipelines.stage import Progress, Resources, StageResult, TooManyRejectsError, run_shards
+from pipelines.stage import Progress, Resources, ShardError, ShardWorker, StageResult, TooManyRejectsError, run_shards
+from pipelines.storage import StorageError
 from pipelines.tables import Identity, StaleTableError, Table
-from tests.pipelines.stage_workers import Upper, read_ids
+from tests.pipelines.stage_workers import Dying, Unborn, Upper, read_ids
 
 IDS = {
     "00000": ["a", "b", "c-bad"],
@@ -28,7 +31,8 @@ def run(
     table: Table,
     *,
     ids: dict[str, list[str]] = IDS,
-    armed: Path | None = None,
+    make_worker: Callable[[], ShardWorker] = Upper,
+    num_actors: int = 1,
     max_reject_share: float = 0.9,
     seen: list[Progress] | None = None,
 ) -> StageResult:
@@ -37,8 +41,8 @@ def run(
         IDENTITY,
         list(ids),
         read_shard=partial(read_ids, ids),
-        make_worker=partial(Upper, armed),
-        resources=Resources(num_cpus=0.5),
+        make_worker=make_worker,
+        resources=Resources(num_actors=num_actors, num_cpus=0.5),
         max_reject_share=max_reject_share,
         on_progress=lambda progress: None if seen is None else seen.append(progress),
     )
@@ -59,24 +63,64 @@ def test_every_shard_holds_the_rows_of_its_input_less_its_rejects(table: Table) 
     assert (result.num_rows, result.num_rejects, result.rejects_by_reason) == (5, 3, {"bad_id": 3})
     manifest = table.require()
     assert manifest.complete and manifest.num_rows == 5 and manifest.rejects_by_reason == {"bad_id": 3}
+    assert [table.read_figures(shard) for shard in IDS] == [{"kept": 2}, {"kept": 0}, {"kept": 0}, {"kept": 3}]
+    assert manifest.figures == result.figures == {"kept.mean": 1.25, "kept.min": 0}
+    facts = table.rejects().read_facts("00002")
+    assert (facts.num_rows, facts.rejects_by_reason, facts.fingerprint) == (2, {"bad_id": 2}, IDENTITY.fingerprint)
 
 
-def test_after_a_death_the_missing_shards_are_made_and_no_other(table: Table, tmp_path: Path) -> None:
+def test_after_a_failure_the_missing_shards_are_made_and_no_other(table: Table, tmp_path: Path) -> None:
     armed = tmp_path / "armed"
     armed.touch()
-    with pytest.raises(Exception, match="killed by the test"):
-        run(table, armed=armed)
-    assert "00003" not in table.list_shards()
+    with pytest.raises(ShardError, match=r"shards 00003 could not be made(.|\n)*killed by the test"):
+        run(table, make_worker=partial(Upper, armed))
+    assert table.list_shards() == ["00000", "00001", "00002"], "one shard's failure costs no other"
     assert not table.require().complete
-    survivors = {shard: (tmp_path / f"data/captions/upper/{shard}.parquet").stat().st_mtime_ns for shard in table.list_shards()}
+    files = {shard: tmp_path / f"data/captions/upper/{shard}.parquet" for shard in IDS}
+    files["00000"].unlink()
+    stamps = {shard: files[shard].stat().st_mtime_ns for shard in ("00001", "00002")}
     armed.unlink()
-    (tmp_path / "data/captions/upper/00000.parquet").unlink(missing_ok=True)
-    survivors.pop("00000", None)
     result = run(table)
     assert contents(table) == EXPECTED and contents(table.rejects()) == REFUSED
-    assert result.found_shards == len(survivors) and result.num_rows == 5
-    for shard, stamp in survivors.items():
-        assert (tmp_path / f"data/captions/upper/{shard}.parquet").stat().st_mtime_ns == stamp
+    assert result.found_shards == 2 and result.num_rows == 5 and result.figures == {"kept.mean": 1.25, "kept.min": 0}
+    assert {shard: files[shard].stat().st_mtime_ns for shard in stamps} == stamps
+
+
+def test_a_process_that_dies_now_and_then_costs_nothing(table: Table, tmp_path: Path) -> None:
+    lives = tmp_path / "lives"
+    lives.mkdir()
+    for life in "ab":
+        (lives / life).touch()
+    result = run(table, make_worker=partial(Dying, lives), num_actors=2)
+    assert contents(table) == EXPECTED and contents(table.rejects()) == REFUSED
+    assert list(lives.iterdir()) == [] and result.num_rows == 5 and table.require().complete
+
+
+def test_a_shard_that_always_kills_its_process_is_named_when_all_others_are_done(
+    table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_stream, "RETRIES", 1)
+    with pytest.raises(ShardError, match=r"upper: shards 00003 could not be made.*process died .* out of memory"):
+        run(table, make_worker=Dying)
+    assert table.list_shards() == ["00000", "00001", "00002"]
+
+
+def test_workers_that_die_before_they_work_end_the_stage(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_stream, "RETRIES", 0)
+    monkeypatch.setattr(shard_stream, "MAX_FAILED_SHARDS", 1)
+    with pytest.raises(ShardError, match=r"over \d shards ended their process"):
+        run(table, make_worker=Unborn)
+    assert table.list_shards() == []
+
+
+def test_storage_that_refuses_ends_the_stage_with_its_own_words(table: Table, tmp_path: Path) -> None:
+    run(table)
+    (tmp_path / "data/captions/upper/00000.parquet").unlink()
+    (tmp_path / "data/rejects/captions/upper/00000.parquet").unlink()
+    (tmp_path / "data/rejects/captions/upper/00000.parquet").mkdir()
+    with pytest.raises(StorageError, match=r"cannot write .*rejects/captions/upper/00000\.parquet: the storage refuses it"):
+        run(table)
+    assert [path.name for path in (tmp_path / "data/captions/upper").glob(".*")] == []
 
 
 def test_a_second_run_does_nothing_and_counts_the_same(table: Table) -> None:

@@ -1,5 +1,6 @@
 """The training's own workers in plain processes over gloo, without Ray: many trainings in seconds."""
 
+import multiprocessing
 import os
 import socket
 from collections.abc import Sequence
@@ -17,33 +18,47 @@ from pipelines.train_worker import TrainWorker
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training gave on rank 0: its losses by step, its error, and its last metrics."""
+    """What a training gave on rank 0: its losses by step, its error, its last metrics, and how long it waited for data."""
 
     losses: dict[int, float]
     error: str | None
     metrics: dict[str, float]
     num_bad: int
+    wait_share: float
 
 
-def train_on_ranks(folder: Path, dataset: Path, configs: Sequence[tuple[str, TrainConfig]]) -> dict[str, Trained]:
-    """Train each (name, config) in `folder/name`, one after the other; all of one number of workers."""
+def train_on_ranks(
+    folder: Path, dataset: Path, configs: Sequence[tuple[str, TrainConfig]], *, output_root: str | None = None
+) -> dict[str, Trained]:
+    """Train each (name, config) in `output_root/name`, one after the other; all of one number of workers.
+
+    `output_root`: the folder itself unless given.
+    """
     (num_workers,) = {config.num_workers for _, config in configs}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_run_rank, (num_workers, port, folder, dataset, configs), nprocs=num_workers)
+    place = {"WORLD_SIZE": str(num_workers), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = {**os.environ, **place, "DS_ACCELERATOR": "cpu"}
+    multiprocessing.set_forkserver_preload([__name__, "deepspeed"])  # imported once, for all trainings of a test run
+    arguments = (environment, folder, dataset, configs, output_root or str(folder))
+    torch.multiprocessing.start_processes(_run_rank, arguments, nprocs=num_workers, start_method="forkserver")
     return {name: torch.load(folder / f"{name}.pt", weights_only=False) for name, _ in configs}
 
 
 def _run_rank(
-    rank: int, world_size: int, port: int, folder: Path, dataset: Path, configs: Sequence[tuple[str, TrainConfig]]
+    rank: int,
+    environment: dict[str, str],
+    folder: Path,
+    dataset: Path,
+    configs: Sequence[tuple[str, TrainConfig]],
+    output_root: str,
 ) -> None:
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()})
+    os.environ.update(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
     torch.distributed.init_process_group("gloo")
     for name, config in configs:
         table = Table(str(dataset), config.latents, LATENTS)
-        task = TrainTask(config=config, table=table, inputs={}, output_uri=str(folder / name))
+        task = TrainTask(config=config, table=table, inputs={}, output_uri=f"{output_root}/{name}")
         worker, error = TrainWorker(task, device=torch.device("cpu")), None
         try:
             worker.restore()
@@ -52,6 +67,7 @@ def _run_rank(
         except TrainingError as raised:
             error = str(raised)
         if rank == 0:
-            trained = Trained(dict(worker.history.points), error, worker.metrics, worker.guard.num_bad)
+            wait_share = worker.stream.wait_seconds / max(worker.meter.seconds, 1e-9)
+            trained = Trained(dict(worker.history.points), error, worker.metrics, worker.guard.num_bad, wait_share)
             torch.save(trained, folder / f"{name}.pt")
     torch.distributed.destroy_process_group()

@@ -1,0 +1,159 @@
+"""What a stage costs beside its model: time against the bare loop over the same calls, and memory as the rows get more."""
+
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import psutil
+import pyarrow as pa
+from tqdm import tqdm
+
+from jobs.runner import RayConfig, start_ray
+from pipelines.schema import CAPTIONS, captions_path
+from pipelines.stage import Resources, ShardOutput, ShardWorker, StageResult, run_shards
+from pipelines.tables import Identity, Table
+
+MIB = 2**20
+
+
+class SleepingModel:
+    """A model that costs a fixed time for each row."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def process(self, table: pa.Table) -> ShardOutput:
+        for _ in range(table.num_rows):
+            time.sleep(self.seconds)
+        return ShardOutput(table, [])
+
+
+class NoModel:
+    """Gives back what it gets."""
+
+    def process(self, table: pa.Table) -> ShardOutput:
+        return ShardOutput(table, [])
+
+
+def benchmark_stage(
+    rows: int = 20_000,
+    ms_per_row: float = 5.0,
+    rows_per_shard: int = 1000,
+    memory_rows: list[int] = [10_000, 100_000, 1_000_000],  # noqa: B006 (jsonargparse shows it, nothing writes to it)
+    num_cpus: int = 4,
+) -> None:
+    """Print a stage's speed against the bare loop over its model, and its memory with a model that does nothing.
+
+    Args:
+        rows: that the stage and the loop go through; 0 leaves this out.
+        ms_per_row: that the model takes.
+        rows_per_shard: of both.
+        memory_rows: how many rows to measure memory with, one after the other.
+        num_cpus: logical CPUs of the local Ray.
+    """
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, start_ray(RayConfig(num_cpus=num_cpus)):
+        print(f"Ray started in {time.monotonic() - start:.1f} s (not counted below)", flush=True)
+        if rows:
+            _compare(folder, rows, ms_per_row / 1000, rows_per_shard)
+        if memory_rows:
+            print(f"\nno model, shards of {rows_per_shard} rows; peaks in MiB, processes without what they share")
+            print(f"{'rows':>9}{'seconds':>9}{'rows/s':>9}{'driver':>8}{'workers':>9}{'object store':>14}", flush=True)
+        for count in memory_rows:
+            source = _make_input(folder, f"no-model-{count}", count, rows_per_shard)
+            with _watch_memory() as peaks:
+                result = _run(source, NoModel)
+            print(
+                f"{count:>9}{result.seconds:>9.1f}{count / result.seconds:>9.0f}{peaks.driver / MIB:>8.0f}"
+                f"{peaks.workers / MIB:>9.0f}{peaks.object_store / MIB:>14.0f}",
+                flush=True,
+            )
+
+
+def _compare(folder: str, rows: int, seconds: float, rows_per_shard: int) -> None:
+    """Half of the bare loop before the stage and half after it, so that what disturbs the machine disturbs both."""
+    source = _make_input(folder, "sleeping", rows, rows_per_shard)
+    model = SleepingModel(seconds)
+    shards = source.list_shards()
+    loop_seconds = _time_loop(model, source, shards[: len(shards) // 2])
+    result = _run(source, partial(SleepingModel, seconds))
+    loop_seconds += _time_loop(model, source, shards[len(shards) // 2 :])
+    print(
+        f"{rows} rows, {seconds * 1000:g} ms each: bare loop {loop_seconds:.1f} s, stage {result.seconds:.1f} s, "
+        f"ratio {loop_seconds / result.seconds:.1%}",
+        flush=True,
+    )
+
+
+def _time_loop(model: SleepingModel, source: Table, shards: list[str]) -> float:
+    """Seconds for the model's calls alone, without reading."""
+    tables = [source.read_shard(shard) for shard in shards]
+    start = time.monotonic()
+    for table in tqdm(tables, desc="bare loop", leave=False):
+        model.process(table)
+    return time.monotonic() - start
+
+
+def _make_input(folder: str, name: str, rows: int, rows_per_shard: int) -> Table:
+    table = Table(folder, captions_path(f"{name}-input"), CAPTIONS)
+    for number, start in enumerate(range(0, rows, rows_per_shard)):
+        ids = [f"{row:064x}" for row in range(start, min(start + rows_per_shard, rows))]
+        columns = [ids, [f"a caption of {row_id}" for row_id in ids], [8] * len(ids), ["stop"] * len(ids)]
+        table.write_shard(f"{number:05d}", pa.table(columns, CAPTIONS.names))
+    return table
+
+
+def _run(source: Table, make_worker: Callable[[], ShardWorker]) -> StageResult:
+    return run_shards(
+        Table(source.dataset_uri, source.path.removesuffix("-input"), CAPTIONS),
+        Identity("benchmark", {}, {}, {}),
+        source.list_shards(),
+        read_shard=source.read_shard,
+        make_worker=make_worker,
+        resources=Resources(),
+        max_reject_share=0.0,
+    )
+
+
+@dataclass
+class _Peaks:
+    """Bytes."""
+
+    driver: int = 0
+    workers: int = 0
+    object_store: int = 0
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+    def watch(self) -> None:
+        me = psutil.Process()
+        while not self.stopped.wait(0.2):
+            workers = 0
+            for process in me.children(recursive=True):
+                try:
+                    memory = process.memory_info()
+                    name = " ".join(process.cmdline()[:1])
+                except psutil.Error:
+                    continue  # it has just ended
+                if name.endswith("raylet/raylet"):
+                    self.object_store = max(self.object_store, memory.shared)
+                elif name.startswith("ray::"):
+                    workers += memory.rss - memory.shared
+            memory = me.memory_info()
+            self.driver = max(self.driver, memory.rss - memory.shared)
+            self.workers = max(self.workers, workers)
+
+
+@contextmanager
+def _watch_memory() -> Iterator[_Peaks]:
+    peaks = _Peaks()
+    thread = threading.Thread(target=peaks.watch, daemon=True)
+    thread.start()
+    try:
+        yield peaks
+    finally:
+        peaks.stopped.set()
+        thread.join()

@@ -1,0 +1,196 @@
+"""The training's workers without Ray: other world sizes, damaged checkpoints, bad steps, validation."""
+
+import os
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipelines.bad_steps import BadStepConfig
+from pipelines.checkpoints import Checkpoint, read_weights
+from pipelines.data import StreamConfig, is_held_out
+from pipelines.drawn import read_drawn
+from pipelines.engine import EngineConfig
+from pipelines.optim import OptimConfig
+from pipelines.train_config import TrainConfig
+from pipelines.validate import ValidationConfig
+from tests.pipelines.training_ranks import train_on_ranks
+from tests.pipelines.training_world import PATH, make_pipeline, make_row, make_shards, make_table
+from tests.s3 import BUCKET, s3_environment, serve_s3
+
+SIZES = [30, 20, 26]
+BUCKETS = ("64x64", "64x64", "32x128")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    return TrainConfig(
+        latents=PATH,
+        init=make_pipeline(tmp_path_factory.mktemp("init")),
+        num_steps=10,
+        micro_batch_size=2,
+        global_batch_size=4,
+        data=StreamConfig(shuffle_shards=1),
+        engine=EngineConfig(zero_stage=1, dtype="fp32"),
+        optim=OptimConfig(lr=1e-3),
+        checkpoint_every=5,
+        log_every=1,
+        record_samples=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dataset")
+    make_table(folder, make_shards(SIZES, BUCKETS))
+    return folder
+
+
+def steps_in(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").iterdir())
+
+
+def test_two_workers_then_one_then_two(tmp_path: Path, dataset: Path, config: TrainConfig) -> None:
+    """One training, whose world size and ZeRO stage change: no sample of an epoch is lost, none comes twice."""
+    turns = [(2, 3, 5), (1, 1, 12), (2, 2, 50)]
+    for num_workers, zero_stage, num_steps in turns:
+        engine = EngineConfig(zero_stage=zero_stage, dtype="fp32")
+        part = replace(config, num_workers=num_workers, engine=engine, num_steps=num_steps)
+        trained = train_on_ranks(tmp_path, dataset, [("run", part)])["run"]
+        assert trained.error is None and list(trained.losses) == list(range(1, num_steps + 1))
+    drawn = read_drawn(str(tmp_path / "run" / "drawn"))
+    assert list(drawn) == list(range(1, 51)) and all(len(samples) == 4 for samples in drawn.values())
+    counts = Counter(sample for samples in drawn.values() for sample in samples)
+    states = Checkpoint.open(str(tmp_path / "run" / "checkpoints" / "step-000050")).states
+    buffers = [state["stream"]["buffers"] for state in states]
+    counts.update((epoch, sample_id) for buffer in buffers for rows in buffer.values() for epoch, _, sample_id in rows)
+    ended = min(state["stream"]["epoch"] for state in states)
+    assert ended >= 2 and set(counts.values()) == {1}
+    ids = [make_row(index)["id"] for index in range(sum(SIZES))]
+    assert {key for key in counts if key[0] < ended} == {(epoch, sample_id) for epoch in range(ended) for sample_id in ids}
+
+
+def test_damaged_checkpoints_give_way_to_the_one_before(tmp_path: Path, dataset: Path, config: TrainConfig) -> None:
+    config = replace(config, keep_checkpoints=3)
+    straight = train_on_ranks(tmp_path, dataset, [("straight", replace(config, num_steps=20)), ("run", config)])["straight"]
+    folder = tmp_path / "run"
+    samples = read_drawn(str(tmp_path / "straight" / "drawn"))
+    (folder / "checkpoints" / "step-000010" / "rank-00000.json").unlink()  # a kill in the middle of the write
+    trained = train_on_ranks(tmp_path, dataset, [("run", replace(config, num_steps=15))])["run"]
+    assert trained.losses == {step: loss for step, loss in straight.losses.items() if step <= 15}
+    newest = folder / "checkpoints" / "step-000015" / "rank-00000-moments.safetensors"
+    os.truncate(newest, newest.stat().st_size - 8)
+    trained = train_on_ranks(tmp_path, dataset, [("run", replace(config, num_steps=20))])["run"]
+    assert trained.losses == straight.losses
+    assert read_drawn(str(folder / "drawn")) == samples
+    assert steps_in(folder) == [10, 15, 20]
+
+
+def test_nothing_begins_anew_over_damaged_checkpoints(tmp_path: Path, dataset: Path, config: TrainConfig) -> None:
+    train_on_ranks(tmp_path, dataset, [("run", replace(config, num_steps=5))])
+    os.truncate(tmp_path / "run" / "checkpoints" / "step-000005" / "rank-00000-weights.safetensors", 10)
+    error = train_on_ranks(tmp_path, dataset, [("run", config)])["run"].error
+    assert error is not None and "none of the 1 checkpoints" in error and "has 10 bytes in place of" in error
+    assert steps_in(tmp_path / "run") == [5]
+
+
+def test_checkpoints_that_stay(tmp_path: Path, dataset: Path, config: TrainConfig) -> None:
+    kept = replace(config, num_steps=12, checkpoint_every=2, keep_checkpoints=1, keep_every=6)
+    other = replace(config, num_steps=4, resume_from=str(tmp_path / "kept" / "checkpoints" / "step-000012"))
+    trained = train_on_ranks(tmp_path, dataset, [("kept", kept), ("other", replace(other, num_steps=15))])
+    assert steps_in(tmp_path / "kept") == [6, 12]
+    assert list(trained["other"].losses) == list(range(1, 16))  # it went on from the other folder's checkpoint
+    assert min(read_drawn(str(tmp_path / "other" / "drawn"))) == 13
+
+
+def test_checkpoints_on_s3(tmp_path: Path, dataset: Path, config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve_s3() as endpoint:
+        for name, value in s3_environment(endpoint).items():
+            monkeypatch.setenv(name, value)
+        root = f"s3://{BUCKET}/runs"
+        local = train_on_ranks(tmp_path, dataset, [("local", replace(config, num_steps=8))])["local"]
+        train_on_ranks(tmp_path, dataset, [("remote", replace(config, num_steps=5))], output_root=root)
+        remote = train_on_ranks(tmp_path, dataset, [("remote", replace(config, num_steps=8))], output_root=root)["remote"]
+        assert remote.error is None and remote.losses == local.losses
+        assert read_drawn(f"{root}/remote/drawn") == read_drawn(str(tmp_path / "local" / "drawn"))
+        weights = read_weights(f"{root}/remote/checkpoints/step-000008")
+        for name, weight in read_weights(str(tmp_path / "local" / "checkpoints" / "step-000008")).items():
+            assert weights[name].equal(weight)
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset with one sample whose latents are not finite."""
+    folder = tmp_path_factory.mktemp("broken")
+    shards = make_shards([30, 20, 26])
+    shards["00001"][7]["latents"] = b"\x00\x7e" * (8 * 8 * 8)  # float16 NaN
+    make_table(folder, shards)
+    return folder
+
+
+def test_bad_steps(tmp_path: Path, broken: Path, config: TrainConfig) -> None:
+    """The sample comes once an epoch of 19 steps."""
+    config = replace(config, num_steps=30)
+
+    def with_policy(policy: str) -> TrainConfig:
+        return replace(config, bad_steps=BadStepConfig(policy=policy))  # type: ignore[arg-type]
+
+    policies = [(policy, with_policy(policy)) for policy in ("stop", "skip", "roll_back")]
+    trained = train_on_ranks(tmp_path, broken, policies)
+    error = trained["stop"].error
+    assert error is not None and "was bad: loss nan" in error and "bad_steps.policy=skip" in error
+    for policy in ("skip", "roll_back"):
+        assert trained[policy].error is None and 1 <= trained[policy].num_bad <= 3
+        assert list(trained[policy].losses) == list(range(1, 31))
+        assert all(loss < 10 for loss in trained[policy].losses.values())
+        bad = make_shards([30, 20, 26])["00001"][7]["id"]
+        drawn = read_drawn(str(tmp_path / policy / "drawn"))
+        assert all(len(samples) >= 4 for samples in drawn.values())
+        assert any(sample_id == bad for samples in drawn.values() for _, sample_id in samples) == (policy == "skip")
+        assert all(
+            weight.isfinite().all() for weight in read_weights(str(tmp_path / policy / "checkpoints/step-000030")).values()
+        )
+
+
+def test_validation_is_the_same_on_any_number_of_workers(tmp_path: Path, dataset: Path, config: TrainConfig) -> None:
+    held_out = replace(config, num_steps=4, data=StreamConfig(held_out_share=0.2), validation=ValidationConfig(every=2))
+    held_out = replace(held_out, optim=OptimConfig(lr=1e-12), keep_best="validation_loss")
+    one = train_on_ranks(tmp_path, dataset, [("one", held_out)])["one"]
+    sharded = replace(held_out, num_workers=2, engine=EngineConfig(zero_stage=3, dtype="fp32"))
+    two = train_on_ranks(tmp_path, dataset, [("two", sharded)])["two"]
+    assert one.metrics["validation_loss"] == pytest.approx(two.metrics["validation_loss"], rel=1e-5)
+    drawn = {sample_id for samples in read_drawn(str(tmp_path / "one" / "drawn")).values() for _, sample_id in samples}
+    assert drawn and not any(is_held_out(sample_id, 0.2) for sample_id in drawn)
+
+
+def test_what_cannot_be_validated_with(tmp_path: Path, dataset: Path, config: TrainConfig) -> None:
+    other = replace(config, data=StreamConfig(held_out_share=1e-6))
+    error = train_on_ranks(tmp_path, dataset, [("none", other)])["none"].error
+    assert error is not None and "has no sample to validate with" in error
+    with pytest.raises(ValueError, match=r"keep_best=validation_loss needs validation\.latents"):
+        replace(config, keep_best="validation_loss")
+
+
+@pytest.mark.slow
+def test_skewed_buckets_on_two_workers_of_the_demo_model(tmp_path: Path, config: TrainConfig) -> None:
+    """Twenty buckets, the first seventy times as frequent as the last, three epochs and more."""
+    sides = [f"{8 * height}x{8 * width}" for height in range(4, 9) for width in (5, 6, 8, 10)]
+    weights = 0.8 ** np.arange(20)
+    buckets = np.random.default_rng(0).choice(sides, 600, p=weights / weights.sum())
+    shards = {f"{shard:05d}": [make_row(i, buckets[i]) for i in range(100 * shard, 100 * shard + 100)] for shard in range(6)}
+    make_table(tmp_path / "dataset", shards)
+    config = replace(config, init="zoo://pipeline", num_workers=2, num_steps=125, micro_batch_size=8, global_batch_size=16)
+    trained = train_on_ranks(tmp_path, tmp_path / "dataset", [("run", replace(config, log_every=25))])["run"]
+    counts = Counter(sample for samples in read_drawn(str(tmp_path / "run" / "drawn")).values() for sample in samples)
+    states = Checkpoint.open(str(tmp_path / "run" / "checkpoints" / "step-000125")).states
+    assert trained.error is None and min(state["stream"]["epoch"] for state in states) >= 3
+    buffers = [state["stream"]["buffers"] for state in states]
+    counts.update((epoch, sample_id) for buffer in buffers for rows in buffer.values() for epoch, _, sample_id in rows)
+    assert set(counts.values()) == {1} and len(set(buckets)) == 20
+    assert {key for key in counts if key[0] < 3} == {
+        (epoch, make_row(index)["id"]) for epoch in range(3) for index in range(600)
+    }
+    print(f"waiting for data: {trained.wait_share:.2%} of the time of the steps")
+    assert trained.wait_share < 0.05
