@@ -1,14 +1,13 @@
 """The configurations of real runs: each is whole, each stage begins where the one before it ends, and a dry run tells of it."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 
 from jobs.config import parse_config
-from jobs.train import TrainJob
+from jobs.train import TrainJob, main
 from pipelines.model_shapes import find_shapes
 from sana_model.transformer import SanaTransformer
 
@@ -54,14 +53,12 @@ def test_the_cascade_is_the_published_one(size: str) -> None:
         before = job.name
 
 
-def test_a_dry_run_starts_nothing_and_tells_all(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "jobs.train", "--config", str(CONFIGS / "sana-1.6b-1024.yaml")]
-    run = subprocess.run([*command, "--dataset_uri", str(tmp_path), "--dry_run"], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+def test_a_dry_run_starts_nothing_and_tells_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = ["--config", str(CONFIGS / "sana-1.6b-1024.yaml"), "--dataset_uri", str(tmp_path), "--dry_run"]
+    assert main(config) == 0
+    told = capsys.readouterr().out
     for line in ("1,604,462,752 weights", "activations", "total, forward and backward", "512 images = 64", "PROBLEMS"):
-        assert line in run.stdout, run.stdout
-    assert not list(tmp_path.iterdir())
-    impossible = subprocess.run(
-        [*command, "--train.init", "nowhere", "--train.preset", "null", "--dry_run"], capture_output=True
-    )
-    assert impossible.returncode == 1 and b"nowhere" in impossible.stderr and b"Traceback" not in impossible.stderr
+        assert line in told, told
+    assert not list(tmp_path.iterdir()) and not ray.is_initialized()
+    assert main([*config, "--train.init", "nowhere", "--train.preset", "null"]) == 1
+    assert "no file or folder 'nowhere'" in capsys.readouterr().err
