@@ -51,6 +51,8 @@ class CheckpointStore:
         self._thread: threading.Thread | None = None
         self._error: StorageError | None = None
         self._num_failed = 0
+        self.last_written: str | None = None
+        """URI of the last checkpoint of which this rank's part is written."""
 
     def uri(self, step: int) -> str:
         return f"{self.root_uri}/step-{step:06d}"
@@ -82,7 +84,7 @@ class CheckpointStore:
             write_part(uri, snapshot)
             if snapshot.rank == 0:
                 self._prune()
-            self._error, self._num_failed = None, 0
+            self._error, self._num_failed, self.last_written = None, 0, uri
         except StorageError as error:
             self._error, self._num_failed = error, self._num_failed + 1
             self.say(f"the checkpoint of step {snapshot.step} was not written, the ones before it stay: {error}")
@@ -114,31 +116,37 @@ class CheckpointStore:
         """
         candidates = _from_rank_zero(lambda: list_checkpoints(self.root_uri))
         damaged: list[str] = []
-        for index, uri in enumerate([*candidates, *([fallback] if fallback else [])]):
-            reader, problem = self._open(uri, engine)
-            problems = gather_objects((problem, problem is not None and not isinstance(problem, UnfinishedCheckpointError)))
-            messages = [str(error) for error, _ in problems if error is not None]
-            if not messages:
+        for index, uri in enumerate(candidates):
+            reader, problems = self._open(uri, engine)
+            if not problems:
                 self._remove(candidates[:index])
                 return reader
-            if reader is not None:
-                reader.close()
-            self._tell(f"{messages[0]}: the one before it is taken")
-            if any(is_damage for _, is_damage in problems):
-                damaged.append(messages[0])
+            self._tell(f"{problems[0]}: the one before it is taken")
+            damaged += [str(error) for error in problems if not isinstance(error, UnfinishedCheckpointError)][:1]
         if damaged:
             raise BadCheckpointError(
                 f"none of the {len(candidates)} checkpoints in {self.root_uri} can be read, the oldest because: {damaged[-1]}; "
                 "delete the folder to begin from the start"
             )
         self._remove(candidates)
-        return None
+        if fallback is None:
+            return None
+        reader, problems = self._open(fallback, engine)
+        if problems:
+            raise problems[0]
+        return reader
 
-    def _open(self, uri: str, engine: Engine) -> tuple[CheckpointReader | None, BadCheckpointError | None]:
+    def _open(self, uri: str, engine: Engine) -> tuple[CheckpointReader | None, list[BadCheckpointError]]:
+        """Ready to be loaded on all ranks, or on none and what is wrong with it."""
+        reader, problem = None, None
         try:
-            return CheckpointReader(Checkpoint.open(uri), engine), None
+            reader = CheckpointReader(Checkpoint.open(uri), engine)
         except BadCheckpointError as error:
-            return None, error
+            problem = error
+        problems = [error for error in gather_objects(problem) if error is not None]
+        if problems and reader is not None:
+            reader.close()
+        return reader, problems
 
     def _remove(self, uris: Sequence[str]) -> None:
         if torch.distributed.get_rank() == 0:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipelines.ema import EMA
-from pipelines.engine import Engine
+from pipelines.engine import WHOLE, Engine
 from pipelines.storage import call, find_files, is_local, list_folder, open_filesystem, read_file, remove_file, write_file
 
 WEIGHTS, AVERAGE, MOMENTS = "weights", "average", "moments"
@@ -70,7 +70,7 @@ def take_snapshot(engine: Engine, ema: EMA, state: Mapping[str, Any], *, step: i
         }
         for kind, prefixed in lists.items()
     }
-    others = engine.other_states()
+    others = engine.other_states() if engine.layout != WHOLE or torch.distributed.get_rank() == 0 else {}
     return Snapshot(
         step=step,
         rank=torch.distributed.get_rank(),
@@ -215,7 +215,7 @@ class CheckpointReader:
         if first["shapes"] != engine.shapes:
             raise ValueError(f"{checkpoint.uri} is of another model: its weights have other names or shapes")
         rank = torch.distributed.get_rank()
-        own = rank if first["layout"] == engine.layout and rank < len(checkpoint.parts) else 0
+        own = rank if first["layout"] == engine.layout != WHOLE else 0
         self._others = f"{part_name(own)}-{OPTIMIZER}"
         names = [name for kind in (WEIGHTS, AVERAGE, MOMENTS) for name in checkpoint.files_with(kind, self.pieces)]
         self._open = ExitStack()

@@ -18,6 +18,9 @@ from pipelines.fragments import Fragment, find_fragments
 from pipelines.optim import OptimConfig, make_optimizer
 from sana_model.transformer import SanaTransformer
 
+WHOLE = "whole"
+"""The layout in which every rank holds everything."""
+
 LOSS_SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -184,7 +187,7 @@ class Engine:
     def layout(self) -> str:
         """Ranks of the same layout hold the same fragments."""
         if self.config.zero_stage == 0:
-            return "whole"
+            return WHOLE
         return f"ZeRO {self.config.zero_stage} {self.config.dtype} on {torch.distributed.get_world_size()}"
 
     @property

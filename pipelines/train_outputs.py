@@ -35,7 +35,7 @@ class TrainOutputs:
             if self._drawn is not None:
                 forget_after(self._drawn.folder_uri, step)
             if self.task.plan is not None:
-                self.run = PatientRun(self.task.plan, say=self._tell_driver, waiting=waiting)
+                self.run = PatientRun(self.task.plan, say=self.tell_driver, waiting=waiting)
                 self.run.log_inputs(self.task.table.dataset_uri, self.task.inputs, "training")
         torch.distributed.barrier()
         if step:
@@ -53,12 +53,13 @@ class TrainOutputs:
     def say(self, notice: str) -> None:
         """Something that a person should know; said once, by the first rank."""
         if self.rank == 0:
-            self._tell_driver(notice)
+            self.tell_driver(notice)
             if self.run is not None:
                 self._num_notices += 1
                 self.run.set_tags({f"notice.{self._num_notices:03d}": notice})
 
-    def _tell_driver(self, notice: str) -> None:
+    def tell_driver(self, notice: str) -> None:
+        """The same from any rank, for what is not of the training's course."""
         if self.task.desk is not None:
             self.task.desk.say.remote(notice)
 
@@ -75,7 +76,7 @@ class TrainOutputs:
         try:
             write()
         except StorageError as error:
-            self._tell_driver(str(error))
+            self.tell_driver(str(error))
 
     def report(self, step: int, report: MeterReport, more: dict[str, float]) -> None:
         if self.rank != 0:
@@ -98,9 +99,9 @@ class TrainOutputs:
         if self.run is not None:
             self.run.log_metrics({name: value for name, value in metrics.items() if math.isfinite(value)}, step)
 
-    def log_checkpoint(self, step: int, uri: str) -> None:
-        if self.run is not None:
-            self.run.set_tags({"checkpoint": uri, "checkpoint.step": str(step)})
+    def log_checkpoint(self, uri: str | None) -> None:
+        if self.run is not None and uri is not None:
+            self.run.set_tags({"checkpoint": uri})
 
     def show_picture(self, step: int, picture: Image.Image) -> None:
         """As a PNG file and in MLflow."""
@@ -114,3 +115,4 @@ class TrainOutputs:
     def close(self) -> None:
         if self.run is not None:
             self.run.close()
+            self.run = None

@@ -3,6 +3,7 @@
 import math
 import tempfile
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,13 @@ def train_worker(task: TrainTask) -> dict[str, Any]:
     Returns the figures of the whole training on rank 0; {"stopped": step} where the driver asked it to end early; or
     {"error": message} where another try would end alike. Of the last two, each on all ranks.
     """
+    watch_for_sigterm()
     try:
-        watch_for_sigterm()
         worker = TrainWorker(task, device=ray.train.torch.get_device(), preempted=ray.train.get_preemption_info)
-        worker.restore()
-        worker.train()
-        return worker.finish()
+        with closing(worker.outputs):
+            worker.restore()
+            worker.train()
+            return worker.finish()
     except TrainingError as error:
         return {"error": str(error)}
 
@@ -176,7 +178,7 @@ class TrainWorker:
             keep_last=self.config.keep_checkpoints,
             keep_every=self.config.keep_every,
             keep_best=self.config.keep_best,
-            say=self.outputs.say,
+            say=self.outputs.tell_driver,
         )
 
     def _load_models(self) -> None:
@@ -404,15 +406,15 @@ class TrainWorker:
             self.outputs.flush_batches(self.step)
             if problem := self._first_problem(self.store.given_up()):
                 raise TrainingError(f"checkpoints cannot be written any more: {problem}")
+            self.outputs.log_checkpoint(self.store.last_written)
             self.store.write(take_snapshot(self.engine, self.ema, state, step=self.step))
-            self.outputs.log_checkpoint(self.step, self.store.uri(self.step))
 
     def finish(self) -> dict[str, Any]:
         """Wait for the last checkpoint, write the final pipeline; the training's figures, on rank 0."""
         if problem := self._first_problem(self.store.wait()):
             raise TrainingError(f"the last checkpoint could not be written: {problem}")
+        self.outputs.log_checkpoint(self.store.last_written)
         if self.stopped:
-            self.outputs.close()
             return {"stopped": self.step}
         if self.config.lora is not None and (weights := self.gather_average()) is not None:
             with tempfile.TemporaryDirectory() as folder:
@@ -424,7 +426,6 @@ class TrainWorker:
         with tempfile.TemporaryDirectory() as folder:
             pipeline.save_pretrained(Path(folder))
             upload_folder(folder, f"{self.task.output_uri}/{PIPELINE_DIR}")
-        self.outputs.close()
         loss_start, loss_end = self.history.ends()
         return {
             "checkpoint": self.store.uri(self.step),

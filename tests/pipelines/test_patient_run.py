@@ -1,5 +1,9 @@
-"""MLflow that comes late: nothing waits for it, and nothing is lost or sent twice."""
+"""MLflow that cannot be reached, or comes late: nothing waits for it, and nothing is lost or sent twice."""
 
+import os
+import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -11,47 +15,74 @@ from pipelines.patient_run import PatientRun
 from pipelines.tracking import RunPlan, TrackingConfig
 
 
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patient_run, "RETRY_SECONDS", 0.1)
-    monkeypatch.setattr(patient_run, "CLOSE_SECONDS", 3.0)
+def make_plan(folder: Path, uri: str) -> RunPlan:
+    return RunPlan.make("train", {"lr": 1.0}, tracking=TrackingConfig(uri=uri), output_dir=folder, key="a")
 
 
-def history(uri: str, plan: RunPlan) -> list[tuple[int, float]]:
+def history(plan: RunPlan) -> list[tuple[int, float]]:
     run = plan.find()
     assert run is not None
-    return [(point.step, point.value) for point in mlflow.MlflowClient(uri).get_metric_history(run.run_id, "loss")]
+    return [(point.step, point.value) for point in mlflow.MlflowClient(plan.uri).get_metric_history(run.run_id, "loss")]
 
 
-def test_figures_wait_until_mlflow_is_there(tmp_path: Path) -> None:
-    """Its database cannot be opened at first: a folder lies in its place."""
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    (tmp_path / "mlflow.db").mkdir()
-    plan = RunPlan.make("train", {"lr": 1.0}, tracking=TrackingConfig(uri=uri), output_dir=tmp_path, key="a")
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_figures_wait_and_are_sent_by_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patient_run, "CLOSE_SECONDS", 1.0)
+    nowhere = make_plan(tmp_path, f"http://127.0.0.1:{free_port()}")
     notices: list[str] = []
-    said = threading.Event()
-    run = PatientRun(plan, say=lambda notice: (notices.append(notice), said.set())[0])
+    run = PatientRun(nowhere, say=notices.append)
     run.log_metrics({"loss": 3.0}, 10)
     run.log_metrics({"loss": 2.0}, 20)
-    assert said.wait(60) and "cannot be reached, figures wait and are sent later" in notices[0]
-    assert run.waiting() == [(10, {"loss": 3.0}), (20, {"loss": 2.0})]
-    (tmp_path / "mlflow.db").rmdir()
-    patient_run.CLOSE_SECONDS = 120.0
+    run.set_tags({"a": "b"})
+    waiting = run.waiting()
+    assert waiting == [(10, {"loss": 3.0}), (20, {"loss": 2.0})]
     run.close()
-    assert history(uri, plan) == [(10, 3.0), (20, 2.0)]
-    assert len(notices) == 2 and "can be reached again" in notices[1]
+    assert f"MLflow at {nowhere.uri} cannot be reached, figures wait and are sent later" in notices[0]
+    assert notices[1:] == [f"3 entries could not be sent to MLflow at {nowhere.uri}"]
+    assert nowhere.try_to(lambda _: None) is not None
 
-    again = PatientRun(plan, say=notices.append, waiting=[(20, {"loss": 2.0}), (30, {"loss": 1.0})])
-    again.log_metrics({"loss": 0.5}, 40)
-    again.close()
-    assert history(uri, plan) == [(10, 3.0), (20, 2.0), (30, 1.0), (40, 0.5)]  # one run, each step once
+    there = make_plan(tmp_path, f"sqlite:///{tmp_path}/mlflow.db")
+    for loss in (1.0, 0.5):  # two starts from one checkpoint: the second one's steps are known already
+        again = PatientRun(there, say=notices.append, waiting=waiting)
+        again.log_metrics({"loss": loss}, 30)
+        again.close()
+    assert history(there) == [(10, 3.0), (20, 2.0), (30, 1.0)]
+    assert len(notices) == 2
 
 
-def test_what_is_never_sent_is_said(tmp_path: Path) -> None:
-    plan = RunPlan.make("train", {}, tracking=TrackingConfig(uri="http://127.0.0.1:9"), output_dir=tmp_path, key="a")
+@pytest.mark.slow
+def test_a_server_that_starts_late(tmp_path: Path) -> None:
+    port = free_port()
+    plan = make_plan(tmp_path, f"http://127.0.0.1:{port}")
     notices: list[str] = []
-    run = PatientRun(plan, say=notices.append)
+    said = threading.Event()
+
+    def say(notice: str) -> None:
+        notices.append(notice)
+        said.set()
+
+    run = PatientRun(plan, say=say)
     run.log_metrics({"loss": 3.0}, 10)
-    run.close()
-    assert notices[-1] == "1 entries could not be sent to MLflow at http://127.0.0.1:9"
-    assert plan.try_to(lambda _: None) is not None
+    assert said.wait(120)
+    said.clear()
+    stores = ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", str(tmp_path / "artifacts")]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1", *stores],
+        env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        assert said.wait(300)
+        run.log_metrics({"loss": 2.0}, 20)
+        run.close()
+        assert history(plan) == [(10, 3.0), (20, 2.0)]
+    finally:
+        server.terminate()
+        server.wait()
+    assert notices[1] == f"MLflow at {plan.uri} can be reached again"

@@ -16,25 +16,15 @@ from pipelines.train_config import TrainConfig
 from pipelines.train_worker import draw_noise
 from sana_model.flow import flow_loss
 from sana_model.pipeline_files import load_pipeline
-from tests.pipelines.training_ranks import train_on_ranks
-from tests.pipelines.training_world import PATH, make_pipeline, make_shards, make_table
-
-BUCKETS = ("64x64", "64x64", "32x128")
+from tests.pipelines.training_ranks import BUCKETS, tiny_config, train_on_ranks
+from tests.pipelines.training_world import make_pipeline, make_shards, make_table
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    return TrainConfig(
-        latents=PATH,
-        init=make_pipeline(tmp_path_factory.mktemp("init")),
-        num_steps=20,
-        micro_batch_size=2,
-        global_batch_size=8,
-        engine=EngineConfig(zero_stage=0, dtype="fp32"),
-        optim=OptimConfig(lr=1e-3, warmup_steps=5, schedule="cosine", weight_decay=0.01),
-        checkpoint_every=1000,
-        log_every=1,
-    )
+    config = tiny_config(make_pipeline(tmp_path_factory.mktemp("init")))
+    optim = OptimConfig(lr=1e-3, warmup_steps=5, schedule="cosine", weight_decay=0.01)
+    return replace(config, num_steps=20, global_batch_size=8, optim=optim)
 
 
 @pytest.fixture(scope="module")

@@ -16,29 +16,17 @@ from pipelines.engine import EngineConfig
 from pipelines.optim import OptimConfig
 from pipelines.train_config import TrainConfig
 from pipelines.validate import ValidationConfig
-from tests.pipelines.training_ranks import train_on_ranks
-from tests.pipelines.training_world import PATH, make_pipeline, make_row, make_shards, make_table
+from tests.pipelines.training_ranks import BUCKETS, tiny_config, train_on_ranks
+from tests.pipelines.training_world import make_pipeline, make_row, make_shards, make_table
 from tests.s3 import BUCKET, s3_environment, serve_s3
 
 SIZES = [30, 20, 26]
-BUCKETS = ("64x64", "64x64", "32x128")
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    return TrainConfig(
-        latents=PATH,
-        init=make_pipeline(tmp_path_factory.mktemp("init")),
-        num_steps=10,
-        micro_batch_size=2,
-        global_batch_size=4,
-        data=StreamConfig(shuffle_shards=1),
-        engine=EngineConfig(zero_stage=1, dtype="fp32"),
-        optim=OptimConfig(lr=1e-3),
-        checkpoint_every=5,
-        log_every=1,
-        record_samples=True,
-    )
+    config = tiny_config(make_pipeline(tmp_path_factory.mktemp("init")))
+    return replace(config, data=StreamConfig(shuffle_shards=1), checkpoint_every=5, record_samples=True)
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,29 @@ from pathlib import Path
 import torch
 import torch.multiprocessing
 
+from pipelines.engine import EngineConfig
+from pipelines.optim import OptimConfig
 from pipelines.schema import LATENTS
 from pipelines.tables import Table
 from pipelines.train_config import TrainConfig, TrainingError, TrainTask
 from pipelines.train_worker import TrainWorker
+from tests.pipelines.training_world import PATH
+
+BUCKETS = ("64x64", "64x64", "32x128")
+
+
+def tiny_config(init: str) -> TrainConfig:
+    """One worker, steps of 4 samples, every one of them reported."""
+    return TrainConfig(
+        latents=PATH,
+        init=init,
+        num_steps=10,
+        micro_batch_size=2,
+        global_batch_size=4,
+        engine=EngineConfig(zero_stage=1, dtype="fp32"),
+        optim=OptimConfig(lr=1e-3),
+        log_every=1,
+    )
 
 
 @dataclass(frozen=True)
