@@ -1,11 +1,11 @@
 """A job's configuration: a dataclass, filled from YAML files and dotted command-line overrides, in this order."""
 
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 
 T = TypeVar("T")
 
@@ -16,7 +16,8 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None = None, *, pr
     `--print_config` shows the result. An unknown key or a bad value ends the program with one line (exit code 2), and so does
     an override before `--config`, which the file would otherwise undo without a word.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    flags = [f"--{field.name}" for field in fields(config_class) if field.type in (bool, "bool")]  # type: ignore[arg-type]
+    arguments = _spell_out(list(sys.argv[1:] if argv is None else argv), flags)
     parser = ArgumentParser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="a YAML file; overrides come after it, such as --part.field value")
     parser.add_class_arguments(config_class, as_group=False)
@@ -32,9 +33,29 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None = None, *, pr
         parser.error(str(error))
 
 
+def _spell_out(arguments: list[str], flags: list[str]) -> list[str]:
+    """`--flag` alone as `--flag true`, which is how jsonargparse wants it."""
+    spelled = []
+    for index, argument in enumerate(arguments):
+        spelled.append(argument)
+        if argument in flags and (index + 1 == len(arguments) or arguments[index + 1].startswith("--")):
+            spelled.append("true")
+    return spelled
+
+
 def _last_config(arguments: list[str]) -> int:
     places = [index for index, argument in enumerate(arguments) if argument.split("=")[0] == "--config"]
     return places[-1] if places else 0
+
+
+def from_dict(config_class: type[T], values: Mapping[str, Any]) -> T:
+    """What `to_dict` was given, from what it returned. Raises ValueError, naming the key, for what does not fit."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(config_class, as_group=False)
+    try:
+        return config_class(**vars(parser.instantiate(parser.parse_object(dict(values)))))
+    except ArgumentError as error:
+        raise ValueError(f"this is no {config_class.__name__}: {error}") from error
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -141,17 +141,25 @@ Job = TypeVar("Job", bound=JobConfig)
 
 
 def run_job(
-    job_class: type[Job], run: Callable[[Job], object], argv: Sequence[str] | None, *, prog: str, description: str
+    job_class: type[Job],
+    run: Callable[[Job], object],
+    argv: Sequence[str] | None,
+    *,
+    prog: str,
+    description: str,
+    look_first: Callable[[Job], bool] = lambda job: False,
 ) -> int:
-    """Parse the command line, start Ray, run the job; returns the exit code.
+    """Parse the command line, start Ray, run the job; returns the exit code. `look_first` is called before Ray starts: if it
+    returns True, the job is done.
 
     0, or 1 with one message for what a user can put right; anything else is a bug, and keeps its traceback.
     """
     job = parse_config(job_class, argv, prog=prog, description=description)
     job = replace(job, dataset_uri=absolute_uri(job.dataset_uri))
     try:
-        with start_ray(job.ray), lease_settings(job.lease):
-            run(job)
+        if not look_first(job):
+            with start_ray(job.ray), lease_settings(job.lease):
+                run(job)
     except EXPECTED as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -22,10 +22,14 @@ class TrainJob(JobConfig):
     Args:
         train: on what, from where, and how.
         name: of the folder of the dataset that holds the training: its checkpoints, pictures and pipeline.
+        dry_run: say what it will take (weights, memory, steps, the dataset against the batch), and begin nothing.
+        device_gib: memory of each GPU in GiB, for `dry_run` to compare with.
     """
 
     train: TrainConfig
     name: str = "train"
+    dry_run: bool = False
+    device_gib: float = 80.0
 
     def __post_init__(self) -> None:
         if self.on_stale != "refuse":
@@ -56,6 +60,12 @@ def run(job: TrainJob) -> TrainResult:
     return result
 
 
+def show_preflight(job: TrainJob) -> None:
+    from pipelines.preflight import format_preflight, run_preflight
+
+    print(format_preflight(run_preflight(job.dataset_uri, job.train, device_gib=job.device_gib)), flush=True)
+
+
 def make_report(job: TrainJob, result: TrainResult) -> str:
     facts = {"Steps": result.num_steps, "Samples/s": f"{result.samples_per_second:.1f}"}
     config = to_dict(job.train)
@@ -83,8 +93,16 @@ def describe(name: str, result: TrainResult) -> str:
     return f"{name:<22} {figures}, {result.seconds:.0f} s, {result.samples_per_second:.1f} samples/s"
 
 
+def look_first(job: TrainJob) -> bool:
+    """True if there is nothing more to do."""
+    if job.dry_run:
+        show_preflight(job)
+    return job.dry_run
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_job(TrainJob, run, argv, prog="python -m jobs.train", description="Train the linear DiT on latents.")
+    description = "Train the linear DiT on latents."
+    return run_job(TrainJob, run, argv, prog="python -m jobs.train", description=description, look_first=look_first)
 
 
 if __name__ == "__main__":

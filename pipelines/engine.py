@@ -70,6 +70,7 @@ class EngineConfig:
             "bf16": {"enabled": self.dtype == "bf16"},
             "fp16": {"enabled": self.dtype == "fp16"},
             "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,  # 8-bit AdamW
             "zero_force_ds_cpu_optimizer": False,  # its own would compile a C++ extension; torch's fused AdamW is as good
             "steps_per_print": None,
         }
@@ -174,7 +175,10 @@ class Engine:
         masters = iter(self.master_weights())
         gathered = {}
         for name, parameter in self._deepspeed.module.named_parameters():
-            full = next(masters) if self.config.zero_stage == 0 else safe_get_full_fp32_param(parameter)
+            if not parameter.requires_grad:  # frozen: it has no master
+                full = parameter.float()
+            else:
+                full = next(masters) if self.config.zero_stage == 0 else safe_get_full_fp32_param(parameter)
             if torch.distributed.get_rank() == 0:
                 gathered[name] = full.detach().cpu().clone()
         return gathered or None

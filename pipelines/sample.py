@@ -167,3 +167,10 @@ def image_grid(images: Sequence[Image.Image], columns: int = 8, *, gap: int = 2)
     for index, image in enumerate(images):
         grid.paste(image, (index % columns * (width + gap), index // columns * (height + gap)))
     return grid
+
+
+def cut_grid(grid: Image.Image, count: int, *, size: int, columns: int = 8, gap: int = 2) -> list[Image.Image]:
+    """The first `count` pictures that `image_grid` put together, each of `size` x `size` px."""
+    columns = min(columns, count)
+    corners = [(index % columns * (size + gap), index // columns * (size + gap)) for index in range(count)]
+    return [grid.crop((x, y, x + size, y + size)) for x, y in corners]

@@ -135,10 +135,13 @@ def draw_row(index: int, config: ShapesConfig = ShapesConfig()) -> tuple[Scene, 
     return scene, draw_scene(scene, rng, config.image_size)
 
 
-def write_folder(folder: str | Path, first: int, count: int, config: ShapesConfig = ShapesConfig()) -> None:
-    """Write rows as PNG files; what each shows (its `truth`, a complete caption) goes into a .json beside it, not its caption.
+def write_folder(
+    folder: str | Path, first: int, count: int, config: ShapesConfig = ShapesConfig(), *, captioned: bool = False
+) -> None:
+    """Write rows as PNG files; what each shows (its `truth`, a complete caption) goes into a .json beside it.
 
-    Files that are there already stay as they are.
+    That is not its caption: only if `captioned` there is one, in a phrasing of its own. Files that are there already stay as
+    they are.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     for index in range(first, first + count):
@@ -146,7 +149,10 @@ def write_folder(folder: str | Path, first: int, count: int, config: ShapesConfi
         if path.exists():
             continue
         scene, pixels = draw_row(index, config)
-        path.with_suffix(".json").write_text(json.dumps({"truth": write_caption(scene, phrasings(scene)[0])}))
+        facts = {"truth": write_caption(scene, phrasings(scene)[0])}
+        if captioned:
+            facts["caption"] = sample_caption(scene, np.random.default_rng(index))
+        path.with_suffix(".json").write_text(json.dumps(facts))
         Image.fromarray(pixels).save(path)
 
 

@@ -22,7 +22,7 @@ from pipelines.train_config import TrainConfig, TrainingError, TrainingStopped, 
 from pipelines.train_outputs import GRIDS_DIR
 from pipelines.train_progress import OnNotice, OnTrainProgress, open_desk
 from pipelines.train_worker import PIPELINE_DIR, train_worker
-from pipelines.training_record import TrainingRecord
+from pipelines.training_record import TrainingRecord, write_config
 from pipelines.validate import validation_table
 
 NOT_IN_IDENTITY = {
@@ -107,6 +107,7 @@ def run_train(
     record = TrainingRecord.claim(output_uri, train_identity(dataset_uri, config))
     if record.result is not None and list_folder(f"{output_uri}/{PIPELINE_DIR}"):
         return _to_result(record, was_done=True)
+    write_config(output_uri, config)
     table = Table(dataset_uri, config.latents, LATENTS)
     TrainingStream(  # raises here, on the driver, what it would raise in every worker
         table, config.data, micro_batch_size=config.micro_batch_size, seed=config.seed, world_size=config.num_workers

@@ -8,10 +8,13 @@ from pipelines.bad_steps import BadStepConfig
 from pipelines.data import StreamConfig
 from pipelines.ema import EmaConfig
 from pipelines.engine import EngineConfig
+from pipelines.lora import LoraConfig
 from pipelines.optim import OptimConfig
 from pipelines.tables import Table
 from pipelines.tracking import RunPlan
 from pipelines.validate import ValidationConfig
+from sana_model.text_encoder import TextEncoderConfig
+from sana_model.transformer import PRESETS
 
 
 class TrainingError(RuntimeError):
@@ -37,6 +40,26 @@ class FlowConfig:
     mean: float = 0.0
     std: float = 1.0
     shift: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionConfig:
+    """What a stage at another resolution changes of the transformer. It has no weights: those of the stage before carry over.
+
+    Args:
+        base_size: side, in tokens, of the square image that the stage is for: 16 at 512 px. None: as it was.
+        scale: interpolation of the sincos positional embedding (published: none at 512 and 1024 px, 1.0 at 2048, 2.0 at
+            4096). None: as it was.
+    """
+
+    base_size: int | None = None
+    scale: float | None = None
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """Fields of `SanaConfig`."""
+        named = {"base_size": self.base_size, "position_scale": self.scale}
+        return {name: value for name, value in named.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +106,17 @@ class TrainConfig:
     Args:
         latents: path of the table in the dataset, such as latents/dc-ae-512.
         init: the pipeline to go on from: a folder, or a zoo://, hf:// or fsspec URI; ours, diffusers' or an NVlabs .pth.
-        preset: in place of `init`, the shape of a fresh transformer, such as sana-0.6b.
+        preset: without `init`, the shape of a fresh transformer, such as sana-0.6b; with it, the shape that it must have.
         text_encoder, autoencoder: paths; they go with `preset`, or replace those of `init`.
+        prompts: how captions become tokens; None: as the pipeline of `init` does it, or as published for a `preset`.
+        positions: what changes of the transformer with the resolution.
         num_steps: optimizer steps.
         micro_batch_size: samples of one worker's forward pass.
         global_batch_size: samples of one step; a multiple of micro_batch_size * num_workers.
         num_workers: that train together, each on its own shards.
         data: which samples and captions are drawn.
         flow: at which noise levels.
+        lora: train adapters, and leave the weights of `init` as they are; None: train all weights.
         optim: how weights follow gradients.
         ema: the average of the weights.
         engine: how DeepSpeed spreads and computes it.
@@ -114,12 +140,15 @@ class TrainConfig:
     preset: str | None = None
     text_encoder: str | None = None
     autoencoder: str | None = None
+    prompts: TextEncoderConfig | None = None
+    positions: PositionConfig = field(default_factory=PositionConfig)
     num_steps: int
     micro_batch_size: int
     global_batch_size: int
     num_workers: int = 1
     data: StreamConfig = field(default_factory=StreamConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
+    lora: LoraConfig | None = None
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -138,11 +167,16 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if (self.init is None) == (self.preset is None):
+        self.optim.check_sharding(self.engine.zero_stage)
+        if self.lora is not None and self.engine.zero_stage == 3:
             raise ValueError(
-                f"init={self.init}, preset={self.preset}: give one, a pipeline to go on from or a shape to begin with"
+                "lora with zero_stage=3: frozen weights would be gathered in every step; set engine.zero_stage to 0, 1 or 2"
             )
-        if self.preset is not None and (self.text_encoder is None or self.autoencoder is None):
+        if self.init is None and self.preset is None:
+            raise ValueError("init and preset are both missing: give a pipeline to go on from, or a shape to begin with")
+        if self.preset is not None and self.preset not in PRESETS:
+            raise ValueError(f"preset={self.preset} is none of {', '.join(PRESETS)}")
+        if self.init is None and (self.text_encoder is None or self.autoencoder is None):
             raise ValueError(f"preset={self.preset} is a transformer only: give text_encoder and autoencoder too")
         for name in ("num_steps", "micro_batch_size", "num_workers", "checkpoint_every", "keep_checkpoints", "log_every"):
             if getattr(self, name) < 1:

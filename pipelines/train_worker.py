@@ -19,6 +19,7 @@ from pipelines.data import MicroBatch, PrefetchedStream, TrainingStream
 from pipelines.ema import EMA
 from pipelines.engine import Engine
 from pipelines.flops import step_flops
+from pipelines.lora import add_lora, merge_lora, save_lora
 from pipelines.optim import learning_rate
 from pipelines.sample import image_grid
 from pipelines.select import uniform
@@ -33,10 +34,11 @@ from sana_model.autoencoder import DCAutoencoder
 from sana_model.flow import flow_loss, sample_sigmas
 from sana_model.generate import DEFAULT_FLOW_SHIFT, Caption, TextToImage
 from sana_model.pipeline_files import load_pipeline
-from sana_model.text_encoder import TextEncoder
-from sana_model.transformer import SanaTransformer
+from sana_model.text_encoder import NVLABS_PROMPTS, TextEncoder
+from sana_model.transformer import PRESETS, SanaConfig, SanaTransformer
 
 PIPELINE_DIR = "pipeline"
+LORA_DIR = "lora"
 
 
 def train_worker(task: TrainTask) -> dict[str, Any]:
@@ -67,19 +69,39 @@ def load_start(config: TrainConfig) -> TextToImage:
             autoencoder=config.autoencoder,
             text_encoder=config.text_encoder,
             flow_shift=config.flow.shift,
+            **config.positions.overrides,
         )
         pipeline.transformer.float()
+        if config.preset is not None:
+            check_shape(pipeline.transformer.config, config.preset)
+        if config.prompts is not None:
+            encoder = pipeline.text_encoder
+            pipeline.text_encoder = TextEncoder(encoder.model, encoder.tokenizer, config.prompts)
         return pipeline
     assert config.preset is not None and config.autoencoder is not None and config.text_encoder is not None
     autoencoder = DCAutoencoder.from_pretrained(config.autoencoder)
-    text_encoder = TextEncoder.from_pretrained(config.text_encoder)
+    text_encoder = TextEncoder.from_pretrained(config.text_encoder, config=config.prompts or NVLABS_PROMPTS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         transformer = SanaTransformer.from_preset(
-            config.preset, in_channels=autoencoder.config.latent_channels, caption_dim=text_encoder.embed_dim
+            config.preset,
+            in_channels=autoencoder.config.latent_channels,
+            caption_dim=text_encoder.embed_dim,
+            **config.positions.overrides,
         )
     shift = DEFAULT_FLOW_SHIFT if config.flow.shift is None else config.flow.shift
     return TextToImage(transformer, autoencoder, text_encoder, flow_shift=shift)
+
+
+def check_shape(found: SanaConfig, preset: str) -> None:
+    """Raises ValueError if a transformer's weights have not the shapes of a preset's."""
+    expected = PRESETS[preset]
+    for name in ("dim", "depth", "ffn_dim", "num_cross_heads", "patch_size", "in_channels", "caption_dim", "qk_norm"):
+        if getattr(found, name) != getattr(expected, name):
+            raise ValueError(
+                f"init has {name}={getattr(found, name)} and preset={preset} {getattr(expected, name)}: "
+                "leave preset out, or name the right one"
+            )
 
 
 def encode_captions(text_encoder: TextEncoder, captions: list[str | None], null: Caption) -> Caption:
@@ -177,6 +199,8 @@ class TrainWorker:
             raise TrainingError(str(error)) from error
         self.shift = self.pipeline.flow_shift
         self.transformer_config = self.pipeline.transformer.config
+        if config.lora is not None:
+            add_lora(self.pipeline.transformer, config.lora, seed=config.seed)
         self.pipeline.transformer.train()
         dtype = config.engine.torch_dtype
         self.text_encoder = self.pipeline.text_encoder.to(self.device, dtype)
@@ -349,12 +373,18 @@ class TrainWorker:
             images = pipeline(grid.prompts, num_steps=grid.num_steps, guidance_scale=grid.guidance_scale, seed=seeds)
             self.outputs.show_picture(self.step, image_grid(images, grid.columns))
 
+    def gather_average(self) -> dict[str, Tensor] | None:
+        """The average weights, and adapters, on rank 0. All ranks must call it."""
+        with self.ema.in_place_of(self.engine.master_weights()):
+            return self.engine.gather_weights()
+
     def gather_pipeline(self, dtype: torch.dtype) -> TextToImage | None:
         """The pipeline with the average weights, on rank 0. All ranks must call it."""
-        with self.ema.in_place_of(self.engine.master_weights()):
-            weights = self.engine.gather_weights()
+        weights = self.gather_average()
         if weights is None:
             return None
+        if self.config.lora is not None:
+            weights = merge_lora(weights, self.config.lora)
         assert self.autoencoder is not None
         with torch.device("meta"):
             transformer = SanaTransformer(self.transformer_config)
@@ -386,6 +416,10 @@ class TrainWorker:
         self.outputs.log_checkpoint(self.store.last_written)
         if self.stopped:
             return {"stopped": self.step}
+        if self.config.lora is not None and (weights := self.gather_average()) is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                save_lora(Path(folder), weights, self.config.lora)
+                upload_folder(folder, f"{self.task.output_uri}/{LORA_DIR}")
         pipeline = self.gather_pipeline(torch.float32)
         if pipeline is None:
             return {}

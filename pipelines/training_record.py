@@ -9,6 +9,7 @@ from pipelines.storage import list_folder, read_file, write_file
 from pipelines.tables import Identity, StaleTableError, describe_differences
 
 RECORD = "training.json"
+CONFIG = "train_config.json"
 CHECKPOINTS_DIR = "checkpoints"
 
 
@@ -60,3 +61,13 @@ class TrainingRecord:
     def _write(self) -> None:
         content = {"fingerprint": self.identity.fingerprint, **asdict(self.identity), "result": self.result}
         write_file(f"{self.output_uri}/{RECORD}", (json.dumps(content, indent=2) + "\n").encode())
+
+
+def write_config(output_uri: str, config: Any) -> None:
+    """Keep a training's whole configuration, paths and all, beside its checkpoints, for those who read them later."""
+    write_file(f"{output_uri}/{CONFIG}", (json.dumps(asdict(config), indent=2) + "\n").encode())
+
+
+def read_config(output_uri: str) -> dict[str, Any]:
+    """What `write_config` wrote. Raises FileNotFoundError if it is not there."""
+    return json.loads(read_file(f"{output_uri}/{CONFIG}"))

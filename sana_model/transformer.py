@@ -56,6 +56,9 @@ PRESETS: dict[str, SanaConfig] = {
     "sana-1.6b-2k": replace(_SANA_1_6B, position_scale=1.0, base_size=64),
     "sana-1.6b-4k": replace(_SANA_1_6B, position_scale=2.0, base_size=128),
     "sana-4.8b": replace(_SANA_1_6B, depth=60, qk_norm=True, cross_qk_norm=True),
+    "shapes": SanaConfig(
+        dim=128, depth=6, num_cross_heads=4, ffn_dim=320, in_channels=8, caption_dim=64, position_scale=1.0, base_size=8
+    ),
     "tiny": SanaConfig(dim=64, depth=2, num_cross_heads=4, ffn_dim=160, in_channels=8, caption_dim=64, base_size=8),
 }
 
@@ -148,7 +151,7 @@ class SanaTransformer(nn.Module):
         self,
         latents: Tensor,
         timestep: Tensor,
-        caption_embeds: Tensor | CaptionState,
+        caption_embeds: Tensor | CaptionState | CaptionTokens,
         caption_mask: Tensor | None = None,
     ) -> Tensor:
         """Predict velocity, (B, C, H, W), the shape of `latents`.
@@ -156,7 +159,8 @@ class SanaTransformer(nn.Module):
         Args:
             latents: noisy latents (B, C, H, W), any H and W that divide by the patch size.
             timestep: (B,), 1000 * sigma; need not be whole numbers.
-            caption_embeds: the text encoder's output (B, L, caption_dim), or the state that `encode_captions` made of it.
+            caption_embeds: the text encoder's output (B, L, caption_dim), the state that `encode_captions` made of it, or its
+                real tokens in the model's width.
             caption_mask: (B, L), nonzero at real tokens; None: all are real.
 
         Raises ValueError if a shape does not fit.
@@ -165,7 +169,7 @@ class SanaTransformer(nn.Module):
         patch = self.config.patch_size
         size = (height // patch, width // patch)
         caption: CaptionState | CaptionTokens
-        if isinstance(caption_embeds, CaptionState):
+        if isinstance(caption_embeds, CaptionState | CaptionTokens):
             caption = caption_embeds
         else:
             caption = self._project_captions(caption_embeds, self._check_captions(caption_embeds, caption_mask))

@@ -111,7 +111,7 @@ def _entries(options: Options, dtype: torch.dtype) -> Iterator[Entry]:
         "sampling": (_sampling, few),
     }
     if transformer_parts.keys() & set(parts):
-        ours, peer = _transformers(device, dtype, options.depth)
+        ours, peer = make_transformers(device, dtype, options.depth)
         for size in options.sizes:
             for part in [part for part in transformer_parts if part in parts]:
                 make, times = transformer_parts[part]
@@ -122,11 +122,12 @@ def _entries(options: Options, dtype: torch.dtype) -> Iterator[Entry]:
         for what, pair in _autoencoder(device, dtype, options.autoencoder_size, batch_size).items():
             yield entry(f"DC-AE {what}", f"{options.autoencoder_size} px", pair, few)
     if "text" in parts:
-        pair = _text(device, dtype, options.text_depth, options.captions)
+        pair = make_text(device, dtype, options.text_depth, options.captions)
         yield entry("text encoder", f"{options.captions} captions", pair, few)
 
 
-def _transformers(device: torch.device, dtype: torch.dtype, depth: int) -> tuple[SanaTransformer, SanaTransformer2DModel]:
+def make_transformers(device: torch.device, dtype: torch.dtype, depth: int) -> tuple[SanaTransformer, SanaTransformer2DModel]:
+    """Ours and diffusers', as wide as Sana-0.6B."""
     config = PRESETS["sana-0.6b"]
     peer = SanaTransformer2DModel(
         num_attention_heads=config.num_heads,
@@ -176,17 +177,23 @@ def _run_peer(
     )[0]
 
 
+def training_forwards(ours: SanaTransformer, peer: SanaTransformer2DModel, size: int, batch_size: int) -> Pair:
+    """Forwards that keep what a backward needs."""
+    inputs = _transformer_inputs(ours, size, batch_size)
+    return lambda: ours(*inputs), lambda: _run_peer(peer, *inputs)
+
+
 def _training(ours: SanaTransformer, peer: SanaTransformer2DModel, size: int, batch_size: int) -> Pair:
     """Forward and backward, gradients of all weights."""
-    inputs = _transformer_inputs(ours, size, batch_size)
+    forward_ours, forward_peer = training_forwards(ours, peer, size, batch_size)
 
     def run_ours() -> None:
         ours.zero_grad()
-        ours(*inputs).float().square().mean().backward()
+        forward_ours().float().square().mean().backward()
 
     def run_peer() -> None:
         peer.zero_grad()
-        _run_peer(peer, *inputs).float().square().mean().backward()
+        forward_peer().float().square().mean().backward()
 
     return run_ours, run_peer
 
@@ -230,15 +237,7 @@ def _sampling(ours: SanaTransformer, peer: SanaTransformer2DModel, size: int, ba
 def _autoencoder(device: torch.device, dtype: torch.dtype, size: int, batch_size: int) -> dict[str, Pair]:
     """f32c32-sana-1.1."""
     ours = DCAutoencoder.from_preset("dc-ae-f32c32-sana-1.1").to(device, dtype).eval()
-    stages: Any = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
-    peer = AutoencoderDC(
-        encoder_block_types=stages,
-        decoder_block_types=stages,
-        downsample_block_type="conv",
-        upsample_block_type="interpolate",
-        scaling_factor=ours.config.scaling_factor,
-    )
-    peer = peer.to(device, dtype).eval()
+    peer = make_peer_autoencoder(ours.config.scaling_factor).to(device, dtype).eval()
     image = torch.rand(batch_size, 3, size, size, device=device, dtype=dtype) * 2 - 1
     latents = torch.randn(batch_size, 32, size // 32, size // 32, device=device, dtype=dtype)
     no_grad = torch.no_grad()
@@ -248,7 +247,19 @@ def _autoencoder(device: torch.device, dtype: torch.dtype, size: int, batch_size
     }
 
 
-def _text(device: torch.device, dtype: torch.dtype, depth: int, count: int) -> Pair:
+def make_peer_autoencoder(scaling_factor: float) -> AutoencoderDC:
+    """diffusers' f32c32-sana-1.1."""
+    stages: Any = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+    return AutoencoderDC(
+        encoder_block_types=stages,
+        decoder_block_types=stages,
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        scaling_factor=scaling_factor,
+    )
+
+
+def make_text(device: torch.device, dtype: torch.dtype, depth: int, count: int) -> Pair:
     """Captions of 60 tokens behind an instruction, against the padded computation over all 540 tokens."""
     words = [f"w{index}" for index in range(1000)]
     vocabulary = {word: index for index, word in enumerate(["<pad>", "<bos>", "<eos>", *words])}

@@ -48,7 +48,7 @@ def time_entry(entry: Entry, device: torch.device) -> Timing:
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in tqdm(range(entry.repeats), desc=entry.name, leave=False):
         for run, kept in zip((entry.ours, entry.peer), seconds, strict=True):
-            kept.append(_seconds(run, device))
+            kept.append(measure_seconds(run, device))
     ours_s, peer_s = (statistics.median(kept) for kept in seconds)
     peak = measure_mm_peak(entry.dtype, device)
     return Timing(
@@ -77,10 +77,10 @@ def measure_mm_peak(dtype: torch.dtype, device: torch.device, size: int = 2048, 
     size = size * 4 if device.type == "cuda" else size
     left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     torch.mm(left, right)
-    return 2 * size**3 / statistics.median(_seconds(lambda: torch.mm(left, right), device) for _ in range(repeats))
+    return 2 * size**3 / statistics.median(measure_seconds(lambda: torch.mm(left, right), device) for _ in range(repeats))
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
+def measure_seconds(run: Callable[[], object], device: torch.device) -> float:
     _wait(device)
     start = time.perf_counter()
     run()
@@ -98,11 +98,11 @@ def format_table(timings: list[Timing]) -> str:
     lines = [f"{'':{width}}  {'ours':>9}  {'diffusers':>9}  {'ratio':>6}  {'ours/mm':>8}  {'theirs/mm':>9}"]
     for timing in timings:
         lines.append(
-            f"{timing.name:{width}}  {_readable(timing.ours_s):>9}  {_readable(timing.peer_s):>9}  {timing.ratio:5.2f}x"
+            f"{timing.name:{width}}  {readable(timing.ours_s):>9}  {readable(timing.peer_s):>9}  {timing.ratio:5.2f}x"
             f"  {timing.ours_share:8.0%}  {timing.peer_share:9.0%}"
         )
     return "\n".join(lines)
 
 
-def _readable(seconds: float) -> str:
+def readable(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"

@@ -19,11 +19,8 @@ from pipelines.zoo.world import VALIDATION, World, load_world
 from sana_model.autoencoder import DCAutoencoder
 from sana_model.flow import flow_loss, sample_sigmas
 from sana_model.generate import TextToImage
-from sana_model.transformer import SanaConfig, SanaTransformer
+from sana_model.transformer import SanaTransformer
 
-CONFIG = SanaConfig(
-    dim=128, depth=6, num_cross_heads=4, ffn_dim=320, in_channels=8, caption_dim=64, position_scale=1.0, base_size=8
-)
 FLOW_SHIFT = 2.0
 CAPTION_DROPOUT = 0.1
 PAIRS_KEPT = 3  # one in so many: a model this small learns to draw one object in the time there is
@@ -51,7 +48,7 @@ def train_transformer(
     autoencoder, text_encoder = load_autoencoder(autoencoder_dir), load_text_encoder(text_encoder_dir)
     latents, scenes = encode_world(autoencoder, known_scenes(load_world(cache_dir=cache_dir)))
     judge = AttributeJudge(ClipModel(clip_dir))
-    model = SanaTransformer(CONFIG)
+    model = SanaTransformer.from_preset("shapes")
     if init_dir is not None:
         model.load_state_dict(SanaTransformer.from_pretrained(Path(init_dir), dtype=torch.float32).state_dict())
     average = copy.deepcopy(model).requires_grad_(False)

@@ -66,6 +66,18 @@ def test_model_command_prints_a_ratio_for_every_part():
         assert any(line.startswith(part) and "x  " in line for line in table), (part, table)
 
 
+def test_train_command_prints_images_per_second_both_ways():
+    run = run_benchmark(
+        "train", "--depth=1", "--text_depth=1", "--sizes=[64]", "--dtype=float32", "--batch_size=1", "--repeats=1"
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    rows = {line[:28].strip(): line[28:].split() for line in run.stdout.split("64 px")[-1].splitlines()}
+    for part in ("DC-AE encodes images", "text encoder", "transformer and optimizer"):
+        assert len(rows[part]) in (4, 5), rows
+    for step in ("step as measured", "step at full depth"):
+        assert rows[step][-1] == "images/s" and float(rows[step][4].rstrip("x")) > 1, rows
+
+
 def test_stage_command_prints_the_ratio_and_the_memory():
     options = ["--rows=60", "--ms_per_row=1", "--rows_per_shard=20", "--memory_rows=[50, 100]"]
     run = run_benchmark("stage", *options)

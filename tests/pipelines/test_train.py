@@ -194,8 +194,12 @@ def test_what_the_driver_can_tell_at_once(world: World, tmp_path: Path) -> None:
         run_train(str(tmp_path), world.config, output_dir=str(tmp_path / "run"))
     with pytest.raises(ValueError, match=r"global_batch_size=12 must be a multiple of micro_batch_size \* num_workers = 8"):
         replace(world.config, global_batch_size=12)
-    with pytest.raises(ValueError, match="give one, a pipeline to go on from or a shape to begin with"):
-        replace(world.config, preset="tiny")
+    with pytest.raises(ValueError, match="init and preset are both missing"):
+        replace(world.config, init=None)
+    with pytest.raises(ValueError, match="preset=huge is none of sana"):
+        replace(world.config, preset="huge")
+    with pytest.raises(TrainingError, match="init has dim=64 and preset=shapes 128: leave preset out"):
+        world.train("other-shape", replace(world.config, preset="shapes"))
     with pytest.raises(ValueError, match="give text_encoder and autoencoder too"):
         replace(world.config, init=None, preset="tiny")
 

@@ -1,0 +1,136 @@
+"""A training step of this system against the published recipe's way: images per second.
+
+Ours: latents were extracted before, the instruction's keys and values are kept, captions are computed at their length. The
+recipe's: each step encodes its images with DC-AE and its captions over 540 padded tokens, by diffusers' modules. Both train a
+transformer of Sana-0.6B's width with the same optimizer, on the same batch.
+"""
+
+import platform
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import diffusers
+import torch
+from tqdm import tqdm
+
+from jobs.benchmark.model import make_peer_autoencoder, make_text, make_transformers, training_forwards
+from jobs.benchmark.timing import measure_seconds, readable
+from pipelines.optim import OptimConfig, make_optimizer
+from sana_model.autoencoder import AUTOENCODER_PRESETS
+from sana_model.transformer import PRESETS
+
+TEXT_DEPTH = 26  # of gemma-2-2b
+SCALING_FACTOR = AUTOENCODER_PRESETS["dc-ae-f32c32-sana-1.1"].scaling_factor
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A part of a step: ours (None: it is not done), the recipe's, and by how much each is cut in depth."""
+
+    name: str
+    ours: Run | None
+    recipe: Run
+    cut: float
+
+
+def benchmark_train(
+    device: str = "cpu",
+    depth: int = 2,
+    text_depth: int = 2,
+    sizes: list[int] = [512, 1024],  # noqa: B006 (jsonargparse shows it, nothing writes to it)
+    dtype: str = "bfloat16",
+    batch_size: int = 2,
+    repeats: int = 5,
+) -> None:
+    """Print what each part of a step takes, both ways in turns, and images per second: as measured, and at full depth.
+
+    DC-AE is whole; transformer and text encoder have their true width, and a depth that this machine can bear. At full depth,
+    the parts' times count as many times as they have been cut: the layers of each are alike. (What is left out then is what
+    does not grow with depth, embeddings and heads, which so count too often, in both ways.) With `--depth 28 --text_depth 26`
+    nothing is cut.
+
+    Args:
+        device: "cpu" or "cuda".
+        depth: transformer blocks (published: 28).
+        text_depth: layers of Gemma-2-2B's width (published: 26).
+        sizes: image sides in pixels.
+        dtype: float32 or bfloat16.
+        batch_size: images of a step.
+        repeats: timings of each part.
+    """
+    place = torch.device(device)
+    name = torch.cuda.get_device_name(place) if place.type == "cuda" else platform.machine()
+    print(
+        f"torch {torch.__version__}, diffusers {diffusers.__version__}, {name}, {torch.get_num_threads()} CPU threads, {dtype}"
+    )
+    print(f"depth {depth} of {PRESETS['sana-0.6b'].depth}, text depth {text_depth} of {TEXT_DEPTH}, batch {batch_size}")
+    for size in sizes:
+        parts = make_parts(place, getattr(torch, dtype), size, depth=depth, text_depth=text_depth, batch_size=batch_size)
+        seconds = time_parts(parts, place, repeats, label=f"{size} px")
+        print(f"\n{size} px\n" + format_parts(parts, seconds, batch_size), flush=True)
+
+
+def make_parts(
+    device: torch.device, dtype: torch.dtype, size: int, *, depth: int, text_depth: int, batch_size: int
+) -> list[Part]:
+    """DC-AE, text encoder, and the training of the transformer."""
+    autoencoder = make_peer_autoencoder(SCALING_FACTOR).encoder.to(device, dtype).eval()
+    images = torch.rand(batch_size, 3, size, size, device=device, dtype=dtype) * 2 - 1
+
+    @torch.no_grad()
+    def encode() -> object:
+        return autoencoder(images)
+
+    text_ours, text_recipe = make_text(device, dtype, text_depth, batch_size)
+    train_ours, train_recipe = _trainings(device, dtype, size, depth, batch_size)
+    return [
+        Part(name="DC-AE encodes images", ours=None, recipe=encode, cut=1.0),
+        Part(name="text encoder", ours=text_ours, recipe=text_recipe, cut=TEXT_DEPTH / text_depth),
+        Part(name="transformer and optimizer", ours=train_ours, recipe=train_recipe, cut=PRESETS["sana-0.6b"].depth / depth),
+    ]
+
+
+def _trainings(device: torch.device, dtype: torch.dtype, size: int, depth: int, batch_size: int) -> tuple[Run, Run]:
+    """Forward, backward and AdamW, ours and the recipe's."""
+    models = make_transformers(device, dtype, depth)
+    runs: list[Run] = []
+    for model, forward in zip(models, training_forwards(*models, size, batch_size), strict=True):
+        optimizer = make_optimizer(model.parameters(), OptimConfig())
+
+        def step(forward: Callable[[], torch.Tensor] = forward, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            optimizer.zero_grad()
+            forward().float().square().mean().backward()
+            optimizer.step()
+
+        runs.append(step)
+    return runs[0], runs[1]
+
+
+def time_parts(parts: list[Part], device: torch.device, repeats: int, *, label: str) -> list[tuple[float, float]]:
+    """Medians in seconds of each part, (ours, the recipe's), after a warm-up; in turns: what disturbs one disturbs all."""
+    kept: list[tuple[list[float], list[float]]] = [([], []) for _ in parts]
+    for number in tqdm(range(repeats + 1), desc=label, leave=False):
+        for part, times in zip(parts, kept, strict=True):
+            for run, own in zip((part.ours, part.recipe), times, strict=True):
+                taken = measure_seconds(run, device) if run is not None else 0.0
+                if number:  # the first is the warm-up
+                    own.append(taken)
+    return [(statistics.median(ours), statistics.median(recipe)) for ours, recipe in kept]
+
+
+def format_parts(parts: list[Part], seconds: list[tuple[float, float]], batch_size: int) -> str:
+    """A line for each part, and for the whole step as measured and at full depth."""
+    lines = [f"{'':28} {'ours':>10} {'recipe':>10} {'ratio':>7}"]
+    for part, (ours, recipe) in zip(parts, seconds, strict=True):
+        ratio = f"{recipe / ours:6.2f}x" if ours else "      -"
+        lines.append(f"{part.name:28} {readable(ours):>10} {readable(recipe):>10} {ratio}")
+    for name, factors in (("step as measured", [1.0] * len(parts)), ("step at full depth", [part.cut for part in parts])):
+        ours, recipe = (sum(factor * pair[way] for factor, pair in zip(factors, seconds, strict=True)) for way in (0, 1))
+        rates = f"{batch_size / ours:.3g} against {batch_size / recipe:.3g} images/s"
+        lines.append(f"{name:28} {readable(ours):>10} {readable(recipe):>10} {recipe / ours:6.2f}x  {rates}")
+        shares = [factor * recipe_s / recipe for factor, (_, recipe_s) in zip(factors, seconds, strict=True)]
+        spread = ", ".join(f"{part.name} {share:.0%}" for part, share in zip(parts, shares, strict=True))
+        lines.append(f"{'':28} of the recipe's: {spread}")
+    return "\n".join(lines)

@@ -1,0 +1,90 @@
+"""`python -m jobs.learning --config jobs/configs/learning.yaml`: does the recipe learn? A fresh transformer on drawn scenes."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from PIL import Image
+
+from jobs import extract, ingest, score, train
+from jobs.runner import JobConfig, run_job
+from pipelines.evaluate import ATTRIBUTES, AttributeJudge, attribute_accuracy
+from pipelines.extract import ExtractConfig
+from pipelines.ingest import IngestConfig
+from pipelines.sample import cut_grid
+from pipelines.score import ClipModel, ScorerConfig
+from pipelines.shapes import Scene, ShapesConfig, phrasings, sample_scene, write_caption, write_folder
+from pipelines.train_config import TrainConfig
+from pipelines.train_worker import GRIDS_DIR
+
+FIRST_SCENE = 50_000_000
+FIRST_PROMPT = 60_000_000
+FIGURES = "learning.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningJob(JobConfig):
+    """Draw captioned scenes, take them through ingest, score and extract, and train a fresh transformer on them.
+
+    Args:
+        shapes: which scenes there are.
+        num_images: how many are drawn.
+        num_prompts: of each grid, about scenes that are not among the drawn ones; their pictures are judged.
+        ingest: its source is the folder that the scenes are drawn into.
+        scorer: the CLIP that scores the captions, and judges the pictures.
+        extract: the autoencoder and the resolution.
+        train: the training; its grids get the prompts.
+        name: of the training's folder.
+    """
+
+    shapes: ShapesConfig = field(default_factory=ShapesConfig)
+    num_images: int = 6000
+    num_prompts: int = 48
+    ingest: IngestConfig
+    scorer: ScorerConfig
+    extract: ExtractConfig
+    train: TrainConfig
+    name: str = "learning"
+
+
+def run(job: LearningJob) -> None:
+    """Every stage, then what share of the pictures of each grid shows what was asked for, in `learning.json`."""
+    write_folder(job.ingest.source, FIRST_SCENE, job.num_images, job.shapes, captioned=True)
+    shared = {"dataset_uri": job.dataset_uri, "ray": job.ray, "tracking": job.tracking}
+    ingest.run(ingest.IngestJob(**shared, ingest=job.ingest))  # type: ignore[arg-type]
+    score.run(score.ScoreJob(**shared, scorer=job.scorer))  # type: ignore[arg-type]
+    extract.run(extract.ExtractJob(**shared, extract=job.extract))  # type: ignore[arg-type]
+    asked = asked_scenes(job)
+    grid = replace(job.train.grid, prompts=[write_caption(scene, phrasings(scene)[0]) for scene in asked])
+    train.run(train.TrainJob(**shared, train=replace(job.train, grid=grid), name=job.name))  # type: ignore[arg-type]
+    folder = Path(job.dataset_uri, job.name)
+    figures = judge_grids(folder / GRIDS_DIR, asked, job.scorer.model, size=job.extract.resolution, columns=grid.columns)
+    (folder / FIGURES).write_text(json.dumps(figures, indent=2) + "\n")
+    for step, accuracy in figures.items():
+        print(f"step {step:>6}  " + "  ".join(f"{name} {share:.0%}" for name, share in accuracy.items()), flush=True)
+
+
+def asked_scenes(job: LearningJob) -> list[Scene]:
+    """One-object scenes of the same kind as the drawn ones, drawn from other rows."""
+    config = replace(job.shapes, pair_share=0.0)
+    return [sample_scene(FIRST_PROMPT + number, config) for number in range(job.num_prompts)]
+
+
+def judge_grids(folder: Path, asked: Sequence[Scene], clip: str, *, size: int, columns: int) -> dict[str, dict[str, float]]:
+    """By step: the share of pictures whose shape, color, background, and all three are right, as the CLIP reads them."""
+    judge = AttributeJudge(ClipModel(clip))
+    figures = {}
+    for path in sorted(folder.glob("step-*.png")):
+        pictures = cut_grid(Image.open(path).convert("RGB"), len(asked), size=size, columns=columns)
+        figures[str(int(path.stem.removeprefix("step-")))] = attribute_accuracy(asked, judge.read(pictures), ATTRIBUTES)
+    return figures
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_job(LearningJob, run, argv, prog="python -m jobs.learning", description="Train a fresh transformer on Shapes.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
