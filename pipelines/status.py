@@ -12,13 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.training_record import RECORD
 from pipelines.lease import read_lease
 from pipelines.plan import read_plan
 from pipelines.schema import IMAGES_PATH, SCHEMA_VERSION, TABLE_SCHEMAS
 from pipelines.stage import NUM_THREADS
 from pipelines.storage import find_files, list_folder, read_file
 from pipelines.tables import REBUILD, Manifest, Table
+from pipelines.training_record import RECORD
 
 SHORT = 8  # digits of a fingerprint
 

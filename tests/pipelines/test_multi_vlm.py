@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from pipelines.caption import CaptionerConfig, SamplingConfig, run_caption
+from pipelines.caption import run_caption
+from pipelines.caption_config import CaptionerConfig, SamplingConfig
 from pipelines.compare import Comparison, compare_table
 from pipelines.ingest import IngestConfig, run_ingest
 from pipelines.report import scores_report
