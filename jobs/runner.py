@@ -2,26 +2,33 @@
 
 import logging
 import os
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from types import FrameType
 from typing import TypeVar
 
 import ray
 
 from jobs.config import parse_config, to_dict
+from jobs.exit_codes import EXPECTED, ExitCode, exit_code
+from pipelines.metrics import StageMetrics
 from pipelines.report import write_report
-from pipelines.stage import OnProgress, Progress, StageResult, TooManyRejectsError
-from pipelines.tables import REPORT, MissingTableError, StaleTableError, absolute_uri
+from pipelines.stage import OnProgress, Progress, StageResult
+from pipelines.tables import REPORT, absolute_uri
 from pipelines.tracking import TrackedRun, TrackingConfig, start_run
-from pipelines.train_config import TrainingError
 
-EXPECTED = (MissingTableError, StaleTableError, TooManyRejectsError, TrainingError, FileNotFoundError, ValueError)
-"""What a user can put right: shown as one message, without a traceback. Exit code 1."""
 CLEAR_LINE = "\r\x1b[2K"
 PRINT_EVERY = 10.0  # seconds between progress lines in a log file
+STOPPED = b"\nstopped: all shards and checkpoints written so far stay; run the same command again to go on from there\n"
+
+
+class JobStopped(BaseException):
+    """SIGTERM came. Not an Exception: nothing on the way may take it for a failure of its own and go on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +60,18 @@ def start_ray(config: RayConfig) -> Iterator[None]:
             logging_level=logging.ERROR,
         )
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    signal.signal(signal.SIGTERM, _stop)  # after ray.init, which sets a handler of its own
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    """Says so at once, because `ray job stop` leaves 3 seconds; a second SIGTERM does not disturb the cleaning up."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.write(sys.stderr.fileno(), STOPPED)
+    raise JobStopped
 
 
 class StatusLine:
@@ -119,19 +134,24 @@ Job = TypeVar("Job", bound=JobConfig)
 def run_job(
     job_class: type[Job], run: Callable[[Job], object], argv: Sequence[str] | None, *, prog: str, description: str
 ) -> int:
-    """Parse the command line, start Ray, run the job; returns the exit code.
+    """Parse the command line, start Ray, run the job; returns the exit code (see `ExitCode`).
 
-    0, or 1 with one message for what a user can put right; anything else is a bug, and keeps its traceback.
+    What a user can put right is one message on stderr; anything else keeps its traceback.
     """
     job = parse_config(job_class, argv, prog=prog, description=description)
     job = replace(job, dataset_uri=absolute_uri(job.dataset_uri))
     try:
         with start_ray(job.ray):
             run(job)
-    except EXPECTED as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    except JobStopped:
+        return ExitCode.STOPPED
+    except Exception as error:
+        if isinstance(error, EXPECTED):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        return exit_code(error)
+    return ExitCode.DONE
 
 
 def track_stage(
@@ -147,6 +167,7 @@ def track_stage(
     A stage that has nothing to do leaves no run and no new report. `log` adds to the run what is the stage's own.
     """
     line = StatusLine()
+    metrics = StageMetrics(job.dataset_uri, name)
     with ExitStack() as stack:
         run: TrackedRun | None = None
 
@@ -155,6 +176,7 @@ def track_stage(
             if run is None and progress.done_shards < progress.num_shards:
                 tracked = start_run(name, to_dict(job), tracking=job.tracking, output_dir=job.dataset_uri)
                 run = stack.enter_context(tracked)
+            metrics.update(progress)
             line.show(describe_progress(name, progress))
 
         result = run_stage(on_progress)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jobs.config import to_dict
 from jobs.runner import JobConfig, StatusLine, run_job
+from pipelines.metrics import TrainMetrics
 from pipelines.report_run import training_report
 from pipelines.tables import REPORT
 from pipelines.tracking import TrackedRun, start_run
@@ -35,6 +36,7 @@ def run(job: TrainJob) -> TrainResult:
     """Train in one MLflow run, which a training that goes on continues; the folder gets `report.html`."""
     folder = Path(job.dataset_uri, job.name)
     line = StatusLine()
+    metrics = TrainMetrics(job.dataset_uri)
     with ExitStack() as stack:
 
         def open_run() -> TrackedRun:
@@ -46,7 +48,11 @@ def run(job: TrainJob) -> TrainResult:
             return run
 
         opened: list[TrackedRun] = []
-        show = lambda progress: line.show(describe_progress(job.name, progress))  # noqa: E731
+
+        def show(progress: TrainProgress) -> None:
+            metrics.update(progress)
+            line.show(describe_progress(job.name, progress))
+
         result = run_train(job.dataset_uri, job.train, output_dir=str(folder), open_run=open_run, on_progress=show)
         for run in opened:
             log_result(job, run, result)

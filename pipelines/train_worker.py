@@ -2,6 +2,7 @@
 
 import math
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,7 @@ class TrainWorker:
         )
         self.ema = EMA(self.engine.master_weights(), self.config.ema)
         self.step = 0  # done
+        self.checkpoint_time = time.time()
         self.history = LossHistory()
         self.meter = TrainingMeter(self.device)
 
@@ -235,6 +237,7 @@ class TrainWorker:
             samples_per_second=metrics["samples_per_second"],
             data_wait_share=metrics["data_wait_share"],
             seconds_left=metrics["seconds_per_step"] * (self.config.num_steps - self.step),
+            checkpoint_time=self.checkpoint_time,
         )
         progress.write(self.task.output_dir)
         if self.task.run is not None:
@@ -279,6 +282,7 @@ class TrainWorker:
                 checkpoint=ray.train.Checkpoint.from_directory(folder),
                 checkpoint_dir_name=f"step-{self.step:06d}",
             )
+        self.checkpoint_time = time.time()
 
     def finish(self) -> dict[str, Any]:
         """Write the final pipeline; the training's figures, on rank 0."""

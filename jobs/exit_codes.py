@@ -1,0 +1,31 @@
+"""Why a job ended, as a number that `ray job` and Kubernetes show. The one list of them; `jobs.runner` returns them."""
+
+from enum import IntEnum
+
+from pipelines.stage import TooManyRejectsError
+from pipelines.tables import MissingTableError, StaleTableError
+from pipelines.train_config import TrainingError
+
+EXPECTED = (MissingTableError, StaleTableError, TooManyRejectsError, TrainingError, FileNotFoundError, ValueError)
+"""What a user can put right: shown as one message, without a traceback."""
+
+
+class ExitCode(IntEnum):
+    """What was written stays, whatever the number is: the same command goes on from there. What else to do is beside each."""
+
+    DONE = 0  # all that was configured is there
+    WRONG_INPUT = 1  # a table, a file or a setting will not do: the message says which; another try ends alike
+    USAGE = 2  # the command line or the YAML file cannot be read
+    TOO_MANY_REJECTS = 3  # look at the table's rejects, then fix the source or raise max_reject_share
+    TRAINING_FAILED = 4  # the loss is not finite, or workers were lost more often than max_failures allows
+    FAULT = 5  # a lost node, no memory, a bug: the traceback tells; try again, which goes on from what is there
+    STOPPED = 143  # SIGTERM, as from `ray job stop` or a node that is taken away
+
+
+def exit_code(error: Exception) -> ExitCode:
+    """The number for what a job raised."""
+    if isinstance(error, TooManyRejectsError):
+        return ExitCode.TOO_MANY_REJECTS
+    if isinstance(error, TrainingError):
+        return ExitCode.TRAINING_FAILED
+    return ExitCode.WRONG_INPUT if isinstance(error, EXPECTED) else ExitCode.FAULT
