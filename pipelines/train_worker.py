@@ -142,6 +142,7 @@ class TrainWorker:
         self.ema = EMA(self.engine.master_weights(), self.config.ema)
         self.step = 0  # done
         self.checkpoint_time = time.time()
+        self.preemption_notice: ray.train.PreemptionInfo | None = None
         self.history = LossHistory()
         self.meter = TrainingMeter(self.device)
 
@@ -189,9 +190,17 @@ class TrainWorker:
                 self.log()
             if config.grid.prompts and (last or self.step % config.grid.every == 0):
                 self.draw_grid()
-            if last or self.step % config.checkpoint_every == 0:
+            leaving = self.step % config.log_every == 0 and self.a_node_leaves()
+            if last or leaving or self.step % config.checkpoint_every == 0:
                 self.save()
         self.stream.close()
+
+    def a_node_leaves(self) -> bool:
+        """True once for every notice that a node of this training will be taken away. All ranks must call it, and agree."""
+        notice = ray.train.get_preemption_info()
+        news = notice is not None and notice != self.preemption_notice
+        self.preemption_notice = notice
+        return news
 
     def train_step(self) -> None:
         config = self.config

@@ -1,6 +1,5 @@
 """Rendered overlays, and strict schemas for every kind that they hold."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -66,16 +65,19 @@ def check(document: Document) -> None:
     Raises jsonschema.ValidationError or kubernetes_validate.ValidationError.
     """
     group = document["apiVersion"].partition("/")[0]
-    if group == "ray.io":
-        jsonschema.validate(document, kuberay_schema(document["kind"]))
-    elif document["kind"] in OTHERS:
-        jsonschema.validate(document, _whole(document["kind"]))
-    else:
+    if group != "ray.io" and document["kind"] not in OTHERS:
         kubernetes_validate.validate(document, KUBERNETES, strict=True)
+        return
+    for error in _validator(document["kind"], is_ray=group == "ray.io").iter_errors(document):
+        raise error
 
 
 @cache
-def kuberay_schema(kind: str) -> Document:
+def _validator(kind: str, *, is_ray: bool) -> jsonschema.Draft202012Validator:
+    return jsonschema.Draft202012Validator(_kuberay_schema(kind) if is_ray else _whole(kind))
+
+
+def _kuberay_schema(kind: str) -> Document:
     """Of the published CRD, made strict. Skips the test where the CRDs are not at hand."""
     path = CRDS / f"{kind.lower()}s.yaml"
     if not path.exists():
@@ -169,7 +171,7 @@ def _whole(kind: str) -> Document:
 
 
 def misspelt(document: Document) -> Iterator[tuple[str, Document]]:
-    """Copies of a document with a typo each, in a field at the top, in the spec, and in the deepest place of a pod or a rule."""
+    """Copies of a document with a typo each: in a field at the top, in the spec, and in the deepest place of it."""
     for path in (("metadata",), ("spec",), _deepest(document.get("spec", {}), ("spec",))):
         copy = deepcopy(document)
         place = copy
@@ -194,14 +196,10 @@ def _deepest(value: Any, path: tuple[Any, ...]) -> tuple[Any, ...]:
     elif isinstance(value, list):
         entries = list(enumerate(value))
     for name, inner in entries:
-        here = (*path, name) if not isinstance(value, list) else (*path, name)
+        here = (*path, name)
         below = here if name in FREE else _deepest(inner, here)
         while isinstance(below[-1], int):
             below = below[:-1]
         if len(below) > len(best):
             best = below
     return best
-
-
-def dump(document: Document) -> str:
-    return json.dumps(document)[:300]

@@ -27,7 +27,7 @@ def is_ray(document: Document) -> bool:
 def test_a_typo_in_any_kind_is_caught() -> None:
     everything = sorted((document for overlay in overlays() for document in render(overlay)), key=is_ray)
     documents = {document["kind"]: document for document in everything}
-    assert {"RayCluster", "RayJob", "Deployment", "StatefulSet", "NetworkPolicy", "PrometheusRule", "LocalQueue"} <= set(documents)
+    assert {"RayCluster", "RayJob", "Deployment", "NetworkPolicy", "PrometheusRule", "LocalQueue"} <= set(documents)
     for kind, document in documents.items():
         typos = dict(misspelt(document))
         assert typos, kind
