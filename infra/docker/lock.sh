@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Writes the lock files of the images, with hashes: cpu.lock and gpu.lock from pyproject.toml, mlflow.lock from
 # infra/mlflow/requirements.in. Run it after a change there; a folder as its argument takes them instead.
-# The CPU build of torch is on no plain PyPI; set UV_FIND_LINKS to use a folder that holds its wheel. The Dockerfile installs it before the rest, so cpu.lock leaves it out.
+# The CPU build of torch is on no plain PyPI; set UV_FIND_LINKS to use a folder that holds its wheel. The Dockerfile installs it
+# before the rest, so cpu.lock leaves it out.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 if [[ -z "${UV_FIND_LINKS:-}" ]]; then export UV_EXTRA_INDEX_URL="${UV_EXTRA_INDEX_URL:-https://download.pytorch.org/whl/cpu}"; fi

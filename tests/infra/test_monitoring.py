@@ -14,6 +14,7 @@ import promql_parser
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
+from ray.dashboard.consts import GPU_TAG_KEYS
 from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
 
 from tests.infra.manifests import ROOT
@@ -66,9 +67,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     for family in text_string_to_metric_families(run.stdout.partition("\nEXPORTED\n")[2]):
         for sample in family.samples:
             labels.setdefault(sample.name, set()).update(sample.labels)
-    for name, gauge in METRICS_GAUGES.items():
+    for name in METRICS_GAUGES:
         if name.startswith(("node_gpu", "node_gram")):
-            labels[f"ray_{name}"] = set(gauge._tag_keys)
+            labels[f"ray_{name}"] = set(GPU_TAG_KEYS)
     assert labels
     return labels
 
