@@ -9,6 +9,7 @@ import pytest
 
 from tests.infra.manifests import Document, check, find, misspelt, overlays, pod_specs, render, walk
 
+QUEUE = "kueue.x-k8s.io/queue-name"
 INVALID = (jsonschema.ValidationError, kubernetes_validate.ValidationError)
 
 
@@ -99,6 +100,7 @@ def test_jobs_get_the_cluster_of_their_overlay() -> None:
         (cluster,) = find(documents, "RayCluster")
         jobs = find(documents, "RayJob")
         assert len(jobs) == 8
+        assert all(job["metadata"]["name"] == f"sana-{job['metadata']['labels']['sana.dev/job']}" for job in jobs)
         for job in jobs:
             assert job["spec"]["rayClusterSpec"] == cluster["spec"] and job["spec"]["suspend"] is True
     groups = {group["groupName"]: group for group in cluster["spec"]["workerGroupSpecs"]}
@@ -108,10 +110,11 @@ def test_jobs_get_the_cluster_of_their_overlay() -> None:
 
 def test_a_queued_training_has_a_fixed_size_that_its_quota_admits() -> None:
     documents = render("kueue")
-    (job,) = [job for job in find(documents, "RayJob") if "labels" in job["metadata"]]
-    assert job["metadata"]["name"] == "sana-train"
     (queue,) = find(documents, "LocalQueue")
-    assert job["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": queue["metadata"]["name"]}
+    queued = {job["metadata"]["name"]: job["metadata"]["labels"].get(QUEUE) for job in find(documents, "RayJob")}
+    assert {name for name, label in queued.items() if label} == {"sana-train"}
+    assert queued["sana-train"] == queue["metadata"]["name"]
+    (job,) = [job for job in find(documents, "RayJob") if job["metadata"]["name"] == "sana-train"]
     cluster = job["spec"]["rayClusterSpec"]
     assert cluster["enableInTreeAutoscaling"] is False
     pods = [(1, cluster["headGroupSpec"])] + [(group["replicas"], group) for group in cluster["workerGroupSpecs"]]
