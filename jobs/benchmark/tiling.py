@@ -1,5 +1,6 @@
 """Peak memory of DC-AE with and without tiles."""
 
+import os
 import subprocess
 import sys
 
@@ -21,12 +22,15 @@ with torch.no_grad():
     getattr(model, what)(x, tile_size=tile or None)
 print((memory_kib("VmHWM") - before) / 1024)
 """
+RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+"""For glibc: what is freed goes back at once, so that the peak is what is in use, the same in every run."""
 
 
 def peak_mib(what: str, size: int, tile: int | None, preset: str, dtype: str) -> float:
     """MiB by which encoding or decoding raises a fresh process's peak over what the loaded model takes (CPU, Linux)."""
     arguments = [what, preset, str(size), str(tile or 0), dtype]
-    run = subprocess.run([sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True)
+    environment = {**os.environ, **RETURN_FREED}
+    run = subprocess.run([sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, env=environment)
     if run.returncode:
         raise RuntimeError(f"{what} at {size} px ended with {run.returncode}: {run.stderr[-500:]}")
     return float(run.stdout)
