@@ -3,11 +3,7 @@
 from enum import IntEnum
 
 from pipelines.stage import TooManyRejectsError
-from pipelines.tables import MissingTableError, StaleTableError
 from pipelines.train_config import TrainingError
-
-EXPECTED = (MissingTableError, StaleTableError, TooManyRejectsError, TrainingError, FileNotFoundError, ValueError)
-"""What a user can put right: shown as one message, without a traceback."""
 
 
 class ExitCode(IntEnum):
@@ -23,9 +19,9 @@ class ExitCode(IntEnum):
 
 
 def exit_code(error: Exception) -> ExitCode:
-    """The number for what a job raised."""
+    """The number for an error that a user can put right."""
     if isinstance(error, TooManyRejectsError):
         return ExitCode.TOO_MANY_REJECTS
     if isinstance(error, TrainingError):
         return ExitCode.TRAINING_FAILED
-    return ExitCode.WRONG_INPUT if isinstance(error, EXPECTED) else ExitCode.FAULT
+    return ExitCode.WRONG_INPUT

@@ -9,8 +9,7 @@ from typing import TypeVar
 from ray.exceptions import RayError
 
 from jobs import caption, evaluate, extract, ingest, sample, score, train
-from jobs.exit_codes import EXPECTED
-from jobs.runner import JobConfig, run_job
+from jobs.runner import EXPECTED, JobConfig, run_job
 from jobs.timings import Timings, print_section
 from pipelines.caption import CaptionerConfig
 from pipelines.evaluate import EvaluateConfig

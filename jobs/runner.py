@@ -15,13 +15,16 @@ from typing import TypeVar
 import ray
 
 from jobs.config import parse_config, to_dict
-from jobs.exit_codes import EXPECTED, ExitCode, exit_code
+from jobs.exit_codes import ExitCode, exit_code
 from pipelines.metrics import StageMetrics
 from pipelines.report import write_report
-from pipelines.stage import OnProgress, Progress, StageResult
-from pipelines.tables import REPORT, absolute_uri
+from pipelines.stage import OnProgress, Progress, StageResult, TooManyRejectsError
+from pipelines.tables import REPORT, MissingTableError, StaleTableError, absolute_uri
 from pipelines.tracking import TrackedRun, TrackingConfig, start_run
+from pipelines.train_config import TrainingError
 
+EXPECTED = (MissingTableError, StaleTableError, TooManyRejectsError, TrainingError, FileNotFoundError, ValueError)
+"""What a user can put right: shown as one message, without a traceback."""
 CLEAR_LINE = "\r\x1b[2K"
 PRINT_EVERY = 10.0  # seconds between progress lines in a log file
 STOPPED = b"\nstopped: all shards and checkpoints written so far stay; run the same command again to go on from there\n"
@@ -145,12 +148,12 @@ def run_job(
             run(job)
     except JobStopped:
         return ExitCode.STOPPED
-    except Exception as error:
-        if isinstance(error, EXPECTED):
-            print(f"error: {error}", file=sys.stderr)
-        else:
-            traceback.print_exc()
+    except EXPECTED as error:
+        print(f"error: {error}", file=sys.stderr)
         return exit_code(error)
+    except Exception:
+        traceback.print_exc()
+        return ExitCode.FAULT
     return ExitCode.DONE
 
 

@@ -50,8 +50,8 @@ def test_commands_and_files_exist() -> None:
         assert importlib.util.find_spec(module), module
     for path in re.findall(r"(?:infra|jobs|tests)/[\w./-]+\w", README):
         assert (ROOT / path).exists(), path
-    for path in re.findall(r"^\| `([\w/]+)`", README, re.MULTILINE):
-        assert (ROOT / "infra" / path).exists(), path
+    for row in table("| folder |"):
+        assert (ROOT / "infra" / row[0].strip("`")).exists(), row
     documents = render("cluster")
     services = {service["metadata"]["name"] for service in find(documents, "Service")}
     for service in re.findall(r"kubectl -n sana port-forward service/([\w-]+)", README):

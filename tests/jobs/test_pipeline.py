@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs import pipeline
+from jobs import pipeline, runner
 from jobs.config import parse_config
 from jobs.exit_codes import ExitCode, exit_code
 from jobs.pipeline import PipelineJob
@@ -137,11 +138,24 @@ EXIT_CODES: Mapping[type[Exception], int] = {
     ValueError: 1,
     TooManyRejectsError: 3,
     TrainingError: 4,
-    RuntimeError: 5,
-    MemoryError: 5,
 }
 
 
 @pytest.mark.parametrize("error", EXIT_CODES)
 def test_exit_codes_say_why(error: type[Exception]) -> None:
     assert exit_code(error("what happened")) == EXIT_CODES[error]
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, MemoryError])
+def test_a_fault_keeps_its_traceback(
+    error: type[Exception], config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runner, "start_ray", lambda config: nullcontext())
+
+    def fail(job: PipelineJob) -> None:
+        raise error("what happened")
+
+    code = runner.run_job(PipelineJob, fail, ["--config", str(config)], prog="test", description="")
+    told = capsys.readouterr().err
+    assert code == (ExitCode.WRONG_INPUT if error is ValueError else ExitCode.FAULT)
+    assert ("Traceback" in told) == (error is not ValueError) and "what happened" in told
