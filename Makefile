@@ -9,7 +9,7 @@ TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)",/\1/p' pyproject.toml)
 # Photographs go to a dataset of their own, named after their folder.
 DEMO_IMAGES = $(if $(IMAGES),--images "$(abspath $(IMAGES))" --dataset_uri "outputs/demo-$(notdir $(abspath $(IMAGES)))")
 
-.PHONY: help install demo test lint format benchmark clean
+.PHONY: help install demo test lint format benchmark lock clean
 
 help:
 	@echo "make demo       set up $(VENV), then go the whole way once: raw images -> a trained model -> its pictures"
@@ -18,6 +18,7 @@ help:
 	@echo "make lint       ruff (lint and format) and mypy"
 	@echo "make format     let ruff put the style right"
 	@echo "make benchmark  our model against diffusers on this machine"
+	@echo "make lock       pin anew what the container images hold"
 	@echo "make clean      remove $(VENV) and caches"
 
 install: $(VENV)/installed
@@ -47,6 +48,9 @@ format: install
 
 benchmark: install
 	$(BIN)/python -m jobs.benchmark model
+
+lock: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" infra/docker/lock.sh
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

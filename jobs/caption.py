@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from jobs.demo_report import format_table
 from jobs.runner import EXPECTED, JobConfig, run_job, track_stage
+from jobs.text_table import format_table
 from pipelines.caption import run_caption
 from pipelines.caption_config import CaptionerConfig
 from pipelines.report import captions_report

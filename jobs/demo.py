@@ -1,27 +1,18 @@
 """`make demo`: the whole way once, from raw images to pictures drawn by a model trained on them, on this machine."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import TypeVar
 
-from jobs import caption, evaluate, extract, ingest, sample, score, train
-from jobs.demo_report import Timings, print_summary, summarize_demo, write_demo_report
-from jobs.runner import JobConfig, run_job
-from pipelines.caption_config import CaptionerConfig
-from pipelines.evaluate import EvaluateConfig
-from pipelines.extract_config import ExtractConfig
-from pipelines.ingest import IngestConfig
-from pipelines.sample import DrawConfig, SampleConfig
+from jobs.demo_report import print_summary, summarize_demo, write_demo_report
+from jobs.pipeline import StagesJob, draw_and_judge, make_training_table, raise_first, train_pipeline
+from jobs.runner import run_job
+from jobs.timings import Timings
 from pipelines.schema import SCORES, scores_path
-from pipelines.score import ScorerConfig
 from pipelines.select import choose_caption
 from pipelines.shapes import NEW_COLORS, ShapesConfig, phrasings, sample_scene, write_caption, write_folder
 from pipelines.tables import Table
-from pipelines.train_config import TrainConfig
 
-Stage = TypeVar("Stage", bound=JobConfig)
 FIRST_SCENE = 30_000_000  # the demo draws its scenes where the shipped models never looked
 FIRST_PROMPT = 40_000_000
 
@@ -42,30 +33,20 @@ class WorldConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoJob(JobConfig):
-    """The configuration of every stage.
+class DemoJob(StagesJob):
+    """The stages on drawn scenes or on your own images, with pictures from before and after the training.
 
     Args:
-        images: a folder of your own images (or tars, or Parquet); unless given, scenes of the Shapes world are drawn.
+        images: a folder of your own images (or tars, or Parquet) to read in place of `ingest.source`; unless given, scenes of
+            the Shapes world are drawn there.
         world: the drawn scenes.
-        ingest: its source is `images`, or the folder that the scenes are drawn into.
-        captioners: the VLMs.
-        scorer: the CLIP; all captioners compete.
-        extract: the autoencoder and the resolution.
-        train: how the shipped transformer goes on learning.
-        draw: how pictures are drawn, before and after training.
     """
 
     images: str | None = None
     world: WorldConfig = field(default_factory=WorldConfig)
-    ingest: IngestConfig
-    captioners: list[CaptionerConfig]
-    scorer: ScorerConfig
-    extract: ExtractConfig
-    train: TrainConfig
-    draw: DrawConfig
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.train.init is None:
             raise ValueError("train.init=None: the demo goes on from a pipeline, such as zoo://pipeline")
 
@@ -75,28 +56,17 @@ def run(job: DemoJob) -> None:
     timings = Timings()
     if job.images is None:
         timings.measure("draw scenes", lambda: draw_scenes(job))
-    source = job.images or job.ingest.source
-    timings.measure("ingest", lambda: ingest.run(_stage(ingest.IngestJob, job, ingest=replace(job.ingest, source=source))))
-    for captioner in job.captioners:
-        stage = _stage(caption.CaptionJob, job, captioner=captioner)
-        timings.measure(f"caption {captioner.name}", partial(caption.run_captioner, stage))
-    selection = job.train.data.selection
-    timings.measure("score", lambda: score.run(_stage(score.ScoreJob, job, scorer=job.scorer, selection=selection)))
-    timings.measure("extract", lambda: extract.run(_stage(extract.ExtractJob, job, extract=job.extract)))
+    source = replace(job.ingest, source=job.images or job.ingest.source)
+    failures = make_training_table(job, source, timings)
     prompts = world_prompts(job.world) if job.images is None else photo_prompts(job)
     assert job.train.init is not None
     draw_and_judge(job, "before", job.train.init, prompts, step=0, timings=timings)
-    trained = timings.measure("train", lambda: train.run(_stage(train.TrainJob, job, train=job.train, on_stale="refuse")))
+    trained = train_pipeline(job, timings)
     draw_and_judge(job, "after", trained.pipeline, prompts, step=trained.num_steps, timings=timings)
     summary = summarize_demo(job, trained, timings)
     report = write_demo_report(job, summary)
     print_summary(job, summary, report)
-
-
-def _stage(job_class: Callable[..., Stage], job: DemoJob, **settings: object) -> Stage:
-    """A stage's own job, on the demo's dataset and MLflow."""
-    shared = {"ray": job.ray, "tracking": job.tracking, "lease": job.lease, "on_stale": job.on_stale}
-    return job_class(dataset_uri=job.dataset_uri, **shared | settings)
+    raise_first(failures)
 
 
 def draw_scenes(job: DemoJob) -> None:
@@ -125,14 +95,6 @@ def photo_prompts(job: DemoJob) -> list[str]:
         for row in rows[: job.world.num_prompts]
     ]
     return [caption["caption"] for caption in chosen if caption is not None]
-
-
-def draw_and_judge(job: DemoJob, name: str, pipeline: str, prompts: list[str], *, step: int, timings: Timings) -> None:
-    """The sample and evaluate stages with one pipeline."""
-    settings = SampleConfig(name=name, pipeline=pipeline, prompts=prompts, draw=job.draw)
-    judge = EvaluateConfig(name=name, clip=job.scorer.model, resources=job.scorer.resources)
-    timings.measure(f"sample {name}", lambda: sample.run(_stage(sample.SampleJob, job, sample=settings, step=step)))
-    timings.measure(f"evaluate {name}", lambda: evaluate.run(_stage(evaluate.EvaluateJob, job, evaluate=judge)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,18 +1,15 @@
 """What the demo says at its end: the closing table, the page that shows it all, and where to look."""
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from jobs.sample import GRID
-from jobs.text_table import format_table
+from jobs.timings import Timings, print_section
 from pipelines.evaluate import summarize
 from pipelines.report_run import Link, Section, demo_report
 from pipelines.schema import EVALUATIONS, evaluations_path, samples_path
 from pipelines.shapes import KNOWN_COLORS, NEW_COLORS
-from pipelines.stage import StageResult
 from pipelines.summary import CaptionFigures, caption_figures
 from pipelines.tables import REPORT, Table
 from pipelines.tracking import tracking_uri
@@ -21,27 +18,10 @@ from pipelines.train import TrainResult
 if TYPE_CHECKING:
     from jobs.demo import DemoJob
 
-T = TypeVar("T")
 NONSENSE = (
     "These are your own images. The tiny models of this demo have only ever seen drawn shapes: their captions of photographs, "
     "the scores and the pictures they draw are nonsense. What is real here is the way that the data took."
 )
-
-
-@dataclass
-class Timings:
-    """How long each stage took, and what it did."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    stages: dict[str, StageResult] = field(default_factory=dict)
-
-    def measure(self, name: str, run: Callable[[], T]) -> T:
-        start = time.monotonic()
-        result = run()
-        self.seconds[name] = time.monotonic() - start
-        if isinstance(result, StageResult):
-            self.stages[name] = result
-        return result
 
 
 def summarize_demo(job: "DemoJob", trained: TrainResult, timings: Timings) -> list[Section]:
@@ -50,21 +30,8 @@ def summarize_demo(job: "DemoJob", trained: TrainResult, timings: Timings) -> li
         _pictures_section(job),
         _captions_section(caption_figures(job.dataset_uri, job.scorer.name, job.train.data.selection)),
         _training_section(trained),
-        _stages_section(timings),
+        timings.section(),
     ]
-
-
-def _stages_section(timings: Timings) -> Section:
-    rows = []
-    for name, seconds in timings.seconds.items():
-        result = timings.stages.get(name)
-        if result is None:
-            rows.append([name, "", "", f"{seconds:.0f}", ""])
-            continue
-        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(result.rejects_by_reason.items()))
-        done = "was done" if result.was_done else reasons
-        rows.append([name, str(result.num_rows), str(result.num_rejects), f"{seconds:.0f}", done])
-    return Section(title="Stages", columns=["stage", "rows", "rejects", "seconds", "rejects by reason"], rows=rows)
 
 
 def _captions_section(figures: dict[str, CaptionFigures]) -> Section:
@@ -122,8 +89,7 @@ def write_demo_report(job: "DemoJob", sections: list[Section]) -> Path:
 def print_summary(job: "DemoJob", sections: list[Section], report: Path) -> None:
     """The closing tables, and where to look."""
     for section in sections:
-        print(f"\n{section.title}")
-        print(format_table(section.columns, [[str(cell) for cell in row] for row in section.rows]))
+        print_section(section)
     grid = f"{job.dataset_uri}/{samples_path('after')}/{GRID}"
     if job.images is not None:
         print(f"\n{NONSENSE}")

@@ -2,17 +2,22 @@
 
 import logging
 import os
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from types import FrameType
 from typing import Literal, TypeVar
 
 import ray
 
 from jobs.config import parse_config, to_dict
+from jobs.exit_codes import ExitCode, exit_code
 from pipelines.lease import LeaseConfig, LeaseLostError, hold, lease_settings
+from pipelines.metrics import StageMetrics
 from pipelines.rebuild import delete_table
 from pipelines.report import write_report
 from pipelines.stage import OnProgress, Progress, ShardError, StageError, StageResult, TooManyRejectsError
@@ -33,9 +38,14 @@ EXPECTED = (
     FileNotFoundError,
     ValueError,
 )
-"""What a user can put right: shown as one message, without a traceback. Exit code 1."""
+"""What a user can put right: shown as one message, without a traceback."""
 CLEAR_LINE = "\r\x1b[2K"
 PRINT_EVERY = 10.0  # seconds between progress lines in a log file
+STOPPED = b"\nstopped: all shards and checkpoints written so far stay; run the same command again to go on from there\n"
+
+
+class JobStopped(BaseException):
+    """SIGTERM came. Not an Exception: nothing on the way may take it for a failure of its own and go on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +77,18 @@ def start_ray(config: RayConfig) -> Iterator[None]:
             logging_level=logging.ERROR,
         )
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    signal.signal(signal.SIGTERM, _stop)  # after ray.init, which sets a handler of its own
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    """Says so at once, because `ray job stop` leaves 3 seconds; a second SIGTERM does not disturb the cleaning up."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.write(sys.stderr.fileno(), STOPPED)
+    raise JobStopped
 
 
 class StatusLine:
@@ -149,10 +167,10 @@ def run_job(
     description: str,
     look_first: Callable[[Job], bool] = lambda job: False,
 ) -> int:
-    """Parse the command line, start Ray, run the job; returns the exit code. `look_first` is called before Ray starts: if it
-    returns True, the job is done.
+    """Parse the command line, start Ray, run the job; returns the exit code (see `ExitCode`). `look_first` is called before Ray
+    starts: if it returns True, the job is done.
 
-    0, or 1 with one message for what a user can put right; anything else is a bug, and keeps its traceback.
+    What a user can put right is one message on stderr; anything else keeps its traceback.
     """
     job = parse_config(job_class, argv, prog=prog, description=description)
     job = replace(job, dataset_uri=absolute_uri(job.dataset_uri))
@@ -160,10 +178,15 @@ def run_job(
         if not look_first(job):
             with start_ray(job.ray), lease_settings(job.lease):
                 run(job)
+    except JobStopped:
+        return ExitCode.STOPPED
     except EXPECTED as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return exit_code(error)
+    except Exception:
+        traceback.print_exc()
+        return ExitCode.FAULT
+    return ExitCode.DONE
 
 
 def track_stage(
@@ -181,6 +204,7 @@ def track_stage(
     another's. `log` adds to the run what is the stage's own.
     """
     line = StatusLine()
+    metrics = StageMetrics(job.dataset_uri, name)
     with ExitStack() as stack:
         run: TrackedRun | None = None
 
@@ -189,6 +213,7 @@ def track_stage(
             if run is None and (is_due or progress.done_shards < progress.num_shards):
                 tracked = start_run(name, to_dict(job), tracking=job.tracking, output_dir=job.dataset_uri)
                 run = stack.enter_context(tracked)
+            metrics.update(progress)
             line.show(describe_progress(name, progress))
 
         try:

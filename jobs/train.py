@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from jobs.config import to_dict
 from jobs.runner import JobConfig, StatusLine, run_job
+from pipelines.metrics import TrainMetrics
 from pipelines.report_run import training_report
 from pipelines.storage import write_file
 from pipelines.tables import REPORT, absolute_uri
@@ -43,12 +44,18 @@ def run(job: TrainJob) -> TrainResult:
     output_uri = f"{absolute_uri(job.dataset_uri)}/{job.name}"
     plan = RunPlan.make("train", to_dict(job), tracking=job.tracking, output_dir=job.dataset_uri, key=output_uri)
     line = StatusLine()
+    metrics = TrainMetrics(job.dataset_uri)
+
+    def show(progress: TrainProgress) -> None:
+        metrics.update(progress)
+        line.show(describe_progress(job.name, progress))
+
     result = run_train(
         job.dataset_uri,
         job.train,
         output_dir=output_uri,
         plan=plan,
-        on_progress=lambda progress: line.show(describe_progress(job.name, progress)),
+        on_progress=show,
         on_notice=lambda notice: line.say(f"{job.name:<22} {notice}"),
     )
     if not result.was_done:

@@ -1,6 +1,7 @@
 """The checkpoints of one training: written while it goes on, kept as long as told, and the last good one found again."""
 
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -53,6 +54,8 @@ class CheckpointStore:
         self._num_failed = 0
         self.last_written: str | None = None
         """URI of the last checkpoint of which this rank's part is written."""
+        self.written_at = time.time()
+        """When that was, or when this began."""
 
     def uri(self, step: int) -> str:
         return f"{self.root_uri}/step-{step:06d}"
@@ -84,7 +87,7 @@ class CheckpointStore:
             write_part(uri, snapshot)
             if snapshot.rank == 0:
                 self._prune()
-            self._error, self._num_failed, self.last_written = None, 0, uri
+            self._error, self._num_failed, self.last_written, self.written_at = None, 0, uri, time.time()
         except StorageError as error:
             self._error, self._num_failed = error, self._num_failed + 1
             self.say(f"the checkpoint of step {snapshot.step} was not written, the ones before it stay: {error}")

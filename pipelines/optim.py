@@ -82,7 +82,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
 
         came = config.came
         return CAME(trained, lr=config.lr, betas=came.betas, eps=came.eps, weight_decay=config.weight_decay)
-    options = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+    options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw_8bit":
         from bitsandbytes.optim import AdamW8bit
 

@@ -78,7 +78,7 @@ class TrainOutputs:
         except StorageError as error:
             self.tell_driver(str(error))
 
-    def report(self, step: int, report: MeterReport, more: dict[str, float]) -> None:
+    def report(self, step: int, report: MeterReport, more: dict[str, float], *, checkpoint_time: float) -> None:
         if self.rank != 0:
             return
         metrics = report.metrics
@@ -90,6 +90,7 @@ class TrainOutputs:
             samples_per_second=metrics["samples_per_second"],
             data_wait_share=metrics["data_wait_share"],
             seconds_left=metrics["seconds_per_step"] * (num_steps - step),
+            checkpoint_time=checkpoint_time,
         )
         if self.task.desk is not None:
             self.task.desk.show.remote(progress)

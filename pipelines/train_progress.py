@@ -20,7 +20,8 @@ POLL_SECONDS = 0.5
 class TrainProgress:
     """How far a training is: `step` of `num_steps` are done. The figures are those since the last report.
 
-    data_wait_share: of the time, in which the training waited for samples.
+    data_wait_share: of the time, in which the training waited for samples. checkpoint_time: time.time() of the last checkpoint,
+    or of the start.
     """
 
     step: int
@@ -29,6 +30,7 @@ class TrainProgress:
     samples_per_second: float
     data_wait_share: float
     seconds_left: float
+    checkpoint_time: float
 
 
 OnTrainProgress = Callable[[TrainProgress], None]

@@ -341,7 +341,7 @@ class TrainWorker:
         self.history.add(self.step, report.losses)
         self.metrics["loss"] = report.mean_loss
         more = {"epoch": self.stream.state_dict()["epoch"], "ema_decay": self.ema.decay, "bad_steps": self.guard.num_bad}
-        self.outputs.report(self.step, report, more)
+        self.outputs.report(self.step, report, more, checkpoint_time=self.store.written_at)
 
     @torch.no_grad()
     def validate(self, validation: ValidationSet) -> None:

@@ -1,0 +1,133 @@
+"""`python -m jobs.pipeline --config jobs/configs/pipeline.yaml`: every stage, from raw images to judged pictures."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import TypeVar
+
+from ray.exceptions import RayError
+
+from jobs import caption, evaluate, extract, ingest, sample, score, train
+from jobs.runner import EXPECTED, JobConfig, run_job
+from jobs.timings import Timings, print_section
+from pipelines.caption_config import CaptionerConfig
+from pipelines.evaluate import EvaluateConfig
+from pipelines.extract_config import ExtractConfig
+from pipelines.ingest import IngestConfig
+from pipelines.sample import DrawConfig, SampleConfig
+from pipelines.score import ScorerConfig
+from pipelines.train import TrainResult
+from pipelines.train_config import TrainConfig
+
+Stage = TypeVar("Stage", bound=JobConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagesJob(JobConfig):
+    """The configuration of every stage.
+
+    Args:
+        ingest: what to read, and what to refuse.
+        captioners: the VLMs, one after another.
+        scorer: the CLIP, and whose captions compete. It judges the pictures too.
+        extract: the autoencoder and the resolution.
+        train: on the latents that `extract` makes.
+        draw: how pictures are drawn.
+    """
+
+    ingest: IngestConfig
+    captioners: list[CaptionerConfig]
+    scorer: ScorerConfig
+    extract: ExtractConfig
+    train: TrainConfig
+    draw: DrawConfig = field(default_factory=DrawConfig)
+
+    def __post_init__(self) -> None:
+        names = [captioner.name for captioner in self.captioners]
+        if repeated := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"captioners={names}: {sorted(repeated)} name a table more than once")
+        if self.extract.scorer != self.scorer.name:
+            raise ValueError(f"extract.scorer={self.extract.scorer} is not scorer.name={self.scorer.name}")
+        if self.train.latents != self.extract.path:
+            raise ValueError(f"train.latents={self.train.latents} is not what extract makes, {self.extract.path}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineJob(StagesJob):
+    """All stages, as one job.
+
+    Args:
+        prompts: of the pictures that the trained pipeline draws; or a text file with one on each line.
+        name: of the tables of these pictures and of their judgement.
+    """
+
+    prompts: list[str] | str
+    name: str = "trained"
+
+
+def run(job: PipelineJob) -> None:
+    """Stops at the first stage that fails; a captioner that no later stage needs is reported at the end."""
+    timings = Timings()
+    failures = make_training_table(job, job.ingest, timings)
+    trained = train_pipeline(job, timings)
+    draw_and_judge(job, job.name, trained.pipeline, job.prompts, step=trained.num_steps, timings=timings)
+    print_section(timings.section())
+    print(f"\npipeline  {trained.pipeline}", flush=True)
+    raise_first(failures)
+
+
+def make_training_table(job: StagesJob, source: IngestConfig, timings: Timings) -> dict[str, Exception]:
+    """From raw images to latents. Returns what failed of the captioners that `scorer` does not name."""
+    timings.measure("ingest", lambda: ingest.run(_stage(ingest.IngestJob, job, ingest=source)))
+    failures = caption_all(job, timings)
+    raise_first({name: error for name, error in failures.items() if name in job.scorer.captioners})
+    selection = job.train.data.selection
+    timings.measure("score", lambda: score.run(_stage(score.ScoreJob, job, scorer=job.scorer, selection=selection)))
+    timings.measure("extract", lambda: extract.run(_stage(extract.ExtractJob, job, extract=job.extract)))
+    return failures
+
+
+def caption_all(job: StagesJob, timings: Timings) -> dict[str, Exception]:
+    """Every captioner, also after one has failed: their work is their own. Returns the failures by name."""
+    failures: dict[str, Exception] = {}
+    for captioner in job.captioners:
+        stage = _stage(caption.CaptionJob, job, captioner=captioner)
+        try:
+            timings.measure(f"caption {captioner.name}", partial(caption.run_captioner, stage))
+        except (*EXPECTED, RayError) as error:
+            failures[captioner.name] = error
+            print(f"{f'caption {captioner.name}':<22} failed: {error}", file=sys.stderr, flush=True)
+    return failures
+
+
+def raise_first(failures: Mapping[str, Exception]) -> None:
+    """The first failure, if there is one: it decides the job's exit code."""
+    for error in failures.values():
+        raise error
+
+
+def train_pipeline(job: StagesJob, timings: Timings) -> TrainResult:
+    return timings.measure("train", lambda: train.run(_stage(train.TrainJob, job, train=job.train, on_stale="refuse")))
+
+
+def draw_and_judge(job: StagesJob, name: str, pipeline: str, prompts: list[str] | str, *, step: int, timings: Timings) -> None:
+    """The sample and evaluate stages with one pipeline."""
+    settings = SampleConfig(name=name, pipeline=pipeline, prompts=prompts, draw=job.draw)
+    judge = EvaluateConfig(name=name, clip=job.scorer.model, resources=job.scorer.resources)
+    timings.measure(f"sample {name}", lambda: sample.run(_stage(sample.SampleJob, job, sample=settings, step=step)))
+    timings.measure(f"evaluate {name}", lambda: evaluate.run(_stage(evaluate.EvaluateJob, job, evaluate=judge)))
+
+
+def _stage(job_class: Callable[..., Stage], job: StagesJob, **settings: object) -> Stage:
+    """A stage's own job, on the same dataset, Ray and MLflow."""
+    shared = {field.name: getattr(job, field.name) for field in fields(JobConfig)}
+    return job_class(**shared | settings)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_job(PipelineJob, run, argv, prog="python -m jobs.pipeline", description="Every stage as one job.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
