@@ -94,6 +94,7 @@ def captions_report(dataset_uri: str, captioner: str, *, sample: SampleConfig = 
     table = Table(dataset_uri, captions_path(captioner), CAPTIONS)
     light = read_light(table, ["caption", "num_tokens", "finish_reason", "flags"], sample)
     times = Counter(light.rows["caption"].to_pylist())
+    flags = Counter(pc.list_flatten(light.rows["flags"]).to_pylist())
     rows = with_pictures(dataset_uri, sample_rows(table, sample), lambda row: [row["caption"]])
     return _table_page(
         "captions.html.jinja",
@@ -104,7 +105,7 @@ def captions_report(dataset_uri: str, captioner: str, *, sample: SampleConfig = 
         about=f"What the captioner {captioner!r} says about each image.",
         lengths=histograms({"": light.rows["num_tokens"].to_numpy()}, title="Caption length", x_label="tokens"),
         finish_reasons=dict(Counter(light.rows["finish_reason"].to_pylist()).most_common()),
-        flags=dict(Counter(pc.list_flatten(light.rows["flags"]).to_pylist()).most_common()),
+        flags=[(flag, count, f"{count / light.rows.num_rows:.1%}") for flag, count in flags.most_common()],
         repeated=[(caption, count) for caption, count in times.most_common(NUM_REPEATED) if count > 1],
         num_distinct=len(times),
         samples=rows,

@@ -5,7 +5,6 @@ shard is written. Rows carry where they belong. What is large (images) goes from
 driver sees no more of a row than its answer.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -58,14 +57,22 @@ def stream_rows(
     actor: Any = ray.remote(_ShardWriter)
     lasting = actor.options(num_cpus=LIGHT, max_restarts=-1, max_task_retries=-1, max_concurrency=MAX_WRITES)
     writer = lasting.remote(output, fingerprint, ticket, make_finisher)
-    writes: deque[ray.ObjectRef] = deque()
+    writes: list[ray.ObjectRef] = []
     with _naming_the_cause():
         for shard, rows in _gather(run_model(dataset).iter_rows(), shards, read_shard):
             writes.append(writer.write.remote(shard, rows))
-            while len(writes) > MAX_WRITES:
-                yield ray.get(writes.popleft())
-        while writes:
-            yield ray.get(writes.popleft())
+            yield from _finished(writes, MAX_WRITES)
+        yield from _finished(writes, 0)
+
+
+def _finished(writes: list[ray.ObjectRef], limit: int) -> Iterator[Outcome]:
+    """What is written by now; waits until no more than `limit` are being written."""
+    while writes:
+        ready, rest = ray.wait(writes, num_returns=1, timeout=0 if len(writes) <= limit else None)
+        if not ready:
+            return
+        writes[:] = rest
+        yield ray.get(ready[0])
 
 
 @contextmanager

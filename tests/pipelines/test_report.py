@@ -194,6 +194,7 @@ def test_captions_report_counts_and_escapes(dataset: str) -> None:
     assert LONG.strip() in page.text  # whole, behind the cut
     assert "show all 5,000 characters" in page.text
     assert "stop 29 96.7%" in page.text and "length 1 3.3%" in page.text
+    assert "cut_off 1 3.3%" in page.text and "repetition 1 3.3%" in page.text
     for index in range(3, 30):
         assert text_of("llava", index) in page.text
 

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import signal
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,9 +90,13 @@ def test_vllms_server_says_the_same_over_http(dataset: str, tmp_path: Path) -> N
 
 
 def engines() -> list[psutil.Process]:
-    """The processes of vLLM's engines that this process's Ray has started."""
-    found = psutil.Process().children(recursive=True)
-    return [process for process in found if "EngineCore" in " ".join(process.cmdline() or [process.name()])]
+    """The living processes of vLLM's engines that this process's Ray has started."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it ended in between; a zombie is one as well
+            if any("EngineCore" in part for part in process.cmdline()):
+                found.append(process)
+    return found
 
 
 def test_an_engine_and_then_its_actor_killed_in_the_middle_lose_nothing(dataset: str) -> None:
