@@ -82,12 +82,12 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
 
         came = config.came
         return CAME(trained, lr=config.lr, betas=came.betas, eps=came.eps, weight_decay=config.weight_decay)
-    options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+    betas, eps, weight_decay = config.betas, config.eps, config.weight_decay
     if config.optimizer == "adamw_8bit":
         from bitsandbytes.optim import AdamW8bit
 
-        return AdamW8bit(trained, **options)
-    return torch.optim.AdamW(trained, **options, fused=True)
+        return AdamW8bit(trained, lr=config.lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    return torch.optim.AdamW(trained, lr=config.lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
 
 
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:

@@ -3,7 +3,6 @@
 import copy
 import math
 import os
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from pipelines.engine import Engine, EngineConfig
 from pipelines.optim import OptimConfig, make_optimizer
 from sana_model.flow import flow_loss
 from sana_model.transformer import SanaTransformer
+from tests.pipelines.one_worker import one_worker
 
 OPTIM = OptimConfig(lr=1e-3, max_grad_norm=1.0, weight_decay=0.01)
 NUM_STEPS = 6
@@ -31,17 +31,8 @@ NUM_STEPS = 6
 
 @pytest.fixture(scope="module", autouse=True)
 def process_group() -> Iterator[None]:
-    """A world of one, over gloo."""
-    with socket.socket() as free, pytest.MonkeyPatch.context() as patch:
-        free.bind(("127.0.0.1", 0))
-        place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
-        for name, value in place.items():
-            patch.setenv(name, str(value))
-        patch.delenv("DS_ACCELERATOR", raising=False)
-        free.close()
-        torch.distributed.init_process_group("gloo")
+    with one_worker():
         yield
-        torch.distributed.destroy_process_group()
 
 
 def make_engine(config: EngineConfig, *, micro_batch_size: int = 4, grad_accum_steps: int = 2) -> Engine:

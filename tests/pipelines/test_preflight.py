@@ -84,9 +84,8 @@ def test_more_than_a_gpu_has_is_the_first_problem(training: TrainConfig, tmp_pat
     )
     result = run_preflight(str(tmp_path), preset, device_gib=16.0)
     assert result.memory.total > 16 * GIB
-    assert result.problems[0].startswith(
-        f"{result.memory.total / GIB:.1f} GiB are more than the 16 GiB of a GPU: take a smaller"
-    )
+    gib = f"{result.memory.total / GIB:.1f}"
+    assert result.problems[0].startswith(f"{gib} GiB are more than the 16 GiB of a GPU: take a smaller micro_batch_size")
     assert (result.sizes.transformer, result.sizes.autoencoder) == (591_747_872, 312_250_275)
     adapters = run_preflight(str(tmp_path), replace(preset, lora=LoraConfig()), device_gib=16.0)
     assert adapters.memory.total < 16 * GIB and adapters.memory.moment == "drawing a grid"
