@@ -59,10 +59,14 @@ def stream_rows(
     writer = lasting.remote(output, fingerprint, ticket, make_finisher)
     writes: list[ray.ObjectRef] = []
     with _naming_the_cause():
-        for shard, rows in _gather(run_model(dataset).iter_rows(), shards, read_shard):
-            writes.append(writer.write.remote(shard, rows))
-            yield from _finished(writes, MAX_WRITES)
-        yield from _finished(writes, 0)
+        try:
+            for shard, rows in _gather(run_model(dataset).iter_rows(), shards, read_shard):
+                writes.append(writer.write.remote(shard, rows))
+                yield from _finished(writes, MAX_WRITES)
+            yield from _finished(writes, 0)
+        finally:  # whatever ends the stage, what has come back is written
+            if writes:
+                ray.wait(writes, num_returns=len(writes))
 
 
 def _finished(writes: list[ray.ObjectRef], limit: int) -> Iterator[Outcome]:
@@ -83,8 +87,8 @@ def _naming_the_cause() -> Iterator[None]:
     except RayError as error:
         cause: BaseException | None = error
         while cause is not None:
-            if isinstance(cause, (*STOPS.values(), DamagedShardError)):
-                raise type(cause)(str(cause)) from error
+            if isinstance(cause, (*STOPS.values(), DamagedShardError)) and not isinstance(cause, RayError):
+                raise cause  # Ray's own is of both classes, and has all the layers in its message
             cause = getattr(cause, "cause", None) or cause.__cause__
         raise
 

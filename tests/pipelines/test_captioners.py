@@ -50,7 +50,7 @@ def test_the_failure_of_one_does_not_stop_the_others(finished: tuple[CaptionJob,
     for name in ("llava", "cut"):
         assert sum(len(rows) for rows in captions(job.dataset_uri, name).values()) == 11
     assert captions(job.dataset_uri, "gone") == {}
-    assert all(row["flags"] == ["cut_off"] for rows in captions(job.dataset_uri, "cut").values() for row in rows)
+    assert all("cut_off" in row["flags"] for rows in captions(job.dataset_uri, "cut").values() for row in rows)
 
 
 def test_each_has_a_run_of_its_own(finished: tuple[CaptionJob, str]) -> None:
