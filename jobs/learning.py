@@ -17,7 +17,7 @@ from pipelines.sample import cut_grid
 from pipelines.score import ClipModel, ScorerConfig
 from pipelines.shapes import Scene, ShapesConfig, phrasings, sample_scene, write_caption, write_folder
 from pipelines.train_config import TrainConfig
-from pipelines.train_worker import GRIDS_DIR
+from pipelines.train_outputs import GRIDS_DIR
 
 FIRST_SCENE = 50_000_000
 FIRST_PROMPT = 60_000_000
