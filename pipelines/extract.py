@@ -1,6 +1,7 @@
 """The extract stage: images to scaled DC-AE latents, one bucket size each, with the captions that compete for them."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,8 +10,10 @@ import torch
 
 from pipelines.encode import LatentEncoder
 from pipelines.extract_config import Dtype, ExtractConfig
+from pipelines.lease import Ticket, hold
 from pipelines.models import model_version
 from pipelines.schema import IMAGE_SCORES, IMAGES, IMAGES_PATH, LATENTS, SCORES, image_scores_path, scores_path
+from pipelines.shard_stream import write_output
 from pipelines.stage import OnProgress, Row, ShardOutput, StageResult, run_shards
 from pipelines.tables import Identity, Table
 
@@ -40,17 +43,18 @@ def run_extract(
     identity = extract_identity(dataset_uri, config)
     images, scores, *image_scores = _input_tables(dataset_uri, config)
     shards = set(images.list_shards()).intersection(*(table.list_shards() for table in (scores, *image_scores)))
-    sides = [_claim_side(dataset_uri, config.at(resolution), shards) for resolution in also]
-    return run_shards(
-        Table(dataset_uri, config.path, LATENTS),
-        identity,
-        sorted(shards),
-        read_shard=partial(read_scored_images, images, scores, dict(zip(config.image_filters, image_scores, strict=True))),
-        make_worker=partial(Extractor, config, sides),
-        resources=config.resources,
-        max_reject_share=config.max_reject_share,
-        on_progress=on_progress,
-    )
+    with ExitStack() as leases:
+        sides = [_claim_side(dataset_uri, config.at(resolution), shards, leases) for resolution in also]
+        return run_shards(
+            Table(dataset_uri, config.path, LATENTS),
+            identity,
+            sorted(shards),
+            read_shard=partial(read_scored_images, images, scores, dict(zip(config.image_filters, image_scores, strict=True))),
+            make_worker=partial(Extractor, config, sides),
+            resources=config.resources,
+            max_reject_share=config.max_reject_share,
+            on_progress=on_progress,
+        )
 
 
 def _input_tables(dataset_uri: str, config: ExtractConfig) -> list[Table]:
@@ -66,13 +70,16 @@ class SideTable:
     resolution: int
     table: Table
     fingerprint: str
+    ticket: Ticket
     missing: frozenset[str]
 
 
-def _claim_side(dataset_uri: str, config: ExtractConfig, shards: set[str]) -> SideTable:
+def _claim_side(dataset_uri: str, config: ExtractConfig, shards: set[str], leases: ExitStack) -> SideTable:
     table, identity = Table(dataset_uri, config.path, LATENTS), extract_identity(dataset_uri, config)
+    ticket = leases.enter_context(hold(table.uri)).ticket
     table.claim(identity)
-    return SideTable(config.resolution, table, identity.fingerprint, frozenset(shards.difference(table.list_shards())))
+    missing = frozenset(shards.difference(table.list_shards()))
+    return SideTable(config.resolution, table, identity.fingerprint, ticket, missing)
 
 
 def read_scored_images(images: Table, scores: Table, image_scores: dict[str, Table], shard: str) -> pa.Table:
@@ -112,11 +119,8 @@ class Extractor:
 
 
 def _write(side: SideTable, shard: str, output: ShardOutput) -> None:
-    """Rejects first, as the runner does: a shard that exists is a shard that is done."""
-    rejects = side.table.rejects()
-    rejects.write_shard(shard, pa.Table.from_pylist(output.rejects, rejects.schema), fingerprint=side.fingerprint)
-    rows = pa.Table.from_pylist(list(output.rows), LATENTS)
-    side.table.write_shard(shard, rows, fingerprint=side.fingerprint, figures=output.figures)
+    rows, rejects = output.tables(LATENTS)
+    write_output(side.table, shard, rows, rejects, output.figures, side.fingerprint, side.ticket)
 
 
 def read_latents(row: Row, dtype: Dtype) -> torch.Tensor:
