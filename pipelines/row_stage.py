@@ -87,7 +87,7 @@ def _naming_the_cause() -> Iterator[None]:
         cause: BaseException | None = error
         while cause is not None:
             if isinstance(cause, StorageError | DamagedShardError | StageError) and not isinstance(cause, RayError):
-                raise cause  # Ray's own is of both classes, and has all the layers in its message
+                raise cause from None  # Ray's own is of both classes, and has all the layers in its message
             cause = getattr(cause, "cause", None) or cause.__cause__
         raise
 
