@@ -86,7 +86,7 @@ def run(job: DemoJob) -> None:
     prompts = world_prompts(job.world) if job.images is None else photo_prompts(job)
     assert job.train.init is not None
     draw_and_judge(job, "before", job.train.init, prompts, step=0, timings=timings)
-    trained = timings.measure("train", lambda: train.run(_stage(train.TrainJob, job, train=job.train)))
+    trained = timings.measure("train", lambda: train.run(_stage(train.TrainJob, job, train=job.train, on_stale="refuse")))
     draw_and_judge(job, "after", trained.pipeline, prompts, step=trained.num_steps, timings=timings)
     summary = summarize_demo(job, trained, timings)
     report = write_demo_report(job, summary)
@@ -95,7 +95,8 @@ def run(job: DemoJob) -> None:
 
 def _stage(job_class: Callable[..., Stage], job: DemoJob, **settings: object) -> Stage:
     """A stage's own job, on the demo's dataset and MLflow."""
-    return job_class(dataset_uri=job.dataset_uri, ray=job.ray, tracking=job.tracking, **settings)
+    shared = {"ray": job.ray, "tracking": job.tracking, "lease": job.lease, "on_stale": job.on_stale}
+    return job_class(dataset_uri=job.dataset_uri, **shared | settings)
 
 
 def draw_scenes(job: DemoJob) -> None:

@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import ray
 
 from jobs.config import parse_config, to_dict
+from pipelines.lease import LeaseConfig, LeaseLostError, hold, lease_settings
+from pipelines.rebuild import delete_table
 from pipelines.report import write_report
 from pipelines.stage import OnProgress, Progress, ShardError, StageError, StageResult, TooManyRejectsError
 from pipelines.storage import StorageError
@@ -22,6 +24,7 @@ from pipelines.train_config import TrainingError
 EXPECTED = (
     MissingTableError,
     StaleTableError,
+    LeaseLostError,
     StorageError,
     ShardError,
     StageError,
@@ -117,11 +120,16 @@ class JobConfig:
         dataset_uri: the folder (any fsspec URI) that holds the dataset's tables.
         ray: the Ray to run on.
         tracking: where MLflow keeps the run.
+        lease: what keeps a second job from writing the same table.
+        on_stale: what to do with a table that was made in another way than it would be made now. rebuild: delete it with its
+            rejects and make it anew. What was made from it is not touched: it is stale then, for its own stage to rebuild.
     """
 
     dataset_uri: str
     ray: RayConfig = field(default_factory=RayConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    lease: LeaseConfig = field(default_factory=LeaseConfig)
+    on_stale: Literal["refuse", "rebuild"] = "refuse"
 
 
 Job = TypeVar("Job", bound=JobConfig)
@@ -137,7 +145,7 @@ def run_job(
     job = parse_config(job_class, argv, prog=prog, description=description)
     job = replace(job, dataset_uri=absolute_uri(job.dataset_uri))
     try:
-        with start_ray(job.ray):
+        with start_ray(job.ray), lease_settings(job.lease):
             run(job)
     except EXPECTED as error:
         print(f"error: {error}", file=sys.stderr)
@@ -170,7 +178,16 @@ def track_stage(
                 run = stack.enter_context(tracked)
             line.show(describe_progress(name, progress))
 
-        result = run_stage(on_progress)
+        try:
+            result = run_stage(on_progress)
+        except StaleTableError as error:
+            if error.table is None or not (job.on_stale == "rebuild" or error.table.deletion_begun()):
+                raise
+            line.clear()
+            print(f"{name:<22} {error.table.path} is stale: deleting it, to make it anew\n{error}", flush=True)
+            with hold(error.table.uri):
+                delete_table(error.table)
+                result = run_stage(on_progress)
         if run is not None:
             log_result(run, result)
             if make_report is not None:

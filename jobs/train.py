@@ -30,6 +30,12 @@ class TrainJob(JobConfig):
     train: TrainConfig
     name: str = "train"
 
+    def __post_init__(self) -> None:
+        if self.on_stale != "refuse":
+            raise ValueError(
+                f"on_stale={self.on_stale!r}: a training is never deleted; give it another name, or delete its folder"
+            )
+
 
 def run(job: TrainJob) -> TrainResult:
     """Train in one MLflow run, which a training that goes on continues; the folder gets `report.html`."""

@@ -179,7 +179,7 @@ def _identity(config: IngestConfig, source: Source, plan: Plan) -> Identity:
 
 def _plan_sources(images: Table, config: IngestConfig) -> tuple[Source, Plan]:
     """The plan that there is, with new files appended as new shards; written before it is used."""
-    plan = _read_plan(images)
+    plan = read_plan(images)
     exclude = images.dataset_uri
     if absolute_uri(os.path.expanduser(config.source)) == exclude:
         raise ValueError(f"source={config.source!r} is the dataset itself: give the dataset a folder of its own")
@@ -233,7 +233,8 @@ def _hash_listing(parts: list[Part]) -> str:
     return hashlib.sha256(json.dumps([asdict(part) for part in parts]).encode()).hexdigest()[:16]
 
 
-def _read_plan(images: Table) -> Plan | None:
+def read_plan(images: Table) -> Plan | None:
+    """None if there is none. Raises ValueError if it is of another version."""
     filesystem, path = fsspec.url_to_fs(f"{images.uri}/{PLAN}")
     try:
         content = filesystem.cat_file(path)

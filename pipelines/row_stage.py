@@ -14,6 +14,7 @@ import pyarrow as pa
 import ray
 from ray.exceptions import RayError
 
+from pipelines.lease import LeaseLostError, Ticket
 from pipelines.shard_stream import LIGHT, Outcome, ReadShard, Row, ShardOutput, StageError, write_output
 from pipelines.storage import StorageError
 from pipelines.tables import DamagedShardError, Table, count_reasons
@@ -36,6 +37,7 @@ def stream_rows(
     output: Table,
     fingerprint: str,
     shards: list[str],
+    ticket: Ticket,
     *,
     read_shard: ReadShard,
     make_row: MakeRow,
@@ -45,6 +47,7 @@ def stream_rows(
     """The outcome of each shard as it is written.
 
     Args:
+        ticket: checked before a shard is written.
         make_row: of a row of the input shard; it must not raise for a bad row, but say so in the row.
         run_model: must keep the columns "shard", "place" and "shard_rows" of every row, and lose no row.
         make_finisher: called once, in an actor.
@@ -55,7 +58,7 @@ def stream_rows(
     dataset = dataset.map_batches(take_apart, batch_size=1, batch_format="pyarrow", num_cpus=1)
     actor: Any = ray.remote(_ShardWriter)
     lasting = actor.options(num_cpus=LIGHT, max_restarts=-1, max_task_retries=-1, max_concurrency=MAX_WRITES)
-    writer = lasting.remote(output, fingerprint, make_finisher)
+    writer = lasting.remote(output, fingerprint, ticket, make_finisher)
     writes: list[ray.ObjectRef] = []
     with _naming_the_cause():
         try:
@@ -86,7 +89,9 @@ def _naming_the_cause() -> Iterator[None]:
     except RayError as error:
         cause: BaseException | None = error
         while cause is not None:
-            if isinstance(cause, StorageError | DamagedShardError | StageError) and not isinstance(cause, RayError):
+            if isinstance(cause, StorageError | DamagedShardError | LeaseLostError | StageError) and not isinstance(
+                cause, RayError
+            ):
                 raise cause from None  # Ray's own is of both classes, and has all the layers in its message
             cause = getattr(cause, "cause", None) or cause.__cause__
         raise
@@ -125,13 +130,13 @@ def _gather(rows: Iterable[Row], shards: list[str], read_shard: ReadShard) -> It
 
 
 class _ShardWriter:
-    def __init__(self, output: Table, fingerprint: str, make_finisher: Callable[[], Finisher]):
-        self.output, self.fingerprint = output, fingerprint
+    def __init__(self, output: Table, fingerprint: str, ticket: Ticket, make_finisher: Callable[[], Finisher]):
+        self.output, self.fingerprint, self.ticket = output, fingerprint, ticket
         self.finisher = make_finisher()
 
     def write(self, shard: str, rows: list[Row]) -> Outcome:
         made = self.finisher.finish(rows)
         kept, refused = made.tables(self.output.schema)
-        write_output(self.output, shard, kept, refused, made.figures, self.fingerprint)
+        write_output(self.output, shard, kept, refused, made.figures, self.fingerprint, self.ticket)
         counts = {"num_rows": kept.num_rows, "rejects_by_reason": dict(count_reasons(refused)), "figures": dict(made.figures)}
         return Outcome(shard=shard, error=None, stops="", **counts)

@@ -109,3 +109,13 @@ def evaluations_path(name: str) -> str:
 
 
 IMAGES_PATH = "images"
+
+TABLE_SCHEMAS = {
+    IMAGES_PATH: IMAGES,
+    "captions": CAPTIONS,
+    "scores": SCORES,
+    "latents": LATENTS,
+    "samples": SAMPLES,
+    "evaluations": EVALUATIONS,
+}
+"""By the first part of a table's path, in the order in which they are made."""

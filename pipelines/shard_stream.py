@@ -20,6 +20,7 @@ import pyarrow as pa
 import ray
 from ray.util.annotations import RayDeprecationWarning
 
+from pipelines.lease import LeaseLostError, Ticket
 from pipelines.schema import REJECTS
 from pipelines.storage import StorageError
 from pipelines.tables import DamagedShardError, Table, count_reasons
@@ -97,10 +98,11 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardJob:
-    """How the shards of a table are made: `fingerprint` is that of the table's identity."""
+    """How the shards of a table are made: `fingerprint` is that of the table's identity, `ticket` lets this writer write it."""
 
     output: Table
     fingerprint: str
+    ticket: Ticket
     read_shard: ReadShard
     make_worker: Callable[[], ShardWorker]
     resources: Resources
@@ -152,7 +154,7 @@ def _plan(job: ShardJob, shards: list[str], alone: bool) -> ray.data.Dataset:
             max_restarts=-1,
             max_task_retries=RETRIES,
         )
-        return dataset.map_batches(partial(_write, output=job.output, fingerprint=job.fingerprint), **light)
+        return dataset.map_batches(partial(_write, output=job.output, fingerprint=job.fingerprint, ticket=job.ticket), **light)
 
 
 def _read(batch: pa.Table, read_shard: ReadShard) -> pa.Table:
@@ -192,12 +194,12 @@ class _Worker:
         return _read_row(shard, _pack(rows), error).append_column("rejects", _pack(refused)).append_column("figures", figures)
 
 
-def _write(batch: pa.Table, output: Table, fingerprint: str) -> pa.Table:
+def _write(batch: pa.Table, output: Table, fingerprint: str, ticket: Ticket) -> pa.Table:
     shard, error, figures = (batch[name][0].as_py() for name in ("shard", "error", "figures"))
     rows, rejects = _unpack(batch["rows"]), _unpack(batch["rejects"])
     if error is None:
         try:
-            write_output(output, shard, rows, rejects, dict(figures), fingerprint)
+            write_output(output, shard, rows, rejects, dict(figures), fingerprint, ticket)
         except Exception as failure:
             error = _describe(failure)
     counts = pa.array([list(count_reasons(rejects).items())], COUNTS)
@@ -213,18 +215,25 @@ def _write(batch: pa.Table, output: Table, fingerprint: str) -> pa.Table:
 
 
 def write_output(
-    output: Table, shard: str, rows: pa.Table, rejects: pa.Table, figures: Mapping[str, float], fingerprint: str
+    output: Table,
+    shard: str,
+    rows: pa.Table,
+    rejects: pa.Table,
+    figures: Mapping[str, float],
+    fingerprint: str,
+    ticket: Ticket,
 ) -> None:
-    """Rejects first: a shard that exists is a shard that is done."""
+    """Rejects first: a shard that exists is a shard that is done. Raises LeaseLostError if another writer has the table."""
+    ticket.check()
     output.rejects().write_shard(shard, rejects, fingerprint=fingerprint)
     output.write_shard(shard, rows, fingerprint=fingerprint, figures=figures)
 
 
 def _describe(error: Exception) -> Row:
-    """A row of ERROR. Storage that refuses one shard after long patience would refuse the others as well."""
-    known = isinstance(error, StorageError | DamagedShardError | StageError)
+    """A row of ERROR. Storage that refuses one shard after long patience would refuse the others too; a lost lease does."""
+    known = isinstance(error, StorageError | DamagedShardError | LeaseLostError | StageError)
     message = str(error) if known else "".join(traceback.format_exception(error)).strip()
-    stops = "storage" if isinstance(error, StorageError) else "stage" if isinstance(error, StageError) else ""
+    stops = "storage" if isinstance(error, StorageError | LeaseLostError) else "stage" if isinstance(error, StageError) else ""
     return {"stops": stops, "message": message}
 
 

@@ -5,10 +5,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 from ray.exceptions import RayError, RayTaskError
 
+from pipelines.lease import Lease, Ticket, hold
 from pipelines.shard_stream import (
     MAX_FAILED_SHARDS,
     RETRIES,
@@ -58,6 +58,8 @@ class TooManyRejectsError(RuntimeError):
 
 
 OnProgress = Callable[["Progress"], None]
+Stream = Callable[[list[str], Ticket], Iterator[Outcome]]
+"""The shards to make, and the lease's ticket -> the outcome of each."""
 
 
 @dataclass
@@ -128,14 +130,18 @@ def run_shards(
 
     Raises as `run_stream`, and ShardError if shards could not be made, but all others are; or more than a few.
     """
-    job = ShardJob(
-        output=output,
-        fingerprint=identity.fingerprint,
-        read_shard=read_shard,
-        make_worker=make_worker,
-        resources=resources,
-    )
-    stream = partial(_make_shards, job)
+
+    def stream(missing: list[str], ticket: Ticket) -> Iterator[Outcome]:
+        job = ShardJob(
+            output=output,
+            fingerprint=identity.fingerprint,
+            ticket=ticket,
+            read_shard=read_shard,
+            make_worker=make_worker,
+            resources=resources,
+        )
+        return _make_shards(job, missing)
+
     return run_stream(output, identity, shards, stream, max_reject_share=max_reject_share, on_progress=on_progress)
 
 
@@ -143,22 +149,39 @@ def run_stream(
     output: Table,
     identity: Identity,
     shards: list[str],
-    stream: Callable[[list[str]], Iterator[Outcome]],
+    stream: Stream,
     *,
     max_reject_share: float,
     on_progress: OnProgress = lambda progress: None,
 ) -> StageResult:
     """Have `stream` make the shards of `output` that are absent; it gives the outcome of each one that it has written.
 
+    It checks the ticket that it is given before it writes a shard.
+
     Raises:
         StaleTableError: `output` was made in another way.
         TooManyRejectsError: over `max_reject_share` of the rows were refused. The shards made until then stay.
         StorageError: the storage refused, or gave no answer for long.
         StageError: a worker found that no shard can be made as things are.
+        LeaseHeldError, LeaseLostError: another writer is at work on `output`, or has taken it over.
     """
+    with hold(output.uri) as lease:
+        return _run(output, identity, shards, stream, lease, max_reject_share, on_progress)
+
+
+def _run(
+    output: Table,
+    identity: Identity,
+    shards: list[str],
+    stream: Stream,
+    lease: Lease,
+    max_reject_share: float,
+    on_progress: OnProgress,
+) -> StageResult:
     start = time.monotonic()
     manifest = output.claim(identity)
-    remove_leftovers(output.uri)
+    for table in (output, output.rejects()):
+        remove_leftovers(table.uri)
     found = set(output.list_shards()) & set(shards)
     progress = Progress(len(shards), len(found), len(found))
     was_done = manifest.complete and manifest.num_shards == len(found) == len(shards)
@@ -171,7 +194,8 @@ def run_stream(
         _check_rejects(output, progress, max_reject_share, final=True)
         return _result_of(output, manifest, len(found), time.monotonic() - start, 0.0)
     missing = [shard for shard in shards if shard not in found]
-    for outcome in stream(missing) if missing else ():
+    for outcome in stream(missing, lease.ticket) if missing else ():
+        lease.check()
         progress.done_shards += 1
         progress.add_shard(outcome.num_rows, outcome.rejects_by_reason, outcome.figures)
         progress.new_rows += outcome.num_rows + sum(outcome.rejects_by_reason.values())

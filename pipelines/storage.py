@@ -12,7 +12,8 @@ import os
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -26,7 +27,6 @@ from fsspec.exceptions import FSTimeoutError
 
 ATTEMPTS = 8
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds; doubled after each attempt: about a minute in all
-STALE_SECONDS = 3600.0  # a temporary file as old as this was left by a process that died
 
 S3_OPTIONS: dict[str, Any] = {
     "use_listings_cache": False,
@@ -280,14 +280,32 @@ def remove_file(uri: str) -> None:
     call(remove, "delete", uri)
 
 
+def remove_files(uris: Sequence[str]) -> None:
+    """Those that are there; of an object store a thousand with each request. Raises StorageError."""
+    if not uris:
+        return
+    if is_local(uris[0]):
+        for uri in uris:
+            remove_file(uri)
+        return
+    filesystem, _ = open_filesystem(uris[0])
+    paths = [open_filesystem(uri)[1] for uri in uris]
+
+    def remove() -> None:
+        try:
+            filesystem.rm(paths)
+        except FileNotFoundError:  # one at least: a store that deletes one by one stops there
+            for path in paths:
+                if filesystem.exists(path):
+                    filesystem.rm_file(path)
+
+    call(remove, "delete", f"{uris[0]} and {len(uris) - 1} more")
+
+
 def remove_leftovers(uri: str) -> None:
-    """Delete the temporary files of killed processes from a local folder; those of the last hour may be another's at work."""
+    """Delete what killed processes left half-written in a local folder. Nobody else may be writing there."""
     if not is_local(uri):
         return
     _, root = open_filesystem(uri)
     for path in Path(root).glob(".*.tmp"):
-        try:
-            if time.time() - path.stat().st_mtime > STALE_SECONDS:
-                path.unlink()
-        except OSError:
-            continue  # another process was quicker, or it may not be deleted: nothing counts it
+        call(partial(path.unlink, missing_ok=True), "delete", str(path))

@@ -22,15 +22,21 @@ import pyarrow.parquet as pq
 
 from pipelines.schema import REJECTS, SCHEMA_VERSION
 from pipelines.storage import StorageError, list_folder, open_file, read_file, write_file
+from pipelines.versions import software_versions
 
 MANIFEST = "_manifest.json"
+REBUILD = "_rebuild.json"  # is there while the table is being deleted, to be made anew
 REPORT = "report.html"
 FACTS_KEY = b"sana.facts"  # of a shard's Parquet file: JSON, see ShardFacts
 FOOTER_BYTES = 2**16  # pyarrow looks for a footer in as many bytes
 
 
 class StaleTableError(ValueError):
-    """A table exists that was made in another way than it would be made now."""
+    """A table exists that was made in another way than it would be made now; `table`, if it may be deleted and made anew."""
+
+    def __init__(self, message: str, table: "Table | None" = None):
+        super().__init__(message)
+        self.table = table
 
 
 class MissingTableError(ValueError):
@@ -83,6 +89,9 @@ class Manifest:
     rejects_by_reason: dict[str, int]
     figures: dict[str, float] = field(default_factory=dict)
     """"<figure>.mean" and "<figure>.min" over the shards."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Of the software that began the table. They change no fingerprint."""
+    begun: str = ""
     updated: str = ""
 
     def identity(self) -> Identity:
@@ -172,7 +181,7 @@ class Table:
             facts["rejects_by_reason"] = count_reasons(rows)
         noted = rows.cast(self.schema).replace_schema_metadata({FACTS_KEY: json.dumps(facts)})
         buffer = BytesIO()
-        pq.write_table(noted, buffer, compression="zstd")
+        pq.write_table(noted, buffer, compression="zstd", write_page_checksum=True)
         write_file(self.shard_uri(shard), buffer.getvalue())
 
     def write_file(self, name: str, content: bytes) -> None:
@@ -202,24 +211,44 @@ class Table:
 
         Raises StaleTableError if it was begun in another way, with the fields that differ.
         """
+        if self.deletion_begun():
+            raise StaleTableError(f"{self.uri} is being deleted, to be made anew: start its job again, it goes on there", self)
         manifest = self.read_manifest()
         if manifest is None:
             if shards := self.list_shards():
-                raise StaleTableError(f"{self.uri} holds {len(shards)} shards and no {MANIFEST}: nothing says what made them")
-            fields = asdict(identity)
+                raise StaleTableError(
+                    f"{self.uri} holds {len(shards)} shards and no {MANIFEST}: nothing says what made them. "
+                    "Delete them, or let the job do it with --on_stale rebuild.",
+                    self,
+                )
+            fields = asdict(identity) | {"versions": software_versions(), "begun": _now()}
             manifest = Manifest(fingerprint=identity.fingerprint, rejects_by_reason={}, **fields)
             self.write_manifest(manifest)
         if manifest.fingerprint != identity.fingerprint:
             differences = "\n".join(f"  {line}" for line in describe_differences(manifest.identity(), identity))
             raise StaleTableError(
                 f"{self.uri} was made in another way:\n{differences}\n"
-                "Give the new table another name, put the setting back, or delete the table (and what was made from it)."
+                "Give the new table another name, put the setting back, or let the job delete this table and make it anew with "
+                "--on_stale rebuild (tables that were made from it are stale then, and rebuilt by their own jobs).",
+                self,
             )
         return manifest
 
+    def deletion_begun(self) -> bool:
+        """Whether it is being deleted, or that was broken off; see `rebuild.delete_table`."""
+        try:
+            read_file(f"{self.uri}/{REBUILD}")
+        except FileNotFoundError:
+            return False
+        return True
+
     def write_manifest(self, manifest: Manifest) -> None:
-        content = asdict(manifest) | {"updated": datetime.now(UTC).isoformat(timespec="seconds")}
+        content = asdict(manifest) | {"updated": _now()}
         self.write_file(MANIFEST, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def count_reasons(rejects: pa.Table) -> dict[str, int]:

@@ -132,7 +132,7 @@ class _Peaks:
     stopped: threading.Event = field(default_factory=threading.Event)
 
     def watch(self) -> None:
-        me = psutil.Process()
+        me, state = psutil.Process(), get_state_from_address(self.address)
         while not self.stopped.wait(0.2):
             workers = 0
             for process in me.children(recursive=True):
@@ -143,7 +143,7 @@ class _Peaks:
                     continue  # it has just ended
                 if name.startswith("ray::"):
                     workers += memory.rss - memory.shared
-            stats = get_memory_info_reply(get_state_from_address(self.address)).store_stats
+            stats = get_memory_info_reply(state).store_stats
             self.object_store = max(self.object_store, stats.object_store_bytes_used)
             memory = me.memory_info()
             self.driver = max(self.driver, memory.rss - memory.shared)

@@ -73,7 +73,7 @@ def test_stage_command_prints_the_ratio_and_the_memory():
     assert re.search(r"60 rows, 1 ms each: bare loop \d+\.\d s, stage \d+\.\d s, ratio \d+\.\d%", run.stdout)
     rows = [line.split() for line in run.stdout.splitlines()[-2:]]
     assert [row[0] for row in rows] == ["50", "100"]
-    assert all(int(figure) > 0 for row in rows for figure in row[3:]), "memory of driver, workers and object store"
+    assert all(int(figure) > 0 for row in rows for figure in row[3:5]), "memory of driver and workers"
 
 
 def test_help_and_bad_values_are_clear():

@@ -10,7 +10,7 @@ from pipelines.shapes import write_folder
 
 
 def test_a_full_disk_ends_a_job_with_one_message(tmp_path: Path) -> None:
-    write_folder(tmp_path / "raw", 0, 60)
+    write_folder(tmp_path / "raw", 0, 400)  # several times what the disk has left
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True).returncode:

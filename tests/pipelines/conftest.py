@@ -4,6 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 import ray
+import s3fs
+
+from tests.s3 import BUCKET, s3_environment, serve_s3
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +17,14 @@ def local_ray() -> Iterator[None]:
         ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
         yield
         ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def bucket_uri() -> Iterator[str]:
+    """A bucket on an S3 of its own, which this process and those that it starts find in their environment."""
+    with serve_s3() as endpoint, pytest.MonkeyPatch.context() as patch:
+        for name, value in s3_environment(endpoint).items():
+            patch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield f"s3://{BUCKET}"
+        s3fs.S3FileSystem.clear_instance_cache()

@@ -11,6 +11,7 @@ import pytest
 from pipelines.shapes import write_folder
 from pipelines.storage import find_files, read_file, write_file
 from pipelines.tables import Table
+from pipelines.verify import verify_dataset
 from tests.kills import Kills, Target, run_with_kills
 from tests.pipelines.kill_stages import CHEAP, stage_table
 from tests.s3 import BUCKET, FaultyProxy, environment, s3_environment, serve_s3
@@ -113,6 +114,7 @@ def test_ten_kills_change_nothing(
         found = contents(table)
         assert found == expected
         assert table.require().complete and len(table.rejects().list_shards()) == len(found)
+        assert list(verify_dataset(uri)) == []
         del targets[: kills.killed.total()]
         total += kills
     num_rows = sum(len(rows) for rows, _ in expected.values())
