@@ -46,6 +46,7 @@ def stream_rows(
     """The outcome of each shard as it is written.
 
     Args:
+        ticket: checked before a shard is written.
         make_row: of a row of the input shard; it must not raise for a bad row, but say so in the row.
         run_model: must keep the columns "shard", "place" and "shard_rows" of every row, and lose no row.
         make_finisher: called once, in an actor.

@@ -157,6 +157,8 @@ def run_stream(
 ) -> StageResult:
     """Have `stream` make the shards of `output` that are absent; it gives the outcome of each one that it has written.
 
+    It checks the ticket that it is given before it writes a shard.
+
     Raises:
         StaleTableError: `output` was made in another way.
         TooManyRejectsError: over `max_reject_share` of the rows were refused. The shards made until then stay.
