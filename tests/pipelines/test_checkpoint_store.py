@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from s3fs import S3FileSystem
 
 from pipelines import storage
 from pipelines.checkpoint_store import CheckpointStore
@@ -41,6 +42,7 @@ def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
         with proxy.serve() as faulty:
             for name, value in s3_environment(faulty).items():
                 monkeypatch.setenv(name, value)
+            S3FileSystem.clear_instance_cache()  # of another server
             monkeypatch.setattr(storage, "FIRST_WAIT", 0.01)
             yield proxy
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from s3fs import S3FileSystem
 
 from pipelines.bad_steps import BadStepConfig
 from pipelines.checkpoints import Checkpoint, read_weights
@@ -97,6 +98,7 @@ def test_checkpoints_on_s3(tmp_path: Path, dataset: Path, config: TrainConfig, m
     with serve_s3() as endpoint:
         for name, value in s3_environment(endpoint).items():
             monkeypatch.setenv(name, value)
+        S3FileSystem.clear_instance_cache()  # of another server
         root = f"s3://{BUCKET}/runs"
         local = train_on_ranks(tmp_path, dataset, [("local", replace(config, num_steps=8))])["local"]
         train_on_ranks(tmp_path, dataset, [("remote", replace(config, num_steps=5))], output_root=root)

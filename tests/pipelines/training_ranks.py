@@ -78,15 +78,23 @@ def _run_rank(
     for name, config in configs:
         table = Table(str(dataset), config.latents, LATENTS)
         task = TrainTask(config=config, table=table, inputs={}, output_uri=f"{output_root}/{name}")
-        worker, error = TrainWorker(task, device=torch.device("cpu")), None
-        try:
-            worker.restore()
-            worker.train()
-            worker.finish()
-        except TrainingError as raised:
-            error = str(raised)
+        trained = _train(task)
         if rank == 0:
-            wait_share = worker.stream.wait_seconds / max(worker.meter.seconds, 1e-9)
-            trained = Trained(dict(worker.history.points), error, worker.metrics, worker.guard.num_bad, wait_share)
             torch.save(trained, folder / f"{name}.pt")
     torch.distributed.destroy_process_group()
+
+
+def _train(task: TrainTask) -> Trained:
+    try:
+        worker = TrainWorker(task, device=torch.device("cpu"))
+        worker.restore()
+    except TrainingError as raised:
+        return Trained({}, str(raised), {}, 0, 0.0)
+    error = None
+    try:
+        worker.train()
+        worker.finish()
+    except TrainingError as raised:
+        error = str(raised)
+    wait_share = worker.stream.wait_seconds / max(worker.meter.seconds, 1e-9)
+    return Trained(dict(worker.history.points), error, worker.metrics, worker.guard.num_bad, wait_share)
