@@ -104,8 +104,10 @@ def _make_input(folder: str, name: str, rows: int, rows_per_shard: int) -> Table
     table = Table(folder, captions_path(f"{name}-input"), CAPTIONS)
     for number, start in enumerate(range(0, rows, rows_per_shard)):
         ids = [f"{row:064x}" for row in range(start, min(start + rows_per_shard, rows))]
-        columns = [ids, [f"a caption of {row_id}" for row_id in ids], [8] * len(ids), ["stop"] * len(ids)]
-        table.write_shard(f"{number:05d}", pa.table(columns, CAPTIONS.names))
+        captions = [
+            {"id": row_id, "caption": f"a caption of {row_id}", "num_tokens": 8, "finish_reason": "stop"} for row_id in ids
+        ]
+        table.write_shard(f"{number:05d}", pa.Table.from_pylist(captions, CAPTIONS))
     return table
 
 
