@@ -35,15 +35,10 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.answers[self.path] += 1
             self.server.agents.add(self.headers["User-Agent"])
-            self.server.at_once += 1
-            self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
         try:
             self.answer()
         except (BrokenPipeError, ConnectionResetError):
             pass  # the client has had enough
-        finally:
-            with self.server.lock:
-                self.server.at_once -= 1
 
     def answer(self) -> None:
         behaviour, content = self.path.split("/")[1], self.server.images.get(self.path.rsplit("/", 1)[-1], b"")
@@ -58,7 +53,7 @@ class Handler(BaseHTTPRequestHandler):
         if behaviour == "slow":
             time.sleep(3)
         if behaviour == "paused":
-            time.sleep(0.1)
+            self.pause(0.1)
         if behaviour == "endless":
             self.send_response(200)
             self.end_headers()
@@ -79,6 +74,15 @@ class Handler(BaseHTTPRequestHandler):
         if not content:
             return self.reply(404, b"no such image")
         return self.reply(200, content)
+
+    def pause(self, seconds: float) -> None:
+        """Counts how many do so at once; before the answer, after which the client may ask again."""
+        with self.server.lock:
+            self.server.at_once += 1
+            self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
+        time.sleep(seconds)
+        with self.server.lock:
+            self.server.at_once -= 1
 
     def reply(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)

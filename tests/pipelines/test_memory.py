@@ -36,10 +36,20 @@ def process_group() -> Iterator[None]:
         yield
 
 
+def _is_without_values(tensor: torch.Tensor) -> bool:
+    """Whether it stands for one, as those do that torch.compile leaves behind."""
+    try:
+        tensor.untyped_storage().data_ptr()
+    except RuntimeError:
+        return True
+    return False
+
+
 def live_bytes() -> int:
     """Of all tensors that there are, whoever made them."""
     gc.collect()
-    tensors = [found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter)]
+    found = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    tensors = [tensor for tensor in found if tensor.device.type == "cpu" and not _is_without_values(tensor)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 

@@ -11,7 +11,7 @@ import pytest
 from jobs import caption, extract, ingest, score
 from jobs.runner import JobConfig
 from pipelines import rebuild
-from pipelines.caption import CaptionerConfig
+from pipelines.caption_config import CaptionerConfig
 from pipelines.extract import ExtractConfig
 from pipelines.images import ImageLimits
 from pipelines.ingest import IngestConfig
@@ -46,8 +46,8 @@ def make_jobs(folder: Path) -> Jobs:
             ingest.run,
             ingest.IngestJob(dataset_uri=uri, ingest=IngestConfig(source=f"{folder}/raw", rows_per_shard=3)),
         ),
-        "captions/a": (caption.run, caption.CaptionJob(dataset_uri=uri, captioner=captioner)),
-        "captions/b": (caption.run, caption.CaptionJob(dataset_uri=uri, captioner=replace(captioner, name="b"))),
+        "captions/a": (caption.run_captioner, caption.CaptionJob(dataset_uri=uri, captioner=captioner)),
+        "captions/b": (caption.run_captioner, caption.CaptionJob(dataset_uri=uri, captioner=replace(captioner, name="b"))),
         "scores/clip": (
             score.run,
             score.ScoreJob(dataset_uri=uri, scorer=ScorerConfig(name="clip", model="zoo://clip", captioners=("a", "b"))),
