@@ -4,7 +4,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -35,10 +35,8 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.answers[self.path] += 1
             self.server.agents.add(self.headers["User-Agent"])
-        try:
+        with suppress(BrokenPipeError, ConnectionResetError):  # the client has had enough
             self.answer()
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # the client has had enough
 
     def answer(self) -> None:
         behaviour, content = self.path.split("/")[1], self.server.images.get(self.path.rsplit("/", 1)[-1], b"")

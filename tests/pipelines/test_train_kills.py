@@ -29,6 +29,7 @@ def start_job(dataset: Path, name: str, init: str, num_workers: int) -> subproce
         "dataset_uri": dataset,
         "name": name,
         "ray.num_cpus": 8,
+        "tracking.uri": f"sqlite:///{dataset}/mlflow.db",
         "train.latents": PATH,
         "train.init": init,
         "train.num_steps": NUM_STEPS,
@@ -97,6 +98,7 @@ def compare(dataset: Path, name: str, other: str) -> None:
     assert sorted((point.step, point.value) for point in history) == [tuple(point) for point in results[1]["losses"]]
 
 
+@pytest.mark.slow
 def test_driver_and_ray_are_killed(tmp_path: Path) -> None:
     make_table(tmp_path, make_shards([30, 20, 26], ("64x64", "64x64", "32x128")))
     init = make_pipeline(tmp_path / "init")
