@@ -140,7 +140,7 @@ def _plan(job: ShardJob, shards: list[str], alone: bool) -> ray.data.Dataset:
     context.max_errored_blocks = MAX_FAILED_SHARDS  # of processes that died: what raises is caught here, and told
     size = min(job.resources.num_actors, len(shards))
     light: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "num_cpus": LIGHT, "max_retries": RETRIES}
-    light["compute"] = ray.data.TaskPoolStrategy(size=READERS_PER_ACTOR * size)
+    light["compute"] = ray.data.TaskPoolStrategy(size=min(READERS_PER_ACTOR * size, len(shards)))
     with ray.data.DataContext.current(context), warnings.catch_warnings():
         warnings.simplefilter("ignore", RayDeprecationWarning)  # Ray 2.60 has no other name for limits of retries
         names = [{"shard": shard} for shard in shards]
