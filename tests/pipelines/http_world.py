@@ -55,7 +55,7 @@ def transformers_server(model: str, log: Path) -> Iterator[str]:
 
 
 class FaultyProxy(ThreadingHTTPServer):
-    """Passes requests on to `target`, but for the next ones that `faults` names, or all of them if `always` does.
+    """Passes requests on to `target`, but for the next ones that `faults` names (None: not), or all of them if `always` does.
 
     A request in which `poison` stands is answered with 500, always.
 
@@ -68,7 +68,7 @@ class FaultyProxy(ThreadingHTTPServer):
     def __init__(self, target: str):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.target, self.client = target, httpx.Client(timeout=60)
-        self.faults: deque[str] = deque()
+        self.faults: deque[str | None] = deque()
         self.always: str | None = None
         self.poison: bytes | None = None
         self.retry_after = "0"
