@@ -187,9 +187,6 @@ class TrackedRun:
     def log_image(self, image: Image.Image, key: str, step: int | None = None) -> None:
         _client(self.uri).log_image(self.run_id, image, key=key, step=step, synchronous=True)
 
-    def log_file(self, path: str | Path) -> None:
-        _client(self.uri).log_artifact(self.run_id, str(path))
-
     def log_html(self, html: str, name: str) -> None:
         _client(self.uri).log_text(self.run_id, html, name)
 
