@@ -1,6 +1,6 @@
 """Between the driver of a training and its workers: how far it is, what there is to say, and the wish to stop.
 
-It is a small actor, so that it works on any cluster and outlives workers that are lost.
+It is a small actor beside the driver, so that it works on any cluster and outlives workers whose node is lost.
 """
 
 import signal
@@ -12,6 +12,8 @@ from types import FrameType
 from typing import Any
 
 import ray
+
+from pipelines.placement import on_this_node
 
 POLL_SECONDS = 0.5
 
@@ -65,7 +67,7 @@ class Desk:
 @contextmanager
 def open_desk(on_progress: OnTrainProgress, on_notice: OnNotice) -> Iterator[Any]:
     """The actor's handle. Within, a thread calls back with what is new, and SIGTERM asks the workers to save and end."""
-    desk: Any = ray.remote(num_cpus=0)(Desk).remote()
+    desk: Any = ray.remote(Desk).options(num_cpus=0, scheduling_strategy=on_this_node()).remote()
     ended = threading.Event()
 
     def watch() -> None:

@@ -1,4 +1,4 @@
-"""`python -m infra.local up --folder /tmp/sana-cluster`: a Ray cluster of several hosts on this machine, to work with and to break."""
+"""`python -m infra.local up --folder /tmp/cluster`: a Ray cluster of several hosts on this machine, also to be broken."""
 
 import argparse
 import shlex

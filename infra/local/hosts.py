@@ -15,6 +15,10 @@ SHM_BYTES = 320 * 2**20
 TOKEN_FILE = "/tmp/auth_token"  # on a host, whose /tmp is its own
 ALONE = ("unshare", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child")
 
+NO_PORT = "65536"
+NO_METRICS = {"RAY_enable_metrics_collection": "0", "AUTOSCALER_METRIC_PORT": NO_PORT, "DASHBOARD_METRIC_PORT": NO_PORT}
+"""Ray's metrics are served to all, on all interfaces, without a token. Two of the three doors have no other lock than this."""
+
 INIT = """
 set -eu
 if [ -n "$KEEP" ]; then mkdir -p "$DISK$KEEP"; mount --bind "$KEEP" "$DISK$KEEP"; fi
@@ -104,6 +108,7 @@ def start_host(
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": TOKEN_FILE,
             "RAY_prestart_worker_first_driver": "0",
+            **NO_METRICS,
             **config.health.environment(),
             **environment,
         },

@@ -1,4 +1,4 @@
-"""What a cluster has beside Ray: an S3, an MLflow server and its database. They run on this machine, on the bridge's address."""
+"""What a cluster has beside Ray: an S3, an MLflow server and its database, on this machine, on the bridge's address."""
 
 import importlib.util
 import os
