@@ -36,17 +36,22 @@ done
 
 @dataclass(frozen=True, kw_only=True)
 class HealthConfig:
-    """How soon the head takes a silent host for dead: after about threshold * (period + timeout).
+    """How soon a silent host is taken for dead: by the head after about threshold * (period + timeout), by those who wait for
+    an answer from it after keepalive + timeout of that. A task that a lost host was at work on is begun anew only then.
 
     Args:
-        period_ms: from one question to the next.
+        period_ms: from one question of the head to the next.
         timeout_ms: until a question without an answer has failed.
         threshold: failures in a row.
+        keepalive_ms: from one sign of life of a connection to the next; Ray's own default is 5 minutes.
+        keepalive_timeout_ms: until a connection without an answer is given up; Ray's own default is 2 minutes.
     """
 
     period_ms: int = 1000
     timeout_ms: int = 4000
     threshold: int = 3
+    keepalive_ms: int = 10_000
+    keepalive_timeout_ms: int = 15_000
 
     def environment(self) -> dict[str, str]:
         return {
@@ -54,6 +59,8 @@ class HealthConfig:
             "RAY_health_check_period_ms": str(self.period_ms),
             "RAY_health_check_timeout_ms": str(self.timeout_ms),
             "RAY_health_check_failure_threshold": str(self.threshold),
+            "RAY_grpc_client_keepalive_time_ms": str(self.keepalive_ms),
+            "RAY_grpc_client_keepalive_timeout_ms": str(self.keepalive_timeout_ms),
         }
 
 
