@@ -12,15 +12,15 @@ DEMO_IMAGES = $(if $(IMAGES),--images "$(abspath $(IMAGES))" --dataset_uri "outp
 .PHONY: help install demo test test-cluster lint format benchmark lock clean
 
 help:
-	@echo "make demo       set up $(VENV), then go the whole way once: raw images -> a trained model -> its pictures"
-	@echo "                IMAGES=folder takes your own images, OPTIONS='--world.num_images 200' changes the configuration"
-	@echo "make test       set up $(VENV), check style and types, run the tests (not those marked slow or gpu)"
-	@echo "make test-cluster  as root on Linux: jobs on four hosts of network namespaces, some of which are lost while they work"
-	@echo "make lint       ruff (lint and format) and mypy"
-	@echo "make format     let ruff put the style right"
-	@echo "make benchmark  our model against diffusers on this machine"
-	@echo "make lock       pin anew what the container images hold"
-	@echo "make clean      remove $(VENV) and caches"
+	@echo "make demo          set up $(VENV), then go the whole way once: raw images -> a trained model -> its pictures"
+	@echo "                   IMAGES=folder takes your own images, OPTIONS='--world.num_images 200' changes the configuration"
+	@echo "make test          set up $(VENV), check style and types, run the tests (not those marked slow or gpu)"
+	@echo "make test-cluster  as root on Linux: jobs on four hosts (network namespaces), some of which are lost on the way"
+	@echo "make lint          ruff (lint and format) and mypy"
+	@echo "make format        let ruff put the style right"
+	@echo "make benchmark     our model against diffusers on this machine"
+	@echo "make lock          pin anew what the container images hold"
+	@echo "make clean         remove $(VENV) and caches"
 
 install: $(VENV)/installed
 

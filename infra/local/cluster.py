@@ -15,9 +15,10 @@ from typing import Any
 
 from infra.local.hosts import DASHBOARD_PORT, HealthConfig, HostConfig, start_host
 from infra.local.network import Network
+from infra.local.postgres import Postgres, find_missing
 from infra.local.processes import Process, wait_until
 from infra.local.rights import check_rights
-from infra.local.servers import BUCKET, Postgres, Servers, is_open
+from infra.local.servers import BUCKET, Servers, is_open
 
 ROOT = Path(__file__).parents[2]
 STATE = "cluster.json"
@@ -177,9 +178,9 @@ class Cluster:
         for host in range(self.config.num_hosts):
             self.network.add_host(host)
         self._start_host(0)
-        self._add_server("s3", self._servers.start_s3())
-        mlflow = self._servers.start_mlflow(self._start_database())
-        self._add_server("mlflow", mlflow)
+        s3 = self._add_server("s3", self._servers.start_s3())
+        self._servers.make_bucket(s3)
+        mlflow = self._add_server("mlflow", self._servers.start_mlflow(self._start_database()))
         self._wait_for_head()
         for host in range(1, self.config.num_hosts):
             self._start_host(host)
@@ -188,7 +189,7 @@ class Cluster:
 
     def _start_database(self) -> str:
         """Its URI: PostgreSQL's where it is installed, or else a SQLite file's."""
-        missing = Postgres.find_missing()
+        missing = find_missing()
         if missing is not None:
             print(f"MLflow keeps its runs in SQLite: {missing}", file=sys.stderr)
             return f"sqlite:///{self.folder}/mlflow.db"
@@ -196,6 +197,7 @@ class Cluster:
         self.database = postgres.folder
         self._save()
         self._add_server("postgres", postgres.start(self.folder / "logs" / "postgres.log"))
+        postgres.make_database()
         return postgres.uri
 
     def _wait_for_head(self) -> None:
@@ -210,9 +212,10 @@ class Cluster:
         )
         self._save()
 
-    def _add_server(self, name: str, process: Process) -> None:
+    def _add_server(self, name: str, process: Process) -> Process:
         self.servers[name] = process
         self._save()
+        return process
 
     def _save(self) -> None:
         values = asdict(self) | {"folder": None, "database": str(self.database) if self.database else None}

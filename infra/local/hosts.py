@@ -3,7 +3,7 @@
 import json
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from infra.local.network import INTERFACE, Network
@@ -78,7 +78,7 @@ class HostConfig:
     num_hosts: int = 4
     num_cpus: int = 4
     custom: tuple[str, ...] = ("captioning", "encoding", "training")
-    health: HealthConfig = HealthConfig()  # it is frozen
+    health: HealthConfig = field(default_factory=HealthConfig)
 
     def __post_init__(self) -> None:
         if not 2 <= self.num_hosts <= 100:

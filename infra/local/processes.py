@@ -26,7 +26,6 @@ class Process:
         cls, command: Sequence[str], *, log: Path, environment: Mapping[str, str], user: struct_passwd | None = None
     ) -> "Process":
         """In a session of its own, so that no Ctrl-C reaches it; what it says is added to `log`."""
-        as_user: dict[str, Any] = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if user else {}
         with log.open("ab") as output:
             process = subprocess.Popen(
                 command,
@@ -36,7 +35,7 @@ class Process:
                 stderr=subprocess.STDOUT,
                 cwd="/",
                 start_new_session=True,
-                **as_user,
+                **as_user(user),
             )
         return cls(process.pid, psutil.Process(process.pid).create_time())
 
@@ -63,6 +62,11 @@ class Process:
         alive = [process for process in alive if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
         if alive:
             raise RuntimeError(f"processes {[process.pid for process in alive]} do not die")
+
+
+def as_user(user: struct_passwd | None) -> dict[str, Any]:
+    """For `subprocess`; None: as who we are."""
+    return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if user else {}
 
 
 def wait_until(condition: Callable[[], object], problem: str, *, seconds: float) -> None:
