@@ -4,7 +4,7 @@ import http.client
 import re
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,10 +74,14 @@ def server_listeners(cluster: Cluster) -> dict[str, list[str]]:
 
 
 def grpc_answers(address: str, port: int, token: str | None) -> dict[str, grpc.StatusCode]:
-    """What each method answers to an empty message; without those that the server does not have."""
+    """What each method answers to an empty message; without those that the server does not have. {} if it speaks no gRPC."""
     metadata = (("authorization", f"Bearer {token}"),) if token else None
     answers = {}
     with grpc.insecure_channel(f"{address}:{port}") as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=10)
+        except grpc.FutureTimeoutError:
+            return {}
         for method in METHODS:
             call = channel.unary_unary(method, request_serializer=bytes, response_deserializer=bytes)
             try:
@@ -86,6 +90,21 @@ def grpc_answers(address: str, port: int, token: str | None) -> dict[str, grpc.S
             except grpc.RpcError as error:
                 answers[method] = error.code()
     return {method: code for method, code in answers.items() if code != grpc.StatusCode.UNIMPLEMENTED}
+
+
+def unguarded(cluster: Cluster, found: Iterable[Listener]) -> list[tuple[Listener, dict[str, grpc.StatusCode]]]:
+    """What listens on all interfaces and does not refuse who has no token, or a wrong one; with what it answers.
+
+    All of Ray's doors on all interfaces are gRPC. That the token opens them is what every job on the cluster shows.
+    """
+    loose = []
+    for one in found:
+        for token in (None, "0" * 64) if one.address in WILDCARDS else ():
+            answers = grpc_answers(cluster.network.address(one.host), one.port, token)
+            if set(answers.values()) != {grpc.StatusCode.UNAUTHENTICATED}:
+                loose.append((one, answers))
+                break
+    return loose
 
 
 def http_status(address: str, port: int) -> int | None:

@@ -11,12 +11,14 @@ import pyarrow as pa
 import pytest
 from mlflow.entities import Run
 
+from infra.local.cluster import Cluster
 from pipelines.drawn import read_drawn
 from pipelines.schema import EVALUATIONS, SAMPLES
 from pipelines.storage import open_filesystem
 from pipelines.tables import Table
 from pipelines.training_record import TrainingRecord
 from tests.cluster.faults import FAULTS, Fault, Jobs, wait_for_middle
+from tests.cluster.sockets import listeners, unguarded
 from tests.cluster.stages import (
     CAPTION,
     CAPTION_NEXT,
@@ -112,6 +114,8 @@ def test_a_fault_changes_nothing(
     begin = time.monotonic()
     job = jobs.start(experiment, stage.command(dataset_uri, experiment))
     done, host = wait_for_middle(stage, dataset_uri, job, jobs.cluster)
+    if stage is TRAIN:
+        check_sockets(jobs.cluster)
     with FAULTS[what](jobs.cluster, host):
         assert stage.count_done(dataset_uri) < stage.num_parts - 2, "it was as good as done: nothing was disturbed"
         jobs.finish(experiment, job)
@@ -135,6 +139,13 @@ def test_a_fault_changes_nothing(
         return
     assert contents(stage.table(dataset_uri)) == contents(stage.table(UNDISTURBED))
     assert stage.table(dataset_uri).require().fingerprint == stage.table(UNDISTURBED).require().fingerprint
+
+
+def check_sockets(cluster: Cluster) -> None:
+    """torch's own meeting point of the workers knows no token, and listens on all interfaces of the host of rank 0."""
+    found = [one for host in cluster.hosts for one in listeners(cluster, host)]
+    loose = [one for one, _ in unguarded(cluster, found)]
+    assert len(loose) <= 1 and all(one.owner.startswith(TRAIN.process) for one in loose), loose
 
 
 def check_training(dataset_uri: str, run: Run) -> None:
