@@ -8,12 +8,16 @@ import pyarrow as pa
 
 from pipelines.schema import (
     CAPTIONS,
+    EVALUATIONS,
     IMAGES,
     IMAGES_PATH,
     LATENTS,
+    SAMPLES,
     SCORES,
     captions_path,
+    evaluations_path,
     latents_path,
+    samples_path,
     scores_path,
 )
 from pipelines.storage import list_folder
@@ -25,7 +29,7 @@ NUM_SHARDS = NUM_IMAGES // ROWS_PER_SHARD
 NUM_STEPS, CHECKPOINT_EVERY = 150, 25
 CAPTIONERS = {"llava": "zoo://captioner-a", "llava-next": "zoo://captioner-b"}
 LATENTS_PATH = latents_path("dc-ae-tiny", 64)
-PROMPTS = '["a large red solid circle in the center of a black background", "a blue solid square on a white background"]'
+PROMPTS = ["a large red solid circle in the center of a black background", "a blue solid square on a white background"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,12 +140,16 @@ TRAIN = Stage(
 DATA_STAGES = [INGEST, CAPTION, CAPTION_NEXT, SCORE, EXTRACT]
 
 
-def sample_command(dataset_uri: str, experiment: str) -> list[str]:
-    settings = {"sample.name": "trained", "sample.pipeline": f"{dataset_uri}/train/pipeline", "sample.prompts": PROMPTS}
-    settings["sample.draw.num_steps"] = "4"
-    return Stage(name="sample", settings=settings).command(dataset_uri, experiment)
-
-
-def evaluate_command(dataset_uri: str, experiment: str) -> list[str]:
-    settings = {"evaluate.name": "trained", "evaluate.clip": "zoo://clip"}
-    return Stage(name="evaluate", settings=settings).command(dataset_uri, experiment)
+def last_stages(dataset_uri: str) -> list[Stage]:
+    """Pictures of the trained pipeline, and how well they fit their prompts."""
+    sample = {
+        "sample.name": "trained",
+        "sample.pipeline": f"{dataset_uri}/train/pipeline",
+        "sample.prompts": json.dumps(PROMPTS),
+        "sample.draw.num_steps": 4,
+    }
+    evaluate = {"evaluate.name": "trained", "evaluate.clip": "zoo://clip"}
+    return [
+        Stage(name="sample trained", settings=sample, path=samples_path("trained"), schema=SAMPLES),
+        Stage(name="evaluate trained", settings=evaluate, path=evaluations_path("trained"), schema=EVALUATIONS),
+    ]

@@ -13,7 +13,6 @@ from mlflow.entities import Run
 
 from infra.local.cluster import Cluster
 from pipelines.drawn import read_drawn
-from pipelines.schema import EVALUATIONS, SAMPLES
 from pipelines.storage import open_filesystem
 from pipelines.tables import Table
 from pipelines.training_record import TrainingRecord
@@ -27,11 +26,11 @@ from tests.cluster.stages import (
     INGEST,
     NUM_IMAGES,
     NUM_STEPS,
+    PROMPTS,
     SCORE,
     TRAIN,
     Stage,
-    evaluate_command,
-    sample_command,
+    last_stages,
 )
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
@@ -55,8 +54,8 @@ def undisturbed(jobs: Jobs) -> Mapping[str, float]:
     memory = jobs.cluster.folder / "undisturbed.json"
     if memory.exists():
         return dict(json.loads(memory.read_text()))
-    commands = {stage.name: stage.command(UNDISTURBED, "undisturbed") for stage in [*DATA_STAGES, TRAIN]}
-    commands |= {"sample": sample_command(UNDISTURBED, "undisturbed"), "evaluate": evaluate_command(UNDISTURBED, "undisturbed")}
+    stages = [*DATA_STAGES, TRAIN, *last_stages(UNDISTURBED)]
+    commands = {stage.name: stage.command(UNDISTURBED, "undisturbed") for stage in stages}
     seconds = {name: jobs.run(f"undisturbed {name}", command) for name, command in commands.items()}
     memory.write_text(json.dumps(seconds))
     return seconds
@@ -86,8 +85,8 @@ def test_the_whole_chain(undisturbed: Mapping[str, float]) -> None:
     for stage in DATA_STAGES:
         manifest = stage.table(UNDISTURBED).require()
         assert manifest.complete and manifest.num_rows == NUM_IMAGES, stage.name
-    for path, schema in (("samples/trained", SAMPLES), ("evaluations/trained", EVALUATIONS)):
-        assert Table(UNDISTURBED, path, schema).require().num_rows == 2
+    for stage in last_stages(UNDISTURBED):
+        assert stage.table(UNDISTURBED).require().num_rows == len(PROMPTS), stage.name
     for name in undisturbed:
         (run,) = runs_of("undisturbed", name)
         assert run.info.status == "FINISHED", name
