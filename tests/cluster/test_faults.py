@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Mapping
 
 import mlflow
@@ -107,7 +108,7 @@ def copy_inputs(stage: Stage, dataset_uri: str) -> None:
 def test_a_fault_changes_nothing(
     stage: Stage, what: str, jobs: Jobs, undisturbed: Mapping[str, float], faults: list[Fault]
 ) -> None:
-    experiment = f"{stage.name} {what}".replace(" ", "-")
+    experiment = f"{stage.name} {what} {uuid.uuid4().hex[:6]}".replace(" ", "-")  # anew on a cluster that is kept
     dataset_uri = f"s3://bucket/{experiment}"
     copy_inputs(stage, dataset_uri)
     begin = time.monotonic()
