@@ -17,7 +17,7 @@ from pipelines.drawn import read_drawn
 from pipelines.storage import open_filesystem
 from pipelines.tables import Table
 from pipelines.training_record import TrainingRecord
-from tests.cluster.faults import FAULTS, Fault, Jobs, wait_for_middle
+from tests.cluster.faults import FAULTS, Fault, Jobs, longest_pause, wait_for_middle
 from tests.cluster.sockets import listeners, unguarded
 from tests.cluster.stages import (
     CAPTION,
@@ -129,6 +129,7 @@ def test_a_fault_changes_nothing(
             num_parts=stage.num_parts,
             undisturbed=undisturbed[stage.name],
             seconds=seconds,
+            pause=longest_pause(stage.parts_uri(dataset_uri)),
         )
     )
     (run,) = runs_of(experiment, stage.name)
