@@ -79,13 +79,10 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
     """Of the parameters that are trained."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if config.optimizer in ("came", "came_8bit"):
-        if config.optimizer == "came":
-            from came_pytorch.CAME import CAME
-        else:
-            from pipelines.came_8bit import Came8bit as CAME
+        from pipelines.came import Came8bit, PublishedCAME
 
-        came = config.came
-        return CAME(trained, lr=config.lr, betas=came.betas, eps=came.eps, weight_decay=config.weight_decay)
+        make, came = Came8bit if config.optimizer == "came_8bit" else PublishedCAME, config.came
+        return make(trained, lr=config.lr, betas=came.betas, eps=came.eps, weight_decay=config.weight_decay)
     betas, eps, weight_decay = config.betas, config.eps, config.weight_decay
     if config.optimizer == "adamw_8bit":
         from bitsandbytes.optim import AdamW8bit

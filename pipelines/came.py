@@ -1,9 +1,10 @@
-"""CAME with its momentum, which is nearly all that it remembers, in 8 bits."""
+"""CAME as Sana was trained with it, and with its momentum, which is nearly all that it remembers, in 8 bits."""
 
 from collections.abc import Callable
 from typing import Any
 
 import bitsandbytes.functional as bnb
+import torch
 from came_pytorch.CAME import CAME
 from torch import Tensor
 
@@ -11,7 +12,18 @@ BLOCK = 256  # values that share a scale
 SMALLEST = 4096  # weights with fewer elements keep it in float32, as bitsandbytes' own optimizers do
 
 
-class Came8bit(CAME):
+class PublishedCAME(CAME):
+    """The authors' class, which keeps rows and columns of matrices alone.
+
+    Theirs takes the 3x3 of a depth-wise convolution for matrices too, whose updates are then tens of times too large at first;
+    NVlabs' code does not.
+    """
+
+    def _get_options(self, param_shape: torch.Size) -> bool:
+        return len(param_shape) == 2
+
+
+class Came8bit(PublishedCAME):
     """The authors' steps, weight by weight: before each the momentum becomes float32, and after it 8 bits again.
 
     The 8 bits are bitsandbytes' dynamic ones, with a float32 scale for each 256 values.
