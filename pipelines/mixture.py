@@ -74,6 +74,8 @@ def find_sources(
 
     Args:
         caption_embeds: name of a table under caption_embeds/ of each dataset.
+
+    Raises ValueError if none is named, or one more than once.
     """
     named = [WeightedTable(latents=latents)] if isinstance(latents, str) else latents
     sources = []
@@ -81,6 +83,11 @@ def find_sources(
         uri = dataset_uri if entry.dataset_uri is None else absolute_uri(entry.dataset_uri)
         embeds = None if caption_embeds is None else Table(uri, caption_embeds_path(caption_embeds), CAPTION_EMBEDS)
         sources.append(Source(Table(uri, entry.latents, LATENTS), entry.weight, embeds))
+    uris = [source.table.uri for source in sources]
+    if not uris:
+        raise ValueError("latents=[] names no table: give the path of one, or a list of tables with weights")
+    if twice := {uri for uri in uris if uris.count(uri) > 1}:
+        raise ValueError(f"latents names {min(twice)} more than once: give it one weight")
     return sources
 
 

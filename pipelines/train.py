@@ -127,8 +127,8 @@ def run_train(
 
 
 def check_tables(dataset_uri: str, config: TrainConfig) -> None:
-    """Raises ValueError here, on the driver, for what each worker would find wrong with the tables, and for stored embeddings
-    that are not those of the training's text encoder."""
+    """Raises ValueError for what can be told on the driver: tables that are missing or empty, more workers than shards, and
+    stored embeddings that are not those of the training's text encoder."""
     sources = config.sources(dataset_uri)
     sizes = {"micro_batch_size": config.micro_batch_size, "world_size": config.num_workers}
     TrainingStream(sources, config.data, seed=config.seed, **sizes)

@@ -171,11 +171,7 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.latents == []:
-            raise ValueError("latents is empty: give the path of a table, or a list of tables with weights")
-        tables = self.sources("")
-        if len({source.table.uri for source in tables}) < len(tables):
-            raise ValueError("latents names a table more than once: give it one weight")
+        self.sources("")  # which raises
         self.optim.check_sharding(self.engine.zero_stage)
         if self.lora is not None and self.engine.zero_stage == 3:
             raise ValueError(

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -12,7 +13,10 @@ import torch
 from pipelines.data import TrainingStream
 from pipelines.mixture import Source, WeightedTable, check_channels, find_sources
 from pipelines.samples import StreamConfig
-from pipelines.tables import MissingTableError, Table
+from pipelines.tables import MissingTableError, StaleTableError, Table
+from pipelines.train import train_identity
+from pipelines.training_record import TrainingRecord
+from tests.pipelines.training_ranks import tiny_config
 from tests.pipelines.training_world import PATH, make_row, make_shards, make_table
 
 WEIGHTS = (1.0, 2.5, 0.4)
@@ -192,4 +196,32 @@ def test_tables_are_found_by_their_dataset() -> None:
         "s3://own", [WeightedTable(latents="latents/a"), WeightedTable(latents="latents/b", weight=3, dataset_uri="s3://far/")]
     )
     assert (one.table.uri, other.table.uri, other.weight) == ("s3://own/latents/a", "s3://far/latents/b", 3)
+    with pytest.raises(ValueError, match=r"latents names s3://own/latents/a more than once"):
+        find_sources(
+            "s3://own", [WeightedTable(latents="latents/a"), WeightedTable(latents="latents/a", dataset_uri="s3://own")]
+        )
+    with pytest.raises(ValueError, match="names no table"):
+        find_sources("s3://own", [])
     assert (one.table.name_in("s3://own"), other.table.name_in("s3://own")) == ("latents/a", "s3://far/latents/b")
+
+
+def test_a_table_that_was_made_anew_is_named(tmp_path: Path) -> None:
+    make_table(tmp_path / "own", make_shards([8]))
+    far = make_table(tmp_path / "far", make_shards([8]))
+    mixture = [WeightedTable(latents=PATH), WeightedTable(latents=PATH, weight=2.0, dataset_uri=str(tmp_path / "far"))]
+    config = replace(tiny_config("zoo://pipeline"), latents=mixture)
+    output, own = str(tmp_path / "run"), str(tmp_path / "own")
+    TrainingRecord.claim(output, train_identity(own, config))
+    (tmp_path / "run/checkpoints/step-000001").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/step-000001/rank-00000.json").touch()
+    TrainingRecord.claim(output, train_identity(own, config))
+    (tmp_path / "far" / PATH / "_manifest.json").unlink()
+    (tmp_path / "far" / PATH / "00000.parquet").unlink()
+    with pytest.raises(MissingTableError, match=f"no table '{PATH}' in {tmp_path}/far"):
+        train_identity(own, config)
+    make_table(tmp_path / "far", make_shards([8]), inputs={"scores/clip": "f00d"})
+    with pytest.raises(StaleTableError, match=f"inputs.{far.uri}: '"):
+        TrainingRecord.claim(output, train_identity(own, config))
+    make_table(tmp_path / "far", make_shards([8]), inputs={"scores/clip": "f00d"}, complete=False)
+    with pytest.raises(ValueError, match=f"{far.uri} is not complete"):
+        train_identity(own, config)

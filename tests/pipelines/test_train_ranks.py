@@ -17,14 +17,14 @@ from pipelines.checkpoints import Checkpoint, read_weights
 from pipelines.data import TrainingStream
 from pipelines.drawn import read_drawn
 from pipelines.engine import EngineConfig
-from pipelines.mixture import Source
+from pipelines.mixture import Source, WeightedTable
 from pipelines.optim import OptimConfig
 from pipelines.samples import StreamConfig, is_held_out
 from pipelines.tracking import TrackingConfig
 from pipelines.train_config import TrainConfig
 from pipelines.validate import ValidationConfig
 from tests.pipelines.training_ranks import BUCKETS, tiny_config, train_on_ranks
-from tests.pipelines.training_world import make_pipeline, make_row, make_shards, make_table
+from tests.pipelines.training_world import PATH, make_pipeline, make_row, make_shards, make_table
 from tests.s3 import BUCKET, s3_environment, serve_s3
 
 SIZES = [30, 20, 26]
@@ -48,23 +48,36 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def test_two_workers_then_one_then_two(tmp_path: Path, dataset: Path, config: TrainConfig) -> None:
-    """One training, whose world size and ZeRO stage change: no sample of an epoch is lost, none comes twice."""
-    turns = [(2, 3, 5), (1, 1, 12), (2, 2, 50)]
+    """One training on a mixture, whose world size and ZeRO stage change: no sample that is due is lost, none comes twice."""
+    make_table(tmp_path / "more", make_shards([7, 5], BUCKETS, first=100))
+    mixture = [WeightedTable(latents=PATH), WeightedTable(latents=PATH, dataset_uri=str(tmp_path / "more"), weight=1.5)]
+    config = replace(config, latents=mixture)
+    turns = [(2, 3, 5), (1, 1, 12), (2, 2, 60)]
     for num_workers, zero_stage, num_steps in turns:
         engine = EngineConfig(zero_stage=zero_stage, dtype="fp32")
         part = replace(config, num_workers=num_workers, engine=engine, num_steps=num_steps)
         trained = train_on_ranks(tmp_path, dataset, [("run", part)])["run"]
         assert trained.error is None and list(trained.losses) == list(range(1, num_steps + 1))
     drawn = read_drawn(str(tmp_path / "run" / "drawn"))
-    assert list(drawn) == list(range(1, 51)) and all(len(samples) == 4 for samples in drawn.values())
+    assert list(drawn) == list(range(1, 61)) and all(len(samples) == 4 for samples in drawn.values())
     counts = Counter(sample for samples in drawn.values() for sample in samples)
-    states = Checkpoint.open(str(tmp_path / "run" / "checkpoints" / "step-000050")).states
+    states = Checkpoint.open(str(tmp_path / "run" / "checkpoints" / "step-000060")).states
     buffers = [state["stream"]["buffers"] for state in states]
     counts.update((epoch, sample_id) for buffer in buffers for rows in buffer.values() for epoch, _, sample_id in rows)
     ended = min(state["stream"]["epoch"] for state in states)
     assert ended >= 2 and set(counts.values()) == {1}
-    ids = [make_row(index)["id"] for index in range(sum(SIZES))]
-    assert {key for key in counts if key[0] < ended} == {(epoch, sample_id) for epoch in range(ended) for sample_id in ids}
+    sources, numbers = config.sources(str(dataset)), (range(sum(SIZES)), range(100, 112))
+    due = [
+        {
+            (draw, sample_id)
+            for source, indices in zip(sources, numbers, strict=True)
+            for sample_id in (str(make_row(index)["id"]) for index in indices)
+            for epoch in range(num_epochs)
+            for draw in source.draws(sample_id, epoch=epoch, seed=config.seed)
+        }
+        for num_epochs in (ended, ended + 3)
+    ]
+    assert due[0] <= counts.keys() <= due[1] and len(due[0]) > ended * 90
 
 
 def test_damaged_checkpoints_give_way_to_the_one_before(tmp_path: Path, dataset: Path, config: TrainConfig) -> None:
