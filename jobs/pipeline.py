@@ -16,7 +16,9 @@ from pipelines.evaluate import EvaluateConfig
 from pipelines.extract_config import ExtractConfig
 from pipelines.ingest import IngestConfig
 from pipelines.sample import DrawConfig, SampleConfig
+from pipelines.schema import LATENTS
 from pipelines.score import ScorerConfig
+from pipelines.tables import Table
 from pipelines.train import TrainResult
 from pipelines.train_config import TrainConfig
 
@@ -49,7 +51,8 @@ class StagesJob(JobConfig):
             raise ValueError(f"captioners={names}: {sorted(repeated)} name a table more than once")
         if self.extract.scorer != self.scorer.name:
             raise ValueError(f"extract.scorer={self.extract.scorer} is not scorer.name={self.scorer.name}")
-        if self.train.latents != self.extract.path:
+        extracted = Table(self.dataset_uri, self.extract.path, LATENTS)
+        if extracted.uri not in [source.table.uri for source in self.train.sources(self.dataset_uri)]:
             raise ValueError(f"train.latents={self.train.latents} is not what extract makes, {self.extract.path}")
 
 
