@@ -117,7 +117,8 @@ def train_pipeline(job: StagesJob, timings: Timings) -> TrainResult:
 def draw_and_judge(job: StagesJob, name: str, pipeline: str, prompts: list[str] | str, *, step: int, timings: Timings) -> None:
     """The sample and evaluate stages with one pipeline."""
     settings = SampleConfig(name=name, pipeline=pipeline, prompts=prompts, draw=job.draw)
-    judge = EvaluateConfig(name=name, clip=job.scorer.model, resources=job.scorer.resources)
+    scorer = job.scorer
+    judge = EvaluateConfig(name=name, model=scorer.model, revision=scorer.revision, resources=scorer.resources)
     timings.measure(f"sample {name}", lambda: sample.run(_stage(sample.SampleJob, job, sample=settings, step=step)))
     timings.measure(f"evaluate {name}", lambda: evaluate.run(_stage(evaluate.EvaluateJob, job, evaluate=judge)))
 

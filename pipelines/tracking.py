@@ -163,14 +163,14 @@ def end_status(error: BaseException) -> RunEnd:
 
 
 def code_tags() -> dict[str, str]:
-    """Which code makes a run: the commit, where it is a checkout, and the versions that matter."""
+    """Which code makes a run: the commit, of a checkout or that an image was built from, and the versions that matter."""
     tags = {f"version.{name}": version(name) for name in VERSIONS} | {"version.python": platform.python_version()}
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        described = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return tags
-    return tags | {"mlflow.source.git.commit": described.stdout.strip()}
+        commit = os.environ.get("SANA_GIT_COMMIT", "")
+    return tags | ({"mlflow.source.git.commit": commit} if commit else {})
 
 
 @dataclass(frozen=True)
