@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Literal, TypeVar
 
 import ray
+import ray.data
 
 from jobs.config import parse_config, to_dict
 from jobs.exit_codes import ExitCode, exit_code
@@ -65,10 +66,10 @@ class RayConfig:
 def start_ray(config: RayConfig) -> Iterator[None]:
     """Connect to the cluster, or start a local Ray and stop it at the end."""
     logging.getLogger("mlflow").setLevel(logging.WARNING)
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ side writes to this process's own stderr
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     else:
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ side writes to this process's own stderr
         ray.init(
             num_cpus=config.num_cpus,
             num_gpus=config.num_gpus,
@@ -76,12 +77,20 @@ def start_ray(config: RayConfig) -> Iterator[None]:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    _quiet_ray_data()
     signal.signal(signal.SIGTERM, _stop)  # after ray.init, which sets a handler of its own
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _quiet_ray_data() -> None:
+    """Only its warnings are shown: a stage says itself how far it is. Its log files keep everything."""
+    for handler in logging.getLogger(ray.data.__name__).handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that there are no bars
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
