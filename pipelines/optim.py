@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -78,16 +78,29 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
     """Of the parameters that are trained."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if config.optimizer == "came":
-        from came_pytorch.CAME import CAME
-
         came = config.came
-        return CAME(trained, lr=config.lr, betas=came.betas, eps=came.eps, weight_decay=config.weight_decay)
+        return _came()(trained, lr=config.lr, betas=came.betas, eps=came.eps, weight_decay=config.weight_decay)
     betas, eps, weight_decay = config.betas, config.eps, config.weight_decay
     if config.optimizer == "adamw_8bit":
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(trained, lr=config.lr, betas=betas, eps=eps, weight_decay=weight_decay)
     return torch.optim.AdamW(trained, lr=config.lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+
+
+def _came() -> Any:
+    """The class of the authors' CAME, which keeps rows and columns of matrices alone.
+
+    Theirs takes the 3x3 of a depth-wise convolution for matrices too, whose updates are then tens of times too large at first;
+    NVlabs' code does not.
+    """
+    from came_pytorch.CAME import CAME
+
+    class PublishedCAME(CAME):
+        def _get_options(self, param_shape: torch.Size) -> bool:
+            return len(param_shape) == 2
+
+    return PublishedCAME
 
 
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:

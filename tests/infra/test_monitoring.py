@@ -13,6 +13,9 @@ from typing import Any
 import promql_parser
 import pytest
 import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
 from prometheus_client.parser import text_string_to_metric_families
 from ray.dashboard.consts import GPU_TAG_KEYS
 from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
@@ -112,8 +115,43 @@ def test_a_wrong_name_or_label_would_be_seen() -> None:
         promql_parser.parse("sum by stage (ray_a")
 
 
-def test_the_dashboard_is_one_that_grafana_loads() -> None:
-    """The fields that Grafana's dashboard schema asks for, no panel over another, no variable that is not there."""
+def unknown_to_grafana(given: Any, read: Any, place: str = "") -> Iterator[str]:
+    """Where what Grafana's schema made of a dashboard lacks or changes what was given."""
+    if isinstance(given, dict) and isinstance(read, dict):
+        for name, value in given.items():
+            if name in read:
+                yield from unknown_to_grafana(value, read[name], f"{place}.{name}")
+            else:
+                yield f"{place}.{name}"
+    elif isinstance(given, list) and isinstance(read, list) and len(given) == len(read):
+        for index, (one, other) in enumerate(zip(given, read, strict=True)):
+            yield from unknown_to_grafana(one, other, f"{place}[{index}]")
+    elif given != read:
+        yield place
+
+
+def through_grafana(dashboard: dict[str, Any]) -> dict[str, Any]:
+    """Read into Grafana's own classes, plugins' options too, and written out of them again."""
+    register_default_plugins()
+    read: dict[str, Any] = json.loads(JSONEncoder().encode(Dashboard.from_json(dashboard)))
+    return read
+
+
+def test_grafanas_schema_knows_every_field_of_the_dashboard() -> None:
+    assert not list(unknown_to_grafana(DASHBOARD, through_grafana(DASHBOARD)))
+
+
+def test_a_field_that_grafanas_schema_does_not_know_would_be_seen() -> None:
+    planted = json.loads(json.dumps(DASHBOARD))
+    planted["panels"][1]["fieldConfig"]["defaults"]["custom"]["fillOpacty"] = 10
+    planted["panels"][1]["targets"][0]["legendFromat"] = "{{stage}}"
+    planted["time"]["form"] = "now-6h"
+    found = set(unknown_to_grafana(planted, through_grafana(planted)))
+    assert found == {".time.form", ".panels[1].fieldConfig.defaults.custom.fillOpacty", ".panels[1].targets[0].legendFromat"}
+
+
+def test_the_dashboard_is_laid_out_and_refers_to_what_is_there() -> None:
+    """The fields that an import needs, no panel over another, no variable that is not there."""
     assert {"uid", "title", "schemaVersion", "panels", "templating", "time"} <= set(DASHBOARD) and "id" not in DASHBOARD
     ids = [panel["id"] for panel in DASHBOARD["panels"]]
     assert len(set(ids)) == len(ids)

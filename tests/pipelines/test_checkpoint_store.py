@@ -86,3 +86,12 @@ def test_the_best_the_newest_and_every_fourth_stay(tmp_path: Path) -> None:
         store.write(make_snapshot(step, loss=loss))
         store.wait()
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-00000{step}" for step in (3, 4, 8, 9)]
+
+
+def test_the_newest_is_that_of_the_highest_step(tmp_path: Path) -> None:
+    """Whatever the length of its name."""
+    store = CheckpointStore(str(tmp_path), keep_last=2, say=print)
+    for step in (998_000, 999_000, 1_000_000, 1_001_000):
+        store.write(make_snapshot(step))
+        store.wait()
+    assert [uri.rpartition("/")[2] for uri in list_checkpoints(str(tmp_path))] == ["step-1001000", "step-1000000"]

@@ -151,6 +151,19 @@ def came_by_the_book(weight: Tensor, gradients: list[Tensor], config: OptimConfi
     return weight
 
 
+def test_came_does_not_factor_the_kernels_of_depthwise_convolutions() -> None:
+    """As in NVlabs' code: their updates begin at (1 - beta1) and keep all square gradients."""
+    kernel = nn.Parameter(torch.zeros(256, 1, 3, 3))
+    optimizer = make_optimizer([kernel], OptimConfig(optimizer="came", lr=1.0))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        kernel.grad = torch.randn(kernel.shape, generator=generator)
+        before = kernel.detach().clone()
+        optimizer.step()
+    assert set(optimizer.state[kernel]) == {"step", "exp_avg", "exp_avg_sq", "RMS"}
+    assert (kernel.detach() - before).square().mean().sqrt() < 0.5  # factored: about 8
+
+
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_came_is_the_published_one(weight_decay: float) -> None:
     config = OptimConfig(optimizer="came", lr=1e-2, weight_decay=weight_decay)
