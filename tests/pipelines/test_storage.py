@@ -111,7 +111,7 @@ def test_files_are_found_and_removed_and_listings_are_never_old(proxy: FaultyPro
     environment = {**os.environ, **s3_environment(endpoint)}
     subprocess.run([sys.executable, "-c", code, f"{URI}/found/two"], env=environment, check=True)
     assert find_files(f"{URI}/found") == {"a/one": 1, "two": 2}
-    assert list_folder(f"{URI}/found") == ["a", "two"]
+    assert list_folder(f"{URI}/found") == ["a", "two"] and list_folder(f"{URI}/found", with_files=False) == ["a"]
     for _ in range(2):
         remove_file(f"{URI}/found/two")
     assert list_folder(f"{URI}/found") == ["a"]
