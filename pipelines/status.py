@@ -17,7 +17,7 @@ from pipelines.plan import read_plan
 from pipelines.schema import IMAGES_PATH, SCHEMA_VERSION, TABLE_SCHEMAS
 from pipelines.stage import NUM_THREADS
 from pipelines.storage import find_files, list_folder, read_file
-from pipelines.tables import REBUILD, Manifest, Table
+from pipelines.tables import REBUILD, Manifest, Table, is_elsewhere
 from pipelines.training_record import RECORD
 
 SHORT = 8  # digits of a fingerprint
@@ -241,5 +241,5 @@ def _training_status(
         inputs=record["inputs"],
         num_steps=record["config"]["num_steps"],
         result=record["result"],
-        stale=stale_inputs(record["inputs"], tables, stale),
+        stale=stale_inputs({name: value for name, value in record["inputs"].items() if not is_elsewhere(name)}, tables, stale),
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlflow
 import yaml
@@ -18,6 +18,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from PIL import Image
 
+from pipelines.tables import table_uri
+
+RunEnd = Literal["FINISHED", "FAILED", "KILLED"]
 VERSIONS = ("torch", "ray", "deepspeed", "transformers", "mlflow")
 
 
@@ -55,7 +58,7 @@ def start_run(
     tags: Mapping[str, str] | None = None,
     run_id: str | None = None,
 ) -> Iterator["TrackedRun"]:
-    """An MLflow run; it ends as FAILED if the body raises. `run_id` continues a run."""
+    """An MLflow run; it ends as FAILED if the body raises, as KILLED if it was stopped. `run_id` continues a run."""
     uri = tracking_uri(tracking, output_dir)
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +73,11 @@ def start_run(
             mlflow.log_params({key: str(value)[:6000] for key, value in flatten(config).items()})
             mlflow.log_text(yaml.safe_dump(dict(config), sort_keys=False), "config.yaml")
         mlflow.set_tags({"stage": name, **code_tags(), **(tags or {})})
-        yield TrackedRun(run.info.run_id, uri)
+        try:
+            yield TrackedRun(run.info.run_id, uri)
+        except BaseException as error:
+            mlflow.end_run(end_status(error))
+            raise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,15 +157,20 @@ class RunPlan:
         return None
 
 
+def end_status(error: BaseException) -> RunEnd:
+    """Of a run that an exception ended: what is no Exception (a signal, Ctrl-C) stopped it from outside."""
+    return "FAILED" if isinstance(error, Exception) else "KILLED"
+
+
 def code_tags() -> dict[str, str]:
-    """Which code makes a run: the commit, where it is a checkout, and the versions that matter."""
+    """Which code makes a run: the commit, of a checkout or that an image was built from, and the versions that matter."""
     tags = {f"version.{name}": version(name) for name in VERSIONS} | {"version.python": platform.python_version()}
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        described = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return tags
-    return tags | {"mlflow.source.git.commit": described.stdout.strip()}
+        commit = os.environ.get("SANA_GIT_COMMIT", "")
+    return tags | ({"mlflow.source.git.commit": commit} if commit else {})
 
 
 @dataclass(frozen=True)
@@ -181,8 +193,8 @@ class TrackedRun:
     def set_tags(self, tags: Mapping[str, str]) -> None:
         _client(self.uri).log_batch(self.run_id, tags=[RunTag(name, value[:5000]) for name, value in tags.items()])
 
-    def end(self, *, failed: bool) -> None:
-        _client(self.uri).set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
+    def end(self, status: RunEnd) -> None:
+        _client(self.uri).set_terminated(self.run_id, status)
 
     def log_image(self, image: Image.Image, key: str, step: int | None = None) -> None:
         _client(self.uri).log_image(self.run_id, image, key=key, step=step, synchronous=True)
@@ -191,20 +203,21 @@ class TrackedRun:
         _client(self.uri).log_text(self.run_id, html, name)
 
     def log_inputs(self, dataset_uri: str, fingerprints: Mapping[str, str], context: str) -> None:
-        """Say what this run read (path of a table: fingerprint), and for what, as MLflow's datasets."""
+        """Say what this run read (name of a table: fingerprint), and for what, as MLflow's datasets."""
         inputs = [
             DatasetInput(
-                Dataset(name=path, digest=fingerprint[:32], source_type="table", source=f"{dataset_uri}/{path}"),
+                Dataset(name=name, digest=fingerprint[:32], source_type="table", source=table_uri(dataset_uri, name)),
                 [InputTag("mlflow.data.context", context)],
             )
-            for path, fingerprint in fingerprints.items()
+            for name, fingerprint in fingerprints.items()
         ]
         _client(self.uri).log_inputs(self.run_id, inputs)
 
     def tag_tables(self, fingerprints: Mapping[str, str]) -> None:
-        """Say which tables (path: fingerprint) this run read or made."""
-        for path, fingerprint in fingerprints.items():
-            _client(self.uri).set_tag(self.run_id, f"table.{path}", fingerprint)
+        """Say which tables (name: fingerprint) this run read or made."""
+        for name, fingerprint in fingerprints.items():
+            tag = f"table.{name}".replace("://", ":/")  # MLflow takes no two slashes
+            _client(self.uri).set_tag(self.run_id, tag, fingerprint)
 
 
 @cache
