@@ -86,6 +86,17 @@ def test_after_a_failure_the_missing_shards_are_made_and_no_other(table: Table, 
     assert {shard: files[shard].stat().st_mtime_ns for shard in stamps} == stamps
 
 
+def test_parts_after_one_with_a_failure_are_made_too(table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_stream, "SHARDS_PER_ACTOR", 2)
+    armed = tmp_path / "armed"
+    armed.touch()
+    ids = {"00000": ["poison"], **{f"{shard:05}": [f"row-{shard}"] for shard in range(1, 5)}}
+    with pytest.raises(ShardError, match="shards 00000 could not be made"):
+        run(table, ids=ids, make_worker=partial(Upper, armed))
+    armed.unlink()
+    assert run(table, ids=ids).found_shards == 4 and contents(table) == ids
+
+
 def test_a_process_that_dies_now_and_then_costs_nothing(table: Table, tmp_path: Path) -> None:
     lives = tmp_path / "lives"
     lives.mkdir()
