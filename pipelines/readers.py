@@ -121,6 +121,8 @@ def _read_image_file(source: Source, part: Part) -> Row:
     uri = source.uri_of(part.path)
     content = read_key(uri, source.max_bytes, part.size)
     if isinstance(content, FetchError):
+        if content.reason in ("bad_url", "download_failed"):  # the folder was listed: it can be opened, if not now
+            raise StorageError(f"cannot read {uri}: {content.detail}")
         return _refused(uri, content)
     beside = {splitext(path)[1]: read_key(source.uri_of(path), source.max_bytes) for path in part.sidecars}
     return {"image_bytes": content, "source_uri": uri, **read_sidecars(beside)}
