@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from pipelines import shard_stream
@@ -84,6 +85,12 @@ def test_after_a_failure_the_missing_shards_are_made_and_no_other(table: Table, 
     assert contents(table) == EXPECTED and contents(table.rejects()) == REFUSED
     assert result.found_shards == 2 and result.num_rows == 5 and result.figures == {"kept.mean": 1.25, "kept.min": 0}
     assert {shard: files[shard].stat().st_mtime_ns for shard in stamps} == stamps
+
+
+def test_rows_that_fit_no_schema_cost_their_shard_and_say_why() -> None:
+    shard = shard_stream._read_row("00003", shard_stream._pack(read_ids(IDS, "00003")), None)
+    made = shard_stream._Worker(Upper, pa.schema([("caption", pa.int64())]))(shard)
+    assert "'F'" in made["error"][0].as_py()["message"] and made["shard"].to_pylist() == ["00003"]
 
 
 def test_a_process_that_dies_now_and_then_costs_nothing(table: Table, tmp_path: Path) -> None:
