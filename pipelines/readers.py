@@ -85,8 +85,9 @@ def read_parts(source: Source, parts: list[Part]) -> pa.Table:
     Raises StorageError: the storage does not answer; no row is given up for that.
     """
     rows = list(_read_rows(source, parts))
-    for row in rows:  # names in an archive or a folder may be no UTF-8
-        row["source_uri"] = row["source_uri"].encode(errors="backslashreplace").decode()
+    for row in rows:  # names in an archive or a folder may be no UTF-8, and errors name them
+        for name in {"source_uri", "detail"} & row.keys():
+            row[name] = row[name].encode(errors="backslashreplace").decode()
     return pa.Table.from_pylist(rows, SOURCE_ROWS)
 
 
