@@ -149,6 +149,18 @@ def test_a_key_that_no_file_system_takes_costs_its_row(tmp_path: Path) -> None:
     assert found["error"].to_pylist() == [None, "download_failed", None]
 
 
+def test_records_of_json_need_not_be_alike(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(IMAGE)
+    records = [{"url": "a.png"}, {"score": 1, "text": "a cat", "url": "a.png"}, {"url": 7}, {"url": "a.png", "text": None}]
+    lines = ["{broken", *(json.dumps(record) for record in records)]
+    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    rows = found(list_source(tmp_path / "list.jsonl"))
+    assert [(row["error"], row["caption"]) for row in rows] == [
+        ("no_url", None), (None, None), (None, "a cat"), ("no_url", None), (None, None)
+    ]  # fmt: skip
+    assert "list_error" in json.loads(rows[0]["metadata"]) and json.loads(rows[2]["metadata"]) == {"score": 1}
+
+
 def test_slices_of_long_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.lists.PIECE_ROWS", 10)
     monkeypatch.setattr("pipelines.lists.ROW_GROUP", 4)
