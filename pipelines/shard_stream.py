@@ -8,6 +8,7 @@ Ray Data holds back readers while what they read fills its share of the object s
 has made, until its dataset ends, is bounded by `SHARDS_PER_ACTOR`.
 """
 
+import os
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import pyarrow as pa
 import ray
+import torch
 from ray.util.annotations import RayDeprecationWarning
 
 from pipelines.lease import LeaseLostError, Ticket
@@ -205,6 +207,9 @@ class _Worker:
                 self.worker = self.worker or self.make_worker()
                 output = self.worker.process(_unpack(batch["rows"]))
                 rows, refused = output.tables(self.schema)
+            except torch.AcceleratorError:
+                traceback.print_exc()
+                os._exit(1)  # the device is lost to this process: Ray starts another
             except Exception as failure:
                 error = _describe(failure)
         figures = pa.array([list(output.figures.items())], FIGURES)

@@ -12,7 +12,7 @@ from pipelines.schema import CAPTIONS
 from pipelines.stage import Progress, Resources, ShardError, ShardWorker, StageResult, TooManyRejectsError, run_shards
 from pipelines.storage import StorageError
 from pipelines.tables import Identity, StaleTableError, Table
-from tests.pipelines.stage_workers import Dying, Unborn, Upper, read_ids
+from tests.pipelines.stage_workers import Dying, Unborn, Upper, WithoutDevice, read_ids
 
 IDS = {
     "00000": ["a", "b", "c-bad"],
@@ -104,12 +104,16 @@ def test_rows_that_fit_no_schema_cost_their_shard_and_say_why() -> None:
     assert "'F'" in made["error"][0].as_py()["message"] and made["shard"].to_pylist() == ["00003"]
 
 
-def test_a_process_that_dies_now_and_then_costs_nothing(table: Table, tmp_path: Path) -> None:
+@pytest.mark.parametrize("worker", [Dying, WithoutDevice])
+def test_a_process_that_dies_now_and_then_costs_nothing(
+    table: Table, tmp_path: Path, worker: Callable[[Path], ShardWorker]
+) -> None:
+    """A CUDA error ends it too: it would fail every other shard."""
     lives = tmp_path / "lives"
     lives.mkdir()
     for life in "ab":
         (lives / life).touch()
-    result = run(table, make_worker=partial(Dying, lives), num_actors=2)
+    result = run(table, make_worker=partial(worker, lives), num_actors=2)
     assert contents(table) == EXPECTED and contents(table.rejects()) == REFUSED
     assert list(lives.iterdir()) == [] and result.num_rows == 5 and table.require().complete
 
