@@ -113,7 +113,7 @@ class CaptionJudge:
     def _clean(self, outcome: Outcome) -> Outcome:
         if isinstance(outcome, Refusal):
             return outcome
-        caption = outcome.caption.strip()
+        caption = outcome.caption.encode(errors="replace").decode().strip()  # a server may send half a character of UTF-16
         if self.quality.boilerplate == "strip":
             caption = strip_boilerplate(caption)
         if not caption:

@@ -157,7 +157,8 @@ class ShardReader:
             return self._read(shard)
         with skipping(self.ledger, int(shard)):
             table = self._read(shard)
-        earlier = claim(self.ledger, int(shard), _digests(table), lambda other: _digests(self._read(f"{other:05}")))
+        read_other = None if self.source.kind == "list" else lambda other: _digests(self._read(f"{other:05}"))
+        earlier = claim(self.ledger, int(shard), _digests(table), read_other)
         errors, details = table["error"].to_pylist(), table["detail"].to_pylist()
         rows = [row for row, image in enumerate(table["id"]) if image.is_valid]
         for row, place in zip(rows, earlier.tolist(), strict=True):

@@ -23,6 +23,7 @@ from pipelines.storage import open_file, read_file, write_file
 PIECE_ROWS = 100_000
 ROW_GROUP = 1000  # about what a shard reads
 MAX_FIELD = 2**24  # characters of a CSV's field; Python's own limit is 128 KiB
+LIST_ERROR = "list_error"  # in the metadata of a line that is no record
 LIST_ROWS = pa.schema([("url", pa.string()), ("caption", pa.string()), ("metadata", pa.string())])
 
 
@@ -93,8 +94,7 @@ def _piece_uri(source: Source, path: str, piece: int) -> str:
 
 def _read_list(source: Source, path: str) -> Iterator[Row]:
     """Rows of LIST_ROWS; a line that is no record has no URL, and says why in its metadata."""
-    uri = source.uri_of(path)
-    with open_file(uri) as file:
+    with open_file(source.uri_of(path)) as file:
         if path.lower().endswith(".parquet"):
             parquet = pq.ParquetFile(file)
             columns = [field.name for field in parquet.schema_arrow if not is_binary(field.type)]
@@ -104,25 +104,35 @@ def _read_list(source: Source, path: str) -> Iterator[Row]:
         else:
             text = io.TextIOWrapper(file, "utf-8-sig", errors="replace", newline="")
             records = _read_csv(text, path) if path.lower().endswith((".csv", ".tsv")) else _read_json(text)
-            first = next(records, None)
-            if first is None:
+            first = list(islice(records, ROW_GROUP))
+            if not first:
                 return
-            schema = pa.schema(
-                [(name, pa.string()) for name, value in first.items() if value is None or isinstance(value, str)]
-            )
-            records = chain([first], records)
-        url_column = find_column(schema, source.url_column, URL_COLUMNS, holds_text)
-        caption_column = find_column(schema, source.caption_column, CAPTION_COLUMNS, holds_text)
-        if url_column is None:
-            wanted = source.url_column or " or ".join(URL_COLUMNS)
-            raise ValueError(
-                f"{uri} has no column of URLs named {wanted}: set url_column. There are: {', '.join(schema.names)}"
-            )
-        if source.caption_column and caption_column is None:
-            raise ValueError(f"{uri} has no column of text named caption_column={source.caption_column!r}")
+            schema = _schema_of(first)
+            records = chain(first, records)
+        url_column, caption_column = _find_columns(schema, source, path)
         for record in records:
             url, caption = record.pop(url_column, None), record.pop(caption_column, None) if caption_column else None
             yield {"url": _text(url), "caption": _text(caption), "metadata": to_json(record)}
+
+
+def _schema_of(records: list[Row]) -> pa.Schema:
+    """The keys whose values are text, or null, in any of the records: not each of them has all."""
+    keys = {name: None for record in records for name, value in record.items() if value is None or isinstance(value, str)}
+    keys.pop(LIST_ERROR, None)
+    return pa.schema([(name, pa.string()) for name in keys])
+
+
+def _find_columns(schema: pa.Schema, source: Source, path: str) -> tuple[str, str | None]:
+    """Names of the columns of URLs and of captions, if there is one."""
+    url_column = find_column(schema, source.url_column, URL_COLUMNS, holds_text)
+    caption_column = find_column(schema, source.caption_column, CAPTION_COLUMNS, holds_text)
+    uri, there = source.uri_of(path), ", ".join(schema.names)
+    if url_column is None:
+        wanted = source.url_column or " or ".join(URL_COLUMNS)
+        raise ValueError(f"{uri} has no column of URLs named {wanted}: set url_column. There are: {there}")
+    if source.caption_column and caption_column is None:
+        raise ValueError(f"{uri} has no column of text named caption_column={source.caption_column!r}. There are: {there}")
+    return url_column, caption_column
 
 
 def _text(value: object) -> str | None:
@@ -143,5 +153,5 @@ def _read_json(text: Iterable[str]) -> Iterator[Row]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            record = {"list_error": str(error)}
-        yield record if isinstance(record, dict) else {"list_error": f"a {type(record).__name__}, not an object"}
+            record = {LIST_ERROR: str(error)}
+        yield record if isinstance(record, dict) else {LIST_ERROR: f"a {type(record).__name__}, not an object"}

@@ -246,6 +246,8 @@ def _gradients(training: TrainConfig, sizes: ModelSizes) -> tuple[int, int]:
         whole = 4 if engine.zero_stage == 1 and engine.dtype != "fp32" else 0
         return (size + whole) * sizes.trained, 0
     kept = 0 if engine.offload_optimizer else 4 * sizes.trained // training.num_workers
+    if engine.zero_stage == 3:  # sums them in the bucket itself
+        size = {"fp32": 4, "bf16": 2}[engine.reduce_dtype]
     return kept, size * BUCKET
 
 

@@ -171,9 +171,11 @@ def _step_lines(result: Preflight) -> list[str]:
     known = result.dataset.caption_tokens
     caption_tokens = round(sum(known) / len(known)) if known else step.caption_tokens
     batch = training.global_batch_size
-    flops = step_flops(config, batch_size=batch, image_tokens=image_tokens, caption_tokens=caption_tokens)
-    if training.engine.checkpoint_blocks:
-        flops *= 1 + 1 / (3 * training.engine.checkpoint_blocks)
+    adapters = training.lora is not None
+    sizes = {"batch_size": batch, "image_tokens": image_tokens, "caption_tokens": caption_tokens}
+    flops = step_flops(config, **sizes, adapters=adapters)
+    if training.engine.checkpoint_blocks:  # another forward pass
+        flops *= 1 + 1 / ((2 if adapters else 3) * training.engine.checkpoint_blocks)
     flops += 2.0 * result.sizes.text_encoder * caption_tokens * batch
     optim = training.optim
     lines = [

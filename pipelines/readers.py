@@ -85,8 +85,9 @@ def read_parts(source: Source, parts: list[Part]) -> pa.Table:
     Raises StorageError: the storage does not answer; no row is given up for that.
     """
     rows = list(_read_rows(source, parts))
-    for row in rows:  # names in an archive or a folder may be no UTF-8
-        row["source_uri"] = row["source_uri"].encode(errors="backslashreplace").decode()
+    for row in rows:  # names in an archive or a folder may be no UTF-8, and errors name them
+        for name in {"source_uri", "detail"} & row.keys():
+            row[name] = row[name].encode(errors="backslashreplace").decode()
     return pa.Table.from_pylist(rows, SOURCE_ROWS)
 
 
@@ -121,6 +122,8 @@ def _read_image_file(source: Source, part: Part) -> Row:
     uri = source.uri_of(part.path)
     content = read_key(uri, source.max_bytes, part.size)
     if isinstance(content, FetchError):
+        if content.reason in ("bad_url", "download_failed"):  # the folder was listed: it can be opened, if not now
+            raise StorageError(f"cannot read {uri}: {content.detail}")
         return _refused(uri, content)
     beside = {splitext(path)[1]: read_key(source.uri_of(path), source.max_bytes) for path in part.sidecars}
     return {"image_bytes": content, "source_uri": uri, **read_sidecars(beside)}

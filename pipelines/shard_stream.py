@@ -199,13 +199,14 @@ class _Worker:
     def __call__(self, batch: pa.Table) -> pa.Table:
         shard, error = batch["shard"][0].as_py(), batch["error"][0].as_py()
         output = ShardOutput([], [])
+        rows, refused = output.tables(self.schema)
         if error is None:
             try:
                 self.worker = self.worker or self.make_worker()
                 output = self.worker.process(_unpack(batch["rows"]))
+                rows, refused = output.tables(self.schema)
             except Exception as failure:
                 error = _describe(failure)
-        rows, refused = output.tables(self.schema)
         figures = pa.array([list(output.figures.items())], FIGURES)
         return _read_row(shard, _pack(rows), error).append_column("rejects", _pack(refused)).append_column("figures", figures)
 

@@ -4,6 +4,7 @@ import logging
 import tempfile
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,8 @@ from ray.train.torch import TorchTrainer
 
 from pipelines.caption_embeds import check_caption_embeds
 from pipelines.data import TrainingStream
+from pipelines.lease import hold
+from pipelines.mixture import Source
 from pipelines.model_shapes import find_text_encoder
 from pipelines.models import model_version
 from pipelines.storage import list_folder
@@ -32,7 +35,7 @@ NOT_IN_IDENTITY = {
         *("checkpoint_every", "keep_checkpoints", "keep_every", "keep_best", "validation"),
     ),
     "data": ("prefetch",),
-    "engine": ("zero_stage", "offload_optimizer", "offload_weights", "checkpoint_blocks", "compile_blocks"),
+    "engine": ("zero_stage", "reduce_dtype", "offload_optimizer", "offload_weights", "checkpoint_blocks", "compile_blocks"),
 }
 """What may change while a training goes on: it changes no weight beyond rounding."""
 
@@ -64,13 +67,7 @@ class TrainResult:
 
 def train_identity(dataset_uri: str, config: TrainConfig) -> Identity:
     """What the trained weights depend on. Raises MissingTableError, or ValueError if a table is not complete."""
-    inputs = {}
-    for source in [*config.sources(dataset_uri), *config.validation_sources(dataset_uri)]:
-        if not source.manifest.complete:
-            raise ValueError(f"{source.table.uri} is not complete: let its stage finish first, or samples would come and go")
-        inputs[source.table.name_in(dataset_uri)] = source.manifest.fingerprint
-        if source.embeds is not None:
-            inputs[source.embeds.name_in(dataset_uri)] = source.embeds.require().fingerprint
+    inputs = _inputs(dataset_uri, config.sources(dataset_uri))
     settings = asdict(config)
     for part, names in NOT_IN_IDENTITY.items():
         for name in names:
@@ -78,6 +75,18 @@ def train_identity(dataset_uri: str, config: TrainConfig) -> Identity:
     paths = {name: settings.pop(name) for name in ("init", "text_encoder", "autoencoder")}
     models = {name: model_version(path) for name, path in paths.items() if path is not None}
     return Identity("train", settings, models, inputs)
+
+
+def _inputs(dataset_uri: str, sources: Sequence[Source]) -> dict[str, str]:
+    """Name and fingerprint of the tables. Raises as `train_identity`."""
+    inputs = {}
+    for source in sources:
+        if not source.manifest.complete:
+            raise ValueError(f"{source.table.uri} is not complete: let its stage finish first, or samples would come and go")
+        inputs[source.table.name_in(dataset_uri)] = source.manifest.fingerprint
+        if source.embeds is not None:
+            inputs[source.embeds.name_in(dataset_uri)] = source.embeds.require().fingerprint
+    return inputs
 
 
 def run_train(
@@ -98,6 +107,7 @@ def run_train(
     Raises:
         MissingTableError, ValueError: the table or the configuration will not do.
         StaleTableError: `output_dir` holds a training with other settings.
+        LeaseHeldError: another job is training there.
         StorageError: `output_dir` cannot be written.
         TrainingStopped: SIGTERM came; a checkpoint was saved, and called again, it goes on from there.
         TrainingError: it failed. Called again, it goes on from the last checkpoint.
@@ -105,14 +115,29 @@ def run_train(
     start = time.time()
     config = _with_absolute_paths(config)
     dataset_uri, output_uri = absolute_uri(dataset_uri), absolute_uri(output_dir)
-    record = TrainingRecord.claim(output_uri, train_identity(dataset_uri, config))
-    if record.result is not None and list_folder(f"{output_uri}/{PIPELINE_DIR}"):
-        return _to_result(record, was_done=True)
-    write_config(output_uri, config)
-    check_tables(dataset_uri, config)
-    end_run = partial(_end_run, plan, on_notice)
+    identity = train_identity(dataset_uri, config)
+    with hold(output_uri):
+        record = TrainingRecord.claim(output_uri, identity)
+        if record.result is not None and list_folder(f"{output_uri}/{PIPELINE_DIR}"):
+            return _to_result(record, was_done=True)
+        write_config(output_uri, config)
+        check_tables(dataset_uri, config)
+        return _train(record, config, dataset_uri, start, plan, on_progress, on_notice)
+
+
+def _train(
+    record: TrainingRecord,
+    config: TrainConfig,
+    dataset_uri: str,
+    start: float,
+    plan: RunPlan | None,
+    on_progress: OnTrainProgress,
+    on_notice: OnNotice,
+) -> TrainResult:
+    """Begin or go on, to the end."""
+    output_uri, end_run = record.output_uri, partial(_end_run, plan, on_notice)
     with open_desk(on_progress, on_notice, on_stop=lambda: end_run("KILLED")) as desk:
-        inputs = record.identity.inputs
+        inputs = {**record.identity.inputs, **_inputs(dataset_uri, config.validation_sources(dataset_uri))}
         task = TrainTask(config=config, dataset_uri=dataset_uri, inputs=inputs, output_uri=output_uri, plan=plan, desk=desk)
         try:
             figures = _figures(_fit(task))

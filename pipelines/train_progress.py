@@ -1,6 +1,6 @@
 """Between the driver of a training and its workers: how far it is, what there is to say, and the wish to stop.
 
-It is a small actor, so that it works on any cluster and outlives workers that are lost.
+It is a small actor beside the driver, so that it works on any cluster and outlives workers whose node is lost.
 """
 
 import signal
@@ -12,6 +12,8 @@ from types import FrameType
 from typing import Any
 
 import ray
+
+from pipelines.placement import on_this_node
 
 POLL_SECONDS = 0.5
 
@@ -68,7 +70,7 @@ def open_desk(on_progress: OnTrainProgress, on_notice: OnNotice, *, on_stop: Cal
 
     `on_stop`: called by the same thread soon after SIGTERM: `ray job stop` may kill this process before the workers have ended.
     """
-    desk: Any = ray.remote(num_cpus=0)(Desk).remote()
+    desk: Any = ray.remote(Desk).options(num_cpus=0, scheduling_strategy=on_this_node()).remote()
     ended, stopping = threading.Event(), threading.Event()
 
     def watch() -> None:

@@ -33,7 +33,9 @@ class TrainModels:
     def load(cls, config: TrainConfig, *, device: torch.device, rank: int) -> tuple[SanaTransformer, "TrainModels"]:
         """The transformer to train, adapters and all, on the CPU, and the others. Raises as `load_start`."""
         start = load_start(config)
-        transformer, transformer_config, dtype = start.transformer, start.transformer.config, config.engine.torch_dtype
+        transformer, transformer_config = start.transformer, start.transformer.config
+        # Of Gemma's activations some are beyond what float16 holds.
+        dtype = torch.bfloat16 if config.engine.dtype == "fp16" else config.engine.torch_dtype
         text_encoder: TextEncoder | None
         if config.caption_embeds is None:
             text_encoder = start.text_encoder.to(device, dtype)

@@ -114,8 +114,18 @@ class TrainWorker:
                     held_out, config.validation, config.data, batch_size=config.micro_batch_size, **sizes
                 )
         except (ValueError, FileNotFoundError) as error:
-            raise TrainingError(str(error)) from error
+            self._raise_together(str(error))
+            raise
+        self._raise_together(None)
         return transformer
+
+    def _raise_together(self, problem: str | None) -> None:
+        """Where all ranks have a problem, another try would end alike: TrainingError. RuntimeError where only some have one,
+        such as a node that did not reach the hub: Ray starts all of them again."""
+        problems = [one for one in gather_objects(problem) if one is not None]
+        if problems:
+            kind = TrainingError if len(problems) == self.world_size else RuntimeError
+            raise kind(problem or problems[0])
 
     def restore(self) -> None:
         """Go on from the last good checkpoint, if there is one."""
@@ -183,7 +193,7 @@ class TrainWorker:
         model = self.models.transformer_config
         image_tokens = height * width // model.patch_size**2
         sizes = {"batch_size": batch_size, "image_tokens": image_tokens, "caption_tokens": caption[0].shape[1]}
-        flops = step_flops(model, **sizes)
+        flops = step_flops(model, **sizes, adapters=self.config.lora is not None)
         self.meter.add(loss, sigma.to(self.device), num_tokens=batch_size * image_tokens, flops=flops)
         self.outputs.add_batch(self.step + 1, batch)
 

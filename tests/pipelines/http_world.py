@@ -54,7 +54,7 @@ class FaultyProxy(Server):
     A request in which `poison` stands is answered with 500, always.
 
     Faults: a status ("429", "503" ...), "garbage" (200, no JSON), "error" (200, with an error inside), "too_long" (400),
-    "drop" (the connection ends), "slow" (no answer for a second).
+    "not_gzip" (200, in an encoding that it is not in), "drop" (the connection ends), "slow" (no answer for a second).
     """
 
     def __init__(self, target: str):
@@ -103,6 +103,8 @@ class ProxyHandler(Handler):
                 time.sleep(1.0)
             elif fault == "garbage":
                 self.reply(200, b"<html>welcome to the hotel's network</html>")
+            elif fault == "not_gzip":
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n\r\ngzip")
             elif fault == "error":
                 self.reply(200, json.dumps({"error": {"message": "the engine is busy", "code": 500}}).encode())
             elif fault == "too_long":

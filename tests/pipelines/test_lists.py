@@ -130,6 +130,37 @@ def test_keys_of_a_file_system(tmp_path: Path) -> None:
     memory.rm("/elsewhere", recursive=True)
 
 
+def test_a_key_that_no_file_system_takes_costs_its_row(tmp_path: Path) -> None:
+    """Some file systems connect, or want arguments, when they are opened."""
+    bad = ["ftp://127.0.0.1:1/a.jpg", "github://x/y", "reference://x", "generic://x", "dir://x", "s3://", "a\0b.png", "a::b"]
+    expected = ["download_failed", *["bad_url"] * 4, *["unreadable"] * 2, "missing_source"]
+    (tmp_path / "good.png").write_bytes(IMAGE)
+    keys = ["good.png", *(key for one in bad for key in (one, "good.png"))]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps({"url": key}) + "\n" for key in keys))
+    source = list_source(tmp_path / "list.jsonl")
+    assert count_samples(source, Part("list.jsonl", 0)) == len(keys)
+    rows = read_parts(source, [Part("list.jsonl", 0)]).to_pylist()
+    assert [row["error"] for row in rows[1::2]] == expected
+    assert [row["image_bytes"] for row in rows[::2]] == [IMAGE] * (len(bad) + 1)
+    images = [{"bytes": IMAGE, "path": "x"}, {"bytes": None, "path": bad[0]}, {"bytes": IMAGE, "path": "x"}]
+    pq.write_table(pa.table({"image": images}), tmp_path / "images.parquet")
+    source = find_source(str(tmp_path / "images.parquet"), "parquet")
+    found = read_parts(source, [Part("images.parquet", 0)])
+    assert found["error"].to_pylist() == [None, "download_failed", None]
+
+
+def test_records_of_json_need_not_be_alike(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(IMAGE)
+    records = [{"url": "a.png"}, {"score": 1, "text": "a cat", "url": "a.png"}, {"url": 7}, {"url": "a.png", "text": None}]
+    lines = ["{broken", *(json.dumps(record) for record in records)]
+    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    rows = found(list_source(tmp_path / "list.jsonl"))
+    assert [(row["error"], row["caption"]) for row in rows] == [
+        ("no_url", None), (None, None), (None, "a cat"), ("no_url", None), (None, None)
+    ]  # fmt: skip
+    assert "list_error" in json.loads(rows[0]["metadata"]) and json.loads(rows[2]["metadata"]) == {"score": 1}
+
+
 def test_slices_of_long_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.lists.PIECE_ROWS", 10)
     monkeypatch.setattr("pipelines.lists.ROW_GROUP", 4)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -89,6 +90,15 @@ def test_files_that_cannot_be_read(tmp_path):
     assert [row["error"] for row in rows] == ["missing_source", "unreadable", None]
     assert rows[0]["source_uri"] == f"{tmp_path}/a.jpg" and rows[0]["image_bytes"] is None
     assert "c.txt" in json.loads(rows[2]["metadata"])["sidecar_error"]
+
+
+def test_names_that_are_no_utf8(tmp_path):
+    names = [os.fsdecode(b"caf\xe9.png"), os.fsdecode(b"bad\xe9.png")]
+    (tmp_path / names[0]).write_bytes(IMAGE)
+    (tmp_path / names[1]).mkdir()
+    rows = read_parts(find_source(str(tmp_path), "auto"), [Part(name, len(IMAGE)) for name in names]).to_pylist()
+    assert [row["source_uri"] for row in rows] == [f"{tmp_path}/caf\\udce9.png", f"{tmp_path}/bad\\udce9.png"]
+    assert rows[0]["image_bytes"] == IMAGE and "bad\\udce9.png" in rows[1]["detail"]
 
 
 @pytest.mark.parametrize(("name", "mode"), [("x.tar", "w"), ("x.tar.gz", "w:gz")])

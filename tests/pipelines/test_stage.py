@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from pipelines import shard_stream
@@ -95,6 +96,12 @@ def test_parts_after_one_with_a_failure_are_made_too(table: Table, tmp_path: Pat
         run(table, ids=ids, make_worker=partial(Upper, armed))
     armed.unlink()
     assert run(table, ids=ids).found_shards == 4 and contents(table) == ids
+
+
+def test_rows_that_fit_no_schema_cost_their_shard_and_say_why() -> None:
+    shard = shard_stream._read_row("00003", shard_stream._pack(read_ids(IDS, "00003")), None)
+    made = shard_stream._Worker(Upper, pa.schema([("caption", pa.int64())]))(shard)
+    assert "'F'" in made["error"][0].as_py()["message"] and made["shard"].to_pylist() == ["00003"]
 
 
 def test_a_process_that_dies_now_and_then_costs_nothing(table: Table, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from collections import Counter
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import torch
 from s3fs import S3FileSystem
 
+from pipelines import train_worker
 from pipelines.bad_steps import BadStepConfig
 from pipelines.checkpoints import Checkpoint, read_weights
 from pipelines.data import TrainingStream
@@ -21,7 +24,8 @@ from pipelines.mixture import Source, WeightedTable
 from pipelines.optim import OptimConfig
 from pipelines.samples import StreamConfig, is_held_out
 from pipelines.tracking import TrackingConfig
-from pipelines.train_config import TrainConfig
+from pipelines.train_config import TrainConfig, TrainingError
+from pipelines.train_worker import TrainWorker
 from pipelines.validate import ValidationConfig
 from tests.pipelines.training_ranks import BUCKETS, tiny_config, train_on_ranks
 from tests.pipelines.training_world import PATH, make_pipeline, make_row, make_shards, make_table
@@ -242,3 +246,14 @@ def test_skewed_buckets_on_two_workers_of_the_demo_model(tmp_path: Path, config:
     }
     print(f"waiting for data: {trained.wait_share:.2%} of the time of the steps")
     assert trained.wait_share < 0.05
+
+
+def test_a_problem_of_one_worker_alone_is_worth_another_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And that of all of them is not."""
+    monkeypatch.setattr(train_worker, "gather_objects", lambda problem: [problem, "the hub did not answer"])
+    worker: Any = SimpleNamespace(world_size=2)
+    with pytest.raises(RuntimeError, match="the hub did not answer") as caught:
+        TrainWorker._raise_together(worker, None)
+    assert not isinstance(caught.value, TrainingError)
+    with pytest.raises(TrainingError, match="no such model"):
+        TrainWorker._raise_together(worker, "no such model")
