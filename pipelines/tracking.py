@@ -10,16 +10,22 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import mlflow
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from PIL import Image
+from sqlalchemy.exc import SQLAlchemyError
 
+from pipelines.storage import StorageError
 from pipelines.tables import table_uri
 
+SQLITE = "sqlite:///"
 RunEnd = Literal["FINISHED", "FAILED", "KILLED"]
 VERSIONS = ("torch", "ray", "deepspeed", "transformers", "mlflow")
 
@@ -41,7 +47,7 @@ def tracking_uri(config: TrackingConfig, output_dir: str | Path) -> str:
     """The configured one, the environment's, or a SQLite file in `output_dir` (in the working directory if that is remote)."""
     if config.uri or os.environ.get("MLFLOW_TRACKING_URI"):
         return config.uri or os.environ["MLFLOW_TRACKING_URI"]
-    return f"sqlite:///{_local_folder(output_dir)}/mlflow.db"
+    return f"{SQLITE}{_local_folder(output_dir)}/mlflow.db"
 
 
 def _local_folder(output_dir: str | Path) -> Path:
@@ -58,17 +64,21 @@ def start_run(
     tags: Mapping[str, str] | None = None,
     run_id: str | None = None,
 ) -> Iterator["TrackedRun"]:
-    """An MLflow run; it ends as FAILED if the body raises, as KILLED if it was stopped. `run_id` continues a run."""
+    """An MLflow run; it ends as FAILED if the body raises, as KILLED if it was stopped. `run_id` continues a run.
+
+    Raises StorageError if MLflow cannot keep it.
+    """
     uri = tracking_uri(tracking, output_dir)
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    mlflow.set_tracking_uri(uri)
-    experiment = mlflow.get_experiment_by_name(tracking.experiment)
-    if experiment is None:
-        artifacts = f"{_local_folder(output_dir).as_uri()}/mlartifacts" if uri.startswith("sqlite") else None
-        mlflow.create_experiment(tracking.experiment, artifact_location=artifacts)
-    mlflow.set_experiment(tracking.experiment)
-    with mlflow.start_run(run_id=run_id, run_name=name) as run:
+    with _naming_the_database(uri):
+        make_database(uri)
+        mlflow.set_tracking_uri(uri)
+        experiment = mlflow.get_experiment_by_name(tracking.experiment)
+        if experiment is None:
+            artifacts = f"{_local_folder(output_dir).as_uri()}/mlartifacts" if uri.startswith("sqlite") else None
+            mlflow.create_experiment(tracking.experiment, artifact_location=artifacts)
+        mlflow.set_experiment(tracking.experiment)
+        started = mlflow.start_run(run_id=run_id, run_name=name)
+    with started as run:
         if run_id is None:
             mlflow.log_params({key: str(value)[:6000] for key, value in flatten(config).items()})
             mlflow.log_text(yaml.safe_dump(dict(config), sort_keys=False), "config.yaml")
@@ -78,6 +88,32 @@ def start_run(
         except BaseException as error:
             mlflow.end_run(end_status(error))
             raise
+
+
+def make_database(uri: str) -> None:
+    """Make MLflow's SQLite file if it is absent: whole or not at all, since MLflow cannot go on with one that is half made."""
+    path = Path(uri.removeprefix(SQLITE))
+    if not uri.startswith(SQLITE) or path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+        made = Path(folder, path.name)
+        SqlAlchemyStore(f"{SQLITE}{made}", f"{path.parent.as_uri()}/mlartifacts").engine.dispose()
+        try:
+            os.link(made, path)
+        except FileExistsError:
+            return  # another job was faster
+        except OSError:  # a file system without hard links
+            made.replace(path)
+
+
+@contextmanager
+def _naming_the_database(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise StorageError(f"MLflow cannot keep its runs in {uri}: {reason}. What was finished stays") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +158,7 @@ class RunPlan:
         """Raises what MLflow raises where it cannot be reached."""
         for name, value in {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}.items():
             os.environ.setdefault(name, value)  # whoever plans a run has a patience of their own
-        if self.uri.startswith("sqlite:///"):
-            Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        make_database(self.uri)
         client = _client(self.uri)
         if (found := self.find()) is not None:
             client.update_run(found.run_id, status="RUNNING")
