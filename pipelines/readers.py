@@ -96,7 +96,10 @@ def _read_rows(source: Source, parts: list[Part]) -> Iterator[Row]:
         with ThreadPoolExecutor(NUM_THREADS) as pool:
             yield from pool.map(partial(_read_image_file, source), parts)
         return
-    read = {"webdataset": _read_tar, "parquet": _read_parquet, "list": read_listed}[source.kind]
+    if source.kind == "list":
+        yield from read_listed(source, parts)
+        return
+    read = {"webdataset": _read_tar, "parquet": _read_parquet}[source.kind]
     for part in parts:
         try:
             yield from read(source, part)
