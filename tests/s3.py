@@ -17,8 +17,13 @@ from urllib.parse import urlsplit
 
 import boto3
 
-Fault = Literal["403", "500", "503", "reset", "cut", "slow"]
-CODES: dict[str, bytes] = {"403": b"AccessDenied", "500": b"InternalError", "503": b"SlowDown"}
+Fault = Literal["403", "409", "500", "503", "reset", "cut", "slow"]
+CODES: dict[str, bytes] = {
+    "403": b"AccessDenied",
+    "409": b"ConditionalRequestConflict",
+    "500": b"InternalError",
+    "503": b"SlowDown",
+}
 ERROR_BODY = b"<?xml version='1.0'?><Error><Code>%s</Code><Message>injected by the test</Message></Error>"
 BUCKET = "bucket"
 
