@@ -102,6 +102,8 @@ class Manifest:
     """"<figure>.mean" and "<figure>.min" over the shards."""
     versions: dict[str, str] = field(default_factory=dict)
     """Of the software that began the table. They change no fingerprint."""
+    license: str | None = None
+    """Of the images, as it was given to ingest. It changes no fingerprint."""
     begun: str = ""
     updated: str = ""
 
