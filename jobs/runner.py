@@ -201,8 +201,8 @@ def track_stage(
     """Run one stage in an MLflow run of its own, and put its report into its table and into the run.
 
     A stage that has nothing to do leaves no run and no new report, unless it `is_due`: its shards were made along with
-    another's. A table that lacks its report gets it all the same: its job was killed at the very end. `log` adds to the run what
-    is the stage's own.
+    another's. A table that lacks its report gets it all the same: its job was killed at the very end. `log` adds to the run
+    what is the stage's own.
     """
     line = StatusLine()
     metrics = StageMetrics(job.dataset_uri, name)
