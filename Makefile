@@ -9,17 +9,18 @@ TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)",/\1/p' pyproject.toml)
 # Photographs go to a dataset of their own, named after their folder.
 DEMO_IMAGES = $(if $(IMAGES),--images "$(abspath $(IMAGES))" --dataset_uri "outputs/demo-$(notdir $(abspath $(IMAGES)))")
 
-.PHONY: help install demo test lint format benchmark lock clean
+.PHONY: help install demo test test-cluster lint format benchmark lock clean
 
 help:
-	@echo "make demo       set up $(VENV), then go the whole way once: raw images -> a trained model -> its pictures"
-	@echo "                IMAGES=folder takes your own images, OPTIONS='--world.num_images 200' changes the configuration"
-	@echo "make test       set up $(VENV), check style and types, run the tests (not those marked slow or gpu)"
-	@echo "make lint       ruff (lint and format) and mypy"
-	@echo "make format     let ruff put the style right"
-	@echo "make benchmark  our model against diffusers on this machine"
-	@echo "make lock       pin anew what the container images hold"
-	@echo "make clean      remove $(VENV) and caches"
+	@echo "make demo          set up $(VENV), then go the whole way once: raw images -> a trained model -> its pictures"
+	@echo "                   IMAGES=folder takes your own images, OPTIONS='--world.num_images 200' changes the configuration"
+	@echo "make test          set up $(VENV), check style and types, run the tests (not those marked slow or gpu)"
+	@echo "make test-cluster  as root on Linux: jobs on four hosts (network namespaces), some of which are lost on the way"
+	@echo "make lint          ruff (lint and format) and mypy"
+	@echo "make format        let ruff put the style right"
+	@echo "make benchmark     our model against diffusers on this machine"
+	@echo "make lock          pin anew what the container images hold"
+	@echo "make clean         remove $(VENV) and caches"
 
 install: $(VENV)/installed
 
@@ -36,6 +37,9 @@ demo: install
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+
+test-cluster: install
+	$(BIN)/python -m pytest -m cluster tests/cluster $(PYTEST_OPTIONS)
 
 lint: install
 	$(BIN)/ruff check .

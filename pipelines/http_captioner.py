@@ -96,12 +96,12 @@ class HttpCaptioner:
             if told.is_busy and patience <= 0:
                 raise StageError(f"{self.url} is busy for {self.options.patience:g} s: {told.detail}. {AGAIN}")
             if faults == self.options.max_attempts:
-                break
+                return self._blame(told)
             wait = self._pause(attempt, told.retry_after)
             logger.warning("%s: %s; attempt %d, again in %.1f s", self.url, told.detail, attempt, wait)
             time.sleep(wait)
             patience -= (time.monotonic() - begun) * told.is_busy
-        return self._blame(told)
+        raise AssertionError("an attempt returns or raises")
 
     def _blame(self, told: Trouble) -> Refusal:
         """The row is refused if the server answers something else. Raises StageError if it does not."""

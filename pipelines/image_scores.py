@@ -22,7 +22,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor  #
 from pipelines.batches import run_halving
 from pipelines.duplicates import NAME as NEAR_DUPLICATES
 from pipelines.images import BadImageError, decode
-from pipelines.models import local_model, model_version, pick_device
+from pipelines.models import local_model, model_version, pick_device, pinned
 from pipelines.prepare import iter_rows, prepare_ahead
 from pipelines.schema import IMAGE_SCORES, IMAGES, IMAGES_PATH, image_scores_path
 from pipelines.stage import OnProgress, Resources, Row, ShardOutput, StageResult, reject, run_shards
@@ -73,6 +73,7 @@ def run_image_scores(dataset_uri: str, config: ImageScorerConfig, *, on_progress
 
     Raises as `run_shards`, and MissingTableError if there are no images.
     """
+    config = pinned(config)
     images = Table(dataset_uri, IMAGES_PATH, IMAGES)
     values = asdict(config)
     settings = {name: values[name] for name in ("model", "label", "head", "dtype")}

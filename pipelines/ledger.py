@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipelines.placement import on_this_node
 
 STALL = 120.0  # seconds without a claim, after which who waits reads the shard that is missing: its task may wait for our slot
 UNSEEN = -1
@@ -137,8 +138,7 @@ class Ledger:
 def start_ledger(missing: list[int]) -> Any:
     """The handle of an actor on this node: if the driver's node is lost, so is the job, and the next one begins with what is
     finished."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(Ledger).options(num_cpus=0, scheduling_strategy=here).remote(missing)
+    return ray.remote(Ledger).options(num_cpus=0, scheduling_strategy=on_this_node()).remote(missing)
 
 
 def claim(ledger: Any, shard: int, digests: np.ndarray, read_digests: Callable[[int], np.ndarray] | None) -> np.ndarray:

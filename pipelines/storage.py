@@ -215,17 +215,18 @@ class _RemoteFile(io.RawIOBase):
         return content
 
 
-def list_folder(uri: str) -> list[str]:
+def list_folder(uri: str, *, with_files: bool = True) -> list[str]:
     """Names of what lies in a folder, sorted; empty if there is no such folder. Raises StorageError."""
     filesystem, root = open_filesystem(uri)
 
     def names() -> list[str]:
         filesystem.invalidate_cache()
         try:
-            found = filesystem.ls(root, detail=False)
+            found = filesystem.ls(root, detail=True)
         except FileNotFoundError:
             return []
-        return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found)
+        paths = [entry["name"] for entry in found if with_files or entry["type"] != "file"]
+        return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
 
     return call(names, "list", uri)
 

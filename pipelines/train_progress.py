@@ -1,6 +1,6 @@
 """Between the driver of a training and its workers: how far it is, what there is to say, and the wish to stop.
 
-It is a small actor, so that it works on any cluster and outlives workers that are lost.
+It is a small actor beside the driver, so that it works on any cluster and outlives workers whose node is lost.
 """
 
 import signal
@@ -12,6 +12,8 @@ from types import FrameType
 from typing import Any
 
 import ray
+
+from pipelines.placement import on_this_node
 
 POLL_SECONDS = 0.5
 
@@ -63,15 +65,21 @@ class Desk:
 
 
 @contextmanager
-def open_desk(on_progress: OnTrainProgress, on_notice: OnNotice) -> Iterator[Any]:
-    """The actor's handle. Within, a thread calls back with what is new, and SIGTERM asks the workers to save and end."""
-    desk: Any = ray.remote(num_cpus=0)(Desk).remote()
-    ended = threading.Event()
+def open_desk(on_progress: OnTrainProgress, on_notice: OnNotice, *, on_stop: Callable[[], None]) -> Iterator[Any]:
+    """The actor's handle. Within, a thread calls back with what is new, and SIGTERM asks the workers to save and end.
+
+    `on_stop`: called by the same thread soon after SIGTERM: `ray job stop` may kill this process before the workers have ended.
+    """
+    desk: Any = ray.remote(Desk).options(num_cpus=0, scheduling_strategy=on_this_node()).remote()
+    ended, stopping = threading.Event(), threading.Event()
 
     def watch() -> None:
-        shown, num_heard, last_look = None, 0, False
+        shown, num_heard, last_look, told_of_stop = None, 0, False, False
         while not last_look:
             last_look = ended.wait(POLL_SECONDS)
+            if stopping.is_set() and not told_of_stop:
+                told_of_stop = True
+                on_stop()
             progress, notices = ray.get(desk.look.remote(num_heard))
             num_heard += len(notices)
             for notice in notices:
@@ -81,6 +89,7 @@ def open_desk(on_progress: OnTrainProgress, on_notice: OnNotice) -> Iterator[Any
                 on_progress(progress)
 
     def ask_to_stop(signum: int, frame: FrameType | None) -> None:
+        stopping.set()
         desk.ask_to_stop.remote("SIGTERM came")
 
     thread = threading.Thread(target=watch, name="training-progress", daemon=True)

@@ -37,14 +37,12 @@ def make_snapshot(step: int, *, rank: int = 0, world_size: int = 1, loss: float 
 @pytest.fixture
 def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
     """Storage that refuses when its `share` is 1."""
-    with serve_s3() as endpoint:
-        proxy = FaultyProxy(endpoint, faults=["403"])
-        with proxy.serve() as faulty:
-            for name, value in s3_environment(faulty).items():
-                monkeypatch.setenv(name, value)
-            S3FileSystem.clear_instance_cache()  # of another server
-            monkeypatch.setattr(storage, "FIRST_WAIT", 0.01)
-            yield proxy
+    with serve_s3() as endpoint, FaultyProxy(endpoint, faults=["403"]).running() as proxy:
+        for name, value in s3_environment(proxy.url).items():
+            monkeypatch.setenv(name, value)
+        S3FileSystem.clear_instance_cache()  # of another server
+        monkeypatch.setattr(storage, "FIRST_WAIT", 0.01)
+        yield proxy
 
 
 def test_storage_that_refuses_writes(proxy: FaultyProxy) -> None:

@@ -14,8 +14,9 @@ from pipelines.http_captioner import HttpCaptioner
 from pipelines.models import local_model
 from pipelines.stage import Row, ShardOutput, StageError
 from pipelines.transformers_captioner import TransformersCaptioner
+from tests.http_server import free_port
 from tests.pipelines.caption_world import BROKEN, captions, image_row, refused, scene, write_images
-from tests.pipelines.http_world import FaultyProxy, free_port, transformers_server
+from tests.pipelines.http_world import FaultyProxy, transformers_server
 
 MODEL = local_model("zoo://captioner-a")
 CONFIG = CaptionerConfig(

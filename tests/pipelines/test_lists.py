@@ -23,7 +23,7 @@ from pipelines.stage import Row
 from pipelines.storage import StorageError
 from pipelines.tables import StaleTableError, Table
 from tests.pipelines.hostile_images import encode, noise
-from tests.pipelines.image_server import ImageServer, serve
+from tests.pipelines.image_server import ImageServer
 from tests.pipelines.test_sources import write_files, write_tar
 
 FAST = DownloadConfig(timeout=1.0, first_wait=0.05, attempts=3)
@@ -32,7 +32,7 @@ IMAGE = encode(noise(), "PNG")
 
 @pytest.fixture
 def server() -> Iterator[ImageServer]:
-    with serve({f"{number}.png": encode(noise(64, 64 + number), "PNG") for number in range(8)}) as running:
+    with ImageServer({f"{number}.png": encode(noise(64, 64 + number), "PNG") for number in range(8)}).running() as running:
         yield running
 
 

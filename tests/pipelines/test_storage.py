@@ -33,10 +33,9 @@ def endpoint() -> Iterator[str]:
 def proxy(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
     """Between s3fs and the server; it spoils nothing until it is told to."""
     monkeypatch.setattr(storage, "FIRST_WAIT", 0.01)
-    proxy = FaultyProxy(endpoint, delay=3.0)
-    with proxy.serve() as spoiled, environment(s3_environment(spoiled)):
+    with FaultyProxy(endpoint, delay=3.0).running() as proxy, environment(s3_environment(proxy.url)):
         # s3fs keeps one client for equal options: one of its own for each proxy.
-        options = {**storage.S3_OPTIONS, "endpoint_url": spoiled}
+        options = {**storage.S3_OPTIONS, "endpoint_url": proxy.url}
         config = {**options["config_kwargs"], "read_timeout": 2, "retries": {"mode": "standard", "total_max_attempts": 2}}
         monkeypatch.setattr(storage, "S3_OPTIONS", {**options, "config_kwargs": config})
         yield proxy
@@ -130,7 +129,7 @@ def test_files_are_found_and_removed_and_listings_are_never_old(proxy: FaultyPro
     environment = {**os.environ, **s3_environment(endpoint)}
     subprocess.run([sys.executable, "-c", code, f"{URI}/found/two"], env=environment, check=True)
     assert find_files(f"{URI}/found") == {"a/one": 1, "two": 2}
-    assert list_folder(f"{URI}/found") == ["a", "two"]
+    assert list_folder(f"{URI}/found") == ["a", "two"] and list_folder(f"{URI}/found", with_files=False) == ["a"]
     for _ in range(2):
         remove_file(f"{URI}/found/two")
     assert list_folder(f"{URI}/found") == ["a"]

@@ -1,0 +1,233 @@
+"""The cluster: made, broken, mended and taken away. What is known of it lies in its folder, so that any process may do it."""
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from infra.local.hosts import DASHBOARD_PORT, HealthConfig, HostConfig, start_host
+from infra.local.network import Network
+from infra.local.postgres import Postgres, find_missing
+from infra.local.processes import Process, wait_until
+from infra.local.rights import check_rights
+from infra.local.servers import BUCKET, Servers, is_open
+
+ROOT = Path(__file__).parents[2]
+STATE = "cluster.json"
+ALIVE_SECONDS = 240.0  # until all hosts have joined, on a busy machine
+BUCKET_URI = f"s3://{BUCKET}"
+
+
+@dataclass(kw_only=True)
+class Cluster:
+    """Hosts and servers. `hosts` and `servers` are the processes that run them; a host that is off has none.
+
+    Use `Cluster.up` and `Cluster.load`.
+    """
+
+    folder: Path
+    config: HostConfig
+    network: Network
+    token: str
+    hosts: dict[int, Process] = field(default_factory=dict)
+    servers: dict[str, Process] = field(default_factory=dict)
+    database: Path | None = None
+
+    @classmethod
+    def up(cls, folder: Path, config: HostConfig) -> "Cluster":
+        """Make one, and wait until all its hosts have joined; what fails on the way is taken away again.
+
+        Raises:
+            MissingRightsError: this machine does not let us.
+            FileExistsError: the folder holds a cluster.
+            RuntimeError, TimeoutError: something did not start; its log is named.
+        """
+        check_rights()
+        folder = folder.absolute()
+        if (folder / STATE).exists():
+            raise FileExistsError(
+                f"{folder} holds a cluster: take it away first (python -m infra.local down --folder {folder})"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        cluster = cls(folder=folder, config=config, network=Network.create(), token=secrets.token_hex(32))
+        cluster._save()
+        try:
+            cluster._start()
+        except BaseException:
+            cluster.down()
+            raise
+        return cluster
+
+    @classmethod
+    def load(cls, folder: Path) -> "Cluster":
+        """The one in a folder. Raises FileNotFoundError."""
+        path = folder.absolute() / STATE
+        if not path.exists():
+            raise FileNotFoundError(f"{folder} holds no cluster: python -m infra.local up --folder {folder} makes one")
+        values = json.loads(path.read_text())
+        config = values.pop("config")
+        health = HealthConfig(**config.pop("health"))
+        return cls(
+            folder=path.parent,
+            config=HostConfig(**config | {"health": health, "custom": tuple(config["custom"])}),
+            network=Network(**values["network"]),
+            token=values["token"],
+            hosts={int(index): Process(**process) for index, process in values["hosts"].items()},
+            servers={name: Process(**process) for name, process in values["servers"].items()},
+            database=Path(values["database"]) if values["database"] else None,
+        )
+
+    def down(self) -> None:
+        """Take everything away but the folder with its logs. By pid; what is gone already does no harm."""
+        for process in (*self.hosts.values(), *reversed(self.servers.values())):
+            process.kill()
+        self.network.delete(self.config.num_hosts)
+        if self.database is not None:
+            Postgres(self.database).delete()
+        (self.folder / STATE).unlink(missing_ok=True)
+
+    def power_off(self, host: int) -> None:
+        """As when the plug is pulled: all that the host runs is gone at once, and nobody is told."""
+        self._check(host)
+        self.network.cut(host)  # first: the dying would close their connections, which tells the others
+        process = self.hosts.pop(host, None)
+        self._save()
+        if process is not None:
+            process.kill()
+
+    def cut(self, host: int) -> None:
+        """The host goes on running, but nothing reaches it and nothing of it reaches others."""
+        self._check(host)
+        self.network.cut(host)
+
+    def restore(self, host: int) -> None:
+        """Mend the host's link, and switch it on where it is off."""
+        self._check(host)
+        self.network.mend(host)
+        if host not in self.hosts or not self.hosts[host].is_running():
+            self._start_host(host)
+
+    def wait_until_whole(self) -> None:
+        """Until all hosts that are on have joined. Raises TimeoutError."""
+
+        def joined() -> bool:
+            return {self.network.address(host) for host in self.hosts} <= set(self.alive())
+
+        wait_until(joined, f"not all hosts have joined (see {self.folder}/logs): {self.alive()}", seconds=ALIVE_SECONDS)
+
+    def alive(self) -> list[str]:
+        """The addresses of the hosts that Ray takes for alive; none while its head does not answer."""
+        try:
+            nodes = self.ask("/api/v0/nodes?limit=1000")["data"]["result"]["result"]
+        except (OSError, KeyError, ValueError):
+            return []
+        return sorted(node["node_ip"] for node in nodes if node["state"] == "ALIVE")
+
+    def ask(self, path: str, *, token: bool = True) -> Any:
+        """The dashboard's answer. Raises OSError."""
+        headers = {"Authorization": f"Bearer {self.token}"} if token else {}
+        with urllib.request.urlopen(urllib.request.Request(self.dashboard + path, headers=headers), timeout=20) as answer:
+            return json.loads(answer.read())
+
+    @property
+    def dashboard(self) -> str:
+        return f"http://{self.network.address(0)}:{DASHBOARD_PORT}"
+
+    def environment(self) -> dict[str, str]:
+        """What a process on this machine needs to reach the cluster's S3, MLflow and dashboard."""
+        return {
+            **self._servers.environment(),
+            "RAY_ADDRESS": self.dashboard,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.folder / "auth_token"),
+        }
+
+    def submit_command(self, entrypoint: Sequence[str], *, submission_id: str | None = None) -> list[str]:
+        """`ray job submit` with the working tree, to be run with `environment`; it ends as the job does."""
+        command = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--working-dir", str(ROOT)]
+        if submission_id is not None:
+            command += ["--submission-id", submission_id]
+        return [*command, "--", *entrypoint]
+
+    def submit(self, entrypoint: Sequence[str], *, submission_id: str | None = None) -> int:
+        """Its exit code."""
+        command = self.submit_command(entrypoint, submission_id=submission_id)
+        return subprocess.run(command, env={**os.environ, **self.environment()}, check=False).returncode
+
+    @property
+    def _servers(self) -> Servers:
+        return Servers(self.network.gateway, self.folder / "logs")
+
+    def _check(self, host: int) -> None:
+        if not 0 <= host < self.config.num_hosts:
+            raise ValueError(f"host {host} is none of 0 to {self.config.num_hosts - 1}")
+
+    def _start(self) -> None:
+        (self.folder / "logs").mkdir(exist_ok=True)
+        token_file = self.folder / "auth_token"
+        token_file.touch(mode=0o600)
+        token_file.write_text(self.token)
+        for host in range(self.config.num_hosts):
+            self.network.add_host(host)
+        self._start_host(0)
+        s3 = self._add_server("s3", self._servers.start_s3())
+        self._servers.make_bucket(s3)
+        mlflow = self._add_server("mlflow", self._servers.start_mlflow(self._start_database()))
+        self._wait_for_head()
+        for host in range(1, self.config.num_hosts):
+            self._start_host(host)
+        self._servers.wait_for_mlflow(mlflow)
+        self.wait_until_whole()
+
+    def _start_database(self) -> str:
+        """Its URI: PostgreSQL's where it is installed, or else a SQLite file's."""
+        missing = find_missing()
+        if missing is not None:
+            print(f"MLflow keeps its runs in SQLite: {missing}", file=sys.stderr)
+            return f"sqlite:///{self.folder}/mlflow.db"
+        postgres = Postgres.create()
+        self.database = postgres.folder
+        self._save()
+        self._add_server("postgres", postgres.start(self.folder / "logs" / "postgres.log"))
+        postgres.make_database()
+        return postgres.uri
+
+    def _wait_for_head(self) -> None:
+        address = self.network.address(0)
+        problem = f"the head does not answer: see {self.folder}/logs/host-0.log"
+        wait_until(lambda: is_open(address, DASHBOARD_PORT) and self.alive(), problem, seconds=ALIVE_SECONDS)
+
+    def _start_host(self, host: int) -> None:
+        environment = self._servers.environment()
+        self.hosts[host] = start_host(
+            host, self.network, self.config, folder=self.folder, token=self.token, environment=environment
+        )
+        self._save()
+
+    def _add_server(self, name: str, process: Process) -> Process:
+        self.servers[name] = process
+        self._save()
+        return process
+
+    def _save(self) -> None:
+        values = asdict(self) | {"folder": None, "database": str(self.database) if self.database else None}
+        path = self.folder / STATE
+        path.touch(mode=0o600)
+        path.write_text(json.dumps(values, indent=2))
+
+
+def cut_for(cluster: Cluster, host: int, seconds: float) -> None:
+    """Cut a host's link, and mend it after so long."""
+    cluster.cut(host)
+    try:
+        time.sleep(seconds)
+    finally:
+        cluster.restore(host)

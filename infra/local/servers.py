@@ -1,0 +1,90 @@
+"""What a cluster has beside Ray: an S3 and an MLflow server, on this machine, on the bridge's address."""
+
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import boto3
+
+from infra.local.processes import Process, wait_until
+
+S3_PORT, MLFLOW_PORT = 9000, 5000
+BUCKET = "bucket"
+START_SECONDS = 180.0
+
+
+@dataclass(frozen=True)
+class Servers:
+    """Where the servers of a cluster are: `address` is that of the bridge, `log_dir` takes what they say."""
+
+    address: str
+    log_dir: Path
+
+    @property
+    def s3_endpoint(self) -> str:
+        return f"http://{self.address}:{S3_PORT}"
+
+    @property
+    def mlflow_uri(self) -> str:
+        return f"http://{self.address}:{MLFLOW_PORT}"
+
+    def environment(self) -> dict[str, str]:
+        """What a process needs to reach them. The S3 takes any credentials: none but the cluster's hosts reach it."""
+        return {
+            "AWS_ENDPOINT_URL": self.s3_endpoint,
+            "AWS_ACCESS_KEY_ID": "local",
+            "AWS_SECRET_ACCESS_KEY": "local",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "MLFLOW_TRACKING_URI": self.mlflow_uri,
+        }
+
+    def start_s3(self) -> Process:
+        """moto's server, which keeps everything in memory."""
+        return self._start("s3", ["moto.server", "-H", self.address, "-p", str(S3_PORT)], os.environ)
+
+    def start_mlflow(self, database_uri: str) -> Process:
+        options = ["--backend-store-uri", database_uri, "--artifacts-destination", f"s3://{BUCKET}/mlflow", "--serve-artifacts"]
+        options += ["--host", self.address, "--port", str(MLFLOW_PORT), "--allowed-hosts", f"{self.address}:{MLFLOW_PORT}"]
+        environment = dict(os.environ) | self.environment() | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        del environment["MLFLOW_TRACKING_URI"]
+        return self._start("mlflow", ["mlflow", "server", "--workers", "1", *options], environment)
+
+    def make_bucket(self, s3: Process) -> None:
+        """As soon as the S3 answers. Raises RuntimeError, TimeoutError."""
+        self._wait_for_port(S3_PORT, s3, "s3")
+        keys = self.environment()
+        client = boto3.client(
+            "s3",
+            endpoint_url=self.s3_endpoint,
+            aws_access_key_id=keys["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=keys["AWS_SECRET_ACCESS_KEY"],
+            region_name=keys["AWS_DEFAULT_REGION"],
+        )
+        client.create_bucket(Bucket=BUCKET)
+
+    def wait_for_mlflow(self, mlflow: Process) -> None:
+        """Raises RuntimeError, TimeoutError."""
+        self._wait_for_port(MLFLOW_PORT, mlflow, "mlflow")
+
+    def _start(self, name: str, module: list[str], environment: Mapping[str, str]) -> Process:
+        return Process.start([sys.executable, "-m", *module], log=self.log_dir / f"{name}.log", environment=environment)
+
+    def _wait_for_port(self, port: int, process: Process, name: str) -> None:
+        def answers() -> bool:
+            if not process.is_running():
+                raise RuntimeError(f"{name} did not start: see {self.log_dir / name}.log")
+            return is_open(self.address, port)
+
+        wait_until(answers, f"{name} does not answer: see {self.log_dir / name}.log", seconds=START_SECONDS)
+
+
+def is_open(address: str, port: int) -> bool:
+    """Whether something listens there."""
+    try:
+        socket.create_connection((address, port), 1).close()
+    except OSError:
+        return False
+    return True

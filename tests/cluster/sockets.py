@@ -1,0 +1,119 @@
+"""What listens on a host, and whether it demands the cluster's token."""
+
+import http.client
+import re
+import socket
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import psutil
+
+from infra.local.cluster import Cluster
+
+LISTEN = "0A"
+WILDCARDS = ("0.0.0.0", "::")
+METHODS = (
+    "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo",
+    "/ray.rpc.NodeManagerService/GetNodeStats",
+    "/ray.rpc.ObjectManagerService/Pull",
+    "/ray.rpc.ReporterService/HealthCheck",
+    "/ray.rpc.CoreWorkerService/GetCoreWorkerStats",
+    "/ray.rpc.RayletDriver/ClusterInfo",
+)
+"""One of each gRPC service of Ray that listens, and asks nothing of the caller but a token."""
+
+
+@dataclass(frozen=True)
+class Listener:
+    """A socket that waits for connections. `owner`: the command line of its process; "" if that is gone."""
+
+    host: int
+    address: str
+    port: int
+    owner: str
+
+
+def listeners(cluster: Cluster, host: int) -> Iterator[Listener]:
+    """As the kernel tells it of the host's own network."""
+    family = cluster.hosts[host].family()
+    owners = {inode: name for process in family for inode, name in _sockets_of(process)}
+    for version, kind in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for line in Path(f"/proc/{family[0].pid}/net/{version}").read_text().splitlines()[1:]:
+            _, local, _, state, _, _, _, _, _, inode, *_ = line.split()
+            if state == LISTEN:
+                address, port = local.split(":")
+                words = struct.pack(f"={len(address) // 8}I", *(int(word, 16) for word in re.findall(".{8}", address)))
+                yield Listener(host, socket.inet_ntop(kind, words), int(port, 16), owners.get(inode, ""))
+
+
+def _sockets_of(process: psutil.Process) -> Iterator[tuple[str, str]]:
+    try:
+        name = " ".join(process.cmdline())
+        for file in Path(f"/proc/{process.pid}/fd").iterdir():
+            if found := re.fullmatch(r"socket:\[(\d+)\]", str(file.readlink())):
+                yield found[1], name
+    except (OSError, psutil.Error):  # it has ended
+        return
+
+
+def server_listeners(cluster: Cluster) -> dict[str, list[str]]:
+    """The addresses on which each server beside Ray listens, where it does."""
+    found = {
+        name: [
+            connection.laddr.ip
+            for one in process.family()
+            for connection in one.net_connections("inet")
+            if connection.status == psutil.CONN_LISTEN
+        ]
+        for name, process in cluster.servers.items()
+    }
+    return {name: addresses for name, addresses in found.items() if addresses}
+
+
+def grpc_answers(address: str, port: int, token: str | None) -> dict[str, grpc.StatusCode]:
+    """What each method answers to an empty message; without those that the server does not have. {} if it speaks no gRPC."""
+    metadata = (("authorization", f"Bearer {token}"),) if token else None
+    answers = {}
+    with grpc.insecure_channel(f"{address}:{port}") as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=10)
+        except grpc.FutureTimeoutError:
+            return {}
+        for method in METHODS:
+            call = channel.unary_unary(method, request_serializer=bytes, response_deserializer=bytes)
+            try:
+                call(b"", timeout=20, metadata=metadata)
+                answers[method] = grpc.StatusCode.OK
+            except grpc.RpcError as error:
+                answers[method] = error.code()
+    return {method: code for method, code in answers.items() if code != grpc.StatusCode.UNIMPLEMENTED}
+
+
+def unguarded(cluster: Cluster, found: Iterable[Listener]) -> list[tuple[Listener, dict[str, grpc.StatusCode]]]:
+    """What listens on all interfaces and does not refuse who has no token, or a wrong one; with what it answers.
+
+    All of Ray's doors on all interfaces are gRPC. That the token opens them is what every job on the cluster shows.
+    """
+    loose = []
+    for one in found:
+        for token in (None, "0" * 64) if one.address in WILDCARDS else ():
+            answers = grpc_answers(cluster.network.address(one.host), one.port, token)
+            if set(answers.values()) != {grpc.StatusCode.UNAUTHENTICATED}:
+                loose.append((one, answers))
+                break
+    return loose
+
+
+def http_status(address: str, port: int) -> int | None:
+    """What a GET without a token is answered; None where nobody speaks HTTP."""
+    connection = http.client.HTTPConnection(address, port, timeout=20)
+    try:
+        connection.request("GET", "/api/v0/nodes")
+        return connection.getresponse().status
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
