@@ -215,8 +215,8 @@ def track_stage(
     """Run one stage in an MLflow run of its own, and put its report into its table and into the run.
 
     A stage that has nothing to do leaves no run and no new report, unless it `is_due`: its shards were made along with
-    another's. A table that lacks its report gets it all the same: its job was killed at the very end. `log` adds to the run what
-    is the stage's own.
+    another's. A table that lacks its report gets it all the same: its job was killed at the very end. `log` adds to the run
+    what is the stage's own.
     """
     line = StatusLine()
     metrics = StageMetrics(job.dataset_uri, name)
@@ -247,6 +247,10 @@ def track_stage(
     return result
 
 
+def _lacks_report(result: StageResult) -> bool:
+    return result.num_shards > 0 and REPORT not in list_folder(result.table.uri)
+
+
 def _run_rebuilding(job: JobConfig, name: str, run_stage: Callable[[], StageResult], line: StatusLine) -> StageResult:
     """Run it, and delete what stale tables it names on the way, where the job may; nobody else gets at them in between."""
     deleted: set[str] = set()
@@ -264,10 +268,6 @@ def _run_rebuilding(job: JobConfig, name: str, run_stage: Callable[[], StageResu
                 leases.enter_context(hold(table.uri))
                 delete_table(table)
                 deleted.add(table.uri)
-
-
-def _lacks_report(result: StageResult) -> bool:
-    return result.num_shards > 0 and REPORT not in list_folder(result.table.uri)
 
 
 def log_result(run: TrackedRun, result: StageResult) -> None:

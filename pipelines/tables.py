@@ -172,10 +172,6 @@ class Table:
             noted = json.loads((footer.metadata or {}).get(FACTS_KEY, b"{}"))
             return ShardFacts(num_rows=footer.num_rows, **noted)
 
-    def read_figures(self, shard: str) -> dict[str, float]:
-        """The figures that the stage's worker noted of a shard, from the file's footer."""
-        return self.read_facts(shard).figures
-
     @contextmanager
     def _naming_damage(self, shard: str) -> Iterator[None]:
         try:

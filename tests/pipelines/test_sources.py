@@ -49,6 +49,7 @@ def test_folder_with_captions_beside(tmp_path):
         "deep/er/b.json": b'{"caption": "from json", "license": "CC0", "score": NaN}',
         "c [1] #?.webp": IMAGE + b"c",
         "c [1] #?.json": b'{"text": "named text"}',
+        "d::e.png": IMAGE + b"g",
         "both.gif": IMAGE + b"d",
         "both.txt": b"from txt",
         "both.json": b'{"caption": "from json"}',
@@ -63,12 +64,13 @@ def test_folder_with_captions_beside(tmp_path):
     }
     write_files(tmp_path, files)
     rows = {row["source_uri"].removeprefix(f"{tmp_path}/"): row for row in read_all(tmp_path)}
-    assert list(rows) == sorted(["a.jpg", "deep/er/b.PNG", "c [1] #?.webp", "both.gif", "broken.tiff", "alone.bmp"])
+    assert list(rows) == sorted(["a.jpg", "deep/er/b.PNG", "c [1] #?.webp", "d::e.png", "both.gif", "broken.tiff", "alone.bmp"])
     assert all(row["image_bytes"] == files[name] and row["error"] is None for name, row in rows.items())
     assert {name: row["caption"] for name, row in rows.items()} == {
         "a.jpg": "A caption, with an é.",
         "deep/er/b.PNG": "from json",
         "c [1] #?.webp": "named text",
+        "d::e.png": None,
         "both.gif": "from txt",
         "broken.tiff": None,
         "alone.bmp": None,

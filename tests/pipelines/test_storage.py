@@ -56,7 +56,7 @@ def test_spoiled_answers_change_nothing(proxy: FaultyProxy) -> None:
     assert table.list_shards() == list(shards)
     for shard, rows in shards.items():
         assert table.read_shard(shard) == rows
-        assert table.read_figures(shard) == {"psnr": 31.5}
+        assert table.read_facts(shard).figures == {"psnr": 31.5}
     assert len(proxy.spoiled) == 5 and proxy.spoiled.total() > 10
 
 
