@@ -33,8 +33,8 @@ Row = dict[str, Any]
 LIGHT = 0.25  # CPUs of a task that only reads or writes: it waits for the network most of the time
 READERS_PER_ACTOR = 2
 SHARDS_PER_ACTOR = 250
-"""So many go through one dataset; then actors start anew, with their models. A dataset's statistics take about 20 kB of the
-driver's memory for each, and more where shards are taken apart into rows."""
+"""So many go through one dataset; then actors start anew, with their models. Until it ends, a dataset keeps statistics of each
+of its blocks (more where shards are taken apart into rows) and what was read ahead of the actors."""
 MAX_FAILED_SHARDS = 5  # with more, what is wrong is not with the shards
 RETRIES = 3  # of a shard whose process dies (out of memory, node lost) before it is left out
 FIGURES = pa.map_(pa.string(), pa.float64())
