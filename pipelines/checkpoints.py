@@ -82,7 +82,7 @@ def take_snapshot(engine: Engine, ema: EMA, state: Mapping[str, Any], *, step: i
         pieces={fragment.name: (fragment.start, fragment.numel) for fragment in fragments},
         shapes=engine.shapes,
         moments=list(engine.moments()),
-        others=deepcopy(others),  # optimizers count their steps in place
+        others=others,
         state=deepcopy({**state, "ema_updates": ema.num_updates}),
     )
 
