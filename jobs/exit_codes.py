@@ -2,8 +2,9 @@
 
 from enum import IntEnum
 
-from pipelines.lease import LeaseLostError
-from pipelines.stage import ShardError, TooManyRejectsError
+from pipelines.lease import LeaseHeldError, LeaseLostError
+from pipelines.stage import ShardError, StageError, TooManyRejectsError
+from pipelines.storage import StorageError
 from pipelines.train_config import TrainingError, TrainingStopped
 
 
@@ -15,7 +16,7 @@ class ExitCode(IntEnum):
     USAGE = 2  # the command line or the YAML file cannot be read
     TOO_MANY_REJECTS = 3  # look at the table's rejects, then fix the source or raise max_reject_share
     TRAINING_FAILED = 4  # the loss is not finite, or workers were lost more often than max_failures allows
-    FAULT = 5  # a lost node, no memory, a bug: the message tells; try again, which goes on from what is there
+    FAULT = 5  # a lost node, no memory, a store or server that is down, another writer, a bug: try again, which goes on
     STOPPED = 143  # SIGTERM, as from `ray job stop` or a node that is taken away
 
 
@@ -23,7 +24,7 @@ def exit_code(error: Exception) -> ExitCode:
     """The number for an error that a user can put right."""
     if isinstance(error, TooManyRejectsError):
         return ExitCode.TOO_MANY_REJECTS
-    if isinstance(error, (ShardError, LeaseLostError)):
+    if isinstance(error, (ShardError, StageError, StorageError, LeaseHeldError, LeaseLostError)):
         return ExitCode.FAULT
     if isinstance(error, TrainingStopped):
         return ExitCode.STOPPED

@@ -18,7 +18,7 @@ from pipelines.lora import add_lora, merge_lora
 from pipelines.storage import StorageError
 from pipelines.tables import absolute_uri
 from pipelines.train_config import TrainConfig
-from pipelines.train_worker import load_start
+from pipelines.train_start import load_start
 from pipelines.training_record import CHECKPOINTS_DIR, read_config
 from sana_model.generate import TextToImage
 from sana_model.text_encoder import DIFFUSERS_PROMPTS

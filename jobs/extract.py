@@ -56,7 +56,7 @@ def _run_one(job: ExtractJob, config: ExtractConfig, *, also: Sequence[int]) -> 
     manifest = Table(job.dataset_uri, config.path, LATENTS).read_manifest()
     return track_stage(
         replace(job, extract=config),
-        "extract",
+        f"extract {config.resolution}" if job.resolutions else "extract",
         lambda on_progress: run_extract(job.dataset_uri, config, also=also, on_progress=on_progress),
         make_report=make_report,
         is_due=manifest is not None and not manifest.complete,

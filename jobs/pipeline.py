@@ -16,7 +16,9 @@ from pipelines.evaluate import EvaluateConfig
 from pipelines.extract_config import ExtractConfig
 from pipelines.ingest import IngestConfig
 from pipelines.sample import DrawConfig, SampleConfig
+from pipelines.schema import LATENTS
 from pipelines.score import ScorerConfig
+from pipelines.tables import Table
 from pipelines.train import TrainResult
 from pipelines.train_config import TrainConfig
 
@@ -49,7 +51,8 @@ class StagesJob(JobConfig):
             raise ValueError(f"captioners={names}: {sorted(repeated)} name a table more than once")
         if self.extract.scorer != self.scorer.name:
             raise ValueError(f"extract.scorer={self.extract.scorer} is not scorer.name={self.scorer.name}")
-        if self.train.latents != self.extract.path:
+        extracted = Table(self.dataset_uri, self.extract.path, LATENTS)
+        if extracted.uri not in [source.table.uri for source in self.train.sources(self.dataset_uri)]:
             raise ValueError(f"train.latents={self.train.latents} is not what extract makes, {self.extract.path}")
 
 
@@ -114,7 +117,8 @@ def train_pipeline(job: StagesJob, timings: Timings) -> TrainResult:
 def draw_and_judge(job: StagesJob, name: str, pipeline: str, prompts: list[str] | str, *, step: int, timings: Timings) -> None:
     """The sample and evaluate stages with one pipeline."""
     settings = SampleConfig(name=name, pipeline=pipeline, prompts=prompts, draw=job.draw)
-    judge = EvaluateConfig(name=name, clip=job.scorer.model, resources=job.scorer.resources)
+    scorer = job.scorer
+    judge = EvaluateConfig(name=name, model=scorer.model, revision=scorer.revision, resources=scorer.resources)
     timings.measure(f"sample {name}", lambda: sample.run(_stage(sample.SampleJob, job, sample=settings, step=step)))
     timings.measure(f"evaluate {name}", lambda: evaluate.run(_stage(evaluate.EvaluateJob, job, evaluate=judge)))
 

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Literal, TypeVar
 
 import ray
+import ray.data  # sets up its loggers
 
 from jobs.config import parse_config, to_dict
 from jobs.exit_codes import ExitCode, exit_code
@@ -21,7 +22,7 @@ from pipelines.metrics import StageMetrics
 from pipelines.rebuild import delete_table
 from pipelines.report import write_report
 from pipelines.stage import OnProgress, Progress, ShardError, StageError, StageResult, TooManyRejectsError
-from pipelines.storage import StorageError
+from pipelines.storage import StorageError, list_folder
 from pipelines.tables import REPORT, MissingTableError, StaleTableError, absolute_uri
 from pipelines.tracking import TrackedRun, TrackingConfig, start_run
 from pipelines.train_config import TrainingError
@@ -65,10 +66,10 @@ class RayConfig:
 def start_ray(config: RayConfig) -> Iterator[None]:
     """Connect to the cluster, or start a local Ray and stop it at the end."""
     logging.getLogger("mlflow").setLevel(logging.WARNING)
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ side writes to this process's own stderr
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     else:
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ side writes to this process's own stderr
         ray.init(
             num_cpus=config.num_cpus,
             num_gpus=config.num_gpus,
@@ -76,12 +77,25 @@ def start_ray(config: RayConfig) -> Iterator[None]:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    _quiet_libraries()
     signal.signal(signal.SIGTERM, _stop)  # after ray.init, which sets a handler of its own
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _quiet_libraries() -> None:
+    """Only their warnings are shown: a stage says itself how far it is. Ray's log files keep everything."""
+    for name in ("ray", "ray.data"):
+        for handler in logging.getLogger(name).handlers:
+            if isinstance(handler, logging.StreamHandler):
+                handler.setLevel(logging.WARNING)  # the loggers' own levels are set anew by whoever calls ray.init() again
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that there are no bars
+    llm = logging.getLogger("ray.llm")
+    llm.addHandler(logging.NullHandler())  # without one its modules, imported later, add their own
+    llm.setLevel(logging.WARNING)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # of this process alone: the engines' are Ray's workers
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
@@ -124,13 +138,13 @@ def describe_progress(name: str, progress: Progress) -> str:
     )
 
 
-def describe(name: str, result: StageResult) -> str:
-    """One line on what a stage did."""
+def describe(name: str, result: StageResult, *, is_due: bool = False) -> str:
+    """One line on what a stage did; `is_due` as in `track_stage`."""
     counts = f"{result.num_rows} rows, {result.num_rejects} rejects in {result.num_shards} shards"
     if result.num_shards == 0:
         return f"{name:<22} nothing to do: no shard of its inputs is ready"
     if result.was_done:
-        return f"{name:<22} {counts}: all there already, nothing to do"
+        return f"{name:<22} {counts}: {'made along with another' if is_due else 'all there already, nothing to do'}"
     found = f" ({result.found_shards} were there already)" if result.found_shards else ""
     return f"{name:<22} {counts}{found}, {result.seconds:.0f} s, {result.rows_per_second:.1f} rows/s"
 
@@ -201,7 +215,8 @@ def track_stage(
     """Run one stage in an MLflow run of its own, and put its report into its table and into the run.
 
     A stage that has nothing to do leaves no run and no new report, unless it `is_due`: its shards were made along with
-    another's. `log` adds to the run what is the stage's own.
+    another's. A table that lacks its report gets it all the same: its job was killed at the very end. `log` adds to the run
+    what is the stage's own.
     """
     line = StatusLine()
     metrics = StageMetrics(job.dataset_uri, name)
@@ -216,27 +231,43 @@ def track_stage(
             metrics.update(progress)
             line.show(describe_progress(name, progress))
 
-        try:
-            result = run_stage(on_progress)
-        except StaleTableError as error:
-            if error.table is None or not (job.on_stale == "rebuild" or error.table.deletion_begun()):
-                raise
-            line.clear()
-            print(f"{name:<22} {error.table.path} is stale: deleting it, to make it anew\n{error}", flush=True)
-            with hold(error.table.uri):
-                delete_table(error.table)
-                result = run_stage(on_progress)
+        result = _run_rebuilding(job, name, lambda: run_stage(on_progress), line)
+        html: str | None = None
+        if make_report is not None and (run is not None or _lacks_report(result)):
+            html = make_report()
+            write_report(result.table, html)
         if run is not None:
             log_result(run, result)
-            if make_report is not None:
-                html = make_report()
-                write_report(result.table, html)
+            if html is not None:
                 run.log_html(html, REPORT)
             if log is not None:
                 log(run, result)
     line.clear()
-    print(describe(name, result), flush=True)
+    print(describe(name, result, is_due=is_due), flush=True)
     return result
+
+
+def _lacks_report(result: StageResult) -> bool:
+    return result.num_shards > 0 and REPORT not in list_folder(result.table.uri)
+
+
+def _run_rebuilding(job: JobConfig, name: str, run_stage: Callable[[], StageResult], line: StatusLine) -> StageResult:
+    """Run it, and delete what stale tables it names on the way, where the job may; nobody else gets at them in between."""
+    deleted: set[str] = set()
+    with ExitStack() as leases:
+        while True:
+            try:
+                return run_stage()
+            except StaleTableError as error:
+                table = error.table
+                if table is None or table.uri in deleted or not (job.on_stale == "rebuild" or table.deletion_begun()):
+                    raise
+                line.clear()
+                differing = [field for field in str(error).splitlines() if field.startswith("  ")]
+                print("\n".join([f"{name:<22} {table.path} is stale: deleting it, to make it anew", *differing]), flush=True)
+                leases.enter_context(hold(table.uri))
+                delete_table(table)
+                deleted.add(table.uri)
 
 
 def log_result(run: TrackedRun, result: StageResult) -> None:

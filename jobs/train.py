@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from jobs.config import to_dict
 from jobs.runner import JobConfig, StatusLine, run_job
 from pipelines.metrics import TrainMetrics
-from pipelines.report_run import training_report
+from pipelines.report_run import Section, training_report
 from pipelines.storage import write_file
 from pipelines.tables import REPORT, absolute_uri
 from pipelines.tracking import RunPlan
@@ -74,9 +74,22 @@ def show_preflight(job: TrainJob) -> None:
 
 
 def make_report(job: TrainJob, result: TrainResult) -> str:
+    first, *others = job.train.sources(job.dataset_uri)
     facts = {"Steps": result.num_steps, "Samples/s": f"{result.samples_per_second:.1f}"}
-    config = to_dict(job.train)
-    return training_report(job.dataset_uri, job.train.latents, result.losses, result.grids, facts=facts, config=config)
+    sections = []
+    if others:
+        rows = [(source.table.uri, source.manifest.num_rows, f"{source.weight:g}") for source in (first, *others)]
+        text = "A weight is how often each sample of the table is drawn in an epoch. Rows above are the first table's."
+        sections = [Section(title="Tables", text=text, columns=("table", "rows", "weight"), rows=rows)]
+    return training_report(
+        first.table.dataset_uri,
+        first.table.path,
+        result.losses,
+        result.grids,
+        facts=facts,
+        config=to_dict(job.train),
+        sections=sections,
+    )
 
 
 def describe_progress(name: str, progress: TrainProgress) -> str:

@@ -5,6 +5,7 @@ from functools import partial
 
 from pipelines.caption_config import CaptionerConfig, model_versions, value_settings
 from pipelines.http_captioner import HttpCaptioner
+from pipelines.models import pinned
 from pipelines.schema import CAPTIONS, IMAGES, IMAGES_PATH, captions_path
 from pipelines.stage import OnProgress, ShardWorker, StageResult, run_shards
 from pipelines.tables import Identity, Table
@@ -25,6 +26,8 @@ def run_caption(dataset_uri: str, config: CaptionerConfig, *, on_progress: OnPro
 
     Raises as `run_shards` (StageError if the engine cannot go on), and MissingTableError if there are no images.
     """
+    if config.engine != "http":
+        config = pinned(config)
     images = Table(dataset_uri, IMAGES_PATH, IMAGES)
     output = Table(dataset_uri, captions_path(config.name), CAPTIONS)
     identity = caption_identity(dataset_uri, config)

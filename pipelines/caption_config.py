@@ -69,7 +69,9 @@ class HttpConfig:
         api_key_variable: of the environment; sent as a bearer token where it is set.
         concurrency: requests at a time of each actor.
         timeout: of a request, seconds.
-        max_attempts: at one request, before it is asked whether the server or the row is at fault.
+        max_attempts: at one request that fails, before it is asked whether the server or the row is at fault.
+        patience: seconds that a request is asked again in all while the server says that it is busy (429, 503 ...), before the
+            job ends; no row is refused for that.
         backoff: seconds before the second attempt; doubled for each one after it, up to `max_backoff`, with jitter. A server's
             Retry-After goes before it.
         max_backoff: seconds; a longer Retry-After is not waited for.
@@ -82,6 +84,7 @@ class HttpConfig:
     concurrency: int = 16
     timeout: float = 120.0
     max_attempts: int = 6
+    patience: float = 600.0
     backoff: float = 1.0
     max_backoff: float = 60.0
     image_format: Literal["png", "jpeg"] = "png"
@@ -90,11 +93,15 @@ class HttpConfig:
     def __post_init__(self) -> None:
         if not self.base_url.startswith(("http://", "https://")):
             raise ValueError(f"http.base_url={self.base_url!r} must be a URL such as http://localhost:8000/v1")
-        if min(self.concurrency, self.max_attempts) < 1 or min(self.timeout, self.max_backoff) <= 0 or self.backoff < 0:
+        if (
+            min(self.concurrency, self.max_attempts) < 1
+            or min(self.timeout, self.max_backoff) <= 0
+            or min(self.backoff, self.patience) < 0
+        ):
             raise ValueError(
                 f"http.concurrency={self.concurrency} and http.max_attempts={self.max_attempts} must be at least 1, "
                 f"http.timeout={self.timeout:g} and http.max_backoff={self.max_backoff:g} above 0, "
-                f"http.backoff={self.backoff:g} at least 0"
+                f"http.backoff={self.backoff:g} and http.patience={self.patience:g} at least 0"
             )
 
 

@@ -21,6 +21,8 @@ from pipelines.stage import Row, ShardOutput, reject
 TAG = re.compile(r"<[^<>\s][^<>]{0,60}>|\[/?INST\]")
 TOO_LONG = re.compile(r"context length|maximum (model|context)|max_model_len|too (long|many tokens)|longer than", re.IGNORECASE)
 """What vLLM and OpenAI-compatible servers say of a prompt over their length."""
+ENGINE_DIED = "engine_died"
+"""What the error of a row begins with that ended its engine."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class CaptionJudge:
     def _clean(self, outcome: Outcome) -> Outcome:
         if isinstance(outcome, Refusal):
             return outcome
-        caption = outcome.caption.strip()
+        caption = outcome.caption.encode(errors="replace").decode().strip()  # a server may send half a character of UTF-16
         if self.quality.boilerplate == "strip":
             caption = strip_boilerplate(caption)
         if not caption:
@@ -159,4 +161,6 @@ def source_rows(table: pa.Table) -> list[Row]:
 
 def refusal_of(error: str) -> Refusal:
     """What an engine's or a server's complaint about one row amounts to."""
+    if error.startswith(ENGINE_DIED):
+        return Refusal(ENGINE_DIED, error.removeprefix(f"{ENGINE_DIED}: "))
     return Refusal("prompt_too_long" if TOO_LONG.search(error) else "caption_failed", error[:500])

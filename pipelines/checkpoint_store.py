@@ -13,6 +13,7 @@ from pipelines.checkpoints import (
     CheckpointReader,
     Snapshot,
     UnfinishedCheckpointError,
+    checkpoint_uri,
     list_checkpoints,
     remove_checkpoint,
     write_part,
@@ -58,7 +59,7 @@ class CheckpointStore:
         """When that was, or when this began."""
 
     def uri(self, step: int) -> str:
-        return f"{self.root_uri}/step-{step:06d}"
+        return checkpoint_uri(self.root_uri, step)
 
     def write(self, snapshot: Snapshot) -> None:
         """In the background, once the one before is written."""

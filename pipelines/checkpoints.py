@@ -7,6 +7,7 @@ world size and ZeRO stage reads what another wrote. A checkpoint counts when all
 
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -81,7 +82,7 @@ def take_snapshot(engine: Engine, ema: EMA, state: Mapping[str, Any], *, step: i
         pieces={fragment.name: (fragment.start, fragment.numel) for fragment in fragments},
         shapes=engine.shapes,
         moments=list(engine.moments()),
-        others=deepcopy(others),  # optimizers count their steps in place
+        others=others,
         state=deepcopy({**state, "ema_updates": ema.num_updates}),
     )
 
@@ -130,7 +131,12 @@ def _hash(path: Path) -> str:
 
 def list_checkpoints(root_uri: str) -> list[str]:
     """URIs of those under a folder, the newest first, whether whole or not."""
-    return [f"{root_uri}/{name}" for name in reversed(list_folder(root_uri)) if name.startswith("step-")]
+    steps = [int(name.removeprefix("step-")) for name in list_folder(root_uri) if re.fullmatch(r"step-\d+", name)]
+    return [checkpoint_uri(root_uri, step) for step in sorted(steps, reverse=True)]
+
+
+def checkpoint_uri(root_uri: str, step: int) -> str:
+    return f"{root_uri}/step-{step:06d}"
 
 
 @dataclass(frozen=True)
@@ -225,7 +231,7 @@ class CheckpointReader:
     def load(self, ema: EMA) -> None:
         """Put weights, optimizer and average back. All ranks must."""
         first = self.checkpoint.parts[0]
-        others = torch.load(self._paths[self._others], weights_only=True)
+        others = torch.load(self._paths[self._others], map_location="cpu", weights_only=True)
         self.engine.prepare_states(first["moments"], others, layout=first["layout"])
         self._copy(WEIGHTS, {"": self.engine.master_weights()})
         self._copy(AVERAGE, {"": ema.averages})

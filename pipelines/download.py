@@ -70,7 +70,7 @@ def fetch_all(uris: Sequence[str], config: DownloadConfig, max_bytes: int) -> li
     """The content at each URI, or why there is none, in the same order.
 
     Reasons: http_<status>, timeout, download_failed, too_many_redirects, too_many_bytes, robots_tag, bad_url; for keys of a
-    file system missing_source, too_many_bytes, unreadable.
+    file system missing_source, too_many_bytes, unreadable, bad_url, and download_failed where it cannot be connected to.
 
     Raises StorageError: a file system does not answer, whatever the key.
     """
@@ -90,8 +90,8 @@ def read_key(uri: str, max_bytes: int, size: int | None = None) -> bytes | Fetch
     """
     try:
         filesystem, path = open_filesystem(uri)
-    except (ValueError, ImportError) as error:
-        return FetchError("bad_url", f"{type(error).__name__}: {error}")
+    except Exception as error:  # some connect when they are opened, and each fails in its own way
+        return FetchError("download_failed" if is_transient(error) else "bad_url", f"{type(error).__name__}: {error}")
     try:
         if size is None:
             size = call(lambda: filesystem.size(path), "read", uri) or 0
@@ -100,7 +100,7 @@ def read_key(uri: str, max_bytes: int, size: int | None = None) -> bytes | Fetch
         return call(lambda: filesystem.cat_file(path), "read", uri)
     except FileNotFoundError as error:
         return FetchError("missing_source", f"{type(error).__name__}: {error}")
-    except OSError as error:
+    except Exception as error:  # a key may be nonsense, and file systems say so in many ways
         if isinstance(error, StorageError) and is_transient(error):
             raise
         return FetchError("unreadable", f"{type(error).__name__}: {error}")

@@ -1,8 +1,8 @@
 """A record of which samples each step of a training used: small files of JSON lines in its output folder."""
 
 import json
-from collections.abc import Iterable
 
+from pipelines.samples import MicroBatch
 from pipelines.storage import list_folder, read_file, remove_file, write_file
 
 DRAWN_DIR = "drawn"
@@ -17,12 +17,12 @@ class DrawnLog:
         self._lines: list[str] = []
         self._first_step = 0
 
-    def add(self, step: int, epochs: Iterable[int], ids: Iterable[str]) -> None:
-        """The samples of a micro-batch."""
+    def add(self, step: int, batch: MicroBatch) -> None:
         if not self._lines:
             self._first_step = step
         self._lines += [
-            json.dumps({"step": step, "epoch": epoch, "id": sample}) for epoch, sample in zip(epochs, ids, strict=True)
+            json.dumps({"step": step, "table": table, "epoch": epoch, "id": sample})
+            for table, epoch, sample in zip(batch.tables, batch.epochs, batch.ids, strict=True)
         ]
 
     def flush(self, step: int) -> None:
@@ -46,7 +46,7 @@ def forget_after(folder_uri: str, step: int) -> None:
 
 
 def read_drawn(folder_uri: str) -> dict[int, list[tuple[int, str]]]:
-    """(epoch, id) of the samples of each step, over all ranks, sorted."""
+    """(epoch, id) of the samples of each step, over all ranks and tables, sorted."""
     drawn: dict[int, list[tuple[int, str]]] = {}
     for name in list_folder(folder_uri):
         for line in read_file(f"{folder_uri}/{name}").decode().splitlines():

@@ -5,10 +5,9 @@ hundred images for it, since a shard is held in memory whole.
 """
 
 import hashlib
-from collections.abc import Set
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import torch
@@ -58,17 +57,21 @@ class EmbedConfig:
 
 
 def embed_identity(dataset_uri: str, config: EmbedConfig) -> Identity:
-    """What the embeddings depend on. Of the instruction, which is long, the hash."""
+    """What the embeddings depend on."""
     names = ("text_encoder", "scorer", "attn_implementation", "compute_dtype", "dtype")
-    prompts = config.prompts
-    settings = {name: getattr(config, name) for name in names} | {
+    settings = {name: getattr(config, name) for name in names} | prompt_settings(config.prompts)
+    scores = Table(dataset_uri, scores_path(config.scorer), SCORES)
+    inputs = {scores.path: scores.require().fingerprint}
+    return Identity("embed_captions", settings, {config.name: model_version(config.text_encoder)}, inputs)
+
+
+def prompt_settings(prompts: TextEncoderConfig) -> dict[str, Any]:
+    """How captions become tokens, for a fingerprint. Of the instruction, which is long, the hash."""
+    return {
         "instruction": f"sha256:{hashlib.sha256(prompts.instruction.encode()).hexdigest()[:32]}",
         "max_tokens": prompts.max_tokens,
         "lowercase": prompts.lowercase,
     }
-    scores = Table(dataset_uri, scores_path(config.scorer), SCORES)
-    inputs = {scores.path: scores.require().fingerprint}
-    return Identity("embed_captions", settings, {config.name: model_version(config.text_encoder)}, inputs)
 
 
 def run_embed_captions(dataset_uri: str, config: EmbedConfig, *, on_progress: OnProgress = lambda _: None) -> StageResult:
@@ -131,26 +134,3 @@ class CaptionEmbedder:
 def _embeds_row(entry: Row, embeds: torch.Tensor) -> Row:
     content = embeds.contiguous().view(torch.uint8).numpy().tobytes()
     return {"id": entry["id"], "captioner": entry["captioner"], "embeds": content, "num_tokens": len(embeds)}
-
-
-def read_caption_embeds(
-    dataset_uri: str, name: str, shard: str, wanted: Set[tuple[str, str]] | None = None
-) -> dict[tuple[str, str], torch.Tensor]:
-    """The embeddings of a shard's captions: (id, captioner) -> (num_tokens, width), in the table's dtype.
-
-    Args:
-        name: of the table under caption_embeds/.
-        shard: the same as that of `latents`: shards are aligned.
-        wanted: the captions to read, such as those that a selection policy chose; None: all.
-
-    Raises MissingTableError if there is no such table, FileNotFoundError if it has no such shard.
-    """
-    table = Table(dataset_uri, caption_embeds_path(name), CAPTION_EMBEDS)
-    dtype = getattr(torch, table.require().config["dtype"])
-    found = {}
-    for batch in table.read_shard(shard).to_batches(max_chunksize=64):
-        for row in batch.to_pylist():
-            key = (row["id"], row["captioner"])
-            if wanted is None or key in wanted:
-                found[key] = torch.frombuffer(bytearray(row["embeds"]), dtype=dtype).view(row["num_tokens"], -1)
-    return found

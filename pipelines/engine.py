@@ -34,12 +34,15 @@ class EngineConfig:
             The weights that the optimizer updates, its states and the average are float32 in either case.
         offload_optimizer: keep master weights and optimizer states in the CPU's memory, and update them there (ZeRO 1 to 3).
         offload_weights: keep each worker's part of the weights there too (ZeRO 3).
+        reduce_dtype: in which gradients are summed over the workers; "bf16" halves what goes over the network, and costs about
+            a percent of their precision with hundreds of workers.
         checkpoint_blocks: recompute every n-th block's activations in the backward pass: 1 all, 0 none.
         compile_blocks: let torch.compile make each block one program; pays where shapes are few.
     """
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     offload_optimizer: bool = False
     offload_weights: bool = False
     checkpoint_blocks: int = 0
@@ -48,6 +51,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.checkpoint_blocks < 0:
             raise ValueError(f"checkpoint_blocks={self.checkpoint_blocks} must not be negative")
+        if self.reduce_dtype == "bf16" and self.dtype != "bf16":
+            raise ValueError(f"reduce_dtype=bf16 with dtype={self.dtype}: sum gradients in fp32 there")
         if self.dtype == "fp16" and self.zero_stage == 0:
             raise ValueError("dtype=fp16 with zero_stage=0: take zero_stage=1, which costs one worker nothing, or bf16")
         if self.offload_optimizer and self.zero_stage == 0:
@@ -70,6 +75,7 @@ class EngineConfig:
             "bf16": {"enabled": self.dtype == "bf16"},
             "fp16": {"enabled": self.dtype == "fp16"},
             "zero_optimization": zero,
+            "communication_data_type": self.reduce_dtype,
             "zero_allow_untested_optimizer": True,  # 8-bit AdamW
             "zero_force_ds_cpu_optimizer": False,  # its own would compile a C++ extension; torch's fused AdamW is as good
             "steps_per_print": None,
@@ -207,9 +213,12 @@ class Engine:
         return {name: [state[name] for state in states] for name in names}
 
     def other_states(self) -> dict[str, Any]:
-        """What else the optimizer remembers: for each master tensor, and of the loss scale."""
-        moments = self.moments()
-        states = [{name: value for name, value in state.items() if name not in moments} for state in self._optimizer_states()]
+        """What else the optimizer remembers: for each master tensor, and of the loss scale. Copied to the CPU."""
+        moments, cpu = self.moments(), torch.device("cpu")
+        states = [
+            {name: _copy_to(cpu, value) for name, value in state.items() if name not in moments}
+            for state in self._optimizer_states()
+        ]
         return {"states": states, "loss_scale": self._loss_scale_state()}
 
     def prepare_states(self, moments: Sequence[str], others: Mapping[str, Any], *, layout: str) -> None:
@@ -230,7 +239,7 @@ class Engine:
         optimizer_state = self._deepspeed.basic_optimizer.state
         optimizer_state.clear()
         for master, state in zip(masters, states, strict=True):
-            values = {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
+            values = {name: _copy_to(master.device, value) for name, value in state.items()}
             optimizer_state[master] = values | {name: torch.zeros_like(master) for name in moments}
         self._load_loss_scale(others["loss_scale"])
 
@@ -273,6 +282,10 @@ def _full_shape(weight: Any) -> torch.Size:
 
 def _is_like(value: object, master: Tensor) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.shape == master.shape
+
+
+def _copy_to(device: torch.device, value: Any) -> Any:
+    return value.to(device, copy=True) if isinstance(value, Tensor) else value
 
 
 def _import_deepspeed(device: torch.device) -> Any:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from pipelines.clip import ClipModel
-from pipelines.models import model_version
+from pipelines.models import model_version, pinned
 from pipelines.schema import EVALUATIONS, SAMPLES, evaluations_path, samples_path
 from pipelines.shapes import Scene, all_singles, parse, phrasings, write_caption
 from pipelines.stage import OnProgress, Resources, Row, ShardOutput, StageResult, run_shards
@@ -26,14 +26,16 @@ class EvaluateConfig:
 
     Args:
         name: of the tables under samples/ and evaluations/.
-        clip: a transformers CLIP or SigLIP: a local folder, a hub id, or a zoo://, hf:// or fsspec URI.
+        model: a transformers CLIP or SigLIP: a local folder, a hub id, or a zoo://, hf:// or fsspec URI.
+        revision: of a hub id.
         batch_size: pictures in one call of the model; changes no value.
         device: "cpu", "cuda"; None: the first GPU that Ray gave the actor, or else the CPU.
         resources: of the stage's actors.
     """
 
     name: str
-    clip: str
+    model: str
+    revision: str | None = None
     batch_size: int = 64
     device: str | None = None
     resources: Resources = field(default_factory=Resources)
@@ -44,9 +46,11 @@ def run_evaluate(dataset_uri: str, config: EvaluateConfig, *, on_progress: OnPro
 
     Raises as `run_shards`, and MissingTableError if there are no such pictures.
     """
+    config = pinned(config)
     samples = Table(dataset_uri, samples_path(config.name), SAMPLES)
     inputs = {samples.path: samples.require().fingerprint}
-    identity = Identity("evaluate", {"clip": config.clip}, {"clip": model_version(config.clip)}, inputs)
+    models = {"clip": model_version(config.model, config.revision)}
+    identity = Identity("evaluate", {"model": config.model}, models, inputs)
     return run_shards(
         Table(dataset_uri, evaluations_path(config.name), EVALUATIONS),
         identity,
@@ -64,7 +68,7 @@ class PictureJudge:
 
     def __init__(self, config: EvaluateConfig):
         self.config = config
-        self.clip = ClipModel(config.clip, device=config.device)
+        self.clip = ClipModel(config.model, revision=config.revision, device=config.device)
         self.attributes: AttributeJudge | None = None
 
     def process(self, table: pa.Table) -> ShardOutput:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from itertools import count
 from typing import Any
 
 import httpx
@@ -36,18 +37,21 @@ from pipelines.stage import Row, ShardOutput, StageError
 
 ROW_STATUS = {400, 413, 415, 422}
 """The server has read the request, and will not have it: the row is refused."""
-TRANSIENT_STATUS = {408, 409, 425, 429}
-"""To be asked again, as any status from 500 on. What is left under 500 (no key, no such model) ends the job at once."""
+BUSY_STATUS = {408, 409, 425, 429, 503}
+"""Not now: the row has no part in it, and waits. For any other status from 500 on it may be blamed; what is left under 500 (no
+key, no such model) ends the job at once."""
 SIZE_OF_TRIAL = 32  # pixels
+AGAIN = "Start again when the server is back: what is finished stays"
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Trouble:
-    """An attempt that may go better later. `retry_after`: seconds, where the server named them."""
+    """An attempt that may go better later. `is_busy`: the row cannot be why; `retry_after`: seconds, where they were named."""
 
     detail: str
+    is_busy: bool = False
     retry_after: float | None = None
 
 
@@ -82,37 +86,42 @@ class HttpCaptioner:
 
     def answer(self, question: Question) -> Outcome:
         """Ask, again and again where it helps. Raises StageError if no other row would fare better."""
-        body = self._body(question)
-        told = self._ask(body)
-        for attempt in range(1, self.options.max_attempts):
+        body, faults, patience = self._body(question), 0, self.options.patience
+        for attempt in count(1):
+            begun = time.monotonic()
+            told = self._ask(body)
             if not isinstance(told, Trouble):
                 return told
+            faults += not told.is_busy
+            if told.is_busy and patience <= 0:
+                raise StageError(f"{self.url} is busy for {self.options.patience:g} s: {told.detail}. {AGAIN}")
+            if faults == self.options.max_attempts:
+                return self._blame(told)
             wait = self._pause(attempt, told.retry_after)
             logger.warning("%s: %s; attempt %d, again in %.1f s", self.url, told.detail, attempt, wait)
             time.sleep(wait)
-            told = self._ask(body)
-        if not isinstance(told, Trouble):
-            return told
+            patience -= (time.monotonic() - begun) * told.is_busy
+        raise AssertionError("an attempt returns or raises")
+
+    def _blame(self, told: Trouble) -> Refusal:
+        """The row is refused if the server answers something else. Raises StageError if it does not."""
         trial = Question("trial", Image.new("RGB", (SIZE_OF_TRIAL, SIZE_OF_TRIAL), "white"), "Describe the image.")
-        server = self._ask(self._body(trial) | {"max_tokens": 1})
-        if isinstance(server, Trouble):
-            raise StageError(
-                f"{self.url} gave up after {self.options.max_attempts} attempts at a request: {told.detail}. "
-                "Start again when the server is back: what is finished stays"
-            )
+        if isinstance(self._ask(self._body(trial) | {"max_tokens": 1}), Trouble):
+            attempts = f"{self.options.max_attempts} attempts at a request"
+            raise StageError(f"{self.url} gave up after {attempts}: {told.detail}. {AGAIN}")
         return Refusal("server_error", f"the server answers others, but not this row: {told.detail}"[:500])
 
     def _ask(self, body: Row) -> Outcome | Trouble:
         """One attempt. Raises StageError for what no attempt can change."""
         try:
             response = self.client.post(self.url, json=body)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             return Trouble(f"{type(error).__name__}: {error}")
         status = response.status_code
         if status in ROW_STATUS:
             return refusal_of(f"{status}: {_complaint(response)}")
-        if status in TRANSIENT_STATUS or status >= 500:
-            return Trouble(f"{status}: {_complaint(response)}", _retry_after(response))
+        if status in BUSY_STATUS or status >= 500:
+            return Trouble(f"{status}: {_complaint(response)}", status in BUSY_STATUS, _retry_after(response))
         if status != 200:
             raise StageError(f"{self.url} answers {status}: {_complaint(response)}. Look at http.base_url, model and the key")
         return self._read(response)
@@ -124,7 +133,7 @@ class HttpCaptioner:
             if content.get("error"):
                 code = content["error"].get("code") if isinstance(content["error"], dict) else None
                 complaint = f"200 with an error: {_complaint(response)}"
-                return refusal_of(complaint) if code in ROW_STATUS else Trouble(complaint)
+                return refusal_of(complaint) if code in ROW_STATUS else Trouble(complaint, code in BUSY_STATUS)
             choice = content["choices"][0]
             caption, reason = choice["message"].get("content"), choice.get("finish_reason") or "stop"
             used = (content.get("usage") or {}).get("completion_tokens")
@@ -154,7 +163,7 @@ class HttpCaptioner:
         """Seconds; spread, so that not all requests come back at once."""
         if retry_after is not None:
             return min(retry_after, self.options.max_backoff) + random.uniform(0, min(1.0, self.options.backoff))
-        return min(self.options.backoff * 2 ** (attempt - 1), self.options.max_backoff) * random.uniform(0.5, 1.0)
+        return min(self.options.backoff * 2 ** min(attempt - 1, 30), self.options.max_backoff) * random.uniform(0.5, 1.0)
 
 
 def _retry_after(response: httpx.Response) -> float | None:

@@ -54,6 +54,11 @@ class DigestSet:
             last, before = self.runs.pop(), self.runs.pop()
             self._append(*(np.concatenate(columns) for columns in zip(before, last, strict=True)))
 
+    def remove(self, shard: int) -> None:
+        """What came first in this shard."""
+        others = [shards != shard for _, _, shards in self.runs]
+        self.runs = [(high[rows], low[rows], shards[rows]) for (high, low, shards), rows in zip(self.runs, others, strict=True)]
+
     def _append(self, high: np.ndarray, low: np.ndarray, shards: np.ndarray) -> None:
         order = np.argsort(high, kind="stable")
         self.runs.append((high[order], low[order], shards[order]))
@@ -64,10 +69,12 @@ class Ledger:
 
     Args:
         missing: numbers of the shards that will be claimed, in order.
+        stall: seconds without progress, after which who waits is told for whom.
     """
 
-    def __init__(self, missing: list[int]):
+    def __init__(self, missing: list[int], stall: float = STALL):
         self.seen, self.missing, self.num_passed = DigestSet(), missing, 0
+        self.stall = stall
         self.expected = set(missing)
         self.claimed: set[int] = set()
         self.passed: set[int] = set()  # claimed or skipped: nobody waits for them
@@ -77,27 +84,33 @@ class Ledger:
     async def add_done(self, shard: int, digests: np.ndarray) -> None:
         """What a finished shard holds."""
         self._add(shard, digests)
+        self.claimed.add(shard)
 
-    async def claim(self, shard: int, digests: np.ndarray, stall: float = STALL) -> np.ndarray | int:
-        """For each digest the other shard that it came from before, or UNSEEN: (N,) int32. The same however often it is asked.
+    async def claim(self, shard: int, digests: np.ndarray) -> np.ndarray | int:
+        """For each digest the other shard that it came from before, or UNSEEN: (N,) int32.
 
-        Waits until all earlier shards are claimed or skipped; if that makes no progress for `stall` seconds, returns the number
+        A shard that is claimed again was read again, and as downloads fail or succeed it may hold other images now: its last
+        claim counts, for that is what is written. (What it held before and others were refused for stays away with them; it is
+        among this shard's failed downloads.)
+
+        Waits until all earlier shards are claimed or skipped; if that makes no progress for so long, returns the number
         of the shard that everybody waits for, once, and skips it the next time.
         """
         async with self.changed:
             while self._must_wait(shard):
                 blocking = self.missing[self.num_passed]
                 try:
-                    await asyncio.wait_for(self.changed.wait(), stall)
+                    await asyncio.wait_for(self.changed.wait(), self.stall)
                 except TimeoutError:
                     if blocking not in self.stalled:
                         self.stalled.add(blocking)
                         return blocking
                     self._pass(blocking)
-            if shard not in self.claimed:
-                self._add(shard, digests)
-                self.claimed.add(shard)
-                self._pass(shard)
+            if shard in self.claimed:
+                self.seen.remove(shard)
+            self._add(shard, digests)
+            self.claimed.add(shard)
+            self._pass(shard)
         places = self.seen.find(digests)
         places[places == shard] = UNSEEN
         return places
@@ -128,14 +141,19 @@ def start_ledger(missing: list[int]) -> Any:
     return ray.remote(Ledger).options(num_cpus=0, scheduling_strategy=on_this_node()).remote(missing)
 
 
-def claim(ledger: Any, shard: int, digests: np.ndarray, read_digests: Callable[[int], np.ndarray]) -> np.ndarray:
-    """`Ledger.claim`, from a task that can read the digests of other shards: so none waits for ever."""
+def claim(ledger: Any, shard: int, digests: np.ndarray, read_digests: Callable[[int], np.ndarray] | None) -> np.ndarray:
+    """`Ledger.claim`, from a task that can read the digests of other shards: so none waits for ever.
+
+    Args:
+        read_digests: None: another reading may give other images; the shard that all wait for comes after them then.
+    """
     while True:
         answer = ray.get(ledger.claim.remote(shard, digests))
         if not isinstance(answer, int):
             return answer
         try:
-            ray.get(ledger.claim.remote(answer, read_digests(answer)))
+            action = ledger.claim.remote(answer, read_digests(answer)) if read_digests else ledger.skip.remote(answer)
+            ray.get(action)
         except Exception:  # why it cannot be read is for its own task to say
             ray.get(ledger.skip.remote(answer))
 

@@ -175,7 +175,8 @@ def count_decoding(config: AutoencoderConfig, pictures: int, size: tuple[int, in
 
 def optimizer_bytes(config: OptimConfig) -> float:
     """For each trained weight. Rows, columns and scales that 8-bit AdamW and CAME keep are below a hundredth of it."""
-    return {"adamw": 8.0, "adamw_8bit": 2.0 + 2 * 4 / 256, "came": 4.0}[config.optimizer]
+    scale = 4 / 256  # of 8 bits: a float32 for each 256
+    return {"adamw": 8.0, "adamw_8bit": 2 * (1 + scale), "came": 4.0, "came_8bit": 1 + scale}[config.optimizer]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +246,8 @@ def _gradients(training: TrainConfig, sizes: ModelSizes) -> tuple[int, int]:
         whole = 4 if engine.zero_stage == 1 and engine.dtype != "fp32" else 0
         return (size + whole) * sizes.trained, 0
     kept = 0 if engine.offload_optimizer else 4 * sizes.trained // training.num_workers
+    if engine.zero_stage == 3:  # sums them in the bucket itself
+        size = {"fp32": 4, "bf16": 2}[engine.reduce_dtype]
     return kept, size * BUCKET
 
 

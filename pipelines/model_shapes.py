@@ -29,7 +29,7 @@ class ModelShapes:
     autoencoder_name: str
     autoencoder_size: int
     text_encoder: Any
-    text_encoder_name: str
+    text_encoder_path: str
     text_encoder_size: int
     prompts: TextEncoderConfig
     caption_counter: TextEncoder | None
@@ -55,11 +55,18 @@ def find_shapes(training: TrainConfig, problems: list[str]) -> ModelShapes:
         autoencoder_name=autoencoder_path,
         autoencoder_size=autoencoder_size,
         text_encoder=text_encoder,
-        text_encoder_name=text_path,
+        text_encoder_path=text_path,
         text_encoder_size=text_size,
         prompts=prompts,
         caption_counter=counter,
     )
+
+
+def find_text_encoder(training: TrainConfig) -> tuple[str, TextEncoderConfig]:
+    """Path of the training's text encoder, and how captions become tokens. Raises FileNotFoundError if `init` is not there."""
+    folder = resolve(training.init) if training.init is not None else None
+    _, path, _, prompts = _companions(training, folder)
+    return path, prompts
 
 
 def _local_pipeline(training: TrainConfig, problems: list[str]) -> Path | None:

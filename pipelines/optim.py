@@ -27,7 +27,8 @@ class OptimConfig:
     """An optimizer and its schedule. The learning rate is what is written here: nothing scales it with batch or workers.
 
     Args:
-        optimizer: "adamw", "adamw_8bit" (states in 8 bits), or "came", which needs the shapes of the weights: ZeRO stage 0.
+        optimizer: "adamw", "adamw_8bit" (states in 8 bits), or, at ZeRO stage 0, which alone leaves the weights their shapes,
+            "came" or "came_8bit" (its momentum in 8 bits).
         lr: the highest learning rate.
         betas: of AdamW.
         eps: of AdamW.
@@ -41,7 +42,7 @@ class OptimConfig:
         final_lr_share: of `lr`, where "cosine" and "wsd" end.
     """
 
-    optimizer: Literal["adamw", "adamw_8bit", "came"] = "adamw"
+    optimizer: Literal["adamw", "adamw_8bit", "came", "came_8bit"] = "adamw"
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -66,22 +67,22 @@ class OptimConfig:
 
     def check_sharding(self, zero_stage: int) -> None:
         """Raises ValueError if this optimizer cannot work on what a ZeRO stage makes of the weights."""
-        if self.optimizer == "came" and zero_stage:
+        if self.optimizer in ("came", "came_8bit") and zero_stage:
             raise ValueError(
-                f"optimizer=came with zero_stage={zero_stage}: CAME keeps square gradients by row and column of each matrix, "
-                "and ZeRO flattens matrices into vectors, in which it would keep all of them, unfactored and without a word. "
-                "Set engine.zero_stage=0 (CAME needs about as much memory there as AdamW does in 8 bits), or take adamw"
+                f"optimizer={self.optimizer} with zero_stage={zero_stage}: CAME keeps square gradients by row and column of "
+                "each matrix, and ZeRO flattens matrices into vectors, in which it would keep all of them, unfactored and "
+                "without a word. Set engine.zero_stage=0 (came_8bit needs less memory there than adamw_8bit), or take adamw"
             )
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
     """Of the parameters that are trained."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    if config.optimizer == "came":
-        from came_pytorch.CAME import CAME
+    if config.optimizer in ("came", "came_8bit"):
+        from pipelines.came import Came8bit, PublishedCAME
 
-        came = config.came
-        return CAME(trained, lr=config.lr, betas=came.betas, eps=came.eps, weight_decay=config.weight_decay)
+        make, came = Came8bit if config.optimizer == "came_8bit" else PublishedCAME, config.came
+        return make(trained, lr=config.lr, betas=came.betas, eps=came.eps, weight_decay=config.weight_decay)
     betas, eps, weight_decay = config.betas, config.eps, config.weight_decay
     if config.optimizer == "adamw_8bit":
         from bitsandbytes.optim import AdamW8bit

@@ -103,9 +103,8 @@ class PatientRun:
         if self._run is None:
             run = self._plan.connect()
             self._last_step = run.last_step("loss")
-            self._monitor = SystemMetricsMonitor(run.run_id, resume_logging=True, tracking_uri=run.uri)
-            self._monitor.start()
             self._run = run
+        self._keep_monitoring(self._run)
         if step is not None and step <= self._last_step:
             return
         if isinstance(what, Mapping):
@@ -115,3 +114,10 @@ class PatientRun:
         if self._said:
             self._said = False
             self._say(f"MLflow at {self._plan.uri} can be reached again")
+
+    def _keep_monitoring(self, run: TrackedRun) -> None:
+        """MLflow's own monitor ends with the first answer that fails: then another one goes on."""
+        if self._monitor is not None and self._monitor._process is not None and self._monitor._process.is_alive():
+            return
+        self._monitor = SystemMetricsMonitor(run.run_id, resume_logging=True, tracking_uri=run.uri)
+        self._monitor.start()

@@ -1,10 +1,7 @@
 """What a training will take, told before it takes anything: weights, memory by part, steps, the dataset, problems."""
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from pipelines.data import TrainingStream
 from pipelines.flops import PEAK_FLOPS, step_flops
 from pipelines.memory import (
     Memory,
@@ -18,31 +15,11 @@ from pipelines.memory import (
     fake_transformer,
 )
 from pipelines.model_shapes import ModelShapes, find_shapes
-from pipelines.schema import LATENTS
-from pipelines.tables import MissingTableError, Table
+from pipelines.preflight_data import DatasetFacts, read_dataset
 from pipelines.train_config import TrainConfig
-from sana_model.text_encoder import TextEncoder
 
-MOST_SHARDS = 200  # whose buckets are counted; of a longer table, as many spread over it, and the rest by their share
-MOST_CAPTIONS = 2000
 ASSUMED_SHARE = 0.4  # of a GPU's peak that a training reaches
 GIB = 2**30
-
-
-@dataclass(frozen=True, kw_only=True)
-class DatasetFacts:
-    """What there is to train on; None in `rows`: no table yet, and the sizes are those of the square image.
-
-    buckets: samples by (height, width) of the latents. caption_tokens: of each caption of a sample of them.
-    truncated: how many of those the text encoder cuts.
-    """
-
-    rows: int | None = None
-    shards: int = 0
-    channels: int = 0
-    buckets: Counter[tuple[int, int]] = field(default_factory=Counter)
-    caption_tokens: Sequence[int] = ()
-    truncated: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,17 +42,17 @@ def run_preflight(dataset_uri: str, training: TrainConfig, *, device_gib: float)
     """
     problems: list[str] = []
     shapes = find_shapes(training, problems)
-    dataset = read_dataset(dataset_uri, training, shapes.caption_counter, problems)
+    dataset = read_dataset(dataset_uri, training, shapes, problems)
     step = _largest_step(training, shapes, dataset)
     dtype = training.engine.torch_dtype
     with fake_transformer(shapes.transformer, training) as model:
         total, trained = count_weights(model)
         activations = count_activations(model, step, dtype)
-    sizes = ModelSizes(
-        transformer=total, trained=trained, text_encoder=shapes.text_encoder_size, autoencoder=shapes.autoencoder_size
-    )
+    encodes = training.caption_embeds is None
+    text_encoder_size = shapes.text_encoder_size if encodes else 0
+    sizes = ModelSizes(transformer=total, trained=trained, text_encoder=text_encoder_size, autoencoder=shapes.autoencoder_size)
     text_activations = decoding = 0
-    if shapes.text_encoder is not None:
+    if encodes and shapes.text_encoder is not None:
         text_activations = count_text_activations(shapes.text_encoder, step.samples, step.caption_tokens, dtype)
     if shapes.autoencoder is not None and training.grid.prompts:
         side = shapes.transformer.base_size * shapes.transformer.patch_size * shapes.autoencoder.compression
@@ -96,46 +73,6 @@ def run_preflight(dataset_uri: str, training: TrainConfig, *, device_gib: float)
     )
 
 
-def read_dataset(dataset_uri: str, training: TrainConfig, counter: TextEncoder | None, problems: list[str]) -> DatasetFacts:
-    """Rows, buckets and captions of the latents table, if there is one."""
-    table = Table(dataset_uri, training.latents, LATENTS)
-    try:
-        manifest = table.require()
-    except MissingTableError:
-        problems.append(f"{table.uri} is not there yet: rows, buckets and captions are not counted")
-        return DatasetFacts()
-    if not manifest.complete:
-        problems.append(f"{table.uri} is not complete: the training will refuse it until its stage has finished")
-    shards = table.list_shards()
-    try:
-        TrainingStream(
-            table,
-            training.data,
-            micro_batch_size=training.micro_batch_size,
-            seed=training.seed,
-            world_size=training.num_workers,
-        )
-    except ValueError as error:
-        problems.append(str(error))
-    rows = sum(table.read_facts(shard).num_rows for shard in shards)
-    looked_at = shards[:: -(-len(shards) // MOST_SHARDS)] if shards else []
-    counted: Counter[tuple[int, int]] = Counter()
-    channels, captions = 0, list[str]()
-    for shard in looked_at:
-        columns = ["channels", "height", "width"] + (["captions"] if len(captions) < MOST_CAPTIONS else [])
-        for row in table.read_shard(shard, columns).to_pylist():
-            counted[row["height"], row["width"]] += 1
-            channels = row["channels"]
-            captions += [caption["caption"] for caption in row.get("captions", ())]
-    seen = counted.total()
-    buckets = Counter({bucket: round(count * rows / seen) for bucket, count in counted.items()})
-    tokens = counter.count_tokens(captions[:MOST_CAPTIONS]) if counter is not None and captions else []
-    truncated = sum(count > counter.config.max_tokens for count in tokens) if counter is not None else 0
-    return DatasetFacts(
-        rows=rows, shards=len(shards), channels=channels, buckets=buckets, caption_tokens=tokens, truncated=truncated
-    )
-
-
 def _largest_step(training: TrainConfig, shapes: ModelShapes, dataset: DatasetFacts) -> StepShape:
     """The micro-batch that takes most: of the largest bucket, and of the longest captions."""
     side = shapes.transformer.base_size * shapes.transformer.patch_size
@@ -146,15 +83,15 @@ def _largest_step(training: TrainConfig, shapes: ModelShapes, dataset: DatasetFa
 
 
 def _too_large(training: TrainConfig, memory: Memory, device_gib: float) -> str:
-    ways = []
+    ways, optimizer = [], training.optim.optimizer
     if not training.engine.checkpoint_blocks:
         ways.append("engine.checkpoint_blocks=1")
     if training.micro_batch_size > 1:
         ways.append("a smaller micro_batch_size")
-    if training.num_workers > 1 and training.engine.zero_stage < 2 and training.optim.optimizer != "came":
+    if training.num_workers > 1 and training.engine.zero_stage < 2 and not optimizer.startswith("came"):
         ways.append("engine.zero_stage=2")
-    if training.optim.optimizer == "adamw":
-        ways.append("optim.optimizer=adamw_8bit")
+    if optimizer in ("adamw", "came"):
+        ways.append(f"optim.optimizer={optimizer}_8bit")
     if training.lora is None:
         ways.append("lora")
     return f"{memory.total / GIB:.1f} GiB are more than the {device_gib:g} GiB of a GPU: take {', or '.join(ways)}"
@@ -168,12 +105,15 @@ def _find_problems(training: TrainConfig, shapes: ModelShapes, dataset: DatasetF
             f"warmup_steps={optim.warmup_steps} and decay_steps={optim.decay_steps} are more than num_steps="
             f"{training.num_steps}: the learning rate never reaches {optim.lr:g}"
         )
-    if dataset.channels and dataset.channels != config.in_channels:
-        problems.append(f"the table holds latents of {dataset.channels} channels, the transformer takes {config.in_channels}")
+    for table in dataset.tables:
+        if table.channels and table.channels != config.in_channels:
+            problems.append(
+                f"{table.name} holds latents of {table.channels} channels, the transformer takes {config.in_channels}"
+            )
     area = max((height * width for height, width in dataset.buckets), default=0) / config.patch_size**2
     if area and not 0.6 < area / config.base_size**2 < 1.6:
         problems.append(
-            f"the transformer is made for {config.base_size}x{config.base_size} tokens, the table's images have about "
+            f"the transformer is made for {config.base_size}x{config.base_size} tokens, the images have about "
             f"{area**0.5:.0f}x{area**0.5:.0f}: set positions.base_size"
         )
     if config.base_size >= 64 and config.position_scale is None:
@@ -203,7 +143,8 @@ def _model_lines(result: Preflight) -> list[str]:
     return [
         f"  transformer          {sizes.transformer:>14,} weights, {sizes.trained:,} of them trained",
         f"                       {config.depth} blocks, {config.dim} wide, for {config.base_size}x{config.base_size} tokens",
-        f"  text encoder         {sizes.text_encoder:>14,} weights ({result.shapes.text_encoder_name})",
+        f"  text encoder         {result.shapes.text_encoder_size:>14,} weights ({result.shapes.text_encoder_path})"
+        + ("" if result.training.caption_embeds is None else ", not on the device: captions were embedded before"),
         f"  autoencoder          {sizes.autoencoder:>14,} weights ({result.shapes.autoencoder_name})",
     ]
 
@@ -230,9 +171,11 @@ def _step_lines(result: Preflight) -> list[str]:
     known = result.dataset.caption_tokens
     caption_tokens = round(sum(known) / len(known)) if known else step.caption_tokens
     batch = training.global_batch_size
-    flops = step_flops(config, batch_size=batch, image_tokens=image_tokens, caption_tokens=caption_tokens)
-    if training.engine.checkpoint_blocks:
-        flops *= 1 + 1 / (3 * training.engine.checkpoint_blocks)
+    adapters = training.lora is not None
+    sizes = {"batch_size": batch, "image_tokens": image_tokens, "caption_tokens": caption_tokens}
+    flops = step_flops(config, **sizes, adapters=adapters)
+    if training.engine.checkpoint_blocks:  # another forward pass
+        flops *= 1 + 1 / ((2 if adapters else 3) * training.engine.checkpoint_blocks)
     flops += 2.0 * result.sizes.text_encoder * caption_tokens * batch
     optim = training.optim
     lines = [
@@ -256,12 +199,17 @@ def _step_lines(result: Preflight) -> list[str]:
 
 def _dataset_lines(result: Preflight) -> list[str]:
     training, dataset = result.training, result.dataset
-    if dataset.rows is None:
-        return [f"  {training.latents} is not there yet"]
-    steps = dataset.rows / training.global_batch_size
+    if not dataset.tables:
+        return ["  its latents are not there yet"]
+    steps = dataset.draws / training.global_batch_size
     smallest = min(dataset.buckets.values(), default=0)
     lines = [
-        f"  {dataset.rows:,} samples in {dataset.shards} shards; an epoch is {steps:,.1f} steps, the training "
+        f"  {table.name}: {table.rows:,} samples in {table.shards} shards, weight {table.weight:g}: {table.draws:,.0f} in an "
+        f"epoch, {table.draws / max(dataset.draws, 1):.1%} of it"
+        for table in dataset.tables
+    ]
+    lines += [
+        f"  an epoch is {dataset.draws:,} samples, {steps:,.1f} steps; the training is "
         f"{training.num_steps / max(steps, 1e-9):,.1f} epochs",
         f"  {len(dataset.buckets)} buckets, the smallest of {smallest:,} samples, against micro-batches of "
         f"{training.micro_batch_size}",

@@ -85,8 +85,9 @@ def read_parts(source: Source, parts: list[Part]) -> pa.Table:
     Raises StorageError: the storage does not answer; no row is given up for that.
     """
     rows = list(_read_rows(source, parts))
-    for row in rows:  # names in an archive or a folder may be no UTF-8
-        row["source_uri"] = row["source_uri"].encode(errors="backslashreplace").decode()
+    for row in rows:  # names in an archive or a folder may be no UTF-8, and errors name them
+        for name in {"source_uri", "detail"} & row.keys():
+            row[name] = row[name].encode(errors="backslashreplace").decode()
     return pa.Table.from_pylist(rows, SOURCE_ROWS)
 
 
@@ -95,7 +96,10 @@ def _read_rows(source: Source, parts: list[Part]) -> Iterator[Row]:
         with ThreadPoolExecutor(NUM_THREADS) as pool:
             yield from pool.map(partial(_read_image_file, source), parts)
         return
-    read = {"webdataset": _read_tar, "parquet": _read_parquet, "list": read_listed}[source.kind]
+    if source.kind == "list":
+        yield from read_listed(source, parts)
+        return
+    read = {"webdataset": _read_tar, "parquet": _read_parquet}[source.kind]
     for part in parts:
         try:
             yield from read(source, part)
@@ -121,6 +125,8 @@ def _read_image_file(source: Source, part: Part) -> Row:
     uri = source.uri_of(part.path)
     content = read_key(uri, source.max_bytes, part.size)
     if isinstance(content, FetchError):
+        if content.reason in ("bad_url", "download_failed"):  # the folder was listed: it can be opened, if not now
+            raise StorageError(f"cannot read {uri}: {content.detail}")
         return _refused(uri, content)
     beside = {splitext(path)[1]: read_key(source.uri_of(path), source.max_bytes) for path in part.sidecars}
     return {"image_bytes": content, "source_uri": uri, **read_sidecars(beside)}
@@ -135,14 +141,14 @@ def _read_tar(source: Source, part: Part) -> Iterator[Row]:
                 refusal = too_many_bytes(member.size, source.max_bytes)
                 yield {"source_uri": uri, "error": refusal.reason, "detail": refusal.detail}
                 continue
-            image_bytes = _extract(archive, member)
+            beside = {ending: texts.get(splitext(member.name)[0] + ending) for ending in SIDECARS}
+            contents = _extract(archive, {"": member} | {ending: text for ending, text in beside.items() if text})
+            image_bytes = contents.pop("")
             if isinstance(image_bytes, Exception):
                 if cut_off is None:
                     raise image_bytes
                 break  # the last member, of which only a part is there
-            beside = {ending: texts.get(splitext(member.name)[0] + ending) for ending in SIDECARS}
-            sidecars = {ending: _extract(archive, text) for ending, text in beside.items() if text}
-            yield {"image_bytes": image_bytes, "source_uri": uri, **read_sidecars(sidecars)}
+            yield {"image_bytes": image_bytes, "source_uri": uri, **read_sidecars(contents)}
         if part.stop is None and cut_off is not None:
             raise cut_off
 
@@ -168,13 +174,18 @@ def _scan_tar(archive: tarfile.TarFile) -> tuple[list[tarfile.TarInfo], dict[str
     return images, texts, None
 
 
-def _extract(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | Exception:
-    content = archive.extractfile(member)
-    assert content is not None  # it is a file
-    try:
-        return content.read()
-    except (tarfile.TarError, zlib.error, EOFError) as error:
-        return error
+def _extract(archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> dict[str, bytes | Exception]:
+    """Their contents, read in the order in which they lie there: a compressed archive is read anew from its start for each step
+    back."""
+    contents: dict[str, bytes | Exception] = {}
+    for name, member in sorted(members.items(), key=lambda named: named[1].offset_data):
+        content = archive.extractfile(member)
+        assert content is not None  # it is a file
+        try:
+            contents[name] = content.read()
+        except (tarfile.TarError, zlib.error, EOFError) as error:
+            contents[name] = error
+    return contents
 
 
 def _read_parquet(source: Source, part: Part) -> Iterator[Row]:

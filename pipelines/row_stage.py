@@ -8,6 +8,7 @@ driver sees no more of a row than its answer.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -15,7 +16,7 @@ import ray
 from ray.exceptions import RayError
 
 from pipelines.lease import Ticket
-from pipelines.shard_stream import LIGHT, STOPS, Outcome, ReadShard, Row, ShardOutput, write_output
+from pipelines.shard_stream import LIGHT, STOPS, Outcome, ReadShard, Row, ShardOutput, split_shards, write_output
 from pipelines.tables import DamagedShardError, Table, count_reasons
 
 ROWS_AT_A_TIME = 16
@@ -38,6 +39,7 @@ def stream_rows(
     shards: list[str],
     ticket: Ticket,
     *,
+    num_actors: int,
     read_shard: ReadShard,
     make_row: MakeRow,
     run_model: Callable[[ray.data.Dataset], ray.data.Dataset],
@@ -47,21 +49,26 @@ def stream_rows(
 
     Args:
         ticket: checked before a shard is written.
+        num_actors: that `run_model` has; it is called for one part of the shards after another.
         make_row: of a row of the input shard; it must not raise for a bad row, but say so in the row.
         run_model: must keep the columns "shard", "place" and "shard_rows" of every row, and lose no row.
         make_finisher: called once, in an actor.
     """
     ray.data.DataContext.get_current().enable_progress_bars = False
-    dataset: ray.data.Dataset = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
     take_apart = partial(_take_apart, read_shard=read_shard, make_row=make_row)
-    dataset = dataset.map_batches(take_apart, batch_size=1, batch_format="pyarrow", num_cpus=1)
+
+    def answer(part: list[str]) -> Iterator[tuple[str, list[Row]]]:
+        dataset: ray.data.Dataset = ray.data.from_items([{"shard": shard} for shard in part], override_num_blocks=len(part))
+        dataset = dataset.map_batches(take_apart, batch_size=1, batch_format="pyarrow", num_cpus=1)
+        return _gather(run_model(dataset).iter_rows(), part, read_shard)
+
     actor: Any = ray.remote(_ShardWriter)
     lasting = actor.options(num_cpus=LIGHT, max_restarts=-1, max_task_retries=-1, max_concurrency=MAX_WRITES)
     writer = lasting.remote(output, fingerprint, ticket, make_finisher)
     writes: list[ray.ObjectRef] = []
     with _naming_the_cause():
         try:
-            for shard, rows in _gather(run_model(dataset).iter_rows(), shards, read_shard):
+            for shard, rows in chain.from_iterable(map(answer, split_shards(shards, num_actors))):
                 writes.append(writer.write.remote(shard, rows))
                 yield from _finished(writes, MAX_WRITES)
             yield from _finished(writes, 0)

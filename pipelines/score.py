@@ -13,7 +13,7 @@ import torch
 from pipelines.batches import run_halving
 from pipelines.clip import ClipModel, PreparedImage
 from pipelines.images import BadImageError, decode
-from pipelines.models import model_version
+from pipelines.models import model_version, pinned
 from pipelines.prepare import iter_rows, prepare_ahead
 from pipelines.schema import CAPTIONS, IMAGES, IMAGES_PATH, ORIGINAL_CAPTIONER, SCORES, captions_path, scores_path
 from pipelines.stage import OnProgress, Resources, Row, ShardOutput, StageResult, reject, run_shards
@@ -79,6 +79,7 @@ def run_score(dataset_uri: str, config: ScorerConfig, *, on_progress: OnProgress
 
     Raises as `run_shards`, and MissingTableError if images or a captioner's captions are not there.
     """
+    config = pinned(config)
     identity = score_identity(dataset_uri, config)
     images, captions = Table(dataset_uri, IMAGES_PATH, IMAGES), _caption_tables(dataset_uri, config)
     shards = set(images.list_shards()).intersection(*(table.list_shards() for table in captions))

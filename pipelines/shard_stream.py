@@ -4,20 +4,24 @@ A row of the Ray dataset is a whole shard and a block holds one row: however blo
 shard stays together. What goes wrong with a shard travels on in its row, so that it can be told by name and costs no other.
 
 What is in memory is bounded: at most `READERS_PER_ACTOR` shards per actor are being read at once, two lie at each actor, and
-Ray Data holds back readers while what they read fills its share of the object store.
+Ray Data holds back readers while what they read fills its share of the object store. What Ray Data keeps of every block that it
+has made, until its dataset ends, is bounded by `SHARDS_PER_ACTOR`.
 """
 
+import os
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
 import ray
+import torch
 from ray.util.annotations import RayDeprecationWarning
 
 from pipelines.lease import LeaseLostError, Ticket
@@ -28,6 +32,9 @@ from pipelines.tables import DamagedShardError, Table, count_reasons
 Row = dict[str, Any]
 LIGHT = 0.25  # CPUs of a task that only reads or writes: it waits for the network most of the time
 READERS_PER_ACTOR = 2
+SHARDS_PER_ACTOR = 250
+"""So many go through one dataset; then actors start anew, with their models. Until it ends, a dataset keeps statistics of each
+of its blocks (more where shards are taken apart into rows) and what was read ahead of the actors."""
 MAX_FAILED_SHARDS = 5  # with more, what is wrong is not with the shards
 RETRIES = 3  # of a shard whose process dies (out of memory, node lost) before it is left out
 FIGURES = pa.map_(pa.string(), pa.float64())
@@ -121,7 +128,8 @@ def stream_shards(job: ShardJob, shards: list[str], *, alone: bool) -> Iterator[
     Raises:
         ray.exceptions.RayError: more than `MAX_FAILED_SHARDS` have none.
     """
-    for row in _plan(job, shards, alone).iter_rows():
+    parts = split_shards(shards, job.resources.num_actors)
+    for row in chain.from_iterable(_plan(job, part, alone).iter_rows() for part in parts):
         error = row["error"] or {"stops": "", "message": None}
         yield Outcome(
             shard=row["shard"],
@@ -131,6 +139,12 @@ def stream_shards(job: ShardJob, shards: list[str], *, alone: bool) -> Iterator[
             error=error["message"],
             stops=error["stops"],
         )
+
+
+def split_shards(shards: list[str], num_actors: int) -> list[list[str]]:
+    """The shards in parts of one dataset each."""
+    size = SHARDS_PER_ACTOR * num_actors
+    return [shards[start : start + size] for start in range(0, len(shards), size)]
 
 
 def _plan(job: ShardJob, shards: list[str], alone: bool) -> ray.data.Dataset:
@@ -187,13 +201,17 @@ class _Worker:
     def __call__(self, batch: pa.Table) -> pa.Table:
         shard, error = batch["shard"][0].as_py(), batch["error"][0].as_py()
         output = ShardOutput([], [])
+        rows, refused = output.tables(self.schema)
         if error is None:
             try:
                 self.worker = self.worker or self.make_worker()
                 output = self.worker.process(_unpack(batch["rows"]))
+                rows, refused = output.tables(self.schema)
+            except torch.AcceleratorError:
+                traceback.print_exc()
+                os._exit(1)  # the device is lost to this process: Ray starts another
             except Exception as failure:
                 error = _describe(failure)
-        rows, refused = output.tables(self.schema)
         figures = pa.array([list(output.figures.items())], FIGURES)
         return _read_row(shard, _pack(rows), error).append_column("rejects", _pack(refused)).append_column("figures", figures)
 

@@ -113,6 +113,7 @@ class StageResult:
 
 def reject(row: Row, reason: str, detail: str) -> Row:
     """A row of the rejects table for a row that has (some of) id and source_uri."""
+    detail = detail.encode(errors="backslashreplace").decode()  # a server's complaint, or a file's name, may be no Unicode
     return {"id": row.get("id"), "source_uri": row.get("source_uri"), "reject_reason": reason, "detail": detail}
 
 

@@ -17,7 +17,7 @@ from pipelines.plan import read_plan
 from pipelines.schema import IMAGES_PATH, SCHEMA_VERSION, TABLE_SCHEMAS
 from pipelines.stage import NUM_THREADS
 from pipelines.storage import find_files, list_folder, read_file
-from pipelines.tables import REBUILD, Manifest, Table
+from pipelines.tables import REBUILD, Manifest, Table, is_elsewhere
 from pipelines.training_record import RECORD
 
 SHORT = 8  # digits of a fingerprint
@@ -89,7 +89,7 @@ def find_tables(dataset_uri: str) -> list[FoundTable]:
     """The tables of a dataset, in the order in which they are made: what has a manifest, shards or a broken-off deletion."""
     candidates = []
     for group in TABLE_SCHEMAS:
-        names = list_folder(f"{dataset_uri}/{group}")
+        names = list_folder(f"{dataset_uri}/{group}", with_files=False)  # a page may lie beside the tables
         candidates += [group] if group == IMAGES_PATH else [f"{group}/{name}" for name in names if name[0] not in "._"]
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         return [found for found in pool.map(lambda path: find_table(dataset_uri, path), candidates) if found is not None]
@@ -224,12 +224,12 @@ def stale_inputs(inputs: Mapping[str, str], tables: list[FoundTable], stale: Map
 
 def find_trainings(dataset_uri: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Folder and record of each training in a dataset."""
-    for name in list_folder(dataset_uri):
-        if name in TABLE_SCHEMAS or name[0] in "._" or "." in name:
+    for name in list_folder(dataset_uri, with_files=False):
+        if name in TABLE_SCHEMAS or name[0] in "._":
             continue
         try:
             yield name, json.loads(read_file(f"{dataset_uri}/{name}/{RECORD}"))
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             continue
 
 
@@ -241,5 +241,5 @@ def _training_status(
         inputs=record["inputs"],
         num_steps=record["config"]["num_steps"],
         result=record["result"],
-        stale=stale_inputs(record["inputs"], tables, stale),
+        stale=stale_inputs({name: value for name, value in record["inputs"].items() if not is_elsewhere(name)}, tables, stale),
     )

@@ -24,6 +24,7 @@ from botocore.exceptions import HTTPClientError
 from botocore.parsers import ResponseParserError
 from fsspec import AbstractFileSystem
 from fsspec.exceptions import FSTimeoutError
+from fsspec.implementations.local import LocalFileSystem
 
 ATTEMPTS = 8
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds; doubled after each attempt: about a minute in all
@@ -77,6 +78,8 @@ def open_filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
 
     Its own calls are not repeated: wrap them in `call`.
     """
+    if "::" in uri and "://" not in uri:  # part of a local file's name; in a URI it chains file systems
+        return LocalFileSystem(), str(Path(uri).absolute())
     options = S3_OPTIONS if uri.startswith(("s3://", "s3a://")) else {}
     filesystem, path = fsspec.url_to_fs(uri, **options)
     if options:
@@ -212,17 +215,18 @@ class _RemoteFile(io.RawIOBase):
         return content
 
 
-def list_folder(uri: str) -> list[str]:
+def list_folder(uri: str, *, with_files: bool = True) -> list[str]:
     """Names of what lies in a folder, sorted; empty if there is no such folder. Raises StorageError."""
     filesystem, root = open_filesystem(uri)
 
     def names() -> list[str]:
         filesystem.invalidate_cache()
         try:
-            found = filesystem.ls(root, detail=False)
+            found = filesystem.ls(root, detail=True)
         except FileNotFoundError:
             return []
-        return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found)
+        paths = [entry["name"] for entry in found if with_files or entry["type"] != "file"]
+        return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
 
     return call(names, "list", uri)
 

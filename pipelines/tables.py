@@ -29,6 +29,7 @@ REBUILD = "_rebuild.json"  # is there while the table is being deleted, to be ma
 REPORT = "report.html"
 FACTS_KEY = b"sana.facts"  # of a shard's Parquet file: JSON, see ShardFacts
 FOOTER_BYTES = 2**16  # pyarrow looks for a footer in as many bytes
+ROW_GROUP_BYTES = 2**26  # what is in memory of a shard that is read a few rows at a time
 
 
 class StaleTableError(ValueError):
@@ -52,6 +53,16 @@ def absolute_uri(uri: str) -> str:
     if "://" in uri:
         return uri.rstrip("/")
     return str(Path(uri).absolute())
+
+
+def table_uri(dataset_uri: str, name: str) -> str:
+    """Of a table that goes by its path in the dataset, or, in another dataset, by its whole URI: see `Table.name_in`."""
+    return name if is_elsewhere(name) else f"{dataset_uri.rstrip('/')}/{name}"
+
+
+def is_elsewhere(name: str) -> bool:
+    """Whether a table's name tells of another dataset."""
+    return "://" in name or Path(name).is_absolute()
 
 
 @dataclass(frozen=True)
@@ -91,6 +102,8 @@ class Manifest:
     """"<figure>.mean" and "<figure>.min" over the shards."""
     versions: dict[str, str] = field(default_factory=dict)
     """Of the software that began the table. They change no fingerprint."""
+    license: str | None = None
+    """Of the images, as it was given to ingest. It changes no fingerprint."""
     begun: str = ""
     updated: str = ""
 
@@ -121,6 +134,10 @@ class Table:
     def uri(self) -> str:
         return f"{self.dataset_uri.rstrip('/')}/{self.path}"
 
+    def name_in(self, dataset_uri: str) -> str:
+        """Its path, or where it is of another dataset, its URI."""
+        return self.path if self.dataset_uri.rstrip("/") == dataset_uri.rstrip("/") else self.uri
+
     def rejects(self) -> "Table":
         """The rows that were refused, under the same shard names."""
         return Table(self.dataset_uri, f"rejects/{self.path}", REJECTS)
@@ -141,16 +158,19 @@ class Table:
         with open_file(self.shard_uri(shard), buffer_size=FOOTER_BYTES) as file, self._naming_damage(shard):
             return pq.read_table(file, columns=columns).replace_schema_metadata(None)
 
+    def iter_shard(self, shard: str, num_rows: int) -> Iterator[pa.RecordBatch]:
+        """The rows of a shard, `num_rows` at a time: for shards of which not all need be in memory. Raises as `read_shard`."""
+        with open_file(self.shard_uri(shard), buffer_size=FOOTER_BYTES) as file, self._naming_damage(shard):
+            parquet = pq.ParquetFile(file)
+            for group in range(parquet.num_row_groups):  # of all groups together, far more is read ahead
+                yield from parquet.iter_batches(num_rows, row_groups=[group], use_threads=False)
+
     def read_facts(self, shard: str) -> "ShardFacts":
         """What the file's footer says of a shard, which is all that is read. Raises as `read_shard`."""
         with open_file(self.shard_uri(shard), buffer_size=FOOTER_BYTES) as file, self._naming_damage(shard):
             footer = pq.read_metadata(file)
             noted = json.loads((footer.metadata or {}).get(FACTS_KEY, b"{}"))
             return ShardFacts(num_rows=footer.num_rows, **noted)
-
-    def read_figures(self, shard: str) -> dict[str, float]:
-        """The figures that the stage's worker noted of a shard, from the file's footer."""
-        return self.read_facts(shard).figures
 
     @contextmanager
     def _naming_damage(self, shard: str) -> Iterator[None]:
@@ -181,7 +201,8 @@ class Table:
             facts["rejects_by_reason"] = count_reasons(rows)
         noted = rows.cast(self.schema).replace_schema_metadata({FACTS_KEY: json.dumps(facts)})
         buffer = BytesIO()
-        pq.write_table(noted, buffer, compression="zstd", write_page_checksum=True)
+        rows_at_once = max(noted.num_rows * ROW_GROUP_BYTES // max(noted.nbytes, 1), 1)
+        pq.write_table(noted, buffer, rows_at_once, compression="zstd", write_page_checksum=True)
         write_file(self.shard_uri(shard), buffer.getvalue())
 
     def write_file(self, name: str, content: bytes) -> None:

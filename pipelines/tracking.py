@@ -10,14 +10,23 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 import mlflow
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from PIL import Image
+from sqlalchemy.exc import SQLAlchemyError
 
+from pipelines.storage import StorageError
+from pipelines.tables import table_uri
+
+SQLITE = "sqlite:///"
+RunEnd = Literal["FINISHED", "FAILED", "KILLED"]
 VERSIONS = ("torch", "ray", "deepspeed", "transformers", "mlflow")
 
 
@@ -38,7 +47,7 @@ def tracking_uri(config: TrackingConfig, output_dir: str | Path) -> str:
     """The configured one, the environment's, or a SQLite file in `output_dir` (in the working directory if that is remote)."""
     if config.uri or os.environ.get("MLFLOW_TRACKING_URI"):
         return config.uri or os.environ["MLFLOW_TRACKING_URI"]
-    return f"sqlite:///{_local_folder(output_dir)}/mlflow.db"
+    return f"{SQLITE}{_local_folder(output_dir)}/mlflow.db"
 
 
 def _local_folder(output_dir: str | Path) -> Path:
@@ -55,22 +64,56 @@ def start_run(
     tags: Mapping[str, str] | None = None,
     run_id: str | None = None,
 ) -> Iterator["TrackedRun"]:
-    """An MLflow run; it ends as FAILED if the body raises. `run_id` continues a run."""
+    """An MLflow run; it ends as FAILED if the body raises, as KILLED if it was stopped. `run_id` continues a run.
+
+    Raises StorageError if MLflow cannot keep it.
+    """
     uri = tracking_uri(tracking, output_dir)
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    mlflow.set_tracking_uri(uri)
-    experiment = mlflow.get_experiment_by_name(tracking.experiment)
-    if experiment is None:
-        artifacts = f"{_local_folder(output_dir).as_uri()}/mlartifacts" if uri.startswith("sqlite") else None
-        mlflow.create_experiment(tracking.experiment, artifact_location=artifacts)
-    mlflow.set_experiment(tracking.experiment)
-    with mlflow.start_run(run_id=run_id, run_name=name) as run:
+    with _naming_the_database(uri):
+        make_database(uri)
+        mlflow.set_tracking_uri(uri)
+        experiment = mlflow.get_experiment_by_name(tracking.experiment)
+        if experiment is None:
+            artifacts = f"{_local_folder(output_dir).as_uri()}/mlartifacts" if uri.startswith("sqlite") else None
+            mlflow.create_experiment(tracking.experiment, artifact_location=artifacts)
+        mlflow.set_experiment(tracking.experiment)
+        started = mlflow.start_run(run_id=run_id, run_name=name)
+    with started as run:
         if run_id is None:
             mlflow.log_params({key: str(value)[:6000] for key, value in flatten(config).items()})
             mlflow.log_text(yaml.safe_dump(dict(config), sort_keys=False), "config.yaml")
         mlflow.set_tags({"stage": name, **code_tags(), **(tags or {})})
-        yield TrackedRun(run.info.run_id, uri)
+        try:
+            yield TrackedRun(run.info.run_id, uri)
+        except BaseException as error:
+            mlflow.end_run(end_status(error))
+            raise
+
+
+def make_database(uri: str) -> None:
+    """Make MLflow's SQLite file if it is absent: whole or not at all, since MLflow cannot go on with one that is half made."""
+    path = Path(uri.removeprefix(SQLITE))
+    if not uri.startswith(SQLITE) or path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+        made = Path(folder, path.name)
+        SqlAlchemyStore(f"{SQLITE}{made}", f"{path.parent.as_uri()}/mlartifacts").engine.dispose()
+        try:
+            os.link(made, path)
+        except FileExistsError:
+            return  # another job was faster
+        except OSError:  # a file system without hard links
+            made.replace(path)
+
+
+@contextmanager
+def _naming_the_database(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise StorageError(f"MLflow cannot keep its runs in {uri}: {reason}. What was finished stays") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +158,7 @@ class RunPlan:
         """Raises what MLflow raises where it cannot be reached."""
         for name, value in {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}.items():
             os.environ.setdefault(name, value)  # whoever plans a run has a patience of their own
-        if self.uri.startswith("sqlite:///"):
-            Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        make_database(self.uri)
         client = _client(self.uri)
         if (found := self.find()) is not None:
             client.update_run(found.run_id, status="RUNNING")
@@ -150,15 +192,20 @@ class RunPlan:
         return None
 
 
+def end_status(error: BaseException) -> RunEnd:
+    """Of a run that an exception ended: what is no Exception (a signal, Ctrl-C) stopped it from outside."""
+    return "FAILED" if isinstance(error, Exception) else "KILLED"
+
+
 def code_tags() -> dict[str, str]:
-    """Which code makes a run: the commit, where it is a checkout, and the versions that matter."""
+    """Which code makes a run: the commit, of a checkout or that an image was built from, and the versions that matter."""
     tags = {f"version.{name}": version(name) for name in VERSIONS} | {"version.python": platform.python_version()}
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        described = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return tags
-    return tags | {"mlflow.source.git.commit": described.stdout.strip()}
+        commit = os.environ.get("SANA_GIT_COMMIT", "")
+    return tags | ({"mlflow.source.git.commit": commit} if commit else {})
 
 
 @dataclass(frozen=True)
@@ -181,8 +228,8 @@ class TrackedRun:
     def set_tags(self, tags: Mapping[str, str]) -> None:
         _client(self.uri).log_batch(self.run_id, tags=[RunTag(name, value[:5000]) for name, value in tags.items()])
 
-    def end(self, *, failed: bool) -> None:
-        _client(self.uri).set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
+    def end(self, status: RunEnd) -> None:
+        _client(self.uri).set_terminated(self.run_id, status)
 
     def log_image(self, image: Image.Image, key: str, step: int | None = None) -> None:
         _client(self.uri).log_image(self.run_id, image, key=key, step=step, synchronous=True)
@@ -191,20 +238,21 @@ class TrackedRun:
         _client(self.uri).log_text(self.run_id, html, name)
 
     def log_inputs(self, dataset_uri: str, fingerprints: Mapping[str, str], context: str) -> None:
-        """Say what this run read (path of a table: fingerprint), and for what, as MLflow's datasets."""
+        """Say what this run read (name of a table: fingerprint), and for what, as MLflow's datasets."""
         inputs = [
             DatasetInput(
-                Dataset(name=path, digest=fingerprint[:32], source_type="table", source=f"{dataset_uri}/{path}"),
+                Dataset(name=name, digest=fingerprint[:32], source_type="table", source=table_uri(dataset_uri, name)),
                 [InputTag("mlflow.data.context", context)],
             )
-            for path, fingerprint in fingerprints.items()
+            for name, fingerprint in fingerprints.items()
         ]
         _client(self.uri).log_inputs(self.run_id, inputs)
 
     def tag_tables(self, fingerprints: Mapping[str, str]) -> None:
-        """Say which tables (path: fingerprint) this run read or made."""
-        for path, fingerprint in fingerprints.items():
-            _client(self.uri).set_tag(self.run_id, f"table.{path}", fingerprint)
+        """Say which tables (name: fingerprint) this run read or made."""
+        for name, fingerprint in fingerprints.items():
+            tag = f"table.{name}".replace("://", ":/")  # MLflow takes no two slashes
+            _client(self.uri).set_tag(self.run_id, tag, fingerprint)
 
 
 @cache

@@ -4,6 +4,7 @@ import logging
 import tempfile
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,18 +13,21 @@ from typing import Any
 from ray.train import FailureConfig, Result, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchTrainer
 
+from pipelines.caption_embeds import check_caption_embeds
 from pipelines.data import TrainingStream
+from pipelines.lease import hold
+from pipelines.mixture import Source
+from pipelines.model_shapes import find_text_encoder
 from pipelines.models import model_version
-from pipelines.schema import LATENTS
 from pipelines.storage import list_folder
-from pipelines.tables import Identity, Table, absolute_uri
-from pipelines.tracking import RunPlan, TrackedRun
+from pipelines.tables import Identity, absolute_uri
+from pipelines.tracking import RunEnd, RunPlan, TrackedRun, end_status
 from pipelines.train_config import TrainConfig, TrainingError, TrainingStopped, TrainTask
 from pipelines.train_outputs import GRIDS_DIR
 from pipelines.train_progress import OnNotice, OnTrainProgress, open_desk
-from pipelines.train_worker import PIPELINE_DIR, train_worker
+from pipelines.train_worker import train_worker
+from pipelines.trained_pipeline import PIPELINE_DIR
 from pipelines.training_record import TrainingRecord, write_config
-from pipelines.validate import validation_table
 
 NOT_IN_IDENTITY = {
     "": (
@@ -31,7 +35,7 @@ NOT_IN_IDENTITY = {
         *("checkpoint_every", "keep_checkpoints", "keep_every", "keep_best", "validation"),
     ),
     "data": ("prefetch",),
-    "engine": ("zero_stage", "offload_optimizer", "offload_weights", "checkpoint_blocks", "compile_blocks"),
+    "engine": ("zero_stage", "reduce_dtype", "offload_optimizer", "offload_weights", "checkpoint_blocks", "compile_blocks"),
 }
 """What may change while a training goes on: it changes no weight beyond rounding."""
 
@@ -42,7 +46,7 @@ class TrainResult:
 
     pipeline: folder of the trained pipeline, with the average weights. checkpoint: folder of the last one.
     grids: (step, PNG file). losses: (step, mean loss since the point before); loss_start and loss_end are means over the
-    first and last 20 steps. inputs: path and fingerprint of the table. seconds: of all of it; startup_seconds: of it, before
+    first and last 20 steps. inputs: name and fingerprint of the tables. seconds: of all of it; startup_seconds: of it, before
     the first step. samples_per_second: in the steps. was_done: nothing was left to do.
     """
 
@@ -63,13 +67,7 @@ class TrainResult:
 
 def train_identity(dataset_uri: str, config: TrainConfig) -> Identity:
     """What the trained weights depend on. Raises MissingTableError, or ValueError if a table is not complete."""
-    inputs = {}
-    held_out = validation_table(dataset_uri, config.latents, config.validation, config.data)
-    for table in [Table(dataset_uri, config.latents, LATENTS), *([held_out] if held_out else [])]:
-        manifest = table.require()
-        if not manifest.complete:
-            raise ValueError(f"{table.uri} is not complete: let its stage finish first, or samples would come and go")
-        inputs[table.path] = manifest.fingerprint
+    inputs = _inputs(dataset_uri, config.sources(dataset_uri))
     settings = asdict(config)
     for part, names in NOT_IN_IDENTITY.items():
         for name in names:
@@ -77,6 +75,18 @@ def train_identity(dataset_uri: str, config: TrainConfig) -> Identity:
     paths = {name: settings.pop(name) for name in ("init", "text_encoder", "autoencoder")}
     models = {name: model_version(path) for name, path in paths.items() if path is not None}
     return Identity("train", settings, models, inputs)
+
+
+def _inputs(dataset_uri: str, sources: Sequence[Source]) -> dict[str, str]:
+    """Name and fingerprint of the tables. Raises as `train_identity`."""
+    inputs = {}
+    for source in sources:
+        if not source.manifest.complete:
+            raise ValueError(f"{source.table.uri} is not complete: let its stage finish first, or samples would come and go")
+        inputs[source.table.name_in(dataset_uri)] = source.manifest.fingerprint
+        if source.embeds is not None:
+            inputs[source.embeds.name_in(dataset_uri)] = source.embeds.require().fingerprint
+    return inputs
 
 
 def run_train(
@@ -97,6 +107,7 @@ def run_train(
     Raises:
         MissingTableError, ValueError: the table or the configuration will not do.
         StaleTableError: `output_dir` holds a training with other settings.
+        LeaseHeldError: another job is training there.
         StorageError: `output_dir` cannot be written.
         TrainingStopped: SIGTERM came; a checkpoint was saved, and called again, it goes on from there.
         TrainingError: it failed. Called again, it goes on from the last checkpoint.
@@ -104,26 +115,52 @@ def run_train(
     start = time.time()
     config = _with_absolute_paths(config)
     dataset_uri, output_uri = absolute_uri(dataset_uri), absolute_uri(output_dir)
-    record = TrainingRecord.claim(output_uri, train_identity(dataset_uri, config))
-    if record.result is not None and list_folder(f"{output_uri}/{PIPELINE_DIR}"):
-        return _to_result(record, was_done=True)
-    write_config(output_uri, config)
-    table = Table(dataset_uri, config.latents, LATENTS)
-    TrainingStream(  # raises here, on the driver, what it would raise in every worker
-        table, config.data, micro_batch_size=config.micro_batch_size, seed=config.seed, world_size=config.num_workers
-    )
-    with open_desk(on_progress, on_notice) as desk:
-        task = TrainTask(config=config, table=table, inputs=record.identity.inputs, output_uri=output_uri, plan=plan, desk=desk)
+    identity = train_identity(dataset_uri, config)
+    with hold(output_uri):
+        record = TrainingRecord.claim(output_uri, identity)
+        if record.result is not None and list_folder(f"{output_uri}/{PIPELINE_DIR}"):
+            return _to_result(record, was_done=True)
+        write_config(output_uri, config)
+        check_tables(dataset_uri, config)
+        return _train(record, config, dataset_uri, start, plan, on_progress, on_notice)
+
+
+def _train(
+    record: TrainingRecord,
+    config: TrainConfig,
+    dataset_uri: str,
+    start: float,
+    plan: RunPlan | None,
+    on_progress: OnTrainProgress,
+    on_notice: OnNotice,
+) -> TrainResult:
+    """Begin or go on, to the end."""
+    output_uri, end_run = record.output_uri, partial(_end_run, plan, on_notice)
+    with open_desk(on_progress, on_notice, on_stop=lambda: end_run("KILLED")) as desk:
+        inputs = {**record.identity.inputs, **_inputs(dataset_uri, config.validation_sources(dataset_uri))}
+        task = TrainTask(config=config, dataset_uri=dataset_uri, inputs=inputs, output_uri=output_uri, plan=plan, desk=desk)
         try:
             figures = _figures(_fit(task))
-        except TrainingError:
-            _end_run(plan, on_notice, failed=True)
+        except BaseException as error:
+            end_run("KILLED" if isinstance(error, TrainingStopped) else end_status(error))
             raise
     figures["startup_seconds"] = figures.pop("started_at") - start
     record = record.finish({**figures, "seconds": time.time() - start})
     result = _to_result(record, was_done=False)
-    _end_run(plan, on_notice, failed=False, result=result)
+    end_run("FINISHED", result)
     return result
+
+
+def check_tables(dataset_uri: str, config: TrainConfig) -> None:
+    """Raises ValueError for what can be told on the driver: tables that are missing or empty, more workers than shards, and
+    stored embeddings that are not those of the training's text encoder."""
+    sources = config.sources(dataset_uri)
+    sizes = {"micro_batch_size": config.micro_batch_size, "world_size": config.num_workers}
+    TrainingStream(sources, config.data, seed=config.seed, **sizes)
+    if config.caption_embeds is not None:
+        text_encoder, prompts = find_text_encoder(config)
+        for source in [*sources, *config.validation_sources(dataset_uri)]:
+            check_caption_embeds(source, text_encoder=text_encoder, prompts=prompts)
 
 
 def _figures(ended: Result) -> dict[str, Any]:
@@ -136,7 +173,7 @@ def _figures(ended: Result) -> dict[str, Any]:
     return figures
 
 
-def _end_run(plan: RunPlan | None, on_notice: OnNotice, *, failed: bool, result: TrainResult | None = None) -> None:
+def _end_run(plan: RunPlan | None, on_notice: OnNotice, status: RunEnd, result: TrainResult | None = None) -> None:
     """MLflow's run ends as the training did, if MLflow can be reached."""
     if plan is None:
         return
@@ -146,7 +183,7 @@ def _end_run(plan: RunPlan | None, on_notice: OnNotice, *, failed: bool, result:
             names = ("loss_start", "loss_end", "startup_seconds", "seconds")
             run.log_metrics({name: getattr(result, name) for name in names}, result.num_steps)
             run.tag_tables(result.inputs)
-        run.end(failed=failed)
+        run.end(status)
 
     if (problem := plan.try_to(end)) is not None:
         on_notice(f"MLflow at {plan.uri} cannot be reached, its run stays open: {problem}")
@@ -158,8 +195,15 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     def absolute(path: str | None) -> str | None:
         return absolute_uri(path) if path is not None and Path(path).exists() else path
 
+    latents = config.latents
+    if not isinstance(latents, str):
+        latents = [
+            replace(table, dataset_uri=None if table.dataset_uri is None else absolute_uri(table.dataset_uri))
+            for table in latents
+        ]
     return replace(
         config,
+        latents=latents,
         init=absolute(config.init),
         resume_from=absolute(config.resume_from),
         text_encoder=absolute(config.text_encoder),

@@ -5,14 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pipelines.bad_steps import BadStepConfig
-from pipelines.data import StreamConfig
 from pipelines.ema import EmaConfig
 from pipelines.engine import EngineConfig
 from pipelines.lora import LoraConfig
+from pipelines.mixture import Source, WeightedTable, find_sources
 from pipelines.optim import OptimConfig
-from pipelines.tables import Table
+from pipelines.samples import StreamConfig
 from pipelines.tracking import RunPlan
-from pipelines.validate import ValidationConfig
+from pipelines.validate import ValidationConfig, validation_sources
 from sana_model.text_encoder import TextEncoderConfig
 from sana_model.transformer import PRESETS
 
@@ -101,10 +101,13 @@ class WorkerResources:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A training on one latents table.
+    """A training on one latents table, or on a mixture of several.
 
     Args:
-        latents: path of the table in the dataset, such as latents/dc-ae-512.
+        latents: path of the table in the dataset, such as latents/dc-ae-512; or a list of tables with weights.
+        caption_embeds: name of the table under caption_embeds/ of the dataset (of each dataset of a mixture) that holds the
+            captions as the text encoder gives them: the training's device then needs none. None: captions are encoded in the
+            step.
         init: the pipeline to go on from: a folder, or a zoo://, hf:// or fsspec URI; ours, diffusers' or an NVlabs .pth.
         preset: without `init`, the shape of a fresh transformer, such as sana-0.6b; with it, the shape that it must have.
         text_encoder, autoencoder: paths; they go with `preset`, or replace those of `init`.
@@ -135,7 +138,8 @@ class TrainConfig:
         seed: of the order of samples, the captions, the noise, and a fresh transformer.
     """
 
-    latents: str
+    latents: str | list[WeightedTable]
+    caption_embeds: str | None = None
     init: str | None = None
     preset: str | None = None
     text_encoder: str | None = None
@@ -167,6 +171,7 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self.sources("")  # which raises
         self.optim.check_sharding(self.engine.zero_stage)
         if self.lora is not None and self.engine.zero_stage == 3:
             raise ValueError(
@@ -197,17 +202,26 @@ class TrainConfig:
     def grad_accum_steps(self) -> int:
         return self.global_batch_size // (self.micro_batch_size * self.num_workers)
 
+    def sources(self, dataset_uri: str) -> list[Source]:
+        """The tables to train on."""
+        return find_sources(dataset_uri, self.latents, caption_embeds=self.caption_embeds)
+
+    def validation_sources(self, dataset_uri: str) -> list[Source]:
+        """The tables to validate with; none: no validation."""
+        own = self.sources(dataset_uri)
+        return validation_sources(dataset_uri, own, self.validation, self.data, caption_embeds=self.caption_embeds)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTask:
     """What the driver hands to the workers.
 
-    inputs: path and fingerprint of the tables. output_uri: folder on any fsspec file system. plan: the MLflow run; None: none.
+    inputs: name and fingerprint of the tables. output_uri: folder on any fsspec file system. plan: the MLflow run; None: none.
     desk: handle of the actor that links workers and driver; None: nobody listens.
     """
 
     config: TrainConfig
-    table: Table
+    dataset_uri: str
     inputs: Mapping[str, str]
     output_uri: str
     plan: RunPlan | None = None

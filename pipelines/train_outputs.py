@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from pipelines.data import MicroBatch
 from pipelines.drawn import DRAWN_DIR, DrawnLog, forget_after
 from pipelines.patient_run import Entry, PatientRun
 from pipelines.sample import to_png
+from pipelines.samples import MicroBatch
 from pipelines.storage import StorageError, write_file
 from pipelines.train_config import TrainTask
 from pipelines.train_meter import MeterReport
@@ -36,7 +36,7 @@ class TrainOutputs:
                 forget_after(self._drawn.folder_uri, step)
             if self.task.plan is not None:
                 self.run = PatientRun(self.task.plan, say=self.tell_driver, waiting=waiting)
-                self.run.log_inputs(self.task.table.dataset_uri, self.task.inputs, "training")
+                self.run.log_inputs(self.task.dataset_uri, self.task.inputs, "training")
         torch.distributed.barrier()
         if step:
             self.say(f"goes on from the checkpoint of step {step}")
@@ -65,7 +65,7 @@ class TrainOutputs:
 
     def add_batch(self, step: int, batch: MicroBatch) -> None:
         if self._drawn is not None:
-            self._drawn.add(step, batch.epochs, batch.ids)
+            self._drawn.add(step, batch)
 
     def flush_batches(self, step: int) -> None:
         if (drawn := self._drawn) is not None:

@@ -65,15 +65,21 @@ class Desk:
 
 
 @contextmanager
-def open_desk(on_progress: OnTrainProgress, on_notice: OnNotice) -> Iterator[Any]:
-    """The actor's handle. Within, a thread calls back with what is new, and SIGTERM asks the workers to save and end."""
+def open_desk(on_progress: OnTrainProgress, on_notice: OnNotice, *, on_stop: Callable[[], None]) -> Iterator[Any]:
+    """The actor's handle. Within, a thread calls back with what is new, and SIGTERM asks the workers to save and end.
+
+    `on_stop`: called by the same thread soon after SIGTERM: `ray job stop` may kill this process before the workers have ended.
+    """
     desk: Any = ray.remote(Desk).options(num_cpus=0, scheduling_strategy=on_this_node()).remote()
-    ended = threading.Event()
+    ended, stopping = threading.Event(), threading.Event()
 
     def watch() -> None:
-        shown, num_heard, last_look = None, 0, False
+        shown, num_heard, last_look, told_of_stop = None, 0, False, False
         while not last_look:
             last_look = ended.wait(POLL_SECONDS)
+            if stopping.is_set() and not told_of_stop:
+                told_of_stop = True
+                on_stop()
             progress, notices = ray.get(desk.look.remote(num_heard))
             num_heard += len(notices)
             for notice in notices:
@@ -83,6 +89,7 @@ def open_desk(on_progress: OnTrainProgress, on_notice: OnNotice) -> Iterator[Any
                 on_progress(progress)
 
     def ask_to_stop(signum: int, frame: FrameType | None) -> None:
+        stopping.set()
         desk.ask_to_stop.remote("SIGTERM came")
 
     thread = threading.Thread(target=watch, name="training-progress", daemon=True)

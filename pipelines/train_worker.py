@@ -1,10 +1,8 @@
 """What every training worker does: steps, and between them reports, pictures, validation and checkpoints."""
 
 import math
-import tempfile
 from collections.abc import Callable
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -15,30 +13,27 @@ from torch import Tensor
 from pipelines.bad_steps import BadStepGuard
 from pipelines.checkpoint_store import CheckpointStore, gather_objects
 from pipelines.checkpoints import BadCheckpointError, CheckpointReader, take_snapshot
-from pipelines.data import MicroBatch, PrefetchedStream, TrainingStream
+from pipelines.data import TrainingStream
 from pipelines.ema import EMA
 from pipelines.engine import Engine
 from pipelines.flops import step_flops
-from pipelines.lora import add_lora, merge_lora, save_lora
+from pipelines.mixture import check_channels
+from pipelines.noise import draw_noise, fixed_noise
 from pipelines.optim import learning_rate
-from pipelines.sample import image_grid
-from pipelines.select import uniform
-from pipelines.storage import upload_folder
-from pipelines.train_config import FlowConfig, TrainConfig, TrainingError, TrainTask
+from pipelines.prefetch import PrefetchedStream
+from pipelines.samples import MicroBatch
+from pipelines.train_captions import encode_captions, pad_embeds
+from pipelines.train_config import TrainingError, TrainTask
 from pipelines.train_meter import LossHistory, TrainingMeter
 from pipelines.train_outputs import TrainOutputs
 from pipelines.train_progress import StopWatch, watch_for_sigterm
+from pipelines.train_start import TrainModels
+from pipelines.trained_pipeline import TrainedPipeline
 from pipelines.training_record import CHECKPOINTS_DIR
-from pipelines.validate import ValidationSet, fixed_noise, validation_table
-from sana_model.autoencoder import DCAutoencoder
-from sana_model.flow import flow_loss, sample_sigmas
-from sana_model.generate import DEFAULT_FLOW_SHIFT, Caption, TextToImage
-from sana_model.pipeline_files import load_pipeline
-from sana_model.text_encoder import NVLABS_PROMPTS, TextEncoder
-from sana_model.transformer import PRESETS, SanaConfig, SanaTransformer
-
-PIPELINE_DIR = "pipeline"
-LORA_DIR = "lora"
+from pipelines.validate import ValidationSet
+from sana_model.flow import flow_loss
+from sana_model.generate import Caption
+from sana_model.transformer import SanaTransformer
 
 
 def train_worker(task: TrainTask) -> dict[str, Any]:
@@ -56,85 +51,6 @@ def train_worker(task: TrainTask) -> dict[str, Any]:
             return worker.finish()
     except TrainingError as error:
         return {"error": str(error)}
-
-
-def load_start(config: TrainConfig) -> TextToImage:
-    """The pipeline that training starts from: the transformer in float32, the others as they are stored.
-
-    Raises FileNotFoundError or ValueError, naming what does not fit.
-    """
-    if config.init is not None:
-        pipeline = load_pipeline(
-            config.init,
-            autoencoder=config.autoencoder,
-            text_encoder=config.text_encoder,
-            flow_shift=config.flow.shift,
-            **config.positions.overrides,
-        )
-        pipeline.transformer.float()
-        if config.preset is not None:
-            check_shape(pipeline.transformer.config, config.preset)
-        if config.prompts is not None:
-            encoder = pipeline.text_encoder
-            pipeline.text_encoder = TextEncoder(encoder.model, encoder.tokenizer, config.prompts)
-        return pipeline
-    assert config.preset is not None and config.autoencoder is not None and config.text_encoder is not None
-    autoencoder = DCAutoencoder.from_pretrained(config.autoencoder)
-    text_encoder = TextEncoder.from_pretrained(config.text_encoder, config=config.prompts or NVLABS_PROMPTS)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        transformer = SanaTransformer.from_preset(
-            config.preset,
-            in_channels=autoencoder.config.latent_channels,
-            caption_dim=text_encoder.embed_dim,
-            **config.positions.overrides,
-        )
-    shift = DEFAULT_FLOW_SHIFT if config.flow.shift is None else config.flow.shift
-    return TextToImage(transformer, autoencoder, text_encoder, flow_shift=shift)
-
-
-def check_shape(found: SanaConfig, preset: str) -> None:
-    """Raises ValueError if a transformer's weights have not the shapes of a preset's."""
-    expected = PRESETS[preset]
-    for name in ("dim", "depth", "ffn_dim", "num_cross_heads", "patch_size", "in_channels", "caption_dim", "qk_norm"):
-        if getattr(found, name) != getattr(expected, name):
-            raise ValueError(
-                f"init has {name}={getattr(found, name)} and preset={preset} {getattr(expected, name)}: "
-                "leave preset out, or name the right one"
-            )
-
-
-def encode_captions(text_encoder: TextEncoder, captions: list[str | None], null: Caption) -> Caption:
-    """caption_embeds (B, L, D) and caption_mask (B, L); None becomes `null`, which is text_encoder.null()."""
-    null_embeds, null_mask = null
-    embeds, mask = null_embeds[:0], null_mask[:0]
-    told = [index for index, caption in enumerate(captions) if caption is not None]
-    if told:
-        embeds, mask = text_encoder.encode([caption for caption in captions if caption is not None])
-    length, null_length = max(mask.shape[1], null_mask.shape[1]), null_mask.shape[1]
-    caption_embeds = null_embeds.new_zeros(len(captions), length, null_embeds.shape[-1])
-    caption_mask = null_mask.new_zeros(len(captions), length)
-    caption_embeds[:, :null_length], caption_mask[:, :null_length] = null_embeds, null_mask
-    if told:
-        caption_embeds[told], caption_mask[told] = 0, False
-        caption_embeds[told, : mask.shape[1]], caption_mask[told, : mask.shape[1]] = embeds, mask
-    return caption_embeds, caption_mask
-
-
-def draw_noise(batch: MicroBatch, config: FlowConfig, shift: float, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Noise levels (B,) and noise (B, C, h, w), float32 on the CPU.
-
-    Each sample's come from (seed, epoch, id) alone: they are the same in any batch, on any worker, after any restart.
-    """
-    generator = torch.Generator()
-    sigma, noise = torch.empty(len(batch.ids)), torch.empty(batch.latents.shape)
-    for index, key in enumerate(zip(batch.epochs, batch.ids, strict=True)):
-        generator.manual_seed(int(uniform(seed, *key, "noise") * 2**53))
-        sigma[index] = sample_sigmas(
-            1, distribution=config.distribution, mean=config.mean, std=config.std, shift=shift, generator=generator
-        )[0]
-        noise[index] = torch.randn(noise.shape[1:], generator=generator)
-    return sigma, noise
 
 
 class TrainWorker:
@@ -155,9 +71,8 @@ class TrainWorker:
         resources = self.config.resources
         torch.set_num_threads(resources.num_threads or max(math.ceil(resources.num_cpus), 1))
         self.device = device
-        self._load_models()
         self.engine = Engine(
-            self.pipeline.transformer,
+            self._load(),
             self.config.engine,
             self.config.optim,
             micro_batch_size=self.config.micro_batch_size,
@@ -165,6 +80,7 @@ class TrainWorker:
             device=self.device,
         )
         self.ema = EMA(self.engine.master_weights(), self.config.ema)
+        self.pipeline = TrainedPipeline(self.engine, self.ema, self.models, self.config.lora)
         self.step = 0  # done
         self.stopped = False
         self.history = LossHistory()
@@ -181,45 +97,49 @@ class TrainWorker:
             say=self.outputs.tell_driver,
         )
 
-    def _load_models(self) -> None:
-        config = self.config
+    def _load(self) -> SanaTransformer:
+        """Models and tables. Returns the transformer to train."""
+        config, dataset_uri = self.config, self.task.dataset_uri
         sizes = {"rank": self.rank, "world_size": self.world_size}
         try:
-            self.pipeline = load_start(config)
+            transformer, self.models = TrainModels.load(config, device=self.device, rank=self.rank)
+            sources, held_out = config.sources(dataset_uri), config.validation_sources(dataset_uri)
+            check_channels([*sources, *held_out], self.models.transformer_config.in_channels)
             self.source = TrainingStream(
-                self.task.table, config.data, micro_batch_size=config.micro_batch_size, seed=config.seed, **sizes
+                sources, config.data, micro_batch_size=config.micro_batch_size, seed=config.seed, **sizes
             )
-            held_out = validation_table(self.task.table.dataset_uri, config.latents, config.validation, config.data)
             self.validation = None
-            if held_out is not None:
+            if held_out:
                 self.validation = ValidationSet.read(
                     held_out, config.validation, config.data, batch_size=config.micro_batch_size, **sizes
                 )
         except (ValueError, FileNotFoundError) as error:
-            raise TrainingError(str(error)) from error
-        self.shift = self.pipeline.flow_shift
-        self.transformer_config = self.pipeline.transformer.config
-        if config.lora is not None:
-            add_lora(self.pipeline.transformer, config.lora, seed=config.seed)
-        self.pipeline.transformer.train()
-        dtype = config.engine.torch_dtype
-        self.text_encoder = self.pipeline.text_encoder.to(self.device, dtype)
-        self.autoencoder = self.pipeline.autoencoder.to(self.device, dtype) if self.rank == 0 else None
-        self.null = self.text_encoder.null()
+            self._raise_together(str(error))
+            raise
+        self._raise_together(None)
+        return transformer
+
+    def _raise_together(self, problem: str | None) -> None:
+        """Where all ranks have a problem, another try would end alike: TrainingError. RuntimeError where only some have one,
+        such as a node that did not reach the hub: Ray starts all of them again."""
+        problems = [one for one in gather_objects(problem) if one is not None]
+        if problems:
+            kind = TrainingError if len(problems) == self.world_size else RuntimeError
+            raise kind(problem or problems[0])
 
     def restore(self) -> None:
         """Go on from the last good checkpoint, if there is one."""
         try:
             reader = self.store.find(self.engine, fallback=self.config.resume_from)
-            waiting = self._load(reader) if reader is not None else []
+            waiting = self._take_over(reader) if reader is not None else []
+            if reader is not None:
+                self.source.load_all_states([state["stream"] for state in reader.checkpoint.states])
         except (BadCheckpointError, ValueError) as error:
             raise TrainingError(str(error)) from error
-        if reader is not None:
-            self.source.load_all_states([state["stream"] for state in reader.checkpoint.states])
         self.outputs.begin(self.step, waiting)
         self.stream = PrefetchedStream(self.source, self.config.data.prefetch)
 
-    def _load(self, reader: CheckpointReader) -> list[Any]:
+    def _take_over(self, reader: CheckpointReader) -> list[Any]:
         """All but the place in the stream; returns what had not been sent to MLflow then."""
         reader.load(self.ema)
         reader.close()
@@ -243,8 +163,8 @@ class TrainWorker:
         lr = learning_rate(self.step, config.num_steps, config.optim)
         for index in range(config.grad_accum_steps):
             batch = next(self.stream)
-            caption = encode_captions(self.text_encoder, batch.captions, self.null)
-            sigma, noise = draw_noise(batch, config.flow, self.shift, seed=config.seed)
+            caption = self.encode(batch)
+            sigma, noise = draw_noise(batch, config.flow, self.models.shift, seed=config.seed)
             loss = self.flow_loss(batch, caption, sigma, noise)
             last = index == config.grad_accum_steps - 1
             self.engine.backward(self.guard.watch(loss.mean(), share=1 / config.grad_accum_steps, last=last))
@@ -257,22 +177,23 @@ class TrainWorker:
         self.meter.end_step(lr=lr, grad_norm=grad_norm)
         return True
 
+    def encode(self, batch: MicroBatch) -> Caption:
+        if batch.embeds is not None:
+            return pad_embeds(batch.embeds, self.models.null)
+        assert self.models.text_encoder is not None
+        return encode_captions(self.models.text_encoder, batch.captions, self.models.null)
+
     def flow_loss(self, batch: MicroBatch, caption: Caption, sigma: Tensor, noise: Tensor) -> Tensor:
         """(B,) of samples with these captions, noise levels (B,) and noise (B, C, h, w)."""
-        channels = self.transformer_config.in_channels
-        if batch.latents.shape[1] != channels:
-            raise TrainingError(
-                f"{self.task.table.uri} holds latents of {batch.latents.shape[1]} channels, the transformer takes {channels}: "
-                "they are not of this pipeline's autoencoder"
-            )
         latents = batch.latents.to(self.device, torch.float32)
         return flow_loss(self.engine, latents, *caption, sigma=sigma.to(self.device), noise=noise.to(self.device))
 
     def _count(self, batch: MicroBatch, caption: Caption, loss: Tensor, sigma: Tensor) -> None:
         batch_size, _, height, width = batch.latents.shape
-        image_tokens = height * width // self.transformer_config.patch_size**2
+        model = self.models.transformer_config
+        image_tokens = height * width // model.patch_size**2
         sizes = {"batch_size": batch_size, "image_tokens": image_tokens, "caption_tokens": caption[0].shape[1]}
-        flops = step_flops(self.transformer_config, **sizes)
+        flops = step_flops(model, **sizes, adapters=self.config.lora is not None)
         self.meter.add(loss, sigma.to(self.device), num_tokens=batch_size * image_tokens, flops=flops)
         self.outputs.add_batch(self.step + 1, batch)
 
@@ -303,7 +224,7 @@ class TrainWorker:
         if reader is None:
             raise TrainingError(f"{what}; and there is no checkpoint yet to go back to")
         self.outputs.forget_after(reader.checkpoint.step)
-        self._load(reader)
+        self._take_over(reader)
         self.guard.num_bad, self.guard.num_in_a_row = num_bad, num_in_a_row
         self.meter.restart(self.stream.wait_seconds)
         self.outputs.say(f"{what}; back at step {self.step}, with the next samples")
@@ -350,7 +271,7 @@ class TrainWorker:
         sums = torch.zeros(len(config.sigmas) + 1, dtype=torch.float64, device=self.device)
         with self.meter.paused(), self.engine.evaluating():
             for batch, weight in ((item.batch, item.weight) for item in validation.batches):
-                caption = encode_captions(self.text_encoder, batch.captions, self.null)
+                caption = self.encode(batch)
                 for index, level in enumerate(config.sigmas):
                     sigma = torch.full((len(batch.ids),), level)
                     loss = self.flow_loss(batch, caption, sigma, fixed_noise(batch, level, seed=config.seed))
@@ -364,33 +285,10 @@ class TrainWorker:
 
     def draw_grid(self) -> None:
         """Pictures of the configured prompts with the average weights, as a PNG file and in MLflow."""
-        pipeline = self.gather_pipeline(self.config.engine.torch_dtype)
-        if pipeline is None:
-            return
         with self.meter.paused():
-            grid = self.config.grid
-            seeds = range(grid.seed, grid.seed + len(grid.prompts))
-            images = pipeline(grid.prompts, num_steps=grid.num_steps, guidance_scale=grid.guidance_scale, seed=seeds)
-            self.outputs.show_picture(self.step, image_grid(images, grid.columns))
-
-    def gather_average(self) -> dict[str, Tensor] | None:
-        """The average weights, and adapters, on rank 0. All ranks must call it."""
-        with self.ema.in_place_of(self.engine.master_weights()):
-            return self.engine.gather_weights()
-
-    def gather_pipeline(self, dtype: torch.dtype) -> TextToImage | None:
-        """The pipeline with the average weights, on rank 0. All ranks must call it."""
-        weights = self.gather_average()
-        if weights is None:
-            return None
-        if self.config.lora is not None:
-            weights = merge_lora(weights, self.config.lora)
-        assert self.autoencoder is not None
-        with torch.device("meta"):
-            transformer = SanaTransformer(self.transformer_config)
-        transformer.load_state_dict(weights, assign=True)
-        transformer.to(self.device, dtype)
-        return TextToImage(transformer, self.autoencoder, self.text_encoder, flow_shift=self.shift)
+            picture = self.pipeline.draw(self.config.grid)
+            if picture is not None:
+                self.outputs.show_picture(self.step, picture)
 
     def save(self) -> None:
         """A checkpoint, written while the training goes on. Raises TrainingError if several in a row could not be written."""
@@ -416,16 +314,9 @@ class TrainWorker:
         self.outputs.log_checkpoint(self.store.last_written)
         if self.stopped:
             return {"stopped": self.step}
-        if self.config.lora is not None and (weights := self.gather_average()) is not None:
-            with tempfile.TemporaryDirectory() as folder:
-                save_lora(Path(folder), weights, self.config.lora)
-                upload_folder(folder, f"{self.task.output_uri}/{LORA_DIR}")
-        pipeline = self.gather_pipeline(torch.float32)
-        if pipeline is None:
+        self.pipeline.write(self.task.output_uri)
+        if self.rank:
             return {}
-        with tempfile.TemporaryDirectory() as folder:
-            pipeline.save_pretrained(Path(folder))
-            upload_folder(folder, f"{self.task.output_uri}/{PIPELINE_DIR}")
         loss_start, loss_end = self.history.ends()
         return {
             "checkpoint": self.store.uri(self.step),

@@ -87,9 +87,8 @@ class TransformersCaptioner:
             return self._answer_together(questions)
         except torch.OutOfMemoryError as error:
             failure = Refusal("out_of_memory", _first_line(error))
-        except torch.AcceleratorError:
-            logger.exception("%s: the device is lost to this process; Ray starts another", self.config.name)
-            os._exit(1)
+        except torch.AcceleratorError:  # the device is lost to this process: no half of it fares better
+            raise
         except ROW_ERRORS as error:
             failure = Refusal("caption_failed", f"{type(error).__name__}: {_first_line(error)}")
         # Out here nothing holds the failed batch's tensors any more.

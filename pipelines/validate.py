@@ -1,17 +1,13 @@
 """The loss on samples that are never trained on, at fixed noise levels and noise: comparable over steps, restarts and runs."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice, zip_longest
 
 import torch
-from torch import Tensor
 
-from pipelines.data import MicroBatch, StreamConfig, is_held_out
-from pipelines.extract import read_latents
-from pipelines.schema import LATENTS
-from pipelines.select import choose_caption, uniform
-from pipelines.tables import Table
+from pipelines.mixture import Source, find_sources
+from pipelines.samples import MicroBatch, Sample, ShardRows, StreamConfig, collate, is_held_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,10 +15,10 @@ class ValidationConfig:
     """Which samples the validation loss is of.
 
     Args:
-        latents: path of a table in the dataset; None: the share of the training's own that `data.held_out_share` holds out;
-            without one there is no validation.
+        latents: path of a table in the training's dataset; None: the share of the training's own tables that
+            `data.held_out_share` holds out; without one there is no validation.
         every: steps from one validation to the next; the last step has one too.
-        num_samples: the first of the table.
+        num_samples: the first of the table; of several tables, by turns.
         sigmas: noise levels, at each of which every sample is judged.
         seed: of the noise and the captions.
     """
@@ -51,62 +47,58 @@ class ValidationBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationSet:
-    """The batches of one rank; all ranks have as many. Raises ValueError if the table has no sample for it."""
+    """The batches of one rank; all ranks have as many. Raises ValueError if no table has a sample for it."""
 
     batches: Sequence[ValidationBatch] = field(default_factory=list)
 
     @classmethod
     def read(
-        cls, table: Table, config: ValidationConfig, stream: StreamConfig, *, batch_size: int, rank: int, world_size: int
+        cls,
+        sources: Sequence[Source],
+        config: ValidationConfig,
+        stream: StreamConfig,
+        *,
+        batch_size: int,
+        rank: int,
+        world_size: int,
     ) -> "ValidationSet":
-        by_bucket: dict[str, list[tuple[str, Tensor, str]]] = {}
-        for bucket, sample in islice(_read_samples(table, config, stream), config.num_samples):
-            by_bucket.setdefault(bucket, []).append(sample)
+        by_turns = chain.from_iterable(zip_longest(*(_read_samples(source, config, stream) for source in sources)))
+        by_bucket: dict[str, list[Sample]] = {}
+        for sample in islice((sample for sample in by_turns if sample is not None), config.num_samples):
+            by_bucket.setdefault(sample.bucket, []).append(sample)
+        with_embeds = any(source.embeds is not None for source in sources)
         batches = [
-            _collate(bucket, samples[start : start + batch_size])
-            for bucket, samples in sorted(by_bucket.items())
+            collate(samples[start : start + batch_size], with_embeds=with_embeds)
+            for _, samples in sorted(by_bucket.items())
             for start in range(0, len(samples), batch_size)
         ]
         if not batches:
-            raise ValueError(
-                f"{table.uri} has no sample to validate with: raise data.held_out_share, or give validation.latents"
-            )
+            names = ", ".join(source.table.uri for source in sources)
+            raise ValueError(f"{names} has no sample to validate with: raise data.held_out_share, or give validation.latents")
         mine = [ValidationBatch(batch, 1.0) for batch in batches[rank::world_size]]
         missing = -(-len(batches) // world_size) - len(mine)
         return cls(batches=[*mine, *[ValidationBatch(batches[0], 0.0)] * missing])
 
 
-def _read_samples(
-    table: Table, config: ValidationConfig, stream: StreamConfig
-) -> Iterator[tuple[str, tuple[str, Tensor, str]]]:
-    """Bucket, and id, latents and caption of each."""
-    dtype = table.require().config["dtype"]
-    for shard in table.list_shards():
-        for row in table.read_shard(shard).to_pylist():
-            if config.latents is None and not is_held_out(row["id"], stream.held_out_share):
-                continue
-            chosen = choose_caption(row["captions"], stream.selection, seed=config.seed, epoch=0, sample_id=row["id"])
-            if chosen is not None:
-                yield row["bucket"], (row["id"], read_latents(row, dtype), chosen["caption"])
+def _read_samples(source: Source, config: ValidationConfig, stream: StreamConfig) -> Iterator[Sample]:
+    never_dropped = replace(stream, caption_dropout=0.0)
+    for shard in source.table.list_shards():
+        rows = ShardRows(source, shard, dtype=torch.float32)
+        held_out = [
+            row
+            for row, sample_id in enumerate(rows.ids)
+            if config.latents is not None or is_held_out(sample_id, stream.held_out_share)
+        ]
+        chosen = [(row, choice) for row in held_out if (choice := rows.choose(row, 0, never_dropped, seed=config.seed))]
+        rows.load_embeds(chosen[: config.num_samples])
+        for row, choice in chosen[: config.num_samples]:
+            yield rows.sample(row, 0, choice)
 
 
-def _collate(bucket: str, samples: Sequence[tuple[str, Tensor, str]]) -> MicroBatch:
-    ids, latents, captions = zip(*samples, strict=True)
-    return MicroBatch(bucket, torch.stack(latents), list(captions), list(ids), [0] * len(ids))
-
-
-def fixed_noise(batch: MicroBatch, sigma: float, *, seed: int) -> Tensor:
-    """(B, C, h, w) float32 on the CPU: each sample's comes from its id, the noise level and the seed alone."""
-    noise = torch.empty(batch.latents.shape)
-    generator = torch.Generator()
-    for index, sample_id in enumerate(batch.ids):
-        generator.manual_seed(int(uniform(seed, sample_id, sigma, "validation") * 2**53))
-        noise[index] = torch.randn(noise.shape[1:], generator=generator)
-    return noise
-
-
-def validation_table(dataset_uri: str, latents: str, config: ValidationConfig, stream: StreamConfig) -> Table | None:
-    """None where there is no validation."""
-    if config.latents is None and not stream.held_out_share:
-        return None
-    return Table(dataset_uri, config.latents or latents, LATENTS)
+def validation_sources(
+    dataset_uri: str, sources: Sequence[Source], config: ValidationConfig, stream: StreamConfig, *, caption_embeds: str | None
+) -> list[Source]:
+    """The tables of the validation of a training on `sources`; none where there is no validation."""
+    if config.latents is not None:
+        return find_sources(dataset_uri, config.latents, caption_embeds=caption_embeds)
+    return list(sources) if stream.held_out_share else []

@@ -98,9 +98,10 @@ def verify_dataset(
     """
     tables = find_tables(dataset_uri)
     known = {found.path: found for found in tables}
-    if missing := [path for path in paths if path not in known] or not tables:
-        wanted = f"no table {missing[0]!r}" if isinstance(missing, list) else "no table"
-        raise ValueError(f"there is {wanted} in {dataset_uri}; it holds {', '.join(known) or 'none'}")
+    if not tables:
+        raise ValueError(f"there is no dataset at {dataset_uri}: none of its folders holds a table")
+    if missing := [path for path in paths if path not in known]:
+        raise ValueError(f"there is no table {missing[0]!r} in {dataset_uri}; it holds {', '.join(known)}")
     chosen = [found for found in tables if not paths or found.path in paths]
     stale = find_stale(tables)
     shards = {found.path: found.table.list_shards() for found in tables}

@@ -40,6 +40,7 @@ def run_vllm(
         stream_rows,
         output,
         identity.fingerprint,
+        num_actors=config.resources.num_actors,
         read_shard=partial(images.read_shard, columns=config.columns),
         make_row=partial(make_request, config=config),
         run_model=partial(run_engine, config=config),
@@ -75,6 +76,8 @@ def ask(row: Row, config: CaptionerConfig) -> Row:
 def run_engine(dataset: ray.data.Dataset, config: CaptionerConfig) -> ray.data.Dataset:
     """Requests -> answers, through the stages of ray.data.llm."""
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+
+    from pipelines.vllm_engine import guard_engine
 
     if not ray.get(ray.remote(num_cpus=LIGHT)(_has_vllm).remote()):
         raise StageError(f"captioner {config.name!r}: engine=vllm needs vLLM on the nodes of the cluster: {INSTALL}")
@@ -113,6 +116,7 @@ def run_engine(dataset: ray.data.Dataset, config: CaptionerConfig) -> ray.data.D
         preprocess=partial(ask, config=config),
         postprocess=keep_answer,
     )
+    guard_engine(processor)
     return processor(dataset).map(keep_answer)  # once more: what passed by the engine passed by the first
 
 

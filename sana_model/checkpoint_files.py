@@ -14,6 +14,7 @@ from urllib.parse import unquote
 
 import fsspec
 import torch
+from filelock import FileLock
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -73,7 +74,10 @@ def _from_hub(address: str) -> Path:
 
 
 def _from_uri(uri: str) -> Path:
-    """Copy the files below `uri` to the cache, in a folder named by their names, sizes and times, so that a change is seen."""
+    """Copy the files below `uri` to the cache, in a folder named by their names, sizes and times, so that a change is seen.
+
+    Of several processes of a host one copies, and the others wait for it.
+    """
     filesystem, root = fsspec.url_to_fs(uri)
     found = filesystem.find(root)
     if not found:
@@ -82,23 +86,25 @@ def _from_uri(uri: str) -> Path:
     key = hashlib.sha256(repr((uri, stamps)).encode()).hexdigest()[:24]
     is_file = filesystem.isfile(root)
     target = CACHE_DIR / key
-    if all(changed for _, _, changed in stamps) and target.exists():
-        return target / Path(root).name if is_file else target
     CACHE_DIR.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=CACHE_DIR, prefix=f"{key}."))
+    with FileLock(CACHE_DIR / f"{key}.lock"):
+        if not (target.exists() and all(changed for _, _, changed in stamps)):
+            _fetch(filesystem, found, root, target, uri)
+    return target / Path(root).name if is_file else target
+
+
+def _fetch(filesystem: fsspec.AbstractFileSystem, files: list[str], root: str, target: Path, uri: str) -> None:
+    """Copy files below `root` (or this one file) to a folder, in place of what is there."""
+    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}."))
     try:
-        for name in tqdm(found, desc=f"fetching {uri}", unit="file", leave=False, disable=None):
-            relative = Path(name).name if is_file else os.path.relpath(name, root)
+        for name in tqdm(files, desc=f"fetching {uri}", unit="file", leave=False, disable=None):
+            relative = Path(name).name if name == root else os.path.relpath(name, root)
             (partial / relative).parent.mkdir(parents=True, exist_ok=True)
             filesystem.get_file(name, str(partial / relative))
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
-    except OSError:
-        if not target.exists():  # another process may have been first
-            raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return target / Path(root).name if is_file else target
 
 
 def _stamp(info: dict[str, Any]) -> tuple[str, str]:

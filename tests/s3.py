@@ -11,14 +11,20 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 from urllib.parse import urlsplit
 
 import boto3
 
-Fault = Literal["403", "500", "503", "reset", "cut", "slow"]
-CODES: dict[str, bytes] = {"403": b"AccessDenied", "500": b"InternalError", "503": b"SlowDown"}
+from tests.http_server import Handler, Server, free_port
+
+Fault = Literal["403", "409", "500", "503", "reset", "cut", "slow"]
+CODES: dict[str, bytes] = {
+    "403": b"AccessDenied",
+    "409": b"ConditionalRequestConflict",
+    "500": b"InternalError",
+    "503": b"SlowDown",
+}
 ERROR_BODY = b"<?xml version='1.0'?><Error><Code>%s</Code><Message>injected by the test</Message></Error>"
 BUCKET = "bucket"
 
@@ -36,9 +42,7 @@ def s3_environment(endpoint: str) -> dict[str, str]:
 @contextmanager
 def serve_s3() -> Iterator[str]:
     """The endpoint of a server with an empty bucket `BUCKET`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     endpoint = f"http://127.0.0.1:{port}"
@@ -63,7 +67,7 @@ def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
     raise RuntimeError(f"moto's server did not start (exit code {server.poll()})")
 
 
-class FaultyProxy:
+class FaultyProxy(Server):
     """Passes requests on to an endpoint, and spoils a share of the answers.
 
     Args:
@@ -75,6 +79,7 @@ class FaultyProxy:
     """
 
     def __init__(self, endpoint: str, *, share: float = 0.0, faults: Sequence[Fault] = (), delay: float = 3.0, seed: int = 0):
+        super().__init__(ProxyHandler)
         self.target = urlsplit(endpoint).netloc
         self.share, self.faults, self.delay = share, faults, delay
         self.random = random.Random(seed)
@@ -92,37 +97,23 @@ class FaultyProxy:
             self.spoiled[fault] += 1
             return fault
 
-    @contextmanager
-    def serve(self) -> Iterator[str]:
-        """The proxy's endpoint."""
-        server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": self}))
-        server.daemon_threads = True
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}"
-        finally:
-            server.shutdown()
-            server.server_close()
-            thread.join()
 
-
-class _Handler(BaseHTTPRequestHandler):
+class ProxyHandler(Handler):
     protocol_version = "HTTP/1.1"
-    proxy: FaultyProxy
+    server: FaultyProxy
 
     def forward(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        fault = self.proxy.draw(self.command)
+        fault = self.server.draw(self.command)
         if fault == "reset":
             self.close_connection = True
             return
         if fault == "slow":
-            time.sleep(self.proxy.delay)
+            time.sleep(self.server.delay)
         if fault in CODES:
-            self.answer(int(fault), {}, ERROR_BODY % CODES[fault])
+            self.answer(int(fault), ERROR_BODY % CODES[fault])
             return
-        connection = http.client.HTTPConnection(self.proxy.target, timeout=60)
+        connection = http.client.HTTPConnection(self.server.target, timeout=60)
         try:
             connection.request(self.command, self.path, body, dict(self.headers))
             response = connection.getresponse()
@@ -130,23 +121,18 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             connection.close()
         headers = {name: value for name, value in response.getheaders() if name.lower() not in ("connection", "date", "server")}
-        self.answer(response.status, headers, content, cut=fault == "cut")
+        if fault == "cut":
+            headers, content = {"Content-Length": str(len(content))} | headers, content[: len(content) // 2]
+            self.close_connection = True
+        self.answer(response.status, content, headers)
 
-    def answer(self, status: int, headers: dict[str, str], content: bytes, *, cut: bool = False) -> None:
-        self.send_response(status)
-        for name, value in ({"Content-Length": str(len(content))} | headers).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if cut:
-            content, self.close_connection = content[: len(content) // 2], True
-        if self.command != "HEAD":
-            self.proxy.sent += len(content)
-            self.wfile.write(content)
+    def answer(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
+        if self.command == "HEAD":
+            content, headers = b"", {"Content-Length": str(len(content))} | (headers or {})
+        self.server.sent += len(content)
+        self.reply(status, content, headers)
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = forward
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Nothing: faults are meant."""
 
 
 @contextmanager

@@ -7,7 +7,9 @@ import json
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import ray
@@ -39,34 +41,42 @@ def main(folder: Path) -> dict[str, object]:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4})
     node = cluster.add_node(num_cpus=2, resources={"trainer": 1})
     ray.init(address=cluster.address, log_to_driver=False)
-    checkpoints: list[str] = []
     workers: list[psutil.Process] = []
-    leaving = threading.Event()
-
-    def leave() -> None:
-        """What happens to the node: notice, a checkpoint, the end; then a new node."""
-        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-        deadline = int((time.time() + PATIENCE) * 1000)
-        accepted, why = GcsClient(address=cluster.address).drain_node(
-            node.node_id, reason, "the pod is being deleted", deadline
-        )
-        assert accepted, why
-        cluster.add_node(num_cpus=2, resources={"trainer": 1})
-        while not checkpoints and time.time() * 1000 < deadline:
-            time.sleep(0.5)
-            checkpoints.extend(path.name for path in (folder / "run/checkpoints").rglob("step-*"))
-        time.sleep(3)  # for the controller, which looks every 2 s
-        cluster.remove_node(node, allow_graceful=False)
+    trains = threading.Event()
 
     def on_progress(progress: TrainProgress) -> None:
-        if progress.step >= 10 and not leaving.is_set():
-            leaving.set()
+        if progress.step >= 10 and not trains.is_set():
             own = psutil.Process().children(recursive=True)
             workers.extend(process for process in own if process.cmdline()[:1] and process.cmdline()[0].startswith(WORKER))
-            threading.Thread(target=leave, daemon=True).start()
+            trains.set()
 
-    result = run_train(str(folder / "dataset"), config, output_dir=str(folder / "run"), on_progress=on_progress)
+    with ThreadPoolExecutor(1) as pool:  # nodes are started from the main thread alone
+        training = pool.submit(
+            run_train, str(folder / "dataset"), config, output_dir=str(folder / "run"), on_progress=on_progress
+        )
+        while not trains.wait(1.0):
+            assert not training.done(), training.result()
+        checkpoints = replace_node(cluster, node, folder / "run/checkpoints")
+        result = training.result()
     return {"checkpoints": checkpoints, "steps": [step for step, _ in result.losses], "workers": len(workers)}
+
+
+def replace_node(cluster: Any, node: Any, folder: Path) -> list[str]:
+    """What happens to the node: notice, a checkpoint, the end; then a new node. Returns what checkpoints were there then."""
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    deadline = time.time() + PATIENCE
+    accepted, why = GcsClient(address=cluster.address).drain_node(
+        node.node_id, reason, "the pod is being deleted", int(deadline * 1000)
+    )
+    assert accepted, why
+    cluster.add_node(num_cpus=2, resources={"trainer": 1})
+    checkpoints: list[str] = []
+    while not checkpoints and time.time() < deadline:
+        time.sleep(0.5)
+        checkpoints = [path.name for path in folder.rglob("step-*")]
+    time.sleep(3)  # for the controller, which looks every 2 s
+    cluster.remove_node(node, allow_graceful=False)
+    return checkpoints
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,10 +25,18 @@ echo "waited $((SECONDS - start))"
 """
 
 
+@pytest.fixture
+def ray_folder() -> Iterator[str]:
+    """For a Ray of the test's own: with a short name, as sockets need it, and found by no other test."""
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
 @pytest.mark.slow
-def test_a_training_saves_before_its_node_is_gone_and_goes_on_elsewhere(tmp_path: Path) -> None:
+def test_a_training_saves_before_its_node_is_gone_and_goes_on_elsewhere(tmp_path: Path, ray_folder: str) -> None:
     command = [sys.executable, "-m", "tests.infra.preemption", str(tmp_path)]
-    run = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    environment = os.environ | {"RAY_TMPDIR": ray_folder}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     outcome = json.loads(run.stdout.splitlines()[-1])
     assert outcome["workers"] == 1  # under the name that drain.sh looks for
@@ -38,11 +48,11 @@ def test_a_training_saves_before_its_node_is_gone_and_goes_on_elsewhere(tmp_path
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare for a pod of its own")
-def test_the_hook_waits_for_the_training_and_no_longer(tmp_path: Path) -> None:
+def test_the_hook_waits_for_the_training_and_no_longer(tmp_path: Path, ray_folder: str) -> None:
     """In a process namespace of its own, as in a pod: the hook looks at every process that it sees."""
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "RAY_TMPDIR": str(tmp_path),
+        "RAY_TMPDIR": ray_folder,
         "RAY_AUTH_MODE": "disabled",
     }
     pod = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child", "bash", "-c", POD, "pod", str(SCRIPT)]

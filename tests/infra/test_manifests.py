@@ -145,3 +145,15 @@ def quantity(value: str | int) -> float:
         if text.endswith(unit):
             return float(text.removesuffix(unit)) * factor
     return float(text)
+
+
+def test_nothing_keeps_the_notice_of_a_spot_node_from_its_pods() -> None:
+    """Karpenter evicts them: no disruption budget may refuse that, and no annotation."""
+    documents = render("spot")
+    clusters = [*find(documents, "RayCluster"), *({"spec": job["spec"]["rayClusterSpec"]} for job in find(documents, "RayJob"))]
+    groups = [group for cluster in clusters for group in cluster["spec"]["workerGroupSpecs"]]
+    spot = [group for group in groups if group["template"]["spec"].get("nodeSelector", {}).get("karpenter.sh/capacity-type")]
+    assert {group["groupName"] for group in spot} == {"caption", "encode", "train"}
+    assert not any(group["template"].get("metadata", {}).get("annotations") for group in spot)
+    guarded = [str(budget["spec"]["selector"]) for budget in find(documents, "PodDisruptionBudget")]
+    assert guarded and not any("group" in selector for selector in guarded)

@@ -51,7 +51,7 @@ def train(folder: Path, table: Table, engine: EngineConfig, **settings: Any) -> 
         **settings,
     )
     write_config(str(folder / "run"), config)
-    task = TrainTask(config=config, table=table, inputs={}, output_uri=str(folder / "run"))
+    task = TrainTask(config=config, dataset_uri=table.dataset_uri, inputs={}, output_uri=str(folder / "run"))
     worker = TrainWorker(task, device=torch.device("cpu"))
     worker.restore()
     worker.train()
@@ -61,7 +61,7 @@ def train(folder: Path, table: Table, engine: EngineConfig, **settings: Any) -> 
 
 def ours(worker: TrainWorker, folder: Path, *, ema: bool) -> TextToImage:
     """A pipeline with the weights that the worker holds."""
-    weights = worker.gather_average() if ema else worker.engine.gather_weights()
+    weights = worker.pipeline.gather_average() if ema else worker.engine.gather_weights()
     assert weights is not None
     pipeline = load_pipeline(folder / "init")
     if worker.config.lora is not None:

@@ -17,8 +17,10 @@ from jobs import pipeline, runner
 from jobs.config import parse_config
 from jobs.exit_codes import ExitCode, exit_code
 from jobs.pipeline import PipelineJob
+from pipelines.lease import LeaseHeldError
 from pipelines.shapes import ShapesConfig, write_folder
-from pipelines.stage import TooManyRejectsError
+from pipelines.stage import StageError, TooManyRejectsError
+from pipelines.storage import StorageError
 from pipelines.tables import MissingTableError, StaleTableError
 from pipelines.train_config import TrainingError
 
@@ -138,6 +140,9 @@ EXIT_CODES: Mapping[type[Exception], int] = {
     ValueError: 1,
     TooManyRejectsError: 3,
     TrainingError: 4,
+    StorageError: 5,
+    StageError: 5,
+    LeaseHeldError: 5,
 }
 
 

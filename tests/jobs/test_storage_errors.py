@@ -1,4 +1,4 @@
-"""A job on a disk that is full says so in one line and ends with 1; nothing half-written stays."""
+"""A job on a disk that is full says so in one line and ends with the code of a fault; nothing half-written stays."""
 
 import subprocess
 import sys
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.exit_codes import ExitCode
 from pipelines.shapes import write_folder
 
 
@@ -25,7 +26,7 @@ def test_a_full_disk_ends_a_job_with_one_message(tmp_path: Path) -> None:
         files = {str(path.relative_to(disk)) for path in disk.rglob("*") if path.is_file()}
     finally:
         subprocess.run(["umount", str(disk)], check=True)
-    assert run.returncode == 1
+    assert run.returncode == ExitCode.FAULT
     errors = [line for line in run.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and "Traceback" not in run.stderr
     assert f"cannot write {disk}/data/" in errors[0] and "the disk is full: free space there and start again" in errors[0]

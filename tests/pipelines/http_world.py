@@ -10,17 +10,11 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import httpx
 
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+from tests.http_server import Handler, Server, free_port
 
 
 @contextmanager
@@ -54,19 +48,17 @@ def transformers_server(model: str, log: Path) -> Iterator[str]:
         yield url
 
 
-class FaultyProxy(ThreadingHTTPServer):
+class FaultyProxy(Server):
     """Passes requests on to `target`, but for the next ones that `faults` names (None: not), or all of them if `always` does.
 
     A request in which `poison` stands is answered with 500, always.
 
     Faults: a status ("429", "503" ...), "garbage" (200, no JSON), "error" (200, with an error inside), "too_long" (400),
-    "drop" (the connection ends), "slow" (no answer for a second).
+    "not_gzip" (200, in an encoding that it is not in), "drop" (the connection ends), "slow" (no answer for a second).
     """
 
-    daemon_threads = True
-
     def __init__(self, target: str):
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(ProxyHandler)
         self.target, self.client = target, httpx.Client(timeout=60)
         self.faults: deque[str | None] = deque()
         self.always: str | None = None
@@ -78,17 +70,7 @@ class FaultyProxy(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-    @contextmanager
-    def running(self) -> Iterator["FaultyProxy"]:
-        thread = threading.Thread(target=self.serve_forever, daemon=True)
-        thread.start()
-        try:
-            yield self
-        finally:
-            self.shutdown()
-            self.server_close()
+        return f"{super().url}/v1"
 
     def enter(self, headers: dict[str, str]) -> str | None:
         """The fault of this request."""
@@ -99,7 +81,7 @@ class FaultyProxy(ThreadingHTTPServer):
             return self.always or (self.faults.popleft() if self.faults else None)
 
 
-class _Handler(BaseHTTPRequestHandler):
+class ProxyHandler(Handler):
     server: FaultyProxy
 
     def do_POST(self) -> None:
@@ -121,24 +103,16 @@ class _Handler(BaseHTTPRequestHandler):
                 time.sleep(1.0)
             elif fault == "garbage":
                 self.reply(200, b"<html>welcome to the hotel's network</html>")
+            elif fault == "not_gzip":
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n\r\ngzip")
             elif fault == "error":
                 self.reply(200, json.dumps({"error": {"message": "the engine is busy", "code": 500}}).encode())
             elif fault == "too_long":
                 message = "This model's maximum context length is 256 tokens. However, you requested 371 tokens."
                 self.reply(400, json.dumps({"error": {"message": message, "code": 400}}).encode())
             else:
-                self.reply(int(fault), json.dumps({"error": {"message": f"fault {fault}"}}).encode())
+                retry = {"Retry-After": self.server.retry_after} if fault in ("429", "503") else None
+                self.reply(int(fault), json.dumps({"error": {"message": f"fault {fault}"}}).encode(), retry)
         finally:
             with self.server.lock:
                 self.server.inside -= 1
-
-    def reply(self, status: int, content: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        if status in (429, 503):
-            self.send_header("Retry-After", self.server.retry_after)
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: the tests' output is read by people."""

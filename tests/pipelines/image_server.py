@@ -3,19 +3,15 @@
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from tests.http_server import Handler, Server
 
 
-class ImageServer(ThreadingHTTPServer):
+class ImageServer(Server):
     """`images`: by path. Other paths misbehave as their first part says; `answers` counts requests by path."""
 
-    daemon_threads = True
-    request_queue_size = 64
-
     def __init__(self, images: dict[str, bytes]):
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(ImageHandler)
         self.images = images
         self.answers: Counter[str] = Counter()
         self.agents: set[str | None] = set()
@@ -23,22 +19,14 @@ class ImageServer(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.at_once = self.most_at_once = 0
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
 
-
-class Handler(BaseHTTPRequestHandler):
+class ImageHandler(Handler):
     server: ImageServer
 
     def do_GET(self) -> None:
         with self.server.lock:
             self.server.answers[self.path] += 1
             self.server.agents.add(self.headers["User-Agent"])
-        with suppress(BrokenPipeError, ConnectionResetError):  # the client has had enough
-            self.answer()
-
-    def answer(self) -> None:
         behaviour, content = self.path.split("/")[1], self.server.images.get(self.path.rsplit("/", 1)[-1], b"")
         if behaviour == "flaky" and self.server.answers[self.path] <= self.server.fails_before:
             return self.reply(500, b"sorry")
@@ -81,26 +69,3 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(seconds)
         with self.server.lock:
             self.server.at_once -= 1
-
-    def reply(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Not onto the tests' output."""
-
-
-@contextmanager
-def serve(images: dict[str, bytes]) -> Iterator[ImageServer]:
-    server = ImageServer(images)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -6,7 +6,18 @@ import time
 import pyarrow as pa
 import ray
 
-from pipelines.schema import CAPTIONS, IMAGES, IMAGES_PATH, LATENTS, SCORES, captions_path, latents_path, scores_path
+from pipelines.schema import (
+    CAPTION_EMBEDS,
+    CAPTIONS,
+    IMAGES,
+    IMAGES_PATH,
+    LATENTS,
+    SCORES,
+    caption_embeds_path,
+    captions_path,
+    latents_path,
+    scores_path,
+)
 from pipelines.stage import Resources, ShardOutput, StageResult, run_shards
 from pipelines.tables import Identity, Table
 from tests.pipelines.stage_workers import Upper
@@ -19,6 +30,7 @@ PATHS = {
     "caption": (captions_path("tiny"), CAPTIONS),
     "score": (scores_path("clip"), SCORES),
     "extract": (latents_path("tiny", 64), LATENTS),
+    "embed_captions": (caption_embeds_path("tiny"), CAPTION_EMBEDS),
 }
 TWO = Resources(num_actors=2, num_cpus=1)
 
@@ -67,11 +79,17 @@ def run_stage(stage: str, dataset_uri: str, source: str) -> StageResult:
         from pipelines.score import ScorerConfig, run_score
 
         return run_score(dataset_uri, ScorerConfig(name="clip", model="zoo://clip", captioners=["tiny"], resources=TWO))
-    from pipelines.extract import ExtractConfig, run_extract
+    if stage == "extract":
+        from pipelines.extract import ExtractConfig, run_extract
 
-    autoencoder = "zoo://pipeline/autoencoder"
-    config = ExtractConfig(name="tiny", autoencoder=autoencoder, resolution=64, scorer="clip", resources=TWO)
-    return run_extract(dataset_uri, config)
+        autoencoder = "zoo://pipeline/autoencoder"
+        config = ExtractConfig(name="tiny", autoencoder=autoencoder, resolution=64, scorer="clip", resources=TWO)
+        return run_extract(dataset_uri, config)
+    from pipelines.embed_captions import EmbedConfig, run_embed_captions
+
+    encoder = "zoo://pipeline/text_encoder"
+    embedder = EmbedConfig(name="tiny", text_encoder=encoder, scorer="clip", compute_dtype="float32", resources=TWO)
+    return run_embed_captions(dataset_uri, embedder)
 
 
 def main(stage: str, dataset_uri: str, source: str) -> None:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pyarrow as pa
+import torch
 
 from pipelines.stage import Row, ShardOutput, reject
 
@@ -53,3 +54,20 @@ class Unborn(Upper):
 
     def __init__(self) -> None:
         os._exit(1)
+
+
+class WithoutDevice(Upper):
+    """Loses its device, for all that its process does from then on, once for each file in `lives`."""
+
+    def __init__(self, lives: Path):
+        super().__init__()
+        self.lives = lives
+        self.lost = False
+
+    def process(self, table: pa.Table) -> ShardOutput:
+        if spent := next(self.lives.iterdir(), None):
+            spent.unlink()
+            self.lost = True
+        if self.lost:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        return super().process(table)

@@ -12,6 +12,7 @@ from pipelines.caption_quality import (
     strip_boilerplate,
 )
 from pipelines.caption_rows import Answer, CaptionJudge, Outcome, Refusal
+from pipelines.schema import CAPTIONS
 from pipelines.stage import Row
 
 GOOD = (
@@ -137,6 +138,15 @@ def test_what_is_stripped_is_judged_afterwards() -> None:
     config = CaptionerConfig(name="a", model="a", quality=QualityConfig(boilerplate="strip"))
     made = CaptionJudge(config).judge(source, [Answer("The image shows a cat.", 6, "stop")])
     assert [(row["caption"], row["flags"]) for row in made.rows] == [("A cat.", [])]
+
+
+def test_half_a_character_is_replaced() -> None:
+    """Servers cut answers at a token, which may be one half of a pair of UTF-16."""
+    source: list[Row] = [{"id": str(place), "source_uri": f"{place}.png"} for place in range(2)]
+    outcomes: list[Outcome] = [Answer("a cat \ud83d", 6, "stop"), Refusal("refusal", "no cats \ud83d")]
+    rows, rejects = CaptionJudge(CaptionerConfig(name="a", model="a")).judge(source, outcomes).tables(CAPTIONS)
+    assert rows["caption"].to_pylist() == ["a cat ?"]
+    assert rejects["detail"].to_pylist() == ["no cats \\ud83d"]
 
 
 def test_the_budget_is_counted_by_the_text_encoders_tokenizer() -> None:

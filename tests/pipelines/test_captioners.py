@@ -14,9 +14,9 @@ from pipelines.caption_quality import QualityConfig
 from pipelines.report_captioners import captioners_report
 from pipelines.stage import Resources, StageError
 from pipelines.tables import MissingTableError
+from tests.http_server import free_port
 from tests.pipelines.caption_world import BROKEN, captions, image_row, scene, write_images
 from tests.pipelines.html_page import check_page
-from tests.pipelines.http_world import free_port
 
 ROOT = Path(__file__).parents[2]
 GOOD = CaptionerConfig(

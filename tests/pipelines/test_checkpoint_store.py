@@ -37,14 +37,12 @@ def make_snapshot(step: int, *, rank: int = 0, world_size: int = 1, loss: float 
 @pytest.fixture
 def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
     """Storage that refuses when its `share` is 1."""
-    with serve_s3() as endpoint:
-        proxy = FaultyProxy(endpoint, faults=["403"])
-        with proxy.serve() as faulty:
-            for name, value in s3_environment(faulty).items():
-                monkeypatch.setenv(name, value)
-            S3FileSystem.clear_instance_cache()  # of another server
-            monkeypatch.setattr(storage, "FIRST_WAIT", 0.01)
-            yield proxy
+    with serve_s3() as endpoint, FaultyProxy(endpoint, faults=["403"]).running() as proxy:
+        for name, value in s3_environment(proxy.url).items():
+            monkeypatch.setenv(name, value)
+        S3FileSystem.clear_instance_cache()  # of another server
+        monkeypatch.setattr(storage, "FIRST_WAIT", 0.01)
+        yield proxy
 
 
 def test_storage_that_refuses_writes(proxy: FaultyProxy) -> None:
@@ -88,3 +86,12 @@ def test_the_best_the_newest_and_every_fourth_stay(tmp_path: Path) -> None:
         store.write(make_snapshot(step, loss=loss))
         store.wait()
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-00000{step}" for step in (3, 4, 8, 9)]
+
+
+def test_the_newest_is_that_of_the_highest_step(tmp_path: Path) -> None:
+    """Whatever the length of its name."""
+    store = CheckpointStore(str(tmp_path), keep_last=2, say=print)
+    for step in (998_000, 999_000, 1_000_000, 1_001_000):
+        store.write(make_snapshot(step))
+        store.wait()
+    assert [uri.rpartition("/")[2] for uri in list_checkpoints(str(tmp_path))] == ["step-1001000", "step-1000000"]

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.data import MicroBatch, PrefetchedStream, StreamConfig, TrainingStream, is_held_out, rank_shards
+from pipelines.data import TrainingStream, deal
+from pipelines.mixture import Source
+from pipelines.prefetch import PrefetchedStream
+from pipelines.samples import MicroBatch, StreamConfig, is_held_out
 from pipelines.schema import LATENTS
 from pipelines.select import SelectionConfig
 from pipelines.tables import MissingTableError, Table
@@ -27,7 +30,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
 
 
 def make_stream(table: Table, config: StreamConfig = CONFIG, rank: int = 0, world_size: int = 1) -> TrainingStream:
-    return TrainingStream(table, config, micro_batch_size=4, seed=3, rank=rank, world_size=world_size)
+    return TrainingStream([Source(table)], config, micro_batch_size=4, seed=3, rank=rank, world_size=world_size)
 
 
 def assert_same(batch: MicroBatch, other: MicroBatch) -> None:
@@ -54,7 +57,7 @@ def test_every_sample_once_an_epoch(table: Table, world_size: int) -> None:
 def test_ranks_share_the_shards_evenly_over_epochs(world_size: int) -> None:
     counts = np.zeros(world_size, int)
     for epoch in range(2 * world_size):
-        parts = [rank_shards(7, seed=0, epoch=epoch, rank=rank, world_size=world_size) for rank in range(world_size)]
+        parts = [deal(7, seed=0, epoch=epoch, rank=rank, world_size=world_size) for rank in range(world_size)]
         assert sorted(chain.from_iterable(parts)) == list(range(7))
         counts += [len(part) for part in parts]
     assert len(set(counts)) == 1
@@ -79,7 +82,7 @@ def test_epochs_differ_in_order_and_seeds_too(table: Table) -> None:
 
     first, second = order(make_stream(table), 0), order(make_stream(table), 1)
     assert first != second
-    other = TrainingStream(table, CONFIG, micro_batch_size=4, seed=4)
+    other = TrainingStream([Source(table)], CONFIG, micro_batch_size=4, seed=4)
     assert order(other, 0) != first == order(make_stream(table), 0)
 
 

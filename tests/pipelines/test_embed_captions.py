@@ -7,7 +7,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipelines.embed_captions import CaptionEmbedder, EmbedConfig, embed_identity, read_caption_embeds
+from pipelines.caption_embeds import read_caption_embeds
+from pipelines.embed_captions import CaptionEmbedder, EmbedConfig, embed_identity
 from pipelines.report import embeds_report
 from pipelines.schema import CAPTION_EMBEDS, SCORES
 from pipelines.tables import Identity, MissingTableError, Table
@@ -51,10 +52,10 @@ def test_what_is_read_is_what_the_text_encoder_gives(embedder: CaptionEmbedder, 
     scores.claim(Identity("score", {}, {}, {}))
     table = Table(str(tmp_path), "caption_embeds/gemma", CAPTION_EMBEDS)
     with pytest.raises(MissingTableError, match="caption_embeds/gemma"):
-        read_caption_embeds(str(tmp_path), "gemma", "00000")
+        read_caption_embeds(table, "00000")
     table.claim(embed_identity(str(tmp_path), CONFIG))
     table.write_shard("00000", pa.Table.from_pylist(list(rows), CAPTION_EMBEDS))
-    found = read_caption_embeds(str(tmp_path), "gemma", "00000")
+    found = read_caption_embeds(table, "00000")
     assert list(found) == [(row_id, who) for row_id, captions in CAPTIONS.items() for who, _ in captions]
     encoder = TextEncoder.from_pretrained(CONFIG.text_encoder, config=PROMPTS, dtype=torch.float32)
     for row_id, captions in CAPTIONS.items():
@@ -63,7 +64,7 @@ def test_what_is_read_is_what_the_text_encoder_gives(embedder: CaptionEmbedder, 
             assert found[row_id, who].dtype == torch.float16 and mask.all()
             torch.testing.assert_close(found[row_id, who].float(), embeds[0], atol=2e-2, rtol=2e-3)
     assert len(found["x", "b"]) == PROMPTS.max_tokens > len(found["x", "original"])
-    chosen = read_caption_embeds(str(tmp_path), "gemma", "00000", {("x", "a"), ("y", "b")})
+    chosen = read_caption_embeds(table, "00000", {("x", "a"), ("y", "b")})
     assert list(chosen) == [("x", "a"), ("y", "b")] and torch.equal(chosen["x", "a"], found["x", "a"])
 
 

@@ -4,7 +4,9 @@ import copy
 import math
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -35,12 +37,14 @@ def process_group() -> Iterator[None]:
         yield
 
 
-def make_engine(config: EngineConfig, *, micro_batch_size: int = 4, grad_accum_steps: int = 2) -> Engine:
+def make_engine(
+    config: EngineConfig, *, micro_batch_size: int = 4, grad_accum_steps: int = 2, optim: OptimConfig = OPTIM
+) -> Engine:
     torch.manual_seed(0)
     model = SanaTransformer.from_preset("tiny")
     sizes = {"micro_batch_size": micro_batch_size, "grad_accum_steps": grad_accum_steps}
     device = torch.device("cuda" if config.dtype == "fp16" else "cpu")
-    return Engine(model, config, OPTIM, device=device, **sizes)
+    return Engine(model, config, optim, device=device, **sizes)
 
 
 def losses(model: Engine | SanaTransformer, step: int, parts: int) -> Iterator[Tensor]:
@@ -151,6 +155,24 @@ def test_goes_on_from_a_checkpoint_exactly(tmp_path: Path, zero_stage: int, dtyp
     assert_close(resumed.gather_weights(), straight.gather_weights() or {}, 0.0)
     for average, other in zip(resumed_ema.averages, ema.averages, strict=True):
         assert torch.equal(average, other)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "came"])
+def test_a_snapshot_stays_while_the_training_goes_on(optimizer: Literal["adamw", "adamw_8bit", "came"]) -> None:
+    """It is written in the background, and nothing of it may change meanwhile."""
+    engine = make_engine(EngineConfig(zero_stage=0, dtype="fp32"), optim=replace(OPTIM, optimizer=optimizer))
+    ema = EMA(engine.master_weights(), EmaConfig())
+    train(engine, ema, range(2))
+    snapshot = take_snapshot(engine, ema, {}, step=2)
+    before = copy.deepcopy((snapshot.tensors, snapshot.others))
+    train(engine, ema, range(2, 4))
+    torch.testing.assert_close((snapshot.tensors, snapshot.others), before, rtol=0, atol=0)
+    now = engine.other_states()["states"]
+    assert any(not torch.equal(*pair) for pair in zip(tensors_of(now), tensors_of(before[1]["states"]), strict=True))
+
+
+def tensors_of(states: list[dict[str, Any]]) -> list[Tensor]:
+    return [torch.as_tensor(value) for state in states for value in state.values()]
 
 
 @pytest.mark.parametrize(("written", "read"), [(0, 2), (2, 3), (3, 0), (1, 2)])

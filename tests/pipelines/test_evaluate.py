@@ -46,7 +46,7 @@ def test_the_judge_reads_drawn_scenes_and_leaves_other_prompts_alone() -> None:
         rows.append({"id": f"{number}", "prompt": prompt, "seed": 0, "image_bytes": to_png(Image.fromarray(pixels))})
         wanted.append(scene)
     rows.append({**rows[0], "id": "30", "prompt": "a photograph of a cat"})
-    judged, _, _ = PictureJudge(EvaluateConfig(name="test", clip="zoo://clip", batch_size=8)).process(
+    judged, _, _ = PictureJudge(EvaluateConfig(name="test", model="zoo://clip", batch_size=8)).process(
         pa.Table.from_pylist(rows)
     )
     assert judged[30]["asked"] is None and judged[30]["seen"] is None

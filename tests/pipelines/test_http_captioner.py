@@ -14,8 +14,9 @@ from pipelines.http_captioner import HttpCaptioner
 from pipelines.models import local_model
 from pipelines.stage import Row, ShardOutput, StageError
 from pipelines.transformers_captioner import TransformersCaptioner
+from tests.http_server import free_port
 from tests.pipelines.caption_world import BROKEN, captions, image_row, refused, scene, write_images
-from tests.pipelines.http_world import FaultyProxy, free_port, transformers_server
+from tests.pipelines.http_world import FaultyProxy, transformers_server
 
 MODEL = local_model("zoo://captioner-a")
 CONFIG = CaptionerConfig(
@@ -65,7 +66,7 @@ def test_a_server_says_what_the_transformers_engine_says(proxy: FaultyProxy, row
     assert len(expected.rows) == 6 and len(proxy.seen) == 6 and proxy.most_inside <= 2
 
 
-@pytest.mark.parametrize("fault", ["429", "500", "502", "503", "garbage", "error", "drop"])
+@pytest.mark.parametrize("fault", ["429", "500", "502", "503", "garbage", "not_gzip", "error", "drop"])
 def test_a_fault_that_passes_changes_nothing(proxy: FaultyProxy, rows: list[Row], expected: ShardOutput, fault: str) -> None:
     proxy.faults.extend([fault] * 2)
     made = HttpCaptioner(config(proxy)).process(table(rows[:2]))
@@ -101,6 +102,19 @@ def test_a_row_that_the_server_refuses_costs_that_row(proxy: FaultyProxy, rows: 
     assert made.rows == [expected.rows[3]]
 
 
+@pytest.mark.parametrize("fault", ["429", "503"])
+def test_no_row_is_blamed_for_a_limit_on_the_rate(
+    proxy: FaultyProxy, rows: list[Row], expected: ShardOutput, fault: str
+) -> None:
+    """A server that is asked too much answers a small request, and refuses a large one."""
+    proxy.faults.extend([fault] * 3)
+    made = HttpCaptioner(config(proxy, max_attempts=1)).process(table(rows[:1]))
+    assert (made.rows, made.rejects, len(proxy.seen)) == (expected.rows[:1], [], 4)
+    proxy.always = fault
+    with pytest.raises(StageError, match=rf"is busy for 0\.05 s: {fault}: fault {fault}\. Start again"):
+        HttpCaptioner(config(proxy, patience=0.05)).process(table(rows[:1]))
+
+
 def test_a_key_is_taken_from_the_environment_alone(
     proxy: FaultyProxy, rows: list[Row], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,7 +136,7 @@ def test_a_wrong_key_or_model_ends_the_job_at_once(proxy: FaultyProxy, rows: lis
 def test_a_server_that_is_down_ends_the_job_and_nothing_is_lost(proxy: FaultyProxy, tmp_path: Path, local_ray: None) -> None:
     rows = [image_row(number, scene(number)) for number in range(8)]
     dataset = write_images(tmp_path / "data", rows, 2)
-    captioner = config(proxy, max_attempts=2, concurrency=1)
+    captioner = config(proxy, max_attempts=2, concurrency=1, patience=0.1)
     gone = replace(captioner, http=replace(captioner.http, base_url=f"http://127.0.0.1:{free_port()}/v1"))
     with pytest.raises(StageError, match=r"gave up after 2 attempts at a request: ConnectError.*Start again"):
         run_caption(dataset, gone)

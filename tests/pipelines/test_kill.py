@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pipelines.shapes import write_folder
 from pipelines.storage import find_files, read_file, write_file
@@ -18,7 +19,8 @@ from tests.s3 import BUCKET, FaultyProxy, environment, s3_environment, serve_s3
 
 NUM_IMAGES = 2048
 TARGETS: list[Target] = ["driver", "actor", "actor", "raylet", "actor", "actor", "driver", "actor", "raylet", "actor"]
-STAGES = ["ingest", "caption", "score", "extract"]
+STAGES = ["ingest", "caption", "score", "extract", "embed_captions"]
+LARGE = (1024, 1024)  # pixels of the raw images: decoding takes so long that ingest can be struck on the way
 
 
 def command(stage: str, dataset_uri: str, source: Path) -> list[str]:
@@ -65,6 +67,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("undisturbed")
     source = folder / "raw"
     write_folder(source, 0, NUM_IMAGES)
+    for path in source.glob("*.png"):
+        Image.open(path).resize(LARGE, Image.Resampling.NEAREST).save(path, compress_level=1)
     for number in range(0, NUM_IMAGES, 200):
         (source / f"{number:09d}x.png").write_bytes(b"no image")
         shutil.copy(source / f"{number:09d}.png", source / f"{number:09d}y.png")
@@ -82,8 +86,8 @@ def disturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         return
     with serve_s3() as endpoint:
         proxy = FaultyProxy(endpoint, share=0.05, faults=("500", "503", "reset", "cut", "slow"))
-        with proxy.serve() as spoiled, environment(s3_environment(endpoint)):
-            yield f"s3://{BUCKET}", s3_environment(spoiled)
+        with proxy.running(), environment(s3_environment(endpoint)):
+            yield f"s3://{BUCKET}", s3_environment(proxy.url)
         assert proxy.spoiled.total() > 10
         print(f"S3 spoiled {dict(proxy.spoiled)} of {proxy.requests.total()} answers")
 

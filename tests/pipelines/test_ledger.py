@@ -3,8 +3,9 @@
 import asyncio
 
 import numpy as np
+import ray
 
-from pipelines.ledger import UNSEEN, DigestSet, Ledger, to_digests
+from pipelines.ledger import UNSEEN, DigestSet, Ledger, claim, to_digests
 
 
 def digests(*numbers: int) -> np.ndarray:
@@ -55,11 +56,11 @@ def test_the_first_in_the_plan_stays_whoever_asks_first() -> None:
 
 def test_who_waits_too_long_is_told_for_whom() -> None:
     async def ask() -> None:
-        ledger = Ledger([0, 1, 2])
-        assert await ledger.claim(2, digests(5), stall=0.05) == 0
+        ledger = Ledger([0, 1, 2], stall=0.05)
+        assert await ledger.claim(2, digests(5)) == 0
         assert isinstance(await ledger.claim(0, digests(5)), np.ndarray)
-        assert await ledger.claim(2, digests(5), stall=0.05) == 1
-        assert (await ledger.claim(2, digests(5, 6), stall=0.05)).tolist() == [0, UNSEEN]  # told once, then it is skipped
+        assert await ledger.claim(2, digests(5)) == 1
+        assert (await ledger.claim(2, digests(5, 6))).tolist() == [0, UNSEEN]  # told once, then it is skipped
         assert (await ledger.claim(1, digests(6, 7))).tolist() == [2, UNSEEN]
 
     asyncio.run(ask())
@@ -77,3 +78,21 @@ def test_what_cannot_be_read_holds_up_nobody() -> None:
         assert (await ledger.claim(9, digests(4, 5))).tolist() == [1, UNSEEN]  # one that nobody knew to be missing
 
     asyncio.run(ask())
+
+
+def test_of_a_shard_that_is_read_twice_the_last_reading_counts() -> None:
+    async def ask() -> None:
+        ledger = Ledger([0, 1, 2])
+        await ledger.claim(0, digests(1, 2))
+        assert (await ledger.claim(0, digests(2, 3))).tolist() == [UNSEEN, UNSEEN]
+        assert (await ledger.claim(1, digests(1, 2, 3))).tolist() == [UNSEEN, 0, 0], "1 was lost, or 3 comes twice"
+        assert (await ledger.claim(0, digests(1, 2))).tolist() == [1, UNSEEN], "1 comes twice"
+        assert (await ledger.claim(2, digests(2, 3))).tolist() == [0, UNSEEN]
+
+    asyncio.run(ask())
+
+
+def test_what_cannot_be_read_the_same_again_comes_after_those_that_wait(local_ray: None) -> None:
+    ledger = ray.remote(Ledger).options(num_cpus=0).remote([0, 1], stall=0.1)
+    assert claim(ledger, 1, digests(5), None).tolist() == [UNSEEN]
+    assert claim(ledger, 0, digests(5, 6), None).tolist() == [1, UNSEEN]

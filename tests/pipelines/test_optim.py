@@ -1,5 +1,6 @@
 """The optimizers under DeepSpeed, and the learning rate over the steps."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -103,6 +104,8 @@ def test_the_rate_that_the_optimizer_has_is_the_configured_one(schedule: Any, ze
         ("adamw_8bit", 3, "fp32"),
         ("came", 0, "fp32"),
         ("came", 0, "bf16"),
+        ("came_8bit", 0, "fp32"),
+        ("came_8bit", 0, "bf16"),
     ],
 )
 def test_every_optimizer_learns(optimizer: Any, zero_stage: Any, dtype: Any) -> None:
@@ -117,7 +120,9 @@ def test_every_optimizer_learns(optimizer: Any, zero_stage: Any, dtype: Any) -> 
     states = optimizer_of(engine).state.values()
     if optimizer == "adamw_8bit":
         assert any(state["state1"].dtype == torch.uint8 for state in states)
-    if optimizer == "came":  # every matrix is still one
+    if optimizer == "came_8bit":
+        assert {state["exp_avg_8bit"].dtype for state in states if "exp_avg_8bit" in state} == {torch.uint8}
+    if optimizer.startswith("came"):  # every matrix is still one
         shapes = {tuple(state["exp_avg_sq_col"].shape) for state in states if "exp_avg_sq_col" in state}
         assert {(64,), (160,)} < shapes
 
@@ -126,8 +131,9 @@ def test_came_is_refused_where_shapes_are_lost() -> None:
     sizes = {"latents": "l", "init": "i", "num_steps": 1, "micro_batch_size": 1, "global_batch_size": 1}
     came = OptimConfig(optimizer="came")
     assert TrainConfig(**sizes, optim=came, engine=EngineConfig(zero_stage=0)).optim is came
-    with pytest.raises(ValueError, match=r"optimizer=came with zero_stage=2: .* Set engine.zero_stage=0"):
-        TrainConfig(**sizes, optim=came, engine=EngineConfig(zero_stage=2))
+    for optim in (came, replace(came, optimizer="came_8bit")):
+        with pytest.raises(ValueError, match=rf"optimizer={optim.optimizer} with zero_stage=2: .* Set engine.zero_stage=0"):
+            TrainConfig(**sizes, optim=optim, engine=EngineConfig(zero_stage=2))
 
 
 def came_by_the_book(weight: Tensor, gradients: list[Tensor], config: OptimConfig) -> Tensor:
@@ -151,6 +157,19 @@ def came_by_the_book(weight: Tensor, gradients: list[Tensor], config: OptimConfi
     return weight
 
 
+def test_came_does_not_factor_the_kernels_of_depthwise_convolutions() -> None:
+    """As in NVlabs' code: their updates begin at (1 - beta1) and keep all square gradients."""
+    kernel = nn.Parameter(torch.zeros(256, 1, 3, 3))
+    optimizer = make_optimizer([kernel], OptimConfig(optimizer="came", lr=1.0))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        kernel.grad = torch.randn(kernel.shape, generator=generator)
+        before = kernel.detach().clone()
+        optimizer.step()
+    assert set(optimizer.state[kernel]) == {"step", "exp_avg", "exp_avg_sq", "RMS"}
+    assert (kernel.detach() - before).square().mean().sqrt() < 0.5  # factored: about 8
+
+
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_came_is_the_published_one(weight_decay: float) -> None:
     config = OptimConfig(optimizer="came", lr=1e-2, weight_decay=weight_decay)
@@ -163,3 +182,38 @@ def test_came_is_the_published_one(weight_decay: float) -> None:
             weight.grad = gradient.clone()
             optimizer.step()
         torch.testing.assert_close(weight.detach().double(), came_by_the_book(start, gradients, settings), rtol=1e-5, atol=1e-5)
+
+
+def test_came_in_8_bits_goes_nearly_the_same_way() -> None:
+    """Two matrices, of which only the larger one's momentum is rounded, and a vector."""
+    starts, expected, _ = walk("came")
+    _, (large, *small), optimizer = walk("came_8bit")
+    assert all(torch.equal(one, other) for one, other in zip(small, expected[1:], strict=True))
+    way = (expected[0] - starts[0]).norm()
+    print(f"8 bits end {(large - expected[0]).norm() / way:.2%} of the way beside float32")
+    assert 0 < (large - expected[0]).norm() < 0.02 * way
+    (group,) = optimizer.param_groups
+    assert len(group["params"]) == 3
+    kept = optimizer.state[group["params"][0]]
+    assert "exp_avg" not in kept and kept["exp_avg_8bit"].shape == (96, 80) and kept["exp_avg_scales"].numel() == 30
+    _, again, _ = walk("came_8bit", restart=True)
+    assert all(torch.equal(one, other) for one, other in zip(again, (large, *small), strict=True))
+
+
+def walk(name: str, *, restart: bool = False) -> tuple[list[Tensor], list[Tensor], torch.optim.Optimizer]:
+    """Weights before and after 60 steps towards a goal, with noise; `restart`: half way by a new optimizer with the states."""
+    generator = torch.Generator().manual_seed(0)
+    starts, goals = ([torch.randn(shape, generator=generator) for shape in ((96, 80), (30, 20), (40,))] for _ in range(2))
+    weights = [nn.Parameter(start.clone()) for start in starts]
+    config = OptimConfig(optimizer=name, lr=2e-2)  # type: ignore[arg-type]
+    optimizer = make_optimizer(weights, config)
+    for step in range(60):
+        for weight, goal in zip(weights, goals, strict=True):
+            weight.grad = weight.detach() - goal + 0.5 * torch.randn(goal.shape, generator=generator)
+        if restart and step == 30:
+            states = [copy.deepcopy(optimizer.state[weight]) for weight in weights]
+            optimizer = make_optimizer(weights, config)
+            for weight, state in zip(weights, states, strict=True):
+                optimizer.state[weight] = state
+        optimizer.step()
+    return starts, [weight.detach() for weight in weights], optimizer

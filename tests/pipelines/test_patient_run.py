@@ -5,6 +5,8 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
@@ -53,6 +55,29 @@ def test_figures_wait_and_are_sent_by_the_next_start(tmp_path: Path, monkeypatch
         again.close()
     assert history(there) == [(10, 3.0), (20, 2.0), (30, 1.0)]
     assert len(notices) == 2
+
+
+def test_the_machine_is_watched_again_after_an_answer_that_failed(tmp_path: Path) -> None:
+    """MLflow's own monitor ends with it."""
+    plan = make_plan(tmp_path, f"sqlite:///{tmp_path}/mlflow.db")
+    run = PatientRun(plan, say=print)
+    run.log_metrics({"loss": 3.0}, 10)
+    wait_until(lambda: run._monitor is not None and not run.waiting())
+    first = run._monitor
+    assert first is not None and first._process is not None
+    first.finish()
+    run.log_metrics({"loss": 2.0}, 20)
+    wait_until(lambda: run._monitor is not first)
+    assert run._monitor is not None and run._monitor._process is not None and run._monitor._process.is_alive()
+    run.close()
+    assert history(plan) == [(10, 3.0), (20, 2.0)]
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.mark.slow

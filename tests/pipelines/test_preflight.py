@@ -36,7 +36,8 @@ def look(dataset: str, training: TrainConfig) -> Preflight:
 
 def test_counts_the_dataset(dataset: str, training: TrainConfig) -> None:
     result = look(dataset, training)
-    assert result.dataset.rows == 37 and result.dataset.shards == 2
+    (table,) = result.dataset.tables
+    assert (table.rows, table.shards, table.draws) == (37, 2, 37)
     assert dict(result.dataset.buckets) == {(8, 8): 33, (4, 16): 4}
     assert (result.step.height, result.step.width) in {(8, 8), (4, 16)}
     # "User Prompt: a red square": the token at 0, the instruction's last one, and three words
@@ -44,7 +45,8 @@ def test_counts_the_dataset(dataset: str, training: TrainConfig) -> None:
     assert result.sizes.transformer == result.sizes.trained
     assert result.problems == []
     text = format_preflight(result)
-    assert "37 samples in 2 shards; an epoch is 4.6 steps, the training 6.5 epochs" in text
+    assert "37 samples in 2 shards, weight 1: 37 in an epoch, 100.0% of it" in text
+    assert "an epoch is 37 samples, 4.6 steps; the training is 6.5 epochs" in text
     assert "8 images = 4 in a micro-batch x 1 workers x 2 accumulated" in text
     assert "512 image tokens" in text and "none found" in text
 
@@ -59,7 +61,7 @@ def test_counts_the_dataset(dataset: str, training: TrainConfig) -> None:
         ),
         ({"optim": OptimConfig(warmup_steps=31)}, "warmup_steps=31 and decay_steps=0 are more than num_steps=30"),
         ({"num_workers": 4, "global_batch_size": 16}, "num_workers=4 need a shard each"),
-        ({"positions": PositionConfig(base_size=16)}, "made for 16x16 tokens, the table's images have about 8x8"),
+        ({"positions": PositionConfig(base_size=16)}, "made for 16x16 tokens, the images have about 8x8"),
         ({"positions": PositionConfig(base_size=64)}, "set positions.scale"),
         ({"latents": "latents/none"}, "latents/none is not there yet"),
     ],

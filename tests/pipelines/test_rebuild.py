@@ -9,7 +9,7 @@ from shutil import copytree
 import pytest
 
 from jobs import caption, extract, ingest, score
-from jobs.runner import JobConfig
+from jobs.runner import JobConfig, track_stage
 from pipelines import rebuild
 from pipelines.caption_config import CaptionerConfig
 from pipelines.extract import ExtractConfig
@@ -19,8 +19,9 @@ from pipelines.lease import LEASE, LeaseHeldError, hold
 from pipelines.rebuild import delete_table
 from pipelines.score import ScorerConfig
 from pipelines.shapes import write_folder
-from pipelines.stage import StageResult
+from pipelines.stage import OnProgress, StageResult
 from pipelines.status import TableStatus, dataset_status
+from pipelines.storage import StorageError
 from pipelines.tables import MANIFEST, REBUILD, Identity, StaleTableError, Table
 from pipelines.verify import verify_dataset
 from sana_model.checkpoint_files import ZOO_DIR
@@ -126,6 +127,22 @@ def test_finished_stages_are_not_done_again_and_stale_ones_are_rebuilt_alone(
         run(prompted, path, on_stale="rebuild")
     assert log.read_text().split() == [*made, "caption", "score", "extract"]
     assert stale(tmp_path) == set() and list(verify_dataset(str(tmp_path / "data"))) == []
+
+
+def test_of_several_stale_tables_each_is_deleted_once(tmp_path: Path) -> None:
+    """As extraction of several resolutions meets them."""
+    tables = make_dataset(str(tmp_path))
+    paths, other = ["latents/ae-64", "captions/b"], Identity("another", {}, {}, {})
+
+    def run_stage(on_progress: OnProgress) -> StageResult:
+        for path in paths:
+            tables[path].claim(other)
+        raise StorageError("the disk is full")
+
+    job = JobConfig(dataset_uri=str(tmp_path), on_stale="rebuild")
+    with pytest.raises(StorageError):
+        track_stage(job, "extract", run_stage)
+    assert all(tables[path].require().fingerprint == other.fingerprint and not tables[path].list_shards() for path in paths)
 
 
 def test_changed_models_and_inputs_are_rebuilt_too_images_with_their_plan(tmp_path: Path, log: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import ray
 
+from pipelines import shard_stream
 from pipelines.row_stage import stream_rows
 from pipelines.schema import CAPTIONS
 from pipelines.stage import ReadShard, StageResult, run_stream
@@ -33,7 +34,7 @@ def table(tmp_path: Path, local_ray: None) -> Table:
 def run(
     table: Table, run_model: Callable[[ray.data.Dataset], ray.data.Dataset], read_shard: ReadShard = read_ids
 ) -> StageResult:
-    options = {"read_shard": read_shard, "make_row": make_row, "run_model": run_model, "make_finisher": Finish}
+    options = {"num_actors": 1, "read_shard": read_shard, "make_row": make_row, "run_model": run_model, "make_finisher": Finish}
     stream = partial(stream_rows, table, IDENTITY.fingerprint, **options)
     return run_stream(table, IDENTITY, list(IDS), stream, max_reject_share=0.5)
 
@@ -55,6 +56,12 @@ def test_rows_find_back_to_their_shards(table: Table, run_model: Callable[[ray.d
     assert (result.num_rows, result.rejects_by_reason) == (43, {"bad_id": 1})
     assert table.read_facts("00003").figures == {"rows": 40.0}
     assert run(table, run_model).was_done
+
+
+def test_shards_in_parts_find_their_rows_too(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_stream, "SHARDS_PER_ACTOR", 2)
+    run(table, shuffle)
+    check(table)
 
 
 def test_a_shard_that_lacks_a_row_is_not_written(table: Table) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from pipelines import shard_stream
@@ -11,7 +12,7 @@ from pipelines.schema import CAPTIONS
 from pipelines.stage import Progress, Resources, ShardError, ShardWorker, StageResult, TooManyRejectsError, run_shards
 from pipelines.storage import StorageError
 from pipelines.tables import Identity, StaleTableError, Table
-from tests.pipelines.stage_workers import Dying, Unborn, Upper, read_ids
+from tests.pipelines.stage_workers import Dying, Unborn, Upper, WithoutDevice, read_ids
 
 IDS = {
     "00000": ["a", "b", "c-bad"],
@@ -63,7 +64,7 @@ def test_every_shard_holds_the_rows_of_its_input_less_its_rejects(table: Table) 
     assert (result.num_rows, result.num_rejects, result.rejects_by_reason) == (5, 3, {"bad_id": 3})
     manifest = table.require()
     assert manifest.complete and manifest.num_rows == 5 and manifest.rejects_by_reason == {"bad_id": 3}
-    assert [table.read_figures(shard) for shard in IDS] == [{"kept": 2}, {"kept": 0}, {"kept": 0}, {"kept": 3}]
+    assert [table.read_facts(shard).figures for shard in IDS] == [{"kept": 2}, {"kept": 0}, {"kept": 0}, {"kept": 3}]
     assert manifest.figures == result.figures == {"kept.mean": 1.25, "kept.min": 0}
     facts = table.rejects().read_facts("00002")
     assert (facts.num_rows, facts.rejects_by_reason, facts.fingerprint) == (2, {"bad_id": 2}, IDENTITY.fingerprint)
@@ -86,12 +87,33 @@ def test_after_a_failure_the_missing_shards_are_made_and_no_other(table: Table, 
     assert {shard: files[shard].stat().st_mtime_ns for shard in stamps} == stamps
 
 
-def test_a_process_that_dies_now_and_then_costs_nothing(table: Table, tmp_path: Path) -> None:
+def test_parts_after_one_with_a_failure_are_made_too(table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_stream, "SHARDS_PER_ACTOR", 2)
+    armed = tmp_path / "armed"
+    armed.touch()
+    ids = {"00000": ["poison"], **{f"{shard:05}": [f"row-{shard}"] for shard in range(1, 5)}}
+    with pytest.raises(ShardError, match="shards 00000 could not be made"):
+        run(table, ids=ids, make_worker=partial(Upper, armed))
+    armed.unlink()
+    assert run(table, ids=ids).found_shards == 4 and contents(table) == ids
+
+
+def test_rows_that_fit_no_schema_cost_their_shard_and_say_why() -> None:
+    shard = shard_stream._read_row("00003", shard_stream._pack(read_ids(IDS, "00003")), None)
+    made = shard_stream._Worker(Upper, pa.schema([("caption", pa.int64())]))(shard)
+    assert "'F'" in made["error"][0].as_py()["message"] and made["shard"].to_pylist() == ["00003"]
+
+
+@pytest.mark.parametrize("worker", [Dying, WithoutDevice])
+def test_a_process_that_dies_now_and_then_costs_nothing(
+    table: Table, tmp_path: Path, worker: Callable[[Path], ShardWorker]
+) -> None:
+    """A CUDA error ends it too: it would fail every other shard."""
     lives = tmp_path / "lives"
     lives.mkdir()
     for life in "ab":
         (lives / life).touch()
-    result = run(table, make_worker=partial(Dying, lives), num_actors=2)
+    result = run(table, make_worker=partial(worker, lives), num_actors=2)
     assert contents(table) == EXPECTED and contents(table.rejects()) == REFUSED
     assert list(lives.iterdir()) == [] and result.num_rows == 5 and table.require().complete
 

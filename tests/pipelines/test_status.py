@@ -9,10 +9,13 @@ import pytest
 from jobs import status as job
 from pipelines import schema
 from pipelines.lease import hold
+from pipelines.rebuild import delete_table
+from pipelines.report_captioners import write_captioners_report
 from pipelines.schema import TABLE_SCHEMAS
 from pipelines.status import TableStatus, dataset_status
-from pipelines.storage import remove_file
+from pipelines.storage import remove_file, write_file
 from pipelines.tables import MANIFEST, Identity, Table
+from pipelines.verify import verify_dataset
 from tests.pipelines.whole_dataset import caption_row, make_dataset, write_table
 
 Tables = dict[str, Table]
@@ -50,6 +53,15 @@ def test_a_finished_dataset(tables: Tables) -> None:
     assert found["images"].rejects_by_reason == {"truncated": 2} and found["captions/a"].num_rejects == 0
     manifest = tables["scores/clip"].require()
     assert found["scores/clip"].fingerprint == manifest.fingerprint and found["scores/clip"].updated == manifest.updated
+
+
+def test_files_beside_the_tables_are_not_looked_into(tables: Tables) -> None:
+    uri = tables["images"].dataset_uri
+    write_captioners_report(uri, ["a", "b"])
+    write_file(f"{uri}/NOTES", b"mine")
+    assert list(look(tables)) == ["images", "captions/a", "captions/b", "scores/clip", "latents/ae-64"]
+    delete_table(tables["latents/ae-64"])
+    assert "latents/ae-64" not in look(tables) and list(verify_dataset(uri)) == []
 
 
 def test_sizes_are_those_of_the_files(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from pipelines.optim import OptimConfig
 from pipelines.tables import MissingTableError, StaleTableError
 from pipelines.tracking import RunPlan, TrackingConfig
 from pipelines.train import TrainResult, run_train
+from pipelines.train_captions import encode_captions
 from pipelines.train_config import FlowConfig, GridConfig, TrainConfig, TrainingError, TrainingStopped
 from pipelines.train_progress import OnNotice, OnTrainProgress, TrainProgress
-from pipelines.train_worker import encode_captions
 from sana_model.pipeline_files import load_pipeline
 from tests.pipelines.training_world import PATH, make_pipeline, make_shards, make_table
 
@@ -161,6 +161,8 @@ def test_goes_on_exactly_where_it_was_killed(world: World, straight: TrainResult
 
     with pytest.raises(TrainingError, match="run it again to go on from the last checkpoint"):
         world.train("killed", on_progress=kill_worker)
+    client, run_id = world.client("killed")
+    assert client.get_run(run_id).info.status == "FAILED"
     assert killed and killed[0].step < 160
     notices: list[str] = []
     resumed = world.train("killed", on_notice=notices.append)
@@ -254,7 +256,10 @@ def test_sigterm_saves_and_the_next_start_goes_on(world: World, straight: TrainR
     assert sent[0] <= stopped < 160
     kept = {path.name for path in (world.folder / "stopped" / "checkpoints").iterdir()}
     assert f"step-{stopped:06d}" in kept
+    client, run_id = world.client("stopped")
+    assert client.get_run(run_id).info.status == "KILLED"
     resumed = world.train("stopped")
+    assert world.client("stopped")[1] == run_id and client.get_run(run_id).info.status == "FINISHED"
     assert resumed.loss_end == straight.loss_end
     for name, weight in weights(resumed).items():
         assert torch.equal(weight, weights(straight)[name]), name

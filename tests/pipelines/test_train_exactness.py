@@ -9,11 +9,9 @@ import torch
 
 from pipelines.data import TrainingStream
 from pipelines.engine import EngineConfig
+from pipelines.noise import draw_noise
 from pipelines.optim import OptimConfig, learning_rate
-from pipelines.schema import LATENTS
-from pipelines.tables import Table
 from pipelines.train_config import TrainConfig
-from pipelines.train_worker import draw_noise
 from sana_model.flow import flow_loss
 from sana_model.pipeline_files import load_pipeline
 from tests.pipelines.training_ranks import BUCKETS, tiny_config, train_on_ranks
@@ -42,8 +40,8 @@ def plain_loop(config: TrainConfig, dataset: Path) -> Iterator[float]:
     optim = config.optim
     optimizer = torch.optim.AdamW(weights, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
     sizes = {"micro_batch_size": config.micro_batch_size, "seed": config.seed, "world_size": config.num_workers}
-    table = Table(str(dataset), config.latents, LATENTS)
-    streams = [TrainingStream(table, config.data, rank=rank, **sizes) for rank in range(config.num_workers)]
+    sources = config.sources(str(dataset))
+    streams = [TrainingStream(sources, config.data, rank=rank, **sizes) for rank in range(config.num_workers)]
     num_parts = config.num_workers * config.grad_accum_steps
     for step in range(config.num_steps):
         total = 0.0

@@ -3,22 +3,32 @@
 import os
 from collections import Counter
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import mlflow
 import numpy as np
 import pytest
+import torch
 from s3fs import S3FileSystem
 
+from pipelines import train_worker
 from pipelines.bad_steps import BadStepConfig
 from pipelines.checkpoints import Checkpoint, read_weights
-from pipelines.data import StreamConfig, is_held_out
+from pipelines.data import TrainingStream
 from pipelines.drawn import read_drawn
 from pipelines.engine import EngineConfig
+from pipelines.mixture import Source, WeightedTable
 from pipelines.optim import OptimConfig
-from pipelines.train_config import TrainConfig
+from pipelines.samples import StreamConfig, is_held_out
+from pipelines.tracking import TrackingConfig
+from pipelines.train_config import TrainConfig, TrainingError
+from pipelines.train_worker import TrainWorker
 from pipelines.validate import ValidationConfig
 from tests.pipelines.training_ranks import BUCKETS, tiny_config, train_on_ranks
-from tests.pipelines.training_world import make_pipeline, make_row, make_shards, make_table
+from tests.pipelines.training_world import PATH, make_pipeline, make_row, make_shards, make_table
 from tests.s3 import BUCKET, s3_environment, serve_s3
 
 SIZES = [30, 20, 26]
@@ -42,23 +52,36 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def test_two_workers_then_one_then_two(tmp_path: Path, dataset: Path, config: TrainConfig) -> None:
-    """One training, whose world size and ZeRO stage change: no sample of an epoch is lost, none comes twice."""
-    turns = [(2, 3, 5), (1, 1, 12), (2, 2, 50)]
+    """One training on a mixture, whose world size and ZeRO stage change: no sample that is due is lost, none comes twice."""
+    make_table(tmp_path / "more", make_shards([7, 5], BUCKETS, first=100))
+    mixture = [WeightedTable(latents=PATH), WeightedTable(latents=PATH, dataset_uri=str(tmp_path / "more"), weight=1.5)]
+    config = replace(config, latents=mixture)
+    turns = [(2, 3, 5), (1, 1, 12), (2, 2, 60)]
     for num_workers, zero_stage, num_steps in turns:
         engine = EngineConfig(zero_stage=zero_stage, dtype="fp32")
         part = replace(config, num_workers=num_workers, engine=engine, num_steps=num_steps)
         trained = train_on_ranks(tmp_path, dataset, [("run", part)])["run"]
         assert trained.error is None and list(trained.losses) == list(range(1, num_steps + 1))
     drawn = read_drawn(str(tmp_path / "run" / "drawn"))
-    assert list(drawn) == list(range(1, 51)) and all(len(samples) == 4 for samples in drawn.values())
+    assert list(drawn) == list(range(1, 61)) and all(len(samples) == 4 for samples in drawn.values())
     counts = Counter(sample for samples in drawn.values() for sample in samples)
-    states = Checkpoint.open(str(tmp_path / "run" / "checkpoints" / "step-000050")).states
+    states = Checkpoint.open(str(tmp_path / "run" / "checkpoints" / "step-000060")).states
     buffers = [state["stream"]["buffers"] for state in states]
     counts.update((epoch, sample_id) for buffer in buffers for rows in buffer.values() for epoch, _, sample_id in rows)
     ended = min(state["stream"]["epoch"] for state in states)
     assert ended >= 2 and set(counts.values()) == {1}
-    ids = [make_row(index)["id"] for index in range(sum(SIZES))]
-    assert {key for key in counts if key[0] < ended} == {(epoch, sample_id) for epoch in range(ended) for sample_id in ids}
+    sources, numbers = config.sources(str(dataset)), (range(sum(SIZES)), range(100, 112))
+    due = [
+        {
+            (draw, sample_id)
+            for source, indices in zip(sources, numbers, strict=True)
+            for sample_id in (str(make_row(index)["id"]) for index in indices)
+            for epoch in range(num_epochs)
+            for draw in source.draws(sample_id, epoch=epoch, seed=config.seed)
+        }
+        for num_epochs in (ended, ended + 3)
+    ]
+    assert due[0] <= counts.keys() <= due[1] and len(due[0]) > ended * 90
 
 
 def test_damaged_checkpoints_give_way_to_the_one_before(tmp_path: Path, dataset: Path, config: TrainConfig) -> None:
@@ -144,6 +167,45 @@ def test_bad_steps(tmp_path: Path, broken: Path, config: TrainConfig) -> None:
         )
 
 
+def test_a_loss_that_leaps(tmp_path: Path, config: TrainConfig) -> None:
+    """One sample in 300 has latents thirty times as large; it comes in step 60, once there are steps enough to compare with."""
+    shards = make_shards([100, 100, 100])
+    plain = make_table(tmp_path / "plain", shards)
+    stream = TrainingStream([Source(plain)], config.data, micro_batch_size=config.micro_batch_size, seed=config.seed)
+    batches = list(islice(stream, 120))
+    leaps = batches[118].ids[0]  # the first of the two micro-batches of step 60
+    for rows in shards.values():
+        for row in rows:
+            if row["id"] == leaps:
+                latents = np.frombuffer(bytes(row["latents"]), np.float16)  # type: ignore[arg-type]
+                row["latents"] = (30 * latents).tobytes()
+    make_table(tmp_path / "dataset", shards)
+    config = replace(config, num_steps=64, optim=OptimConfig(lr=1e-4), keep_every=55)
+    policies: dict[str, BadStepConfig] = {
+        policy: BadStepConfig(policy=policy, spike_factor=5.0)  # type: ignore[arg-type]
+        for policy in ("stop", "skip", "roll_back")
+    }
+    configs = [(policy, replace(config, bad_steps=bad_steps)) for policy, bad_steps in policies.items()]
+    tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
+    trained = train_on_ranks(tmp_path, tmp_path / "dataset", [("blind", config), *configs], tracking=tracking)
+    assert trained["blind"].error is None and trained["blind"].num_bad == 0
+    assert trained["blind"].losses[60] > 5 * trained["blind"].losses[59]
+    error = trained["stop"].error
+    assert error is not None and "the step after step 59 was bad: loss" in error and max(trained["stop"].losses) == 59
+    client = mlflow.MlflowClient(tracking.uri)
+    experiment = client.get_experiment_by_name(tracking.experiment)
+    assert experiment is not None
+    for policy, told in (("skip", "it is passed over"), ("roll_back", "back at step 55, with the next samples")):
+        result = trained[policy]
+        assert result.error is None and result.num_bad == 1 and list(result.losses) == list(range(1, 65))
+        assert max(list(result.losses.values())[50:]) < 5 * result.losses[50]
+        (run,) = client.search_runs([experiment.experiment_id], f"tags.run_key = '{policy}'")
+        assert run.data.tags["notice.001"].startswith("the step after step 59 was bad: loss ")
+        assert run.data.tags["notice.001"].endswith(told) and run.data.metrics["bad_steps"] == 1
+    weights = [read_weights(str(tmp_path / policy / "checkpoints/step-000055"), average=False) for policy in ("blind", "skip")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])  # until then nothing was another
+
+
 def test_validation_is_the_same_on_any_number_of_workers(tmp_path: Path, dataset: Path, config: TrainConfig) -> None:
     held_out = replace(config, num_steps=4, data=StreamConfig(held_out_share=0.2), validation=ValidationConfig(every=2))
     held_out = replace(held_out, optim=OptimConfig(lr=1e-12), keep_best="validation_loss")
@@ -184,3 +246,14 @@ def test_skewed_buckets_on_two_workers_of_the_demo_model(tmp_path: Path, config:
     }
     print(f"waiting for data: {trained.wait_share:.2%} of the time of the steps")
     assert trained.wait_share < 0.05
+
+
+def test_a_problem_of_one_worker_alone_is_worth_another_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And that of all of them is not."""
+    monkeypatch.setattr(train_worker, "gather_objects", lambda problem: [problem, "the hub did not answer"])
+    worker: Any = SimpleNamespace(world_size=2)
+    with pytest.raises(RuntimeError, match="the hub did not answer") as caught:
+        TrainWorker._raise_together(worker, None)
+    assert not isinstance(caught.value, TrainingError)
+    with pytest.raises(TrainingError, match="no such model"):
+        TrainWorker._raise_together(worker, "no such model")

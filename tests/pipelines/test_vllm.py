@@ -2,8 +2,11 @@
 
 import importlib.util
 import os
+import shutil
 import signal
 import sys
+import tempfile
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +19,10 @@ from pipelines.caption_config import CaptionerConfig, HttpConfig, SamplingConfig
 from pipelines.caption_quality import QualityConfig
 from pipelines.models import local_model
 from pipelines.stage import Progress, Resources
+from tests.http_server import free_port
 from tests.pipelines.caption_world import BROKEN, TOO_LONG, captions, image_row, refused, scene, write_images
-from tests.pipelines.http_world import free_port, serving
+from tests.pipelines.deadly import DEADLY
+from tests.pipelines.http_world import serving
 
 pytestmark = [
     pytest.mark.vllm,
@@ -28,6 +33,8 @@ pytestmark = [
 NUM_IMAGES, ROWS_PER_SHARD = 200, 20
 BAD, LONG = 33, 77
 """Places of the image that is broken, and of the one whose prompt is too long."""
+SOCKETS = Path(tempfile.gettempdir(), f"vllm-{os.getpid()}")  # the path of a socket must be short
+"""Where vLLM's engines put theirs, which they leave behind when they are killed."""
 CONFIG = CaptionerConfig(
     name="vllm",
     model="zoo://captioner-a",
@@ -41,19 +48,21 @@ CONFIG = CaptionerConfig(
         batch_size=8,
         max_concurrent_batches=2,
         engine_args={"enforce_eager": True},
-        env={"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"},
+        env={"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_RPC_BASE_PATH": str(SOCKETS)},
     ),
     resources=Resources(num_cpus=2),
 )
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> str:
+def dataset(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Iterator[str]:
+    SOCKETS.mkdir()
     rows = [image_row(number, scene(number)) for number in range(NUM_IMAGES)]
     rows[BAD] = image_row(BAD, BROKEN)
     rows[LONG] = image_row(LONG, scene(LONG), TOO_LONG)
     rows[5] = image_row(5, scene(5), "<image></s>")  # found text may hold what is a token to the model
-    return write_images(tmp_path_factory.mktemp("data"), rows, ROWS_PER_SHARD)
+    yield write_images(tmp_path_factory.mktemp("data"), rows, ROWS_PER_SHARD)
+    shutil.rmtree(SOCKETS)
 
 
 @pytest.mark.parametrize("model", ["zoo://captioner-a", "zoo://captioner-b"])
@@ -117,3 +126,16 @@ def test_an_engine_and_then_its_actor_killed_in_the_middle_lose_nothing(dataset:
     assert len(killed) == 2 and result.num_shards == NUM_IMAGES / ROWS_PER_SHARD
     assert captions(dataset, "killed") == captions(dataset, "vllm-a")
     assert refused(dataset, "killed") == refused(dataset, "vllm-a")
+
+
+def test_a_row_that_kills_every_engine_is_refused_and_no_other(dataset: str, tmp_path: Path) -> None:
+    """What kills it is a real death: a processor of logits, in the engine's own process, that exits at the row's prompt."""
+    rows = [image_row(number, scene(number), DEADLY if number == 13 else None) for number in range(30)]
+    uri = write_images(tmp_path, rows, ROWS_PER_SHARD)
+    deadly = {"enforce_eager": True, "logits_processors": ["tests.pipelines.deadly:Deadly"]}
+    result = run_caption(uri, replace(CONFIG, name="deadly", vllm=replace(CONFIG.vllm, engine_args=deadly)))
+    assert result.rejects_by_reason == {"engine_died": 1} and refused(uri, "deadly") == {"id0013": "engine_died"}
+    by_id = {row["id"]: row for rows in captions(dataset, "vllm-a").values() for row in rows}
+    made = [row for rows in captions(uri, "deadly").values() for row in rows]
+    assert [row["id"] for row in made] == [f"id{number:04}" for number in range(30) if number != 13]
+    assert all(row == by_id[row["id"]] for row in made if row["id"] != "id0005")  # whose prompt is another there

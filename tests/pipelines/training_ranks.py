@@ -12,8 +12,7 @@ import torch.multiprocessing
 
 from pipelines.engine import EngineConfig
 from pipelines.optim import OptimConfig
-from pipelines.schema import LATENTS
-from pipelines.tables import Table
+from pipelines.tracking import RunPlan, TrackingConfig
 from pipelines.train_config import TrainConfig, TrainingError, TrainTask
 from pipelines.train_worker import TrainWorker
 from tests.pipelines.training_world import PATH
@@ -47,11 +46,18 @@ class Trained:
 
 
 def train_on_ranks(
-    folder: Path, dataset: Path, configs: Sequence[tuple[str, TrainConfig]], *, output_root: str | None = None
+    folder: Path,
+    dataset: Path,
+    configs: Sequence[tuple[str, TrainConfig]],
+    *,
+    output_root: str | None = None,
+    tracking: TrackingConfig | None = None,
 ) -> dict[str, Trained]:
     """Train each (name, config) in `output_root/name`, one after the other; all of one number of workers.
 
-    `output_root`: the folder itself unless given.
+    Args:
+        output_root: the folder itself unless given.
+        tracking: where each has an MLflow run of its name and with it as its key; None: nowhere.
     """
     (num_workers,) = {config.num_workers for _, config in configs}
     with socket.socket() as free:
@@ -60,7 +66,7 @@ def train_on_ranks(
     place = {"WORLD_SIZE": str(num_workers), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     environment = {**os.environ, **place, "DS_ACCELERATOR": "cpu"}
     multiprocessing.set_forkserver_preload([__name__, "deepspeed"])  # imported once, for all trainings of a test run
-    arguments = (environment, folder, dataset, configs, output_root or str(folder))
+    arguments = (environment, folder, dataset, configs, output_root or str(folder), tracking)
     torch.multiprocessing.start_processes(_run_rank, arguments, nprocs=num_workers, start_method="forkserver")
     return {name: torch.load(folder / f"{name}.pt", weights_only=False) for name, _ in configs}
 
@@ -72,12 +78,13 @@ def _run_rank(
     dataset: Path,
     configs: Sequence[tuple[str, TrainConfig]],
     output_root: str,
+    tracking: TrackingConfig | None,
 ) -> None:
     os.environ.update(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
     torch.distributed.init_process_group("gloo")
     for name, config in configs:
-        table = Table(str(dataset), config.latents, LATENTS)
-        task = TrainTask(config=config, table=table, inputs={}, output_uri=f"{output_root}/{name}")
+        plan = RunPlan.make(name, {}, tracking=tracking, output_dir=folder, key=name) if tracking is not None else None
+        task = TrainTask(config=config, dataset_uri=str(dataset), inputs={}, output_uri=f"{output_root}/{name}", plan=plan)
         trained = _train(task)
         if rank == 0:
             torch.save(trained, folder / f"{name}.pt")
@@ -96,5 +103,6 @@ def _train(task: TrainTask) -> Trained:
         worker.finish()
     except TrainingError as raised:
         error = str(raised)
+    worker.outputs.close()
     wait_share = worker.stream.wait_seconds / max(worker.meter.seconds, 1e-9)
     return Trained(dict(worker.history.points), error, worker.metrics, worker.guard.num_bad, wait_share)

@@ -39,18 +39,28 @@ def make_row(index: int, bucket: str = "64x64") -> dict[str, object]:
     }
 
 
-def make_table(folder: Path, shards: Mapping[str, Sequence[dict[str, object]]], *, complete: bool = True) -> Table:
-    table = Table(str(folder), PATH, LATENTS)
-    manifest = table.claim(Identity("extract", {"dtype": "float16", "seed": 0}, {}, {}))
+def make_table(
+    folder: Path,
+    shards: Mapping[str, Sequence[dict[str, object]]],
+    *,
+    complete: bool = True,
+    path: str = PATH,
+    inputs: Mapping[str, str] | None = None,
+) -> Table:
+    """`inputs`: path and fingerprint of the tables that it was made from."""
+    table = Table(str(folder), path, LATENTS)
+    manifest = table.claim(Identity("extract", {"dtype": "float16", "seed": 0}, {}, dict(inputs or {})))
     for name, rows in shards.items():
         table.write_shard(name, pa.Table.from_pylist(list(rows), LATENTS))
     table.write_manifest(replace(manifest, complete=complete, num_shards=len(shards)))
     return table
 
 
-def make_shards(sizes: Sequence[int], buckets: Sequence[str] = ("64x64",)) -> dict[str, list[dict[str, object]]]:
-    """Shards of the given numbers of rows, whose buckets come by turns."""
-    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+def make_shards(
+    sizes: Sequence[int], buckets: Sequence[str] = ("64x64",), *, first: int = 0
+) -> dict[str, list[dict[str, object]]]:
+    """Shards of the given numbers of rows, from that of index `first` on, whose buckets come by turns."""
+    starts = [first + sum(sizes[:index]) for index in range(len(sizes))]
     return {
         f"{number:05d}": [make_row(index, buckets[index % len(buckets)]) for index in range(start, start + size)]
         for number, (start, size) in enumerate(zip(starts, sizes, strict=True))

@@ -1,8 +1,11 @@
 import json
 import os
 import pickle
+import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import ClassVar
 
 import fsspec
 import huggingface_hub
@@ -164,6 +167,30 @@ def test_a_uri_that_tells_no_time_is_fetched_anew(tmp_path, monkeypatch):
         model.save_pretrained(tmp_path / "ours")
         fsspec.filesystem("unstamped").put(str(tmp_path / "ours") + "/", "unstamped://run/", recursive=True)
         assert_same_tensors(SanaTransformer.from_pretrained("unstamped://run").state_dict(), model.state_dict())
+
+
+class CountingFileSystem(MemoryFileSystem):
+    """Slow, and notes what is fetched."""
+
+    protocol = "counting"
+    fetched: ClassVar[list[str]] = []
+
+    def get_file(self, rpath, lpath, **kwargs):
+        time.sleep(0.05)
+        self.fetched.append(rpath)
+        super().get_file(rpath, lpath, **kwargs)
+
+
+def test_of_workers_that_start_together_one_fetches(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_files, "CACHE_DIR", tmp_path / "cache")
+    fsspec.register_implementation("counting", CountingFileSystem, clobber=True)
+    scramble(SanaTransformer(TINY), 0).save_pretrained(tmp_path / "ours")
+    fsspec.filesystem("counting").put(str(tmp_path / "ours") + "/", "counting://run/", recursive=True)
+    with ThreadPoolExecutor(8) as pool:
+        places = set(pool.map(lambda _: checkpoint_files.resolve("counting://run"), range(8)))
+    (place,) = places
+    names = sorted(path.name for path in place.iterdir())
+    assert names and sorted(name.rpartition("/")[2] for name in CountingFileSystem.fetched) == names
 
 
 def test_saving_to_a_uri_is_refused(tmp_path, monkeypatch):

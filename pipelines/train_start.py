@@ -1,0 +1,101 @@
+"""What a training starts from: its models, loaded and found to fit together."""
+
+from dataclasses import dataclass
+
+import torch
+
+from pipelines.lora import add_lora
+from pipelines.train_captions import HostTextEncoder
+from pipelines.train_config import TrainConfig
+from sana_model.autoencoder import DCAutoencoder
+from sana_model.generate import DEFAULT_FLOW_SHIFT, Caption, TextToImage
+from sana_model.pipeline_files import load_pipeline
+from sana_model.text_encoder import NVLABS_PROMPTS, TextEncoder
+from sana_model.transformer import PRESETS, SanaConfig, SanaTransformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainModels:
+    """All but the transformer that is trained.
+
+    transformer_config: without adapters. shift: of the noise levels. null: the null caption, on the training's device.
+    text_encoder: there too; or, where captions were embedded before, on the CPU of rank 0, and None elsewhere.
+    autoencoder: on the device of rank 0, for pictures.
+    """
+
+    transformer_config: SanaConfig
+    shift: float
+    text_encoder: TextEncoder | None
+    null: Caption
+    autoencoder: DCAutoencoder | None
+
+    @classmethod
+    def load(cls, config: TrainConfig, *, device: torch.device, rank: int) -> tuple[SanaTransformer, "TrainModels"]:
+        """The transformer to train, adapters and all, on the CPU, and the others. Raises as `load_start`."""
+        start = load_start(config)
+        transformer, transformer_config = start.transformer, start.transformer.config
+        # Of Gemma's activations some are beyond what float16 holds.
+        dtype = torch.bfloat16 if config.engine.dtype == "fp16" else config.engine.torch_dtype
+        text_encoder: TextEncoder | None
+        if config.caption_embeds is None:
+            text_encoder = start.text_encoder.to(device, dtype)
+            null = text_encoder.null()
+        else:
+            host = HostTextEncoder(start.text_encoder.to("cpu", dtype), device)
+            null, text_encoder = host.null(), host if rank == 0 else None
+        if config.lora is not None:
+            add_lora(transformer, config.lora, seed=config.seed)
+        models = cls(
+            transformer_config=transformer_config,
+            shift=start.flow_shift,
+            text_encoder=text_encoder,
+            null=null,
+            autoencoder=start.autoencoder.to(device, dtype) if rank == 0 else None,
+        )
+        return transformer.train(), models
+
+
+def load_start(config: TrainConfig) -> TextToImage:
+    """The pipeline that training starts from: the transformer in float32, the others as they are stored.
+
+    Raises FileNotFoundError or ValueError, naming what does not fit.
+    """
+    if config.init is not None:
+        pipeline = load_pipeline(
+            config.init,
+            autoencoder=config.autoencoder,
+            text_encoder=config.text_encoder,
+            flow_shift=config.flow.shift,
+            **config.positions.overrides,
+        )
+        pipeline.transformer.float()
+        if config.preset is not None:
+            check_shape(pipeline.transformer.config, config.preset)
+        if config.prompts is not None:
+            encoder = pipeline.text_encoder
+            pipeline.text_encoder = TextEncoder(encoder.model, encoder.tokenizer, config.prompts)
+        return pipeline
+    assert config.preset is not None and config.autoencoder is not None and config.text_encoder is not None
+    autoencoder = DCAutoencoder.from_pretrained(config.autoencoder)
+    text_encoder = TextEncoder.from_pretrained(config.text_encoder, config=config.prompts or NVLABS_PROMPTS)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        transformer = SanaTransformer.from_preset(
+            config.preset,
+            in_channels=autoencoder.config.latent_channels,
+            caption_dim=text_encoder.embed_dim,
+            **config.positions.overrides,
+        )
+    shift = DEFAULT_FLOW_SHIFT if config.flow.shift is None else config.flow.shift
+    return TextToImage(transformer, autoencoder, text_encoder, flow_shift=shift)
+
+
+def check_shape(found: SanaConfig, preset: str) -> None:
+    """Raises ValueError if a transformer's weights have not the shapes of a preset's."""
+    expected = PRESETS[preset]
+    for name in ("dim", "depth", "ffn_dim", "num_cross_heads", "patch_size", "in_channels", "caption_dim", "qk_norm"):
+        if getattr(found, name) != getattr(expected, name):
+            raise ValueError(
+                f"init has {name}={getattr(found, name)} and preset={preset} {getattr(expected, name)}: "
+                "leave preset out, or name the right one"
+            )

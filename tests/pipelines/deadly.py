@@ -1,0 +1,26 @@
+"""A part of vLLM's engine that ends the engine's process when it is asked about one certain prompt."""
+
+import os
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
+
+DEADLY = "star " * 100
+MAX_TOKENS = 150  # of the prompts of others
+
+
+class Deadly(LogitsProcessor):
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool):
+        """It needs nothing of these."""
+
+    def is_argmax_invariant(self) -> bool:
+        return True
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        for _, _, prompt, _ in batch_update.added if batch_update else ():
+            if prompt and len(prompt) > MAX_TOKENS:
+                os._exit(1)
