@@ -153,7 +153,7 @@ def last_stages(dataset_uri: str) -> list[Stage]:
         "sample.prompts": json.dumps(PROMPTS),
         "sample.draw.num_steps": 4,
     }
-    evaluate = {"evaluate.name": "trained", "evaluate.clip": "zoo://clip"}
+    evaluate = {"evaluate.name": "trained", "evaluate.model": "zoo://clip"}
     return [
         Stage(name="sample trained", settings=sample, path=samples_path("trained"), schema=SAMPLES),
         Stage(name="evaluate trained", settings=evaluate, path=evaluations_path("trained"), schema=EVALUATIONS),
