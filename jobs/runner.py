@@ -22,7 +22,7 @@ from pipelines.metrics import StageMetrics
 from pipelines.rebuild import delete_table
 from pipelines.report import write_report
 from pipelines.stage import OnProgress, Progress, ShardError, StageError, StageResult, TooManyRejectsError
-from pipelines.storage import StorageError
+from pipelines.storage import StorageError, list_folder
 from pipelines.tables import REPORT, MissingTableError, StaleTableError, absolute_uri
 from pipelines.tracking import TrackedRun, TrackingConfig, start_run
 from pipelines.train_config import TrainingError
@@ -215,7 +215,8 @@ def track_stage(
     """Run one stage in an MLflow run of its own, and put its report into its table and into the run.
 
     A stage that has nothing to do leaves no run and no new report, unless it `is_due`: its shards were made along with
-    another's. `log` adds to the run what is the stage's own.
+    another's. A table that lacks its report gets it all the same: its job was killed at the very end. `log` adds to the run
+    what is the stage's own.
     """
     line = StatusLine()
     metrics = StageMetrics(job.dataset_uri, name)
@@ -231,17 +232,23 @@ def track_stage(
             line.show(describe_progress(name, progress))
 
         result = _run_rebuilding(job, name, lambda: run_stage(on_progress), line)
+        html: str | None = None
+        if make_report is not None and (run is not None or _lacks_report(result)):
+            html = make_report()
+            write_report(result.table, html)
         if run is not None:
             log_result(run, result)
-            if make_report is not None:
-                html = make_report()
-                write_report(result.table, html)
+            if html is not None:
                 run.log_html(html, REPORT)
             if log is not None:
                 log(run, result)
     line.clear()
     print(describe(name, result, is_due=is_due), flush=True)
     return result
+
+
+def _lacks_report(result: StageResult) -> bool:
+    return result.num_shards > 0 and REPORT not in list_folder(result.table.uri)
 
 
 def _run_rebuilding(job: JobConfig, name: str, run_stage: Callable[[], StageResult], line: StatusLine) -> StageResult:

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ class Snapshot:
 
 
 def take_snapshot(engine: Engine, ema: EMA, state: Mapping[str, Any], *, step: int) -> Snapshot:
-    """This rank's part now. `state`: plain numbers, strings and containers of this rank."""
+    """This rank's part now, which later steps do not change. `state`: plain numbers, strings and containers of this rank."""
     lists = {WEIGHTS: {"": engine.master_weights()}, AVERAGE: {"": ema.averages}}
     lists[MOMENTS] = {f"{name}/": tensors for name, tensors in engine.moments().items()}
     fragments = engine.own_fragments
@@ -82,7 +83,7 @@ def take_snapshot(engine: Engine, ema: EMA, state: Mapping[str, Any], *, step: i
         shapes=engine.shapes,
         moments=list(engine.moments()),
         others=others,
-        state={**state, "ema_updates": ema.num_updates},
+        state=deepcopy({**state, "ema_updates": ema.num_updates}),
     )
 
 

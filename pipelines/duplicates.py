@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
+from pipelines.lease import hold
 from pipelines.schema import IMAGE_SCORES, IMAGES, IMAGES_PATH, image_scores_path
 from pipelines.stage import OnProgress, Resources, ShardOutput, StageResult, run_shards
 from pipelines.storage import read_file
@@ -85,32 +86,33 @@ def run_duplicates(dataset_uri: str, config: DuplicatesConfig, *, on_progress: O
     output = Table(dataset_uri, image_scores_path(NAME), IMAGE_SCORES)
     settings = {"max_distance": config.max_distance}
     identity = Identity("duplicates", settings, models={}, inputs={IMAGES_PATH: images.require().fingerprint})
-    output.claim(identity)
-    generations = _plan_generations(images, output)
-    found = set(output.list_shards())
-    result: StageResult | None = None
-    older: list[str] = []
-    for generation in generations:
-        shards = [*older, *generation]
-        done = set(output.list_shards())
-        is_last = generation is generations[-1]
-        if is_last or not done.issuperset(generation):
-            missing = not done.issuperset(shards)
-            verdicts = ray.put(_decide_generation(images, output, older, generation, config)) if missing else None
-            result = run_shards(
-                output,
-                identity,
-                shards,
-                read_shard=partial(_read_verdicts, images, verdicts),
-                make_worker=DuplicatesWorker,
-                resources=config.resources,
-                max_reject_share=0.0,
-                on_progress=on_progress,
-            )
-        older = shards
-    if result is None:
-        raise MissingTableError(f"{images.uri} holds no shard yet: run ingest first")
-    return replace(result, found_shards=len(found.intersection(older)))
+    with hold(output.uri):  # what a run decides about is noted before its shards are made
+        output.claim(identity)
+        generations = _plan_generations(images, output)
+        found = set(output.list_shards())
+        result: StageResult | None = None
+        older: list[str] = []
+        for generation in generations:
+            shards = [*older, *generation]
+            done = set(output.list_shards())
+            is_last = generation is generations[-1]
+            if is_last or not done.issuperset(generation):
+                missing = not done.issuperset(shards)
+                verdicts = ray.put(_decide_generation(images, output, older, generation, config)) if missing else None
+                result = run_shards(
+                    output,
+                    identity,
+                    shards,
+                    read_shard=partial(_read_verdicts, images, verdicts),
+                    make_worker=DuplicatesWorker,
+                    resources=config.resources,
+                    max_reject_share=0.0,
+                    on_progress=on_progress,
+                )
+            older = shards
+        if result is None:
+            raise MissingTableError(f"{images.uri} holds no shard yet: run ingest first")
+        return replace(result, found_shards=len(found.intersection(older)))
 
 
 class DuplicatesWorker:

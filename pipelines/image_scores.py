@@ -5,23 +5,25 @@ over its image embedding, as the LAION aesthetic predictors are.
 """
 
 import hashlib
+import math
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Literal, Protocol
+from itertools import islice
+from typing import Any, Literal, Protocol
 
 import pyarrow as pa
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageClassification, CLIPVisionModelWithProjection
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the top-level name wants torchvision
 
+from pipelines.batches import run_halving
 from pipelines.duplicates import NAME as NEAR_DUPLICATES
 from pipelines.images import BadImageError, decode
 from pipelines.models import local_model, model_version, pick_device, pinned
+from pipelines.prepare import iter_rows, prepare_ahead
 from pipelines.schema import IMAGE_SCORES, IMAGES, IMAGES_PATH, image_scores_path
 from pipelines.stage import OnProgress, Resources, Row, ShardOutput, StageResult, reject, run_shards
 from pipelines.tables import Identity, Table
@@ -40,7 +42,8 @@ class ImageScorerConfig:
         head: for a CLIP: a file (.pth, .safetensors) of linear layers over its image embedding; a path, an hf:// or an fsspec
             URI. What they say is the score: from 1 to 10 for the LAION aesthetic predictors.
         dtype: of the weights.
-        batch_size: images in one call of the model; changes no value.
+        batch_size: images in one call of the model; changes no value, and is halved where memory is not enough.
+        prepare_threads: that decode and resize, ahead of the model.
         device: "cpu", "cuda"; None: the first GPU that Ray gave the actor, or else the CPU.
         resources: of the stage's actors.
         max_reject_share: the job fails when a larger share of the images is refused.
@@ -53,6 +56,7 @@ class ImageScorerConfig:
     head: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     batch_size: int = 64
+    prepare_threads: int = 4
     device: str | None = None
     resources: Resources = field(default_factory=Resources)
     max_reject_share: float = 0.1
@@ -91,10 +95,12 @@ def run_image_scores(dataset_uri: str, config: ImageScorerConfig, *, on_progress
 
 
 class ImageModel(Protocol):
-    """What gives each image one number."""
+    """What gives each image one number; `processor`, of transformers, makes an RGB image ready for it."""
 
-    def score(self, images: Sequence[Image.Image]) -> Tensor:
-        """RGB images -> scores (B,), float32 on the CPU."""
+    processor: Any
+
+    def score(self, pixels: Tensor) -> Tensor:
+        """What the processor made of images (B, 3, H, W) -> scores (B,), float32 on the CPU."""
         ...
 
 
@@ -106,21 +112,30 @@ class ImageScorer:
         self.model: ImageModel = ClipHead(config) if config.head else Classifier(config)
 
     def process(self, table: pa.Table) -> ShardOutput:
-        """A score for each image, or a reject."""
+        """A score for each image, or a reject. Images are made ready in threads, while the model has the batch before."""
         rows: list[Row] = []
         rejects: list[Row] = []
-        source = table.to_pylist()
-        for start in range(0, len(source), self.config.batch_size):
-            ids, images = [], []
-            for row in source[start : start + self.config.batch_size]:
-                try:
-                    images.append(decode(row["image_bytes"]))
-                    ids.append(row["id"])
-                except BadImageError as error:
-                    rejects.append(reject(row, error.reason, error.detail))
-            scores = self.model.score(images).tolist() if images else []
-            rows += [{"id": image, "score": score} for image, score in zip(ids, scores, strict=True)]
+        ready = prepare_ahead(
+            iter_rows(table), self._prepare, num_ahead=self.config.batch_size, num_threads=self.config.prepare_threads
+        )
+        for batch in iter(lambda: list(islice(ready, self.config.batch_size)), []):
+            images = [pixels for _, pixels in batch if not isinstance(pixels, BadImageError)]
+            scores = iter(run_halving(self._score, images) if images else [])
+            for row, pixels in batch:
+                score = pixels if isinstance(pixels, BadImageError) else next(scores)
+                if isinstance(score, BadImageError):
+                    rejects.append(reject(row, score.reason, score.detail))
+                elif not math.isfinite(score):
+                    rejects.append(reject(row, "bad_score", f"{self.config.model} gives a score that is not finite"))
+                else:
+                    rows.append({"id": row["id"], "score": score})
         return ShardOutput(rows, rejects)
+
+    def _prepare(self, row: Row) -> Tensor:
+        return self.model.processor(images=decode(row["image_bytes"]), return_tensors="pt")["pixel_values"]
+
+    def _score(self, images: list[Tensor]) -> list[float]:
+        return self.model.score(torch.cat(images)).tolist()
 
 
 class Classifier:
@@ -144,9 +159,8 @@ class Classifier:
         self.label = number
 
     @torch.inference_mode()
-    def score(self, images: Sequence[Image.Image]) -> Tensor:
-        """RGB images -> scores (B,), float32 on the CPU."""
-        pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"]
+    def score(self, pixels: Tensor) -> Tensor:
+        """What the processor made of images (B, 3, H, W) -> scores (B,), float32 on the CPU."""
         logits = self.model(pixel_values=pixels.to(self.device, self.model.dtype)).logits
         return logits.float().softmax(-1)[:, self.label].cpu()
 
@@ -181,9 +195,8 @@ class ClipHead:
         ]
 
     @torch.inference_mode()
-    def score(self, images: Sequence[Image.Image]) -> Tensor:
-        """RGB images -> scores (B,), float32 on the CPU."""
-        pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"]
+    def score(self, pixels: Tensor) -> Tensor:
+        """What the processor made of images (B, 3, H, W) -> scores (B,), float32 on the CPU."""
         embeds = self.model(pixel_values=pixels.to(self.device, self.dtype)).image_embeds.float()
         hidden = F.normalize(embeds, dim=-1)
         for weight, bias in self.layers:

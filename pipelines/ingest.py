@@ -6,8 +6,9 @@ stays (`ledger`): the others are refused, whether or not the first was let in it
 
 import hashlib
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -19,8 +20,9 @@ from ray.actor import ActorHandle
 
 from pipelines.download import DownloadConfig
 from pipelines.images import BadImageError, ImageLimits, open_image, perceptual_hash, to_rgb
+from pipelines.lease import hold
 from pipelines.ledger import UNSEEN, claim, skipping, start_ledger, to_digests
-from pipelines.plan import Plan, ShardSize, extend_plan, plan_retries, read_plan, write_plan
+from pipelines.plan import Plan, ShardSize, SharedPlan, extend_plan, plan_retries, read_plan, write_plan
 from pipelines.readers import NUM_THREADS, read_parts
 from pipelines.schema import IMAGES, IMAGES_PATH
 from pipelines.sources import ACCEPTED, Kind, Part, Source, find_source
@@ -48,7 +50,7 @@ class IngestConfig:
         download: how URLs are fetched.
         retry_rejects: try once more what finished shards could not download for reasons that pass; what comes now goes into new
             shards, for the others must stay as they are.
-        license: of the images, for the record: it is kept in the manifest.
+        license: of the images, for the record: it is kept in the manifest, and may be given or changed at any time.
         limits: which images are let in.
         rows_per_shard: at most; a shard is what a stage does in one go, and what is lost if it is killed.
         bytes_per_shard: at most, of image files; several times as much is held in memory for each actor. Of a list nobody knows
@@ -90,16 +92,23 @@ def run_ingest(dataset_uri: str, config: IngestConfig, on_progress: OnProgress =
     """
     images = Table(absolute_uri(dataset_uri), IMAGES_PATH, IMAGES)
     source, plan = _plan_sources(images, config)
-    return run_shards(
-        images,
-        _identity(config, source, plan),
-        list(plan.shards),
-        read_shard=ShardReader(source, plan.shards, _open_ledger(images, plan)),
-        make_worker=partial(IngestWorker, config.limits),
-        resources=config.resources,
-        max_reject_share=config.max_reject_share,
-        on_progress=on_progress,
-    )
+    identity = _identity(config, source, plan)
+    with hold(images.uri):
+        manifest = images.claim(identity)
+        if config.license is not None and manifest.license != config.license:
+            images.write_manifest(replace(manifest, license=config.license))
+        done = set(images.list_shards())
+        missing = {shard: parts for shard, parts in plan.shards.items() if shard not in done}
+        return run_shards(
+            images,
+            identity,
+            list(plan.shards),
+            read_shard=ShardReader(source, SharedPlan(missing), _open_ledger(images, plan, done)),
+            make_worker=partial(IngestWorker, config.limits),
+            resources=config.resources,
+            max_reject_share=config.max_reject_share,
+            on_progress=on_progress,
+        )
 
 
 class IngestWorker:
@@ -145,11 +154,11 @@ def _same_as(source_uri: str) -> str:
 class ShardReader:
     """Reads the raw rows of a shard, on any machine: SOURCE_ROWS with an `id`, null where there are no bytes.
 
-    `ledger`: None where there is but one shard.
+    `parts_of`: what a shard holds; `ledger`: None where there is but one.
     """
 
     source: Source
-    shards: dict[str, list[Part]]
+    parts_of: Callable[[str], list[Part]]
     ledger: ActorHandle | None = None
 
     def __call__(self, shard: str) -> pa.Table:
@@ -169,7 +178,7 @@ class ShardReader:
         return table
 
     def _read(self, shard: str) -> pa.Table:
-        table = read_parts(self.source, self.shards[shard])
+        table = read_parts(self.source, self.parts_of(shard))
         ids = [image_id(image_bytes.as_py()) if image_bytes.is_valid else None for image_bytes in table["image_bytes"]]
         return table.append_column("id", pa.array(ids, pa.string()))
 
@@ -178,9 +187,8 @@ def _digests(table: pa.Table) -> np.ndarray:
     return to_digests(table["id"].drop_null().to_pylist())
 
 
-def _open_ledger(images: Table, plan: Plan) -> ActorHandle | None:
-    """With the ids of the shards that are there; without those that were refused for coming from others."""
-    done = set(images.list_shards())
+def _open_ledger(images: Table, plan: Plan, done: set[str]) -> ActorHandle | None:
+    """With the ids of the shards that are `done`; without those that were refused for coming from others."""
     missing = [int(shard) for shard in plan.shards if shard not in done]
     if not missing or len(plan.shards) == 1:
         return None
@@ -198,9 +206,10 @@ def _open_ledger(images: Table, plan: Plan) -> ActorHandle | None:
 
 
 def _identity(config: IngestConfig, source: Source, plan: Plan) -> Identity:
-    """Resources and how URLs are fetched change no value; the sizes of shards do, for the other tables are aligned to them."""
-    names = ("image_column", "caption_column", "url_column", "base_uri", "license", "rows_per_shard", "bytes_per_shard")
-    settings = {name: getattr(config, name) for name in names}
+    """Resources and how patiently URLs are fetched change no value; the sizes of shards do, for the other tables are aligned to
+    them."""
+    names = ("image_column", "caption_column", "url_column", "base_uri", "rows_per_shard", "bytes_per_shard")
+    settings = {name: getattr(config, name) for name in names} | {"obey_robots_tag": config.download.obey_robots_tag}
     settings |= {"source": source.uri, "source_kind": source.kind, "first_listing": plan.first_listing}
     return Identity(STAGE, settings | {"limits": asdict(config.limits)}, models={}, inputs={})
 

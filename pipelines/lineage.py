@@ -81,8 +81,9 @@ def make_lineage(dataset_uri: str, *, max_shards: int = DEFAULT_SHARDS) -> Linea
 
 
 def _describe_source(dataset_uri: str, manifest: Manifest) -> dict[str, Any]:
-    known = ("source", "source_kind", "license")
-    facts = {name: manifest.config[name] for name in known if manifest.config.get(name) is not None}
+    facts = {name: manifest.config[name] for name in ("source", "source_kind") if manifest.config.get(name) is not None}
+    if manifest.license is not None:
+        facts["license"] = manifest.license
     plan = read_plan(Table(dataset_uri, IMAGES_PATH, IMAGES))
     if plan is not None:
         facts["num_files"] = len({part.path for parts in plan.shards.values() for part in parts})

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from itertools import chain, islice
 
 import pyarrow as pa
@@ -18,7 +19,7 @@ from pipelines.download import FetchError, fetch_all
 from pipelines.sidecars import clean, to_json
 from pipelines.sources import CAPTION_COLUMNS, URL_COLUMNS, Part, Source, find_column, holds_text, is_binary
 from pipelines.stage import Row
-from pipelines.storage import open_file, read_file, write_file
+from pipelines.storage import StorageError, open_file, read_file, write_file
 
 PIECE_ROWS = 100_000
 ROW_GROUP = 1000  # about what a shard reads
@@ -49,43 +50,58 @@ def copy_list(source: Source, part: Part) -> int:
     return count
 
 
-def read_listed(source: Source, part: Part) -> Iterator[Row]:
-    """The images that a slice of a list names, as rows of `readers.SOURCE_ROWS`. Raises as `download.fetch_all`."""
-    rows = slice_list(source, part)
-    uris = [source.resolve(part.path, row["url"]) for row in rows if row["url"]]
-    contents = iter(fetch_all(uris, source.download, source.max_bytes))
-    named = iter(uris)
-    for index, row in enumerate(rows, part.start):
+def read_listed(source: Source, parts: Iterable[Part]) -> Iterator[Row]:
+    """The images that slices of lists name, all fetched together, as rows of `readers.SOURCE_ROWS`.
+
+    Raises as `slice_lists` and `download.fetch_all`.
+    """
+    rows = [(part.path, index, row) for part, index, row in slice_lists(source, parts)]
+    uris = [source.resolve(path, row["url"]) for path, _, row in rows if row["url"]]
+    contents = iter(zip(uris, fetch_all(uris, source.download, source.max_bytes), strict=True))
+    for path, index, row in rows:
         found = {"caption": row["caption"], "metadata": row["metadata"]}
         if not row["url"]:
-            uri = f"{source.uri_of(part.path)}#{index}"
+            uri = f"{source.uri_of(path)}#{index}"
             yield found | {"source_uri": uri, "error": "no_url", "detail": f"row {index} of the list names no image"}
             continue
-        content = next(contents)
-        found["source_uri"] = next(named)
+        found["source_uri"], content = next(contents)
         if isinstance(content, FetchError):
             yield found | {"error": content.reason, "detail": content.detail}
         else:
             yield found | {"image_bytes": content}
 
 
-def slice_list(source: Source, part: Part) -> list[Row]:
-    """The rows of a part, from the copy: LIST_ROWS."""
-    rows: list[Row] = []
-    position = part.start
-    while part.stop is None or position < part.stop:
-        try:
-            content = read_file(_piece_uri(source, part.path, position // PIECE_ROWS))
-        except FileNotFoundError:
-            break
-        first = position - position % PIECE_ROWS
-        file = pq.ParquetFile(io.BytesIO(content))
-        end = min(part.stop or first + PIECE_ROWS, first + file.metadata.num_rows)
-        groups = range((position - first) // ROW_GROUP, -(-(end - first) // ROW_GROUP))
-        table = file.read_row_groups(list(groups)).slice((position - first) % ROW_GROUP, end - position)
-        rows += table.to_pylist()
-        position = first + PIECE_ROWS
-    return rows
+def slice_lists(source: Source, parts: Iterable[Part]) -> Iterator[tuple[Part, int, Row]]:
+    """The rows of parts, from the copies: LIST_ROWS, with the part and the row's number in its list.
+
+    Raises StorageError, also where a copy is gone.
+    """
+
+    @lru_cache(maxsize=1)  # parts are in order: one after another is in the same piece, and in the same row group
+    def open_piece(path: str, piece: int) -> pq.ParquetFile:
+        return pq.ParquetFile(io.BytesIO(read_file(_piece_uri(source, path, piece))))
+
+    @lru_cache(maxsize=1)
+    def read_group(path: str, piece: int, group: int) -> pa.Table:
+        return open_piece(path, piece).read_row_group(group)
+
+    for part in parts:
+        index = part.start
+        while part.stop is None or index < part.stop:
+            piece, place = divmod(index, PIECE_ROWS)
+            try:
+                file = open_piece(part.path, piece)
+            except FileNotFoundError as error:
+                if part.stop is None and place == 0 and index > part.start:  # it ends with a full piece
+                    break
+                raise StorageError(f"row {index} of the copy of {source.uri_of(part.path)} is gone: {error}") from error
+            if place >= file.metadata.num_rows:
+                break
+            group, first = divmod(place, ROW_GROUP)
+            length = ROW_GROUP if part.stop is None else part.stop - index
+            rows = read_group(part.path, piece, group).slice(first, length).to_pylist()
+            yield from ((part, number, row) for number, row in enumerate(rows, index))
+            index += len(rows)
 
 
 def _piece_uri(source: Source, path: str, piece: int) -> str:

@@ -6,13 +6,18 @@ matters only to shards that are not made yet.
 
 import hashlib
 import json
+import pickle
+from collections import defaultdict
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
+import ray
+
 from pipelines.download import TRANSIENT_REASONS
-from pipelines.lists import slice_list
+from pipelines.lists import slice_lists
 from pipelines.readers import NUM_THREADS, count_samples
 from pipelines.sources import Kind, Part, Source, list_parts
 from pipelines.storage import read_file
@@ -20,6 +25,7 @@ from pipelines.tables import Table
 
 PLAN = "_sources.json"
 MAX_SHARDS = 100_000  # names have five digits
+SHARDS_PER_PIECE = 16  # few enough to be fetched with one of them, and of 100,000 shards the pieces are few enough to be named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +45,21 @@ class Plan:
     """Hash of the files that the plan began with: the same shards mean the same images only within one such."""
     shards: dict[str, list[Part]]
     retried: tuple[str, ...] = ()
+
+
+class SharedPlan:
+    """What some shards hold, for tasks on any machine: in Ray's object store in pieces, so that a task that reads one shard is
+    not sent the whole plan, which may name millions of files.
+    """
+
+    def __init__(self, shards: Mapping[str, list[Part]]):
+        pieces: defaultdict[int, dict[str, bytes]] = defaultdict(dict)
+        for shard, parts in shards.items():
+            pieces[int(shard) // SHARDS_PER_PIECE][shard] = pickle.dumps(parts)
+        self.pieces = {number: ray.put(piece) for number, piece in pieces.items()}
+
+    def __call__(self, shard: str) -> list[Part]:
+        return pickle.loads(ray.get(self.pieces[int(shard) // SHARDS_PER_PIECE])[shard])
 
 
 def read_plan(images: Table) -> Plan | None:
@@ -78,24 +99,18 @@ def plan_retries(plan: Plan, source: Source, images: Table, size: ShardSize) -> 
     The shards that there are stay as they are, and so do the tables that are aligned to them.
     """
     done = [shard for shard in images.list_shards() if shard in plan.shards and shard not in plan.retried]
-    failed: list[Part] = []
+    refused: dict[Part, set[str]] = {}
     for shard in done:
-        refused = images.rejects().read_shard(shard, ["source_uri", "reject_reason"]).to_pylist()
-        uris = {row["source_uri"] for row in refused if row["reject_reason"] in TRANSIENT_REASONS}
-        if uris:
-            failed += _rows_of(source, plan.shards[shard], uris)
+        rejects = images.rejects().read_shard(shard, ["source_uri", "reject_reason"]).to_pylist()
+        if uris := {row["source_uri"] for row in rejects if row["reject_reason"] in TRANSIENT_REASONS}:
+            refused |= dict.fromkeys(plan.shards[shard], uris)
+    failed = [
+        replace(part, start=index, stop=index + 1)
+        for part, index, row in slice_lists(source, refused)
+        if row["url"] and source.resolve(part.path, row["url"]) in refused[part]
+    ]
     packed = [failed[start : start + size.rows] for start in range(0, len(failed), size.rows)]
     return replace(_append(plan, packed), retried=(*plan.retried, *done))
-
-
-def _rows_of(source: Source, parts: list[Part], uris: set[str]) -> list[Part]:
-    """Single rows of lists, by their URI."""
-    return [
-        replace(part, start=index, stop=index + 1)
-        for part in parts
-        for index, row in enumerate(slice_list(source, part), part.start)
-        if row["url"] and source.resolve(part.path, row["url"]) in uris
-    ]
 
 
 def _append(plan: Plan, new: list[list[Part]]) -> Plan:

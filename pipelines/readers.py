@@ -96,7 +96,10 @@ def _read_rows(source: Source, parts: list[Part]) -> Iterator[Row]:
         with ThreadPoolExecutor(NUM_THREADS) as pool:
             yield from pool.map(partial(_read_image_file, source), parts)
         return
-    read = {"webdataset": _read_tar, "parquet": _read_parquet, "list": read_listed}[source.kind]
+    if source.kind == "list":
+        yield from read_listed(source, parts)
+        return
+    read = {"webdataset": _read_tar, "parquet": _read_parquet}[source.kind]
     for part in parts:
         try:
             yield from read(source, part)
@@ -138,14 +141,14 @@ def _read_tar(source: Source, part: Part) -> Iterator[Row]:
                 refusal = too_many_bytes(member.size, source.max_bytes)
                 yield {"source_uri": uri, "error": refusal.reason, "detail": refusal.detail}
                 continue
-            image_bytes = _extract(archive, member)
+            beside = {ending: texts.get(splitext(member.name)[0] + ending) for ending in SIDECARS}
+            contents = _extract(archive, {"": member} | {ending: text for ending, text in beside.items() if text})
+            image_bytes = contents.pop("")
             if isinstance(image_bytes, Exception):
                 if cut_off is None:
                     raise image_bytes
                 break  # the last member, of which only a part is there
-            beside = {ending: texts.get(splitext(member.name)[0] + ending) for ending in SIDECARS}
-            sidecars = {ending: _extract(archive, text) for ending, text in beside.items() if text}
-            yield {"image_bytes": image_bytes, "source_uri": uri, **read_sidecars(sidecars)}
+            yield {"image_bytes": image_bytes, "source_uri": uri, **read_sidecars(contents)}
         if part.stop is None and cut_off is not None:
             raise cut_off
 
@@ -171,13 +174,18 @@ def _scan_tar(archive: tarfile.TarFile) -> tuple[list[tarfile.TarInfo], dict[str
     return images, texts, None
 
 
-def _extract(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | Exception:
-    content = archive.extractfile(member)
-    assert content is not None  # it is a file
-    try:
-        return content.read()
-    except (tarfile.TarError, zlib.error, EOFError) as error:
-        return error
+def _extract(archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> dict[str, bytes | Exception]:
+    """Their contents, read in the order in which they lie there: a compressed archive is read anew from its start for each step
+    back."""
+    contents: dict[str, bytes | Exception] = {}
+    for name, member in sorted(members.items(), key=lambda named: named[1].offset_data):
+        content = archive.extractfile(member)
+        assert content is not None  # it is a file
+        try:
+            contents[name] = content.read()
+        except (tarfile.TarError, zlib.error, EOFError) as error:
+            contents[name] = error
+    return contents
 
 
 def _read_parquet(source: Source, part: Part) -> Iterator[Row]:

@@ -81,7 +81,7 @@ class LightRows:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A refused row, with its picture, or the first bytes of what is not a picture."""
+    """A refused row, with its picture, or the first bytes of what is not a picture (unless a list named it)."""
 
     id: str | None
     source_uri: str | None
@@ -149,6 +149,8 @@ def read_rejects(table: Table, config: SampleConfig) -> Rejects:
     known: dict[str, bytes] = {}
     if table.path != IMAGES_PATH:
         known = read_image_bytes(table.dataset_uri, _locate(rejects, {row["id"] for row in samples}, config))
+    manifest = Table(table.dataset_uri, IMAGES_PATH, IMAGES).read_manifest()
+    is_listed = manifest is not None and manifest.config.get("source_kind") == "list"
     shown = []
     for row in samples:
         content = known.get(row["id"])
@@ -156,7 +158,8 @@ def read_rejects(table: Table, config: SampleConfig) -> Rejects:
         picture = (
             no_picture("bytes not at hand") if content is None else thumbnail(content, f"rejected: {row['reject_reason']}")
         )
-        excerpt = "" if content is None or picture.src else _excerpt(content)
+        # A list may come from strangers and name any file of this host: of what is no picture nothing is shown.
+        excerpt = "" if content is None or picture.src or is_listed else _excerpt(content)
         shown.append(Rejected(row["id"], row["source_uri"], row["reject_reason"], row["detail"], picture, excerpt))
     return Rejects(dict(counts.most_common()), light.scope, shown)
 

@@ -24,6 +24,7 @@ from botocore.exceptions import HTTPClientError
 from botocore.parsers import ResponseParserError
 from fsspec import AbstractFileSystem
 from fsspec.exceptions import FSTimeoutError
+from fsspec.implementations.local import LocalFileSystem
 
 ATTEMPTS = 8
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds; doubled after each attempt: about a minute in all
@@ -77,6 +78,8 @@ def open_filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
 
     Its own calls are not repeated: wrap them in `call`.
     """
+    if "::" in uri and "://" not in uri:  # part of a local file's name; in a URI it chains file systems
+        return LocalFileSystem(), str(Path(uri).absolute())
     options = S3_OPTIONS if uri.startswith(("s3://", "s3a://")) else {}
     filesystem, path = fsspec.url_to_fs(uri, **options)
     if options:

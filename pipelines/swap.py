@@ -6,6 +6,7 @@ them, is read again `SETTLE_SECONDS` after the write: two writers that came with
 """
 
 import fcntl
+import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,9 @@ from pipelines.storage import StorageError, call, is_local, open_filesystem, rea
 
 SETTLE_SECONDS = 1.0
 LOCK_SUFFIX = ".lock"
-CONDITION_FAILED = {"PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey"}
+CONFLICT = "ConditionalRequestConflict"  # says nothing of the condition: AWS wants it tried again
+CONFLICT_WAITS = (0.2, 0.5, 1.0, 2.0)  # seconds after each such answer
+CONDITION_FAILED = {"PreconditionFailed", "NoSuchKey", CONFLICT}
 NO_CONDITIONS = {"NotImplemented", "InvalidArgument", "MethodNotAllowed"}
 
 
@@ -78,6 +81,18 @@ def _locked(uri: str) -> Iterator[None]:
 
 
 def _swap_on_s3(uri: str, expected: bytes | None, content: bytes | None) -> bool:
+    for wait in CONFLICT_WAITS:
+        swapped = _try_on_s3(uri, expected, content)
+        if swapped is not None:
+            return swapped
+        time.sleep(wait * random.uniform(0.5, 1.0))
+        if read_if_there(uri) == content:  # the write was in conflict with itself, repeated because its answer was late
+            return True
+    raise StorageError(f"cannot write {uri}: other writes were in conflict with it {len(CONFLICT_WAITS)} times")
+
+
+def _try_on_s3(uri: str, expected: bytes | None, content: bytes | None) -> bool | None:
+    """Whether it was swapped; None: another write was under way, and who won is to be seen."""
     filesystem, path = open_filesystem(uri)
     condition: dict[str, str] = {"IfNoneMatch": "*"}
     if expected is not None:
@@ -94,6 +109,8 @@ def _swap_on_s3(uri: str, expected: bytes | None, content: bytes | None) -> bool
     if refusal in NO_CONDITIONS:
         _put(uri, content)
         return True
+    if refusal == CONFLICT:
+        return None
     return refusal is None or read_if_there(uri) == content  # a write whose answer was lost is refused when it is repeated
 
 

@@ -102,6 +102,8 @@ class Manifest:
     """"<figure>.mean" and "<figure>.min" over the shards."""
     versions: dict[str, str] = field(default_factory=dict)
     """Of the software that began the table. They change no fingerprint."""
+    license: str | None = None
+    """Of the images, as it was given to ingest. It changes no fingerprint."""
     begun: str = ""
     updated: str = ""
 
@@ -169,10 +171,6 @@ class Table:
             footer = pq.read_metadata(file)
             noted = json.loads((footer.metadata or {}).get(FACTS_KEY, b"{}"))
             return ShardFacts(num_rows=footer.num_rows, **noted)
-
-    def read_figures(self, shard: str) -> dict[str, float]:
-        """The figures that the stage's worker noted of a shard, from the file's footer."""
-        return self.read_facts(shard).figures
 
     @contextmanager
     def _naming_damage(self, shard: str) -> Iterator[None]:

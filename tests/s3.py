@@ -18,8 +18,13 @@ import boto3
 
 from tests.http_server import Handler, Server, free_port
 
-Fault = Literal["403", "500", "503", "reset", "cut", "slow"]
-CODES: dict[str, bytes] = {"403": b"AccessDenied", "500": b"InternalError", "503": b"SlowDown"}
+Fault = Literal["403", "409", "500", "503", "reset", "cut", "slow"]
+CODES: dict[str, bytes] = {
+    "403": b"AccessDenied",
+    "409": b"ConditionalRequestConflict",
+    "500": b"InternalError",
+    "503": b"SlowDown",
+}
 ERROR_BODY = b"<?xml version='1.0'?><Error><Code>%s</Code><Message>injected by the test</Message></Error>"
 BUCKET = "bucket"
 

@@ -14,7 +14,7 @@ EXPECTED = (MissingRightsError, FileExistsError, FileNotFoundError, RuntimeError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(argv)
+    options = make_parser().parse_args(argv)
     try:
         return int(options.run(options) or 0)
     except EXPECTED as error:
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m infra.local", description="A Ray cluster of several hosts on this machine."
     )

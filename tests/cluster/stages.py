@@ -1,6 +1,7 @@
 """The stages as Ray jobs: what is submitted for each, and what each makes."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ from pipelines.tables import Table
 
 RAW = "s3://bucket/raw"
 NUM_IMAGES, ROWS_PER_SHARD = 384, 16
-NUM_SHARDS = NUM_IMAGES // ROWS_PER_SHARD
+NUM_SHARDS = math.ceil((NUM_IMAGES + 1) / ROWS_PER_SHARD)  # and a file that is no image
 NUM_STEPS, CHECKPOINT_EVERY = 150, 25
 CAPTIONERS = {"llava": "zoo://captioner-a", "llava-next": "zoo://captioner-b"}
 LATENTS_PATH = latents_path("dc-ae-tiny", 64)

@@ -40,4 +40,4 @@ def test_without_the_token_nothing_is_submitted(cluster: Cluster) -> None:
     reach = os.environ | without | {"HOME": str(cluster.folder)}  # where no token lies
     done = subprocess.run(command, env=reach, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "it ran" not in done.stdout
-    assert "uthentication" in done.stdout + done.stderr
+    assert "Missing authentication token" in done.stdout + done.stderr

@@ -2,7 +2,9 @@
 
 import importlib.util
 import re
+import shlex
 
+from infra.local.__main__ import make_parser as local_cluster
 from jobs.config import parse_config
 from jobs.exit_codes import ExitCode
 from jobs.plan import RATES, PlanConfig, make_plan
@@ -48,6 +50,8 @@ def test_the_capacity_table_is_what_the_plan_says() -> None:
 def test_commands_and_files_exist() -> None:
     for module in re.findall(r"python -m (jobs\.\w+)", README):
         assert importlib.util.find_spec(module), module
+    for line in re.findall(r"python -m infra\.local (.+?)(?:  |\"|`|$)", README, re.MULTILINE):
+        local_cluster().parse_args(shlex.split(line))
     for path in re.findall(r"(?:infra|jobs|tests)/[\w./-]+\w", README):
         assert (ROOT / path).exists(), path
     for row in table("| folder |"):

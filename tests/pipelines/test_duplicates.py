@@ -5,14 +5,16 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image, ImageFilter
 
-from pipelines.duplicates import NAME, DuplicatesConfig, Hashes, band_masks, decide, near_pairs, run_duplicates
+from pipelines.duplicates import GENERATIONS, NAME, DuplicatesConfig, Hashes, band_masks, decide, near_pairs, run_duplicates
 from pipelines.ingest import IngestConfig, run_ingest
+from pipelines.lease import LEASE, LeaseHeldError, hold
 from pipelines.report_images import duplicates_report
 from pipelines.schema import IMAGE_SCORES, IMAGES, IMAGES_PATH, image_scores_path
-from pipelines.tables import StaleTableError, Table
+from pipelines.tables import Identity, StaleTableError, Table
 from tests.pipelines.html_page import check_page
 
 
@@ -143,6 +145,19 @@ def test_stage_grows_resumes_and_shows(tmp_path: Path, local_ray: None) -> None:
     page = duplicates_report(str(dataset))
     check_page(page)
     assert page.count("of 64 bits differ") == 3
+
+
+def test_what_a_run_decides_about_is_noted_under_its_lease(tmp_path: Path) -> None:
+    images = Table(str(tmp_path), IMAGES_PATH, IMAGES)
+    images.claim(Identity("ingest", {}, {}, {}))
+    images.write_shard("00000", pa.Table.from_pylist([], IMAGES))
+    folder = tmp_path / f"image_scores/{NAME}"
+    with hold(str(folder)):
+        record = (folder / LEASE).read_bytes()
+    (folder / LEASE).write_bytes(record)  # of another job in this process
+    with pytest.raises(LeaseHeldError):
+        run_duplicates(str(tmp_path), DuplicatesConfig())
+    assert not (folder / GENERATIONS).exists()
 
 
 def test_config() -> None:

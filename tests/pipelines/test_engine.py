@@ -142,8 +142,13 @@ def test_goes_on_from_a_checkpoint_exactly(tmp_path: Path, zero_stage: int, dtyp
     straight = make_engine(config)
     ema = EMA(straight.master_weights(), EmaConfig())
     train(straight, ema, range(3))
-    checkpoint = snapshot_of(straight, ema, tmp_path)
+    state = {"points": [3]}
+    snapshot = take_snapshot(straight, ema, state, step=3)
     norms = train(straight, ema, range(3, NUM_STEPS))
+    state["points"].append(4)
+    write_part(str(tmp_path), snapshot)  # in the background it may come as late as this
+    checkpoint = Checkpoint.open(str(tmp_path))
+    assert checkpoint.states[0]["points"] == [3]
     resumed = make_engine(config)
     resumed_ema = restore(resumed, checkpoint)
     assert train(resumed, resumed_ema, range(3, NUM_STEPS)) == norms

@@ -51,7 +51,7 @@ def test_memory_stays_bounded(corpus: tuple[Path, dict[str, Hostile]]) -> None:
     folder, cases = corpus
     assert len(cases) > 100
     source = find_source(str(folder), "auto", max_bytes=LIMITS.max_bytes)
-    table = ShardReader(source, {"00000": list_parts(source)})("00000")
+    table = ShardReader(source, lambda shard: list_parts(source))("00000")
     worker, process, done = IngestWorker(LIMITS), psutil.Process(), threading.Event()
     before = peak = process.memory_info().rss
 

@@ -85,6 +85,27 @@ def test_a_label_is_named_or_numbered(classifier: str) -> None:
         ImageScorer(ImageScorerConfig(name="x", model=classifier, label="watermark"))
 
 
+def test_what_does_not_fit_or_is_no_number_costs_its_row_only(classifier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = ImageScorer(ImageScorerConfig(name="nsfw", model=classifier, label="nsfw", batch_size=4))
+    expected = scorer.process(table_of(CONTENTS)).rows
+    poison, forward = scorer._prepare({"image_bytes": CONTENTS[5]})[0], scorer.model.model.forward
+
+    def tight(pixel_values: torch.Tensor) -> object:
+        if len(pixel_values) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        output = forward(pixel_values=pixel_values)
+        output.logits[(pixel_values == poison).flatten(1).all(1)] = torch.nan
+        return output
+
+    monkeypatch.setattr(scorer.model.model, "forward", tight)
+    rows, rejects, _ = scorer.process(table_of(CONTENTS))
+    assert [row["id"] for row in rows] == [f"id{number}" for number in range(7) if number != 5]
+    np.testing.assert_allclose(
+        [row["score"] for row in rows], [row["score"] for row in expected if row["id"] != "id5"], atol=1e-5
+    )
+    assert [(row["id"], row["reject_reason"]) for row in rejects] == [("id5", "bad_score")]
+
+
 def test_a_head_over_a_clip(clip_with_head: tuple[str, str]) -> None:
     folder, head = clip_with_head
     rows, _, _ = ImageScorer(ImageScorerConfig(name="aesthetic", model=folder, head=head)).process(table_of(CONTENTS))

@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from ray import cloudpickle
 
 from pipelines.images import ImageLimits, decode
 from pipelines.ingest import IngestConfig, IngestWorker, ShardReader, image_id, run_ingest
-from pipelines.plan import ShardSize, pack
+from pipelines.plan import ShardSize, SharedPlan, pack
 from pipelines.readers import SOURCE_ROWS
 from pipelines.schema import IMAGES, IMAGES_PATH
 from pipelines.sources import Part, find_source, list_parts
@@ -81,7 +82,7 @@ def test_bad_folder_through_the_worker(tmp_path):
     """Rows and rejects exactly, without Ray."""
     write_bad_folder(tmp_path)
     source = find_source(str(tmp_path), "auto")
-    table = ShardReader(source, {"00000": list_parts(source)})("00000")
+    table = ShardReader(source, lambda shard: list_parts(source))("00000")
     rows, rejects, _ = IngestWorker(ImageLimits()).process(table)
     found = {Path(row["source_uri"]).name: (row["format"], row["width"], row["height"], row["caption"]) for row in rows}
     assert found == {
@@ -212,6 +213,14 @@ def test_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="holds nothing to ingest"):
         run_ingest(str(tmp_path / "dataset"), IngestConfig(source=str(tmp_path / "photos"), source_kind="webdataset"))
     assert not (tmp_path / "dataset").exists()
+
+
+def test_a_task_is_not_sent_the_whole_plan(local_ray):
+    shards = {f"{shard:05}": [Part(f"{shard}/{file}.jpg", 9, (f"{file}.txt",)) for file in range(1000)] for shard in range(40)}
+    shared = SharedPlan(shards)
+    assert all(shared(shard) == parts for shard, parts in shards.items())
+    reader = ShardReader(find_source("/", "folder"), shared)
+    assert len(cloudpickle.dumps(reader)) < 10_000 < len(cloudpickle.dumps(shards)) / 100
 
 
 def test_plan_of_another_version_is_named(tmp_path):

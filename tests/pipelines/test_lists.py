@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines import lists
 from pipelines.download import DownloadConfig, FetchError, fetch_all
 from pipelines.ingest import IngestConfig, run_ingest
 from pipelines.lists import PIECE_ROWS
@@ -18,7 +20,8 @@ from pipelines.readers import count_samples, read_parts
 from pipelines.schema import IMAGES, IMAGES_PATH
 from pipelines.sources import Part, Source, find_source, list_parts
 from pipelines.stage import Row
-from pipelines.tables import Table
+from pipelines.storage import StorageError
+from pipelines.tables import StaleTableError, Table
 from tests.pipelines.hostile_images import encode, noise
 from tests.pipelines.image_server import ImageServer
 from tests.pipelines.test_sources import write_files, write_tar
@@ -173,6 +176,27 @@ def test_slices_of_long_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert [row["image_bytes"][0] for row in rows] == list(range(25))[start:stop], (start, stop)
     (tmp_path / "list.csv").unlink()  # what was planned can be read still
     assert len(read_parts(source, [Part("list.csv", 0)])) == 25
+    copies = sorted((tmp_path / "copies").iterdir())
+    for gone, slices in ((copies[2], [(20, None), (15, 23)]), (copies[1], [(12, None), (5, 14)])):
+        gone.unlink()
+        for start, stop in slices:
+            with pytest.raises(StorageError, match=r"copy of .*list\.csv is gone"):
+                read_parts(source, [Part("list.csv", 0, start=start, stop=stop)])
+
+
+def test_slices_are_read_and_fetched_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tried again is rows from here and there."""
+    write_files(tmp_path, {f"{number}.png": bytes([number]) for number in range(40)})
+    (tmp_path / "list.csv").write_text("path\n" + "\n".join(f"{number}.png" for number in range(40)))
+    source = list_source(tmp_path / "list.csv")
+    count_samples(source, Part("list.csv", 0))
+    calls: Counter[str] = Counter()
+    for function in (lists.read_file, lists.fetch_all):
+        name = function.__name__
+        monkeypatch.setattr(lists, name, lambda *given, call=function, name=name: (calls.update([name]), call(*given))[1])
+    rows = read_parts(source, [Part("list.csv", 0, start=start, stop=start + 1) for start in range(0, 40, 2)])
+    assert [content.as_py()[0] for content in rows["image_bytes"]] == list(range(0, 40, 2))
+    assert calls == {"read_file": 1, "fetch_all": 1}
 
 
 def test_lists_that_are_none(tmp_path: Path) -> None:
@@ -182,7 +206,7 @@ def test_lists_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "b.csv").write_text("link\nx.png\n")
     assert [row["error"] for row in found(list_source(tmp_path / "b.csv", url_column="link"))] == ["missing_source"]
     (tmp_path / "c.csv").write_text("url,text\n")
-    assert found(list_source(tmp_path / "c.csv")) == []
+    assert count_samples(list_source(tmp_path / "c.csv"), Part("c.csv", 0)) == 0
     (tmp_path / "d.parquet").write_bytes(b"PAR1 no parquet PAR1")
     with pytest.raises(ValueError, match=r"d.parquet cannot be read as a list"):
         found(find_source(str(tmp_path / "d.parquet"), "list", copies_uri=str(tmp_path / "copies")))
@@ -215,15 +239,16 @@ def test_failed_downloads_are_tried_again_in_new_shards(tmp_path: Path, server: 
         rows_per_shard=4,
         max_reject_share=1,
         download=replace(FAST, attempts=1),
-        license="CC0",
     )
     dataset = str(tmp_path / "dataset")
     result = run_ingest(dataset, config)
     assert result.rejects_by_reason == {"http_500": 2, "not_an_image": 1, "http_404": 1}
     images = Table(dataset, IMAGES_PATH, IMAGES)
     before = {shard: images.read_shard(shard) for shard in images.list_shards()}
-    assert images.require().config["license"] == "CC0"
-    assert run_ingest(dataset, config).was_done
+    config = replace(config, license="CC0")
+    assert run_ingest(dataset, config).was_done and images.require().license == "CC0"
+    with pytest.raises(StaleTableError, match="obey_robots_tag: True -> False"):
+        run_ingest(dataset, replace(config, download=replace(config.download, obey_robots_tag=False)))
 
     again = run_ingest(dataset, replace(config, retry_rejects=True))
     assert (again.num_shards, again.found_shards, again.num_rows) == (3, 2, 4)

@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from pipelines.report import captions_report, images_report, latents_report, scores_report, write_report
-from pipelines.report_data import SampleConfig, thumbnail
+from pipelines.report_data import SampleConfig, read_rejects, thumbnail
 from pipelines.report_run import Link, Section, demo_report, training_report
-from pipelines.schema import CAPTIONS, IMAGES, LATENTS, SCORES
+from pipelines.schema import CAPTIONS, IMAGES, IMAGES_PATH, LATENTS, REJECTS, SCORES
 from pipelines.select import SelectionConfig
 from pipelines.shapes import draw_row, sample_caption
 from pipelines.stage import Row, reject
@@ -335,3 +335,14 @@ def test_thumbnails_are_small_and_of_any_kind() -> None:
         image = large.resize((20, 10)).convert("L" if mode == "I;16" else mode).convert(mode)
         assert thumbnail(encode(image, "TIFF"), mode).src.startswith("data:image/png;base64,")
     assert not thumbnail(b"text", "t").src
+
+
+@pytest.mark.parametrize(("kind", "excerpt"), [("folder", "root:x:0"), ("list", "")])
+def test_a_list_brings_no_file_of_this_host_onto_a_page(tmp_path: Path, kind: str, excerpt: str) -> None:
+    (tmp_path / "passwd").write_text("root:x:0")
+    images = Table(str(tmp_path / "data"), IMAGES_PATH, IMAGES)
+    images.claim(Identity("ingest", {"source_kind": kind}, {}, {}))
+    refused = reject({"source_uri": str(tmp_path / "passwd")}, "not_an_image", "no image")
+    images.rejects().write_shard("00000", pa.Table.from_pylist([refused], REJECTS))
+    [shown] = read_rejects(images, SampleConfig()).samples
+    assert (shown.excerpt, shown.picture.src) == (excerpt, "")

@@ -1,5 +1,6 @@
 """Folders, tars and Parquet files give the same rows, and what cannot be read is told."""
 
+import gzip
 import io
 import json
 import os
@@ -48,6 +49,7 @@ def test_folder_with_captions_beside(tmp_path):
         "deep/er/b.json": b'{"caption": "from json", "license": "CC0", "score": NaN}',
         "c [1] #?.webp": IMAGE + b"c",
         "c [1] #?.json": b'{"text": "named text"}',
+        "d::e.png": IMAGE + b"g",
         "both.gif": IMAGE + b"d",
         "both.txt": b"from txt",
         "both.json": b'{"caption": "from json"}',
@@ -62,12 +64,13 @@ def test_folder_with_captions_beside(tmp_path):
     }
     write_files(tmp_path, files)
     rows = {row["source_uri"].removeprefix(f"{tmp_path}/"): row for row in read_all(tmp_path)}
-    assert list(rows) == sorted(["a.jpg", "deep/er/b.PNG", "c [1] #?.webp", "both.gif", "broken.tiff", "alone.bmp"])
+    assert list(rows) == sorted(["a.jpg", "deep/er/b.PNG", "c [1] #?.webp", "d::e.png", "both.gif", "broken.tiff", "alone.bmp"])
     assert all(row["image_bytes"] == files[name] and row["error"] is None for name, row in rows.items())
     assert {name: row["caption"] for name, row in rows.items()} == {
         "a.jpg": "A caption, with an é.",
         "deep/er/b.PNG": "from json",
         "c [1] #?.webp": "named text",
+        "d::e.png": None,
         "both.gif": "from txt",
         "broken.tiff": None,
         "alone.bmp": None,
@@ -125,6 +128,21 @@ def test_webdataset(tmp_path, name, mode):
     source = find_source(str(tmp_path), "auto")
     assert count_samples(source, Part(name, 0)) == 3
     assert [row["caption"] for row in read_parts(source, [Part(name, 0, start=1, stop=3)]).to_pylist()] == [None, "three"]
+
+
+def test_a_compressed_tar_is_read_through_twice_and_not_for_each_image(tmp_path, monkeypatch):
+    rewinds = []
+    rewind = gzip._GzipReader._rewind
+    monkeypatch.setattr(gzip._GzipReader, "_rewind", lambda reader: (rewinds.append(1), rewind(reader))[1])
+    members = {
+        f"{index:02}.{ending}": np.random.default_rng(index).bytes(9000) if ending == "jpg" else b'{"text": "one"}'
+        for index in range(20)
+        for ending in ("jpg", "json", "txt")
+    }
+    write_tar(tmp_path / "x.tar.gz", members, "w:gz")
+    rows = read_all(tmp_path / "x.tar.gz")
+    assert [row["image_bytes"] for row in rows] == [members[name] for name in members if name.endswith("jpg")]
+    assert len(rewinds) <= 2
 
 
 @pytest.mark.parametrize("kept", [0.3, 0.5, 0.7])

@@ -64,7 +64,7 @@ def test_every_shard_holds_the_rows_of_its_input_less_its_rejects(table: Table) 
     assert (result.num_rows, result.num_rejects, result.rejects_by_reason) == (5, 3, {"bad_id": 3})
     manifest = table.require()
     assert manifest.complete and manifest.num_rows == 5 and manifest.rejects_by_reason == {"bad_id": 3}
-    assert [table.read_figures(shard) for shard in IDS] == [{"kept": 2}, {"kept": 0}, {"kept": 0}, {"kept": 3}]
+    assert [table.read_facts(shard).figures for shard in IDS] == [{"kept": 2}, {"kept": 0}, {"kept": 0}, {"kept": 3}]
     assert manifest.figures == result.figures == {"kept.mean": 1.25, "kept.min": 0}
     facts = table.rejects().read_facts("00002")
     assert (facts.num_rows, facts.rejects_by_reason, facts.fingerprint) == (2, {"bad_id": 2}, IDENTITY.fingerprint)

@@ -16,8 +16,9 @@ import pytest
 from pipelines import storage
 from pipelines.schema import IMAGES, SAMPLES
 from pipelines.storage import StorageError, find_files, list_folder, open_file, read_file, remove_file, write_file
+from pipelines.swap import read_if_there, swap
 from pipelines.tables import DamagedShardError, Table
-from tests.s3 import BUCKET, FaultyProxy, environment, s3_environment, serve_s3
+from tests.s3 import BUCKET, Fault, FaultyProxy, environment, s3_environment, serve_s3
 
 URI = f"s3://{BUCKET}"
 
@@ -55,7 +56,7 @@ def test_spoiled_answers_change_nothing(proxy: FaultyProxy) -> None:
     assert table.list_shards() == list(shards)
     for shard, rows in shards.items():
         assert table.read_shard(shard) == rows
-        assert table.read_figures(shard) == {"psnr": 31.5}
+        assert table.read_facts(shard).figures == {"psnr": 31.5}
     assert len(proxy.spoiled) == 5 and proxy.spoiled.total() > 10
 
 
@@ -88,6 +89,23 @@ def test_no_server_no_bucket_no_file_no_access(proxy: FaultyProxy, monkeypatch: 
     monkeypatch.setattr(storage, "S3_OPTIONS", {**storage.S3_OPTIONS, "endpoint_url": "http://127.0.0.1:9"})
     with pytest.raises(StorageError, match=r"gave up after 2 attempts, at last .*127\.0\.0\.1:9"):
         read_file(f"{URI}/a")
+
+
+def test_a_conflict_between_writes_is_no_answer(proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever swaps looks again, and repeats it if the file is as it was."""
+    faults: list[Fault] = []
+    monkeypatch.setattr(proxy, "draw", lambda method: faults.pop() if method in ("PUT", "DELETE") and faults else None)
+    monkeypatch.setattr("pipelines.swap.CONFLICT_WAITS", (0.01,) * 4)
+    expected: bytes | None = None
+    for content in (b"one", b"two", None):
+        faults += ["409"] * 3
+        assert swap(f"{URI}/swapped", expected, content) and faults == []
+        assert read_if_there(f"{URI}/swapped") == content
+        expected = content
+    assert not swap(f"{URI}/swapped", b"else", b"three")
+    faults += ["409"] * 4
+    with pytest.raises(StorageError, match=r"cannot write s3://bucket/swapped: .*in conflict with it 4 times"):
+        swap(f"{URI}/swapped", None, b"four")
 
 
 def test_only_what_is_asked_for_is_fetched(proxy: FaultyProxy) -> None:
