@@ -8,11 +8,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
 
 from infra.local.cluster import Cluster, cut_for
+from pipelines.storage import open_filesystem
 from tests.cluster.stages import Stage
 
 PATIENCE = 420.0  # seconds for one job, with a fault in it
@@ -23,8 +25,8 @@ CUT_SECONDS = 60.0
 class Fault:
     """What was done to a stage, for the closing table.
 
-    done: parts (shards, steps) of `num_parts` that were there when it came. undisturbed, seconds: what the stage takes without
-    it, and took with it.
+    done: parts (shards, steps) of `num_parts` that were there when it came. undisturbed, seconds: what the job takes without
+    it, and took with it: on a machine with other work the difference says little. pause: seconds in which no part came.
     """
 
     stage: str
@@ -33,14 +35,24 @@ class Fault:
     done: int
     num_parts: int
     undisturbed: float
-    seconds: float = 0.0
+    seconds: float
+    pause: float
 
     def line(self) -> str:
         lost = self.seconds - self.undisturbed
         return (
             f"{self.stage:<20} {self.what:<14} host {self.host} after {self.done:>3} of {self.num_parts:<3}   "
-            f"{self.undisturbed:>4.0f} s undisturbed, {self.seconds:>4.0f} s with it: {lost:>4.0f} s lost"
+            f"{self.undisturbed:>4.0f} s undisturbed, {self.seconds:>4.0f} s with it: {lost:>4.0f} s lost, "
+            f"longest pause {self.pause:>3.0f} s"
         )
+
+
+def longest_pause(folder_uri: str) -> float:
+    """Seconds between two files of a folder of the S3, one written after the other."""
+    filesystem, root = open_filesystem(folder_uri)
+    files = filesystem.find(root, detail=True).items()
+    times = sorted(info["LastModified"].timestamp() for path, info in files if path.endswith((".parquet", ".jsonl")))
+    return max(after - before for before, after in pairwise(times))
 
 
 @dataclass(kw_only=True)

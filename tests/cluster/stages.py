@@ -63,8 +63,12 @@ class Stage:
     def count_done(self, dataset_uri: str) -> int:
         """Shards that are written, or steps of the training that are written down."""
         if self.schema is None:
-            return max((int(name.split("-")[2]) for name in list_folder(f"{dataset_uri}/train/drawn")), default=0)
+            return max((int(name.split("-")[2]) for name in list_folder(self.parts_uri(dataset_uri))), default=0)
         return len(self.table(dataset_uri).list_shards())
+
+    def parts_uri(self, dataset_uri: str) -> str:
+        """The folder that they come to."""
+        return f"{dataset_uri}/{self.path or 'train/drawn'}"
 
     @property
     def num_parts(self) -> int:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Mapping
 
 import mlflow
@@ -16,7 +17,7 @@ from pipelines.drawn import read_drawn
 from pipelines.storage import open_filesystem
 from pipelines.tables import Table
 from pipelines.training_record import TrainingRecord
-from tests.cluster.faults import FAULTS, Fault, Jobs, wait_for_middle
+from tests.cluster.faults import FAULTS, Fault, Jobs, longest_pause, wait_for_middle
 from tests.cluster.sockets import listeners, unguarded
 from tests.cluster.stages import (
     CAPTION,
@@ -107,7 +108,7 @@ def copy_inputs(stage: Stage, dataset_uri: str) -> None:
 def test_a_fault_changes_nothing(
     stage: Stage, what: str, jobs: Jobs, undisturbed: Mapping[str, float], faults: list[Fault]
 ) -> None:
-    experiment = f"{stage.name} {what}".replace(" ", "-")
+    experiment = f"{stage.name} {what} {uuid.uuid4().hex[:6]}".replace(" ", "-")  # anew on a cluster that is kept
     dataset_uri = f"s3://bucket/{experiment}"
     copy_inputs(stage, dataset_uri)
     begin = time.monotonic()
@@ -128,6 +129,7 @@ def test_a_fault_changes_nothing(
             num_parts=stage.num_parts,
             undisturbed=undisturbed[stage.name],
             seconds=seconds,
+            pause=longest_pause(stage.parts_uri(dataset_uri)),
         )
     )
     (run,) = runs_of(experiment, stage.name)
