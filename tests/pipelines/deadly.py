@@ -6,7 +6,6 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 
-DEADLY = "star " * 100
 MAX_TOKENS = 150  # of the prompts of others
 
 

@@ -21,7 +21,6 @@ from pipelines.models import local_model
 from pipelines.stage import Progress, Resources
 from tests.http_server import free_port
 from tests.pipelines.caption_world import BROKEN, TOO_LONG, captions, image_row, refused, scene, write_images
-from tests.pipelines.deadly import DEADLY
 from tests.pipelines.http_world import serving
 
 pytestmark = [
@@ -30,6 +29,8 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
 
+DEADLY = "star " * 100
+"""Makes a prompt of which `tests.pipelines.deadly` ends the engine's process."""
 NUM_IMAGES, ROWS_PER_SHARD = 200, 20
 BAD, LONG = 33, 77
 """Places of the image that is broken, and of the one whose prompt is too long."""
