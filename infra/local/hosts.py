@@ -21,7 +21,7 @@ NO_METRICS = {"RAY_enable_metrics_collection": "0", "AUTOSCALER_METRIC_PORT": NO
 
 INIT = """
 set -eu
-if [ -n "$KEEP" ]; then mkdir -p "$DISK$KEEP"; mount --bind "$KEEP" "$DISK$KEEP"; fi
+if [ -n "$KEEP" ]; then mkdir -p "$DISK${{KEEP#/tmp}}"; mount --bind "$KEEP" "$DISK${{KEEP#/tmp}}"; fi
 mount --rbind "$DISK" /tmp
 mount -t tmpfs -o size={shm} tmpfs /dev/shm
 hostname "$NAME"
