@@ -16,6 +16,7 @@ from pipelines.caption_config import ORIGINAL, CaptionerConfig
 from pipelines.caption_quality import QualityConfig, find_faults, find_same_captions, strip_boilerplate
 from pipelines.images import decode
 from pipelines.models import local_model
+from pipelines.sidecars import clean
 from pipelines.stage import Row, ShardOutput, reject
 
 TAG = re.compile(r"<[^<>\s][^<>]{0,60}>|\[/?INST\]")
@@ -113,7 +114,7 @@ class CaptionJudge:
     def _clean(self, outcome: Outcome) -> Outcome:
         if isinstance(outcome, Refusal):
             return outcome
-        caption = outcome.caption.encode(errors="replace").decode().strip()  # a server may send half a character of UTF-16
+        caption = clean(outcome.caption) or ""  # a server may send half a character of UTF-16
         if self.quality.boilerplate == "strip":
             caption = strip_boilerplate(caption)
         if not caption:
