@@ -9,6 +9,7 @@ has made, until its dataset ends, is bounded by `SHARDS_PER_ACTOR`.
 """
 
 import os
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +22,6 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import pyarrow as pa
 import ray
-import torch
 from ray.util.annotations import RayDeprecationWarning
 
 from pipelines.lease import LeaseLostError, Ticket
@@ -207,13 +207,19 @@ class _Worker:
                 self.worker = self.worker or self.make_worker()
                 output = self.worker.process(_unpack(batch["rows"]))
                 rows, refused = output.tables(self.schema)
-            except torch.AcceleratorError:
-                traceback.print_exc()
-                os._exit(1)  # the device is lost to this process: Ray starts another
             except Exception as failure:
+                if _has_lost_device(failure):
+                    traceback.print_exc()
+                    os._exit(1)  # Ray starts another process
                 error = _describe(failure)
         figures = pa.array([list(output.figures.items())], FIGURES)
         return _read_row(shard, _pack(rows), error).append_column("rejects", _pack(refused)).append_column("figures", figures)
+
+
+def _has_lost_device(error: Exception) -> bool:
+    """Whether this process can use its GPU no more. torch is not imported for it: who only reads or writes can do without."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.AcceleratorError)
 
 
 def _write(batch: pa.Table, output: Table, fingerprint: str, ticket: Ticket) -> pa.Table:
