@@ -18,7 +18,6 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from PIL import Image
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -95,6 +94,8 @@ def make_database(uri: str) -> None:
     path = Path(uri.removeprefix(SQLITE))
     if not uri.startswith(SQLITE) or path.exists():
         return
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # half a second, which most processes can do without
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
         made = Path(folder, path.name)

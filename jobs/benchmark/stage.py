@@ -14,31 +14,13 @@ import ray
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address  # Ray has no public way to its store's use
 from tqdm import tqdm
 
+from jobs.benchmark.stand_ins import NoModel, SleepingModel
 from jobs.runner import RayConfig, start_ray
 from pipelines.schema import CAPTIONS, captions_path
-from pipelines.stage import Resources, ShardOutput, ShardWorker, StageResult, run_shards
+from pipelines.stage import Resources, ShardWorker, StageResult, run_shards
 from pipelines.tables import Identity, Table
 
 MIB = 2**20
-
-
-class SleepingModel:
-    """A model that costs a fixed time for each row."""
-
-    def __init__(self, seconds: float):
-        self.seconds = seconds
-
-    def process(self, table: pa.Table) -> ShardOutput:
-        for _ in range(table.num_rows):
-            time.sleep(self.seconds)
-        return ShardOutput(table, [])
-
-
-class NoModel:
-    """Gives back what it gets."""
-
-    def process(self, table: pa.Table) -> ShardOutput:
-        return ShardOutput(table, [])
 
 
 def benchmark_stage(
