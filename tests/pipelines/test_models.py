@@ -1,10 +1,8 @@
 """What tells one version of a model from another, and who may use a GPU."""
 
 import json
-import threading
 from collections.abc import Iterator
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -13,39 +11,29 @@ from huggingface_hub import HfApi, constants
 from pipelines import models
 from pipelines.caption_config import CaptionerConfig
 from pipelines.models import hub_commit, is_hub_id, model_version, pinned
+from tests.http_server import Handler, Server
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(Handler):
     """Answers as the hub does which commit a revision of acme/vlm is."""
 
     def do_GET(self) -> None:
-        revision = self.path.removeprefix("/api/models/acme/vlm/revision/")
-        commit = COMMITS.get(revision)
-        self.send_response(200 if commit else 404)
+        commit = COMMITS.get(self.path.removeprefix("/api/models/acme/vlm/revision/"))
         if commit is None:
-            self.send_header("X-Error-Code", "RevisionNotFound" if "acme/vlm" in self.path else "RepoNotFound")
-        self.end_headers()
-        self.wfile.write(json.dumps({"id": "acme/vlm", "sha": commit}).encode() if commit else b"{}")
-
-    def log_message(self, format: str, *args: object) -> None:
-        return
+            missing = "RevisionNotFound" if "acme/vlm" in self.path else "RepoNotFound"
+            self.reply(404, b"{}", {"X-Error-Code": missing})
+        else:
+            self.reply(200, json.dumps({"id": "acme/vlm", "sha": commit}).encode())
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(models, "HfApi", partial(HfApi, endpoint=f"http://127.0.0.1:{server.server_port}"))
-    try:
+    with Server(Hub).running() as server:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(models, "HfApi", partial(HfApi, endpoint=server.url))
         yield
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 @pytest.mark.usefixtures("hub")
