@@ -1,8 +1,9 @@
-"""`make demo`: the whole way once, from raw images to pictures drawn by a model trained on them, on this machine."""
+"""`make demo`: the whole way once, from raw images to pictures drawn by a model trained on them."""
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from tempfile import TemporaryDirectory
 
 from jobs.demo_report import print_summary, summarize_demo, write_demo_report
 from jobs.pipeline import StagesJob, draw_and_judge, make_training_table, raise_first, train_pipeline
@@ -11,6 +12,7 @@ from jobs.timings import Timings
 from pipelines.schema import SCORES, scores_path
 from pipelines.select import choose_caption
 from pipelines.shapes import NEW_COLORS, ShapesConfig, phrasings, sample_scene, write_caption, write_folder
+from pipelines.storage import find_files, is_local, upload_folder
 from pipelines.tables import Table
 
 FIRST_SCENE = 30_000_000  # the demo draws its scenes where the shipped models never looked
@@ -49,6 +51,11 @@ class DemoJob(StagesJob):
         super().__post_init__()
         if self.train.init is None:
             raise ValueError("train.init=None: the demo goes on from a pipeline, such as zoo://pipeline")
+        if self.images is None and is_local(self.ingest.source) and not is_local(self.dataset_uri):
+            raise ValueError(
+                f"ingest.source={self.ingest.source} is on one machine, and dataset_uri={self.dataset_uri} is for several: let "
+                f"the scenes be drawn where all see them, such as --ingest.source {self.dataset_uri.rstrip('/')}-raw"
+            )
 
 
 def run(job: DemoJob) -> None:
@@ -70,9 +77,15 @@ def run(job: DemoJob) -> None:
 
 
 def draw_scenes(job: DemoJob) -> None:
-    world = job.world
-    write_folder(job.ingest.source, FIRST_SCENE, world.num_images, world.shapes)
-    print(f"{'draw scenes':<22} {world.num_images} images in {job.ingest.source}", flush=True)
+    """Into `ingest.source`; those that are there already stay as they are."""
+    world, source = job.world, job.ingest.source
+    if is_local(source):
+        write_folder(source, FIRST_SCENE, world.num_images, world.shapes)
+    elif len(find_files(source)) < 2 * world.num_images:  # each has a .json beside it
+        with TemporaryDirectory() as folder:
+            write_folder(folder, FIRST_SCENE, world.num_images, world.shapes)
+            upload_folder(folder, source)
+    print(f"{'draw scenes':<22} {world.num_images} images in {source}", flush=True)
 
 
 def world_prompts(world: WorldConfig) -> list[str]:

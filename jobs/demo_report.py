@@ -1,7 +1,6 @@
 """What the demo says at its end: the closing table, the page that shows it all, and where to look."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.sample import GRID
@@ -10,6 +9,7 @@ from pipelines.evaluate import summarize
 from pipelines.report_run import Link, Section, demo_report
 from pipelines.schema import EVALUATIONS, evaluations_path, samples_path
 from pipelines.shapes import KNOWN_COLORS, NEW_COLORS
+from pipelines.storage import write_file
 from pipelines.summary import CaptionFigures, caption_figures
 from pipelines.tables import REPORT, Table
 from pipelines.tracking import tracking_uri
@@ -76,17 +76,17 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
 
 
-def write_demo_report(job: "DemoJob", sections: list[Section]) -> Path:
-    """The front page, `report.html` of the dataset."""
+def write_demo_report(job: "DemoJob", sections: list[Section]) -> str:
+    """The front page, `report.html` of the dataset; its URI."""
     tables = ["images", *(f"captions/{captioner.name}" for captioner in job.captioners), f"scores/{job.scorer.name}"]
     links = [Link(name=path, href=f"{path}/{REPORT}") for path in [*tables, job.extract.path, "train"]]
     notice = "" if job.images is None else NONSENSE
-    path = Path(job.dataset_uri, REPORT)
-    path.write_text(demo_report(job.dataset_uri, sections, links=links, notice=notice))
-    return path
+    uri = f"{job.dataset_uri}/{REPORT}"
+    write_file(uri, demo_report(job.dataset_uri, sections, links=links, notice=notice).encode())
+    return uri
 
 
-def print_summary(job: "DemoJob", sections: list[Section], report: Path) -> None:
+def print_summary(job: "DemoJob", sections: list[Section], report: str) -> None:
     """The closing tables, and where to look."""
     for section in sections:
         print_section(section)
@@ -94,4 +94,5 @@ def print_summary(job: "DemoJob", sections: list[Section], report: Path) -> None
     if job.images is not None:
         print(f"\n{NONSENSE}")
     print(f"\npictures  {grid}\nreport    {report}")
-    print(f"MLflow    mlflow ui --backend-store-uri {tracking_uri(job.tracking, job.dataset_uri)}", flush=True)
+    runs = tracking_uri(job.tracking, job.dataset_uri)
+    print(f"MLflow    {runs if runs.startswith('http') else f'mlflow ui --backend-store-uri {runs}'}", flush=True)

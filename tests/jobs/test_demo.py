@@ -4,10 +4,14 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
 import pytest
+
+from jobs.config import parse_config
+from jobs.demo import DemoJob
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,3 +90,11 @@ def test_a_second_run_does_no_stage_again_and_a_changed_prompt_is_refused(finish
     assert "config.prompt: 'Describe the image.' -> 'Tell me more.'" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert stamps == {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
+
+
+def test_scenes_on_one_machine_for_a_dataset_of_several_are_refused() -> None:
+    arguments = ["--config", str(ROOT / "jobs/configs/demo.yaml"), "--dataset_uri", "s3://bucket/demo"]
+    job = parse_config(DemoJob, [*arguments, "--ingest.source", "s3://bucket/demo-raw"], prog="test", description="")
+    assert job.ingest.source == "s3://bucket/demo-raw"
+    with pytest.raises(ValueError, match=r"drawn where all see them, such as --ingest\.source s3://bucket/demo-raw"):
+        replace(job, ingest=replace(job.ingest, source="outputs/demo/raw"))
