@@ -16,7 +16,7 @@ from typing import Any
 from infra.local.hosts import DASHBOARD_PORT, HealthConfig, HostConfig, start_host
 from infra.local.network import Network
 from infra.local.postgres import Postgres, find_missing
-from infra.local.processes import Process, wait_until
+from infra.local.processes import PYTHON, Process, wait_until
 from infra.local.rights import check_rights
 from infra.local.servers import BUCKET, Servers, is_open
 
@@ -152,7 +152,7 @@ class Cluster:
 
     def submit_command(self, entrypoint: Sequence[str], *, submission_id: str | None = None) -> list[str]:
         """`ray job submit` with the working tree, to be run with `environment`; it ends as the job does."""
-        command = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--working-dir", str(ROOT)]
+        command = [str(PYTHON.parent / "ray"), "job", "submit", "--working-dir", str(ROOT)]
         if submission_id is not None:
             command += ["--submission-id", submission_id]
         return [*command, "--", *entrypoint]

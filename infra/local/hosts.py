@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from infra.local.network import INTERFACE, Network
-from infra.local.processes import Process
+from infra.local.processes import PYTHON, Process
 
 GCS_PORT, DASHBOARD_PORT = 6379, 8265
 OBJECT_STORE_BYTES = 200 * 2**20
@@ -104,7 +104,7 @@ def start_host(
         ["ip", "netns", "exec", network.namespace(index), *ALONE, "bash", "-c", script],
         log=folder / "logs" / f"{name}.log",
         environment={
-            "PATH": f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "PATH": f"{PYTHON.parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
             "HOME": "/tmp",
             "LANG": "C.UTF-8",
             "NAME": name,

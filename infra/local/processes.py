@@ -1,6 +1,7 @@
 """Processes that go on when this program has ended, known by pid and by when they began: a pid may be given again."""
 
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -12,6 +13,7 @@ from typing import Any
 import psutil
 
 KILL_SECONDS = 30.0
+PYTHON = Path(sys.executable).absolute()  # it is relative where PATH names .venv/bin, and what we start starts in /
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,13 @@
 
 import os
 import socket
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import boto3
 
-from infra.local.processes import Process, wait_until
+from infra.local.processes import PYTHON, Process, wait_until
 
 S3_PORT, MLFLOW_PORT = 9000, 5000
 BUCKET = "bucket"
@@ -70,7 +69,7 @@ class Servers:
         self._wait_for_port(MLFLOW_PORT, mlflow, "mlflow")
 
     def _start(self, name: str, module: list[str], environment: Mapping[str, str]) -> Process:
-        return Process.start([sys.executable, "-m", *module], log=self.log_dir / f"{name}.log", environment=environment)
+        return Process.start([str(PYTHON), "-m", *module], log=self.log_dir / f"{name}.log", environment=environment)
 
     def _wait_for_port(self, port: int, process: Process, name: str) -> None:
         def answers() -> bool:

@@ -14,6 +14,7 @@ import psutil
 from infra.local.cluster import Cluster
 
 LISTEN = "0A"
+READY_SECONDS = 5.0  # until a gRPC server greets
 WILDCARDS = ("0.0.0.0", "::")
 METHODS = (
     "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo",
@@ -51,7 +52,7 @@ def listeners(cluster: Cluster, host: int) -> Iterator[Listener]:
 
 def _sockets_of(process: psutil.Process) -> Iterator[tuple[str, str]]:
     try:
-        name = " ".join(process.cmdline())
+        name = " ".join(process.cmdline()).strip()  # Ray pads the titles of its processes
         for file in Path(f"/proc/{process.pid}/fd").iterdir():
             if found := re.fullmatch(r"socket:\[(\d+)\]", str(file.readlink())):
                 yield found[1], name
@@ -79,7 +80,7 @@ def grpc_answers(address: str, port: int, token: str | None) -> dict[str, grpc.S
     answers = {}
     with grpc.insecure_channel(f"{address}:{port}") as channel:
         try:
-            grpc.channel_ready_future(channel).result(timeout=10)
+            grpc.channel_ready_future(channel).result(timeout=READY_SECONDS)
         except grpc.FutureTimeoutError:
             return {}
         for method in METHODS:
@@ -95,16 +96,21 @@ def grpc_answers(address: str, port: int, token: str | None) -> dict[str, grpc.S
 def unguarded(cluster: Cluster, found: Iterable[Listener]) -> list[tuple[Listener, dict[str, grpc.StatusCode]]]:
     """What listens on all interfaces and does not refuse who has no token, or a wrong one; with what it answers.
 
-    All of Ray's doors on all interfaces are gRPC. That the token opens them is what every job on the cluster shows.
+    All of Ray's doors on all interfaces are gRPC. That the token opens them is what every job on the cluster shows. Those
+    who do not refuse are asked once more: who was about to end, or too busy to answer, is let off.
     """
-    loose = []
-    for one in found:
-        for token in (None, "0" * 64) if one.address in WILDCARDS else ():
-            answers = grpc_answers(cluster.network.address(one.host), one.port, token)
-            if set(answers.values()) != {grpc.StatusCode.UNAUTHENTICATED}:
-                loose.append((one, answers))
-                break
-    return loose
+    suspects = [one for one in found if one.address in WILDCARDS and _let_in(cluster, one) is not None]
+    open_now = {one for host in {one.host for one in suspects} for one in listeners(cluster, host)}
+    return [(one, answers) for one in suspects if one in open_now and (answers := _let_in(cluster, one)) is not None]
+
+
+def _let_in(cluster: Cluster, one: Listener) -> dict[str, grpc.StatusCode] | None:
+    """What it answers to a caller whom it should refuse; None if it refuses."""
+    for token in (None, "0" * 64):
+        answers = grpc_answers(cluster.network.address(one.host), one.port, token)
+        if set(answers.values()) != {grpc.StatusCode.UNAUTHENTICATED}:
+            return answers
+    return None
 
 
 def http_status(address: str, port: int) -> int | None:
