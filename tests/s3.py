@@ -1,4 +1,4 @@
-"""A real HTTP S3 for tests (moto's server in a process of its own), and a proxy before it that spoils some of its answers."""
+"""A real HTTP S3 for tests (the local cluster's, in a process of its own), and a proxy before it that spoils some of its answers."""
 
 import http.client
 import os
@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import boto3
 
+from infra.local.processes import ROOT
 from tests.http_server import Handler, Server, free_port
 
 Fault = Literal["403", "409", "500", "503", "reset", "cut", "slow"]
@@ -43,8 +44,8 @@ def s3_environment(endpoint: str) -> dict[str, str]:
 def serve_s3() -> Iterator[str]:
     """The endpoint of a server with an empty bucket `BUCKET`."""
     port = free_port()
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "infra.local.s3", "--port", str(port)]
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     endpoint = f"http://127.0.0.1:{port}"
     try:
         _wait_for(port, server)
@@ -64,7 +65,7 @@ def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
             return
         except OSError:
             time.sleep(0.1)
-    raise RuntimeError(f"moto's server did not start (exit code {server.poll()})")
+    raise RuntimeError(f"the S3 server did not start (exit code {server.poll()})")
 
 
 class FaultyProxy(Server):

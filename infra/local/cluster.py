@@ -16,11 +16,10 @@ from typing import Any
 from infra.local.hosts import DASHBOARD_PORT, HealthConfig, HostConfig, start_host
 from infra.local.network import Network
 from infra.local.postgres import Postgres, find_missing
-from infra.local.processes import PYTHON, Process, wait_until
+from infra.local.processes import PYTHON, ROOT, Process, wait_until
 from infra.local.rights import check_rights
 from infra.local.servers import BUCKET, Servers, is_open
 
-ROOT = Path(__file__).parents[2]
 STATE = "cluster.json"
 ALIVE_SECONDS = 240.0  # until all hosts have joined, on a busy machine
 BUCKET_URI = f"s3://{BUCKET}"

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 
 KILL_SECONDS = 30.0
+ROOT = Path(__file__).parents[2]
 PYTHON = Path(sys.executable).absolute()  # it is relative where PATH names .venv/bin, and what we start starts in /
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import boto3
 
-from infra.local.processes import PYTHON, Process, wait_until
+from infra.local.processes import PYTHON, ROOT, Process, wait_until
 
 S3_PORT, MLFLOW_PORT = 9000, 5000
 BUCKET = "bucket"
@@ -41,8 +41,8 @@ class Servers:
         }
 
     def start_s3(self) -> Process:
-        """moto's server, which keeps everything in memory."""
-        return self._start("s3", ["moto.server", "-H", self.address, "-p", str(S3_PORT)], os.environ)
+        options = ["--host", self.address, "--port", str(S3_PORT)]
+        return self._start("s3", ["infra.local.s3", *options], dict(os.environ) | {"PYTHONPATH": str(ROOT)})
 
     def start_mlflow(self, database_uri: str) -> Process:
         options = ["--backend-store-uri", database_uri, "--artifacts-destination", f"s3://{BUCKET}/mlflow", "--serve-artifacts"]
