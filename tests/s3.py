@@ -1,4 +1,4 @@
-"""A real HTTP S3 for tests (the local cluster's, in a process of its own), and a proxy before it that spoils some of its answers."""
+"""A real HTTP S3 for tests (the local cluster's, in its own process), and a proxy before it that spoils some of its answers."""
 
 import http.client
 import os
