@@ -102,8 +102,8 @@ def slow(*values: object) -> Any:
     ("engine", "optimizer", "lora"),
     [
         ({"zero_stage": 0, "dtype": "bf16"}, "adamw", None),
-        ({"zero_stage": 0, "dtype": "bf16", "checkpoint_blocks": 1}, "came", None),
-        ({"zero_stage": 2, "dtype": "bf16"}, "adamw", None),
+        slow({"zero_stage": 0, "dtype": "bf16", "checkpoint_blocks": 1}, "came", None),
+        slow({"zero_stage": 2, "dtype": "bf16"}, "adamw", None),
         slow({"zero_stage": 0, "dtype": "fp32", "checkpoint_blocks": 2}, "adamw_8bit", None),
         slow({"zero_stage": 0, "dtype": "bf16", "checkpoint_blocks": 1}, "came_8bit", None),
         slow({"zero_stage": 0, "dtype": "bf16"}, "adamw", LoraConfig(rank=8)),
