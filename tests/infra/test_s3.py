@@ -21,7 +21,7 @@ class SlowStore:
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         try:
-            self.both.wait(timeout=0.5)
+            self.both.wait(timeout=2)
             self.met = True
         except threading.BrokenBarrierError:
             self.both.reset()
