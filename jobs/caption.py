@@ -6,13 +6,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from jobs.runner import EXPECTED, JobConfig, run_job, track_stage
-from jobs.text_table import format_table
-from pipelines.caption import run_caption
-from pipelines.caption_config import CaptionerConfig
-from pipelines.report import captions_report
-from pipelines.report_captioners import write_captioners_report
-from pipelines.stage import StageError, StageResult
+from jobs.common.exit_codes import is_expected
+from jobs.common.job import JobConfig, run_job
+from jobs.common.stage_job import track_stage
+from jobs.common.text_table import format_table
+from pipelines.caption.config import CaptionerConfig
+from pipelines.caption.run import run_caption
+from pipelines.reports.captions import captions_report, write_captioners_report
+from pipelines.stages.contract import StageResult
+from pipelines.tables.errors import StageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,7 @@ def run(job: CaptionJob) -> None:
             result = run_captioner(job.single(captioner))
             told[captioner.name] = ["done", str(result.num_rows), str(result.num_rejects), f"{result.seconds:.0f}", ""]
         except Exception as error:  # whatever it is, it must not stop the others; nothing of it is swallowed
-            if not isinstance(error, EXPECTED):
+            if not is_expected(error):
                 traceback.print_exc()
             print(f"error: captioner {captioner.name}: {error}", file=sys.stderr, flush=True)
             told[captioner.name] = ["failed", "", "", "", (str(error).splitlines() or [type(error).__name__])[0][:100]]

@@ -4,10 +4,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from jobs.runner import JobConfig, run_job, track_stage
-from pipelines.duplicates import DuplicatesConfig, run_duplicates
-from pipelines.report_images import duplicates_report
-from pipelines.stage import StageResult
+from jobs.common.job import JobConfig, run_job
+from jobs.common.stage_job import track_stage
+from pipelines.reports.images import duplicates_report
+from pipelines.score.config import DuplicatesConfig
+from pipelines.score.duplicates import run_duplicates
+from pipelines.stages.contract import StageResult
 
 
 @dataclass(frozen=True, kw_only=True)

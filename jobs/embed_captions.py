@@ -4,10 +4,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jobs.runner import JobConfig, run_job, track_stage
-from pipelines.embed_captions import EmbedConfig, run_embed_captions
-from pipelines.report import embeds_report
-from pipelines.stage import StageResult
+from jobs.common.job import JobConfig, run_job
+from jobs.common.stage_job import track_stage
+from pipelines.extract.config import EmbedConfig
+from pipelines.extract.embed_captions import run_embed_captions
+from pipelines.reports.latents import embeds_report
+from pipelines.stages.contract import StageResult
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,10 +5,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jobs.runner import JobConfig, run_job, track_stage
-from pipelines.evaluate import EvaluateConfig, run_evaluate, summarize
-from pipelines.stage import StageResult
-from pipelines.tracking import TrackedRun
+from jobs.common.job import JobConfig, run_job
+from jobs.common.stage_job import track_stage
+from pipelines.evaluate.config import EvaluateConfig
+from pipelines.evaluate.run import run_evaluate, summarize
+from pipelines.stages.contract import StageResult
+from pipelines.tracking.runs import TrackedRun
 
 METRICS = "metrics.json"
 

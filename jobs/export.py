@@ -12,18 +12,18 @@ from typing import get_args
 
 import torch
 
-from jobs.config import from_dict
-from pipelines.checkpoints import BadCheckpointError, Checkpoint, list_checkpoints, read_weights
-from pipelines.lora import add_lora, merge_lora
-from pipelines.storage import StorageError
-from pipelines.tables import absolute_uri
-from pipelines.train_config import TrainConfig
-from pipelines.train_start import load_start
-from pipelines.training_record import CHECKPOINTS_DIR, read_config
-from sana_model.generate import TextToImage
-from sana_model.text_encoder import DIFFUSERS_PROMPTS
-from sana_model.transformer import SanaTransformer
-from sana_model.weights import Layout
+from jobs.common.config import from_dict
+from pipelines.storage.errors import StorageError
+from pipelines.tables.table import absolute_uri
+from pipelines.train.config import TrainConfig
+from pipelines.train.engine.checkpoints import BadCheckpointError, Checkpoint, list_checkpoints, read_weights
+from pipelines.train.engine.lora import add_lora, merge_lora
+from pipelines.train.models import load_start
+from pipelines.train.record import CHECKPOINTS_DIR, read_config
+from sana_model.files.models import Layout
+from sana_model.nn.config import DIFFUSERS_PROMPTS
+from sana_model.nn.transformer import SanaTransformer
+from sana_model.pipeline import TextToImage
 
 
 def export(source: str, output: str, *, layout: str = "diffusers", ema: bool = True, init: str | None = None) -> TextToImage:

@@ -11,14 +11,15 @@ import ray
 import torch
 from PIL import Image
 
-from jobs.runner import JobConfig, run_job, track_stage
-from pipelines.encode import LatentEncoder
-from pipelines.extract import run_extract
-from pipelines.extract_config import ExtractConfig
-from pipelines.report import DecodeLatents, latents_report
-from pipelines.schema import LATENTS
-from pipelines.stage import StageResult
-from pipelines.tables import Table
+from jobs.common.job import JobConfig, run_job
+from jobs.common.stage_job import track_stage
+from pipelines.extract.config import ExtractConfig
+from pipelines.extract.encode import LatentEncoder
+from pipelines.extract.run import run_extract
+from pipelines.reports.latents import DecodeLatents, latents_report
+from pipelines.stages.contract import StageResult
+from pipelines.tables.schema import LATENTS
+from pipelines.tables.table import Table
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,13 +4,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jobs.runner import JobConfig, run_job, track_stage
-from pipelines.ingest import IngestConfig, run_ingest
-from pipelines.lease import hold
-from pipelines.report import images_report
-from pipelines.schema import IMAGES_PATH
-from pipelines.stage import StageResult
-from pipelines.tables import absolute_uri
+from jobs.common.job import JobConfig, run_job
+from jobs.common.stage_job import track_stage
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.run import run_ingest
+from pipelines.reports.images import images_report
+from pipelines.stages.contract import StageResult
+from pipelines.storage.lease import hold
+from pipelines.tables.schema import IMAGES_PATH
+from pipelines.tables.table import absolute_uri
 
 
 @dataclass(frozen=True, kw_only=True)

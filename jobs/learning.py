@@ -9,15 +9,18 @@ from pathlib import Path
 from PIL import Image
 
 from jobs import extract, ingest, score, train
-from jobs.runner import JobConfig, run_job
-from pipelines.evaluate import ATTRIBUTES, AttributeJudge, attribute_accuracy
-from pipelines.extract import ExtractConfig
-from pipelines.ingest import IngestConfig
-from pipelines.sample import cut_grid
-from pipelines.score import ClipModel, ScorerConfig
-from pipelines.shapes import Scene, ShapesConfig, phrasings, sample_scene, write_caption, write_folder
-from pipelines.train_config import TrainConfig
-from pipelines.train_outputs import GRIDS_DIR
+from jobs.common.job import JobConfig, run_job
+from pipelines.evaluate.shapes import ATTRIBUTES, AttributeJudge, attribute_accuracy
+from pipelines.extract.run import ExtractConfig
+from pipelines.ingest.config import IngestConfig
+from pipelines.score.captions import ClipModel
+from pipelines.score.config import ScorerConfig
+from pipelines.shapes.drawing import write_folder
+from pipelines.shapes.grammar import phrasings, write_caption
+from pipelines.shapes.scenes import Scene, ShapesConfig, sample_scene
+from pipelines.train.config import TrainConfig
+from pipelines.train.outputs import GRIDS_DIR
+from pipelines.workers.images import cut_grid
 
 FIRST_SCENE = 50_000_000
 FIRST_PROMPT = 60_000_000

@@ -4,8 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from pipelines.lineage import DEFAULT_SHARDS, JSON_FILE, MARKDOWN_FILE, write_lineage
-from pipelines.tables import absolute_uri
+from pipelines.audit.lineage import DEFAULT_SHARDS, JSON_FILE, MARKDOWN_FILE, write_lineage
+from pipelines.tables.table import absolute_uri
 
 
 def main(argv: Sequence[str] | None = None) -> int:

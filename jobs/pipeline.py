@@ -9,18 +9,19 @@ from typing import TypeVar
 from ray.exceptions import RayError
 
 from jobs import caption, evaluate, extract, ingest, sample, score, train
-from jobs.runner import EXPECTED, JobConfig, run_job
-from jobs.timings import Timings, print_section
-from pipelines.caption_config import CaptionerConfig
-from pipelines.evaluate import EvaluateConfig
-from pipelines.extract_config import ExtractConfig
-from pipelines.ingest import IngestConfig
-from pipelines.sample import DrawConfig, SampleConfig
-from pipelines.schema import LATENTS
-from pipelines.score import ScorerConfig
-from pipelines.tables import Table
-from pipelines.train import TrainResult
-from pipelines.train_config import TrainConfig
+from jobs.common.exit_codes import is_expected
+from jobs.common.job import JobConfig, run_job
+from jobs.common.timings import Timings, print_section
+from pipelines.caption.config import CaptionerConfig
+from pipelines.draw.config import DrawConfig, SampleConfig
+from pipelines.evaluate.config import EvaluateConfig
+from pipelines.extract.config import ExtractConfig
+from pipelines.ingest.config import IngestConfig
+from pipelines.score.config import ScorerConfig
+from pipelines.tables.schema import LATENTS
+from pipelines.tables.table import Table
+from pipelines.train.config import TrainConfig
+from pipelines.train.run import TrainResult
 
 Stage = TypeVar("Stage", bound=JobConfig)
 
@@ -98,7 +99,9 @@ def caption_all(job: StagesJob, timings: Timings) -> dict[str, Exception]:
         stage = _stage(caption.CaptionJob, job, captioner=captioner)
         try:
             timings.measure(f"caption {captioner.name}", partial(caption.run_captioner, stage))
-        except (*EXPECTED, RayError) as error:
+        except Exception as error:
+            if not is_expected(error) and not isinstance(error, RayError):
+                raise
             failures[captioner.name] = error
             print(f"{f'caption {captioner.name}':<22} failed: {error}", file=sys.stderr, flush=True)
     return failures

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jobs.config import parse_config
-from jobs.text_table import format_table
+from jobs.common.config import parse_config
+from jobs.common.text_table import format_table
 
 RATES = Path(__file__).parent / "configs/plan.yaml"
 MIB = 2**20

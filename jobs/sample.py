@@ -4,10 +4,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jobs.runner import JobConfig, run_job, track_stage
-from pipelines.sample import SampleConfig, image_grid, read_pictures, run_sample, to_png
-from pipelines.stage import StageResult
-from pipelines.tracking import TrackedRun
+from jobs.common.job import JobConfig, run_job
+from jobs.common.stage_job import track_stage
+from pipelines.draw.config import SampleConfig
+from pipelines.draw.sample import read_pictures, run_sample
+from pipelines.stages.contract import StageResult
+from pipelines.tracking.runs import TrackedRun
+from pipelines.workers.images import image_grid, to_png
 
 GRID = "grid.png"
 

@@ -4,11 +4,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from jobs.runner import JobConfig, run_job, track_stage
-from pipelines.report import scores_report
-from pipelines.score import ScorerConfig, run_score
-from pipelines.select import SelectionConfig
-from pipelines.stage import StageResult
+from jobs.common.job import JobConfig, run_job
+from jobs.common.stage_job import track_stage
+from pipelines.reports.scores import scores_report
+from pipelines.score.captions import run_score
+from pipelines.score.config import ScorerConfig, SelectionConfig
+from pipelines.stages.contract import StageResult
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,10 +4,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jobs.runner import JobConfig, run_job, track_stage
-from pipelines.image_scores import ImageScorerConfig, run_image_scores
-from pipelines.report_images import image_scores_report
-from pipelines.stage import StageResult
+from jobs.common.job import JobConfig, run_job
+from jobs.common.stage_job import track_stage
+from pipelines.reports.images import image_scores_report
+from pipelines.score.config import ImageScorerConfig
+from pipelines.score.images import run_image_scores
+from pipelines.stages.contract import StageResult
 
 
 @dataclass(frozen=True, kw_only=True)

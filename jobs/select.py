@@ -12,12 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jobs.runner import EXPECTED, StatusLine
-from jobs.text_table import format_table
-from pipelines.compare import Comparison, Scope, compare_table, table_captioners
-from pipelines.report import scores_report
-from pipelines.select import POLICIES, Policy, SelectionConfig
-from pipelines.tables import absolute_uri
+from jobs.common.exit_codes import is_expected
+from jobs.common.status_line import StatusLine
+from jobs.common.text_table import format_table
+from pipelines.reports.scores import scores_report
+from pipelines.score.compare import Comparison, Scope, compare_table, table_captioners
+from pipelines.score.config import POLICIES, Policy, SelectionConfig
+from pipelines.tables.table import absolute_uri
 
 DEFAULT = SelectionConfig()
 
@@ -32,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.html is not None:
             arguments.html.parent.mkdir(parents=True, exist_ok=True)
             arguments.html.write_text(scores_report(dataset_uri, arguments.scorer, selection))
-    except EXPECTED as error:
+    except Exception as error:
+        if not is_expected(error):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 1
     shown = arguments.policy or list(POLICIES)

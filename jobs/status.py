@@ -7,8 +7,8 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from pipelines.status import SHORT, DatasetStatus, TableStatus, TrainingStatus, dataset_status
-from pipelines.tables import absolute_uri
+from pipelines.audit.status import SHORT, DatasetStatus, TableStatus, TrainingStatus, dataset_status
+from pipelines.tables.table import absolute_uri
 
 WIDTH = 120
 LONGEST_PATH = 40

@@ -4,16 +4,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jobs.config import to_dict
-from jobs.runner import JobConfig, StatusLine, run_job
-from pipelines.metrics import TrainMetrics
-from pipelines.report_run import Section, training_report
-from pipelines.storage import write_file
-from pipelines.tables import REPORT, absolute_uri
-from pipelines.tracking import RunPlan
-from pipelines.train import TrainResult, run_train
-from pipelines.train_config import TrainConfig
-from pipelines.train_progress import TrainProgress
+from jobs.common.config import to_dict
+from jobs.common.job import JobConfig, run_job
+from jobs.common.prometheus import TrainMetrics
+from jobs.common.status_line import StatusLine
+from pipelines.reports.runs import Section, training_report
+from pipelines.storage.files import write_file
+from pipelines.tables.table import REPORT, absolute_uri
+from pipelines.tracking.runs import RunPlan
+from pipelines.train.config import TrainConfig
+from pipelines.train.desk import TrainProgress
+from pipelines.train.run import TrainResult, run_train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,14 @@ def run(job: TrainJob) -> TrainResult:
     metrics = TrainMetrics(job.dataset_uri)
 
     def show(progress: TrainProgress) -> None:
-        metrics.update(progress)
+        metrics.update(
+            step=progress.step,
+            num_steps=progress.num_steps,
+            loss=progress.loss,
+            samples_per_second=progress.samples_per_second,
+            data_wait_share=progress.data_wait_share,
+            checkpoint_time=progress.checkpoint_time,
+        )
         line.show(describe_progress(job.name, progress))
 
     result = run_train(
@@ -68,7 +76,7 @@ def run(job: TrainJob) -> TrainResult:
 
 
 def show_preflight(job: TrainJob) -> None:
-    from pipelines.preflight import format_preflight, run_preflight
+    from pipelines.train.preflight.run import format_preflight, run_preflight
 
     print(format_preflight(run_preflight(job.dataset_uri, job.train, device_gib=job.device_gib)), flush=True)
 

@@ -9,9 +9,9 @@ import sys
 import time
 from collections.abc import Sequence
 
-from jobs.runner import StatusLine
-from pipelines.tables import absolute_uri
-from pipelines.verify import VerifyProgress, verify_dataset
+from jobs.common.status_line import StatusLine
+from pipelines.audit.verify import VerifyProgress, verify_dataset
+from pipelines.tables.table import absolute_uri
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,7 +12,7 @@ from pipelines.zoo.clip import train_clip
 from pipelines.zoo.gates import GATES, measure_zoo
 from pipelines.zoo.text_encoder import train_text_encoder
 from pipelines.zoo.transformer import train_transformer
-from sana_model.checkpoint_files import ZOO_DIR
+from sana_model.files.places import ZOO_DIR
 
 
 def measure(zoo_dir: str = str(ZOO_DIR), output: str = "outputs/zoo/figures.json", grid: str = "outputs/zoo/grid.png") -> None:

@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
 
 from jobs.benchmark.timing import Entry, format_table, time_entry
-from sana_model.autoencoder import DCAutoencoder
-from sana_model.generate import guided_velocity
+from sana_model.nn.autoencoder import DCAutoencoder
+from sana_model.nn.config import PRESETS, TextEncoderConfig
+from sana_model.nn.text_encoder import TextEncoder
+from sana_model.nn.transformer import SanaTransformer
+from sana_model.pipeline import guided_velocity
 from sana_model.solver import flow_dpm_solver, sampling_sigmas
-from sana_model.text_encoder import TextEncoder, TextEncoderConfig
-from sana_model.transformer import PRESETS, SanaTransformer
 
 PARTS = ("forward", "training", "sampling", "autoencoder", "text")
 CAPTION_TOKENS, PADDED_TOKENS = 60, 300

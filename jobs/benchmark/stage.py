@@ -15,10 +15,12 @@ from ray._private.internal_api import get_memory_info_reply, get_state_from_addr
 from tqdm import tqdm
 
 from jobs.benchmark.stand_ins import NoModel, SleepingModel
-from jobs.runner import RayConfig, start_ray
-from pipelines.schema import CAPTIONS, captions_path
-from pipelines.stage import Resources, ShardWorker, StageResult, run_shards
-from pipelines.tables import Identity, Table
+from jobs.common.ray import RayConfig, start_ray
+from pipelines.stages.contract import Resources, ShardWorker, StageResult
+from pipelines.stages.run import run_shards
+from pipelines.tables.identity import Identity
+from pipelines.tables.schema import CAPTIONS, captions_path
+from pipelines.tables.table import Table
 
 MIB = 2**20
 

@@ -4,7 +4,7 @@ import time
 
 import pyarrow as pa
 
-from pipelines.stage import ShardOutput
+from pipelines.stages.contract import ShardOutput
 
 
 class SleepingModel:

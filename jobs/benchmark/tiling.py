@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 MEASURE = """
 import re, sys, torch
-from sana_model.autoencoder import DCAutoencoder
+from sana_model.nn.autoencoder import DCAutoencoder
 what, preset, size, tile, dtype = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), getattr(torch, sys.argv[5])
 model = DCAutoencoder.from_preset(preset).to(dtype).eval()
 factor, channels = model.compression, model.config.latent_channels

@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from jobs.benchmark.model import make_peer_autoencoder, make_text, make_transformers, training_forwards
 from jobs.benchmark.timing import measure_seconds, readable
-from pipelines.optim import OptimConfig, make_optimizer
-from sana_model.autoencoder import AUTOENCODER_PRESETS
-from sana_model.transformer import PRESETS
+from pipelines.train.engine.config import OptimConfig
+from pipelines.train.engine.optim import make_optimizer
+from sana_model.nn.config import AUTOENCODER_PRESETS, PRESETS
 
 TEXT_DEPTH = 26  # of gemma-2-2b
 SCALING_FACTOR = AUTOENCODER_PRESETS["dc-ae-f32c32-sana-1.1"].scaling_factor

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipelines.zoo.training import LoopConfig, fit
 from pipelines.zoo.world import HELD_OUT, World, load_world
-from sana_model.autoencoder import DCAutoencoder
+from sana_model.nn.autoencoder import DCAutoencoder
 
 WIDTHS = (16, 32, 64, 128)
 LATENT_NOISE = 0.15

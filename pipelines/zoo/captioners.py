@@ -39,7 +39,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from pipelines.shapes import Scene, parse, phrasings, write_caption
+from pipelines.shapes.grammar import parse, phrasings, write_caption
+from pipelines.shapes.scenes import Scene
 from pipelines.zoo.training import LoopConfig, fit
 from pipelines.zoo.world import EOS, HELD_OUT, NUM_ROWS, UNKNOWN, VALIDATION, World, load_world, word_tokenizer
 

@@ -9,20 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
 
-from pipelines.shapes import (
-    BACKGROUNDS,
-    POSITIONS,
-    RELATIONS,
-    SHAPES,
-    SIZES,
-    VALUES,
-    Scene,
-    hard_negatives,
-    phrasings,
-    regrouped,
-    sample_caption,
-    write_caption,
-)
+from pipelines.shapes.grammar import phrasings, sample_caption, write_caption
+from pipelines.shapes.scenes import BACKGROUNDS, POSITIONS, RELATIONS, SHAPES, SIZES, VALUES, Scene, hard_negatives, regrouped
 from pipelines.zoo.training import LoopConfig, fit
 from pipelines.zoo.world import HELD_OUT, World, load_world, word_tokenizer
 

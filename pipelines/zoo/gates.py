@@ -10,16 +10,17 @@ import torch
 from PIL import Image
 from transformers import CLIPModel, PreTrainedTokenizerFast
 
-from pipelines.clip import ClipModel
-from pipelines.evaluate import ATTRIBUTES, AttributeJudge, attribute_accuracy
-from pipelines.sample import image_grid
-from pipelines.shapes import KNOWN_COLORS, NEW_COLORS, parse
+from pipelines.evaluate.shapes import ATTRIBUTES, AttributeJudge, attribute_accuracy
+from pipelines.shapes.grammar import parse
+from pipelines.shapes.scenes import KNOWN_COLORS, NEW_COLORS
+from pipelines.workers.clip import ClipModel
+from pipelines.workers.images import image_grid
 from pipelines.zoo.autoencoder import load_autoencoder, measure_autoencoder
 from pipelines.zoo.captioners import caption_images, load_captioner
 from pipelines.zoo.clip import measure_clip
 from pipelines.zoo.transformer import GUIDANCE_SCALES, draw_and_judge
 from pipelines.zoo.world import HELD_OUT, VALIDATION, World, load_world
-from sana_model.generate import TextToImage
+from sana_model.pipeline import TextToImage
 
 NUM_SCENES = 1000
 NUM_PROMPTS = 200

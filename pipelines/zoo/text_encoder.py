@@ -6,10 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
-from pipelines.shapes import sample_caption, sample_scene
+from pipelines.shapes.grammar import sample_caption
+from pipelines.shapes.scenes import sample_scene
 from pipelines.zoo.training import LoopConfig, fit
 from pipelines.zoo.world import HELD_OUT, word_tokenizer
-from sana_model.text_encoder import TextEncoder, TextEncoderConfig
+from sana_model.nn.config import TextEncoderConfig
+from sana_model.nn.text_encoder import TextEncoder
 
 INSTRUCTION = (
     "Given a user prompt, write an enhanced prompt that says the shape, the color, the fill, the size and the place "

@@ -8,18 +8,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipelines.clip import ClipModel
-from pipelines.evaluate import AttributeJudge, attribute_accuracy
-from pipelines.sample import image_grid
-from pipelines.shapes import KNOWN_COLORS, Scene, ShapesConfig, phrasings, sample_caption, sample_scene, write_caption
+from pipelines.evaluate.shapes import AttributeJudge, attribute_accuracy
+from pipelines.shapes.grammar import phrasings, sample_caption, write_caption
+from pipelines.shapes.scenes import KNOWN_COLORS, Scene, ShapesConfig, sample_scene
+from pipelines.workers.clip import ClipModel
+from pipelines.workers.images import image_grid
 from pipelines.zoo.autoencoder import load_autoencoder
 from pipelines.zoo.text_encoder import SHORT_SHARE, load_text_encoder
 from pipelines.zoo.training import LoopConfig, fit
 from pipelines.zoo.world import VALIDATION, World, load_world
-from sana_model.autoencoder import DCAutoencoder
 from sana_model.flow import flow_loss, sample_sigmas
-from sana_model.generate import TextToImage
-from sana_model.transformer import SanaTransformer
+from sana_model.nn.autoencoder import DCAutoencoder
+from sana_model.nn.transformer import SanaTransformer
+from sana_model.pipeline import TextToImage
 
 FLOW_SHIFT = 2.0
 CAPTION_DROPOUT = 0.1

@@ -13,7 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from pipelines.shapes import Scene, ShapesConfig, draw_row, sample_scene, vocabulary
+from pipelines.shapes.drawing import draw_row
+from pipelines.shapes.grammar import vocabulary
+from pipelines.shapes.scenes import Scene, ShapesConfig, sample_scene
 
 HELD_OUT = 10_000_000
 """Rows from here on are never trained on: the gates are measured there."""

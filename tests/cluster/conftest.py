@@ -9,11 +9,11 @@ import pytest
 from infra.local.cluster import Cluster
 from infra.local.hosts import HostConfig
 from infra.local.rights import MissingRightsError, check_rights
-from pipelines.shapes import write_folder
-from pipelines.storage import upload_folder
-from tests.cluster.faults import Fault, Jobs
-from tests.cluster.stages import NUM_IMAGES, RAW
-from tests.s3 import environment
+from pipelines.shapes.drawing import write_folder
+from pipelines.storage.files import upload_folder
+from tests.support.cluster.faults import Fault, Jobs
+from tests.support.cluster.stages import NUM_IMAGES, RAW
+from tests.support.s3 import environment
 
 FOLDER = "SANA_CLUSTER"
 """Environment variable: the folder of a cluster that is up, to be used and left; unless set, one is made and taken away."""

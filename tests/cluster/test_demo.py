@@ -4,10 +4,10 @@ import uuid
 
 import pytest
 
-from pipelines.schema import EVALUATIONS, evaluations_path
-from pipelines.storage import read_file
-from pipelines.tables import REPORT, Table
-from tests.cluster.faults import Jobs
+from pipelines.storage.files import read_file
+from pipelines.tables.schema import EVALUATIONS, evaluations_path
+from pipelines.tables.table import REPORT, Table
+from tests.support.cluster.faults import Jobs
 
 pytestmark = pytest.mark.cluster
 

@@ -13,13 +13,13 @@ import pytest
 from mlflow.entities import Run
 
 from infra.local.cluster import Cluster
-from pipelines.drawn import read_drawn
-from pipelines.storage import open_filesystem
-from pipelines.tables import Table
-from pipelines.training_record import TrainingRecord
-from tests.cluster.faults import FAULTS, Fault, Jobs, longest_pause, wait_for_middle
-from tests.cluster.sockets import listeners, unguarded
-from tests.cluster.stages import (
+from pipelines.storage.files import open_filesystem
+from pipelines.tables.table import Table
+from pipelines.train.outputs import read_drawn
+from pipelines.train.record import TrainingRecord
+from tests.support.cluster.faults import FAULTS, Fault, Jobs, longest_pause, wait_for_middle
+from tests.support.cluster.sockets import listeners, unguarded
+from tests.support.cluster.stages import (
     CAPTION,
     CAPTION_NEXT,
     DATA_STAGES,

@@ -7,8 +7,8 @@ import pytest
 
 from infra.local.cluster import Cluster
 from infra.local.hosts import DASHBOARD_PORT
-from tests.cluster.faults import Jobs
-from tests.cluster.sockets import WILDCARDS, Listener, http_status, listeners, server_listeners, unguarded
+from tests.support.cluster.faults import Jobs
+from tests.support.cluster.sockets import WILDCARDS, Listener, http_status, listeners, server_listeners, unguarded
 
 pytestmark = pytest.mark.cluster
 

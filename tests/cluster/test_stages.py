@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-from tests.cluster.stages import DATA_STAGES, TRAIN, Stage, last_stages
+from tests.support.cluster.stages import DATA_STAGES, TRAIN, Stage, last_stages
 
 
 @pytest.mark.parametrize("stage", [*DATA_STAGES, TRAIN, *last_stages("data")], ids=lambda stage: stage.name)

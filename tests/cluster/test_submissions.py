@@ -6,10 +6,10 @@ import boto3
 import pytest
 
 from infra.local.servers import BUCKET
-from pipelines.schema import IMAGES
-from pipelines.tables import Table
-from tests.cluster.faults import PATIENCE, Jobs
-from tests.cluster.stages import INGEST, NUM_IMAGES, NUM_SHARDS
+from pipelines.tables.schema import IMAGES
+from pipelines.tables.table import Table
+from tests.support.cluster.faults import PATIENCE, Jobs
+from tests.support.cluster.stages import INGEST, NUM_IMAGES, NUM_SHARDS
 
 pytestmark = pytest.mark.cluster
 

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from tests.infra.manifests import ROOT
+from tests.support.manifests import ROOT
 
 DOCKER = ROOT / "infra/docker"
 DOCKERFILE = (DOCKER / "Dockerfile").read_text()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.infra.manifests import ROOT
+from tests.support.manifests import ROOT
 
 SCRIPT = ROOT / "infra/kuberay/base/drain.sh"
 POD = """
@@ -34,7 +34,7 @@ def ray_folder() -> Iterator[str]:
 
 @pytest.mark.slow
 def test_a_training_saves_before_its_node_is_gone_and_goes_on_elsewhere(tmp_path: Path, ray_folder: str) -> None:
-    command = [sys.executable, "-m", "tests.infra.preemption", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.support.preemption", str(tmp_path)]
     environment = os.environ | {"RAY_TMPDIR": ray_folder}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]

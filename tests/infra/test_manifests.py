@@ -7,7 +7,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 
-from tests.infra.manifests import Document, check, find, misspelt, overlays, pod_specs, render, walk
+from tests.support.manifests import Document, check, find, misspelt, overlays, pod_specs, render, walk
 
 QUEUE = "kueue.x-k8s.io/queue-name"
 INVALID = (jsonschema.ValidationError, kubernetes_validate.ValidationError)

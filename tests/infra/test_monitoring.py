@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from ray.dashboard.consts import GPU_TAG_KEYS
 from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
 
-from tests.infra.manifests import ROOT
+from tests.support.manifests import ROOT
 
 MONITORING = ROOT / "infra/monitoring"
 DASHBOARD = json.loads((MONITORING / "dashboards/sana.json").read_text())
@@ -63,7 +63,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "tests.infra.metrics_probe", str(tmp_path_factory.mktemp("metrics")), str(port)]
+    command = [sys.executable, "-m", "tests.support.metrics_probe", str(tmp_path_factory.mktemp("metrics")), str(port)]
     run = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     labels: dict[str, set[str]] = {}

@@ -5,10 +5,10 @@ import re
 import shlex
 
 from infra.local.__main__ import make_parser as local_cluster
-from jobs.config import parse_config
-from jobs.exit_codes import ExitCode
+from jobs.common.config import parse_config
+from jobs.common.exit_codes import ExitCode
 from jobs.plan import RATES, PlanConfig, make_plan
-from tests.infra.manifests import ROOT, find, render
+from tests.support.manifests import ROOT, find, render
 
 README = (ROOT / "infra/README.md").read_text().replace("\\\n", " ")  # a command on two lines is one
 

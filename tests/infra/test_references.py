@@ -15,12 +15,12 @@ from urllib.parse import urlparse
 import pytest
 import yaml
 
-from jobs.config import parse_config
-from jobs.runner import JobConfig
-from pipelines.stage import Resources
-from pipelines.train_config import WorkerResources
-from tests.infra.manifests import ROOT, Document, find, overlays, pod_specs, render, walk
+from jobs.common.config import parse_config
+from jobs.common.job import JobConfig
+from pipelines.stages.contract import Resources
+from pipelines.train.config import WorkerResources
 from tests.infra.test_manifests import quantity
+from tests.support.manifests import ROOT, Document, find, overlays, pod_specs, render, walk
 
 DOCKERFILE = (ROOT / "infra/docker/Dockerfile").read_text()
 OTHERS_IMAGES = ("redis", "postgres")
@@ -196,7 +196,7 @@ def jobs(documents: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPa
         python, flag, module, *arguments = shlex.split(job["spec"]["entrypoint"])
         assert (python, flag) == ("python", "-m")
         arguments = [re.sub("^/etc/sana/", f"{tmp_path}/", re.sub("^/app/", f"{ROOT}/", argument)) for argument in arguments]
-        entry = importlib.import_module(module)
+        entry = importlib.import_module("jobs.demo.main" if module == "jobs.demo" else module)
         taken: list[Any] = []
         monkeypatch.setattr(entry, "run_job", lambda job_class, run, argv, taken=taken, **kwargs: taken.append(job_class))
         entry.main([])

@@ -11,18 +11,18 @@ from diffusers import SanaPipeline
 from PIL import Image
 
 from jobs.export import main
-from pipelines.engine import EngineConfig
-from pipelines.lora import LoraConfig, merge_lora
-from pipelines.optim import OptimConfig
-from pipelines.tables import Table
-from pipelines.train_config import TrainConfig, TrainTask
-from pipelines.train_worker import TrainWorker
-from pipelines.training_record import write_config
-from sana_model.generate import TextToImage
-from sana_model.pipeline_files import load_pipeline
-from sana_model.transformer import SanaTransformer
-from tests.pipelines.one_worker import one_worker
-from tests.pipelines.training_world import PATH, make_pipeline, make_shards, make_table
+from pipelines.tables.table import Table
+from pipelines.train.config import TrainConfig
+from pipelines.train.engine.config import EngineConfig, LoraConfig, OptimConfig
+from pipelines.train.engine.lora import merge_lora
+from pipelines.train.record import write_config
+from pipelines.train.task import TrainTask
+from pipelines.train.worker import TrainWorker
+from sana_model.files.pipeline import load_pipeline
+from sana_model.nn.transformer import SanaTransformer
+from sana_model.pipeline import TextToImage
+from tests.support.one_worker import one_worker
+from tests.support.training_world import PATH, make_pipeline, make_shards, make_table
 
 PROMPTS = ["a red square", "blue"]
 

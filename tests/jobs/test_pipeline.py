@@ -13,16 +13,15 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs import pipeline, runner
-from jobs.config import parse_config
-from jobs.exit_codes import ExitCode, exit_code
+from jobs import pipeline
+from jobs.common import job as job_module
+from jobs.common.config import parse_config
+from jobs.common.exit_codes import ExitCode, exit_code
 from jobs.pipeline import PipelineJob
-from pipelines.lease import LeaseHeldError
-from pipelines.shapes import ShapesConfig, write_folder
-from pipelines.stage import StageError, TooManyRejectsError
-from pipelines.storage import StorageError
-from pipelines.tables import MissingTableError, StaleTableError
-from pipelines.train_config import TrainingError
+from pipelines.shapes.drawing import write_folder
+from pipelines.shapes.scenes import ShapesConfig
+from pipelines.storage.errors import LeaseHeldError, StorageError
+from pipelines.tables.errors import MissingTableError, StageError, StaleTableError, TooManyRejectsError, TrainingError
 
 ROOT = Path(__file__).parents[2]
 
@@ -155,12 +154,12 @@ def test_exit_codes_say_why(error: type[Exception]) -> None:
 def test_a_fault_keeps_its_traceback(
     error: type[Exception], config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(runner, "start_ray", lambda config: nullcontext())
+    monkeypatch.setattr(job_module, "start_ray", lambda config: nullcontext())
 
     def fail(job: PipelineJob) -> None:
         raise error("what happened")
 
-    code = runner.run_job(PipelineJob, fail, ["--config", str(config)], prog="test", description="")
+    code = job_module.run_job(PipelineJob, fail, ["--config", str(config)], prog="test", description="")
     told = capsys.readouterr().err
     assert code == (ExitCode.WRONG_INPUT if error is ValueError else ExitCode.FAULT)
     assert ("Traceback" in told) == (error is not ValueError) and "what happened" in told

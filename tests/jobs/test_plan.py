@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jobs.config import parse_config
+from jobs.common.config import parse_config
 from jobs.plan import RATES, PlanConfig, Rate, main, make_plan, rates_of
 
 

@@ -8,9 +8,10 @@ import pytest
 import ray
 
 from jobs import select
-from pipelines.schema import SCORES
-from pipelines.select import POLICIES
-from pipelines.tables import Identity, Table
+from pipelines.score.config import POLICIES
+from pipelines.tables.identity import Identity
+from pipelines.tables.schema import SCORES
+from pipelines.tables.table import Table
 
 ROWS = [
     {"id": "x", "captions": [("original", 24.0), ("llava", 30.0), ("qwen", 27.0)]},

@@ -6,10 +6,10 @@ import pytest
 import ray
 import torch
 
-from jobs.config import parse_config
+from jobs.common.config import parse_config
 from jobs.train import TrainJob, main
-from pipelines.model_shapes import find_shapes
-from sana_model.transformer import SanaTransformer
+from pipelines.train.preflight.models import find_shapes
+from sana_model.nn.transformer import SanaTransformer
 
 CONFIGS = Path("jobs/configs/sana")
 NUM_WEIGHTS = {"sana-0.6b": 591_747_872, "sana-1.6b": 1_604_462_752}

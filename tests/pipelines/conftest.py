@@ -6,7 +6,7 @@ import pytest
 import ray
 import s3fs
 
-from tests.s3 import BUCKET, s3_environment, serve_s3
+from tests.support.s3 import BUCKET, s3_environment, serve_s3
 
 
 @pytest.fixture(scope="session")

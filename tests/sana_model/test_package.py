@@ -24,7 +24,7 @@ loaded = sorted(set(name.split(".")[0] for name in sys.modules) & set({BLOCKED!r
 assert not loaded, loaded
 
 import torch
-from sana_model.transformer import SanaTransformer
+from sana_model.nn.transformer import SanaTransformer
 model = SanaTransformer.from_preset("tiny")
 model(torch.randn(1, 8, 4, 4), torch.tensor([500.0]), torch.randn(1, 3, 64)).sum().backward()
 print(len(modules))
@@ -40,7 +40,7 @@ def test_every_module_imports_and_works_without_the_cluster_and_the_peers():
 def test_import_has_no_side_effect_on_torch():
     program = (
         "import torch; before = (torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed());"
-        "import sana_model.generate, sana_model.weights;"
+        "import sana_model.pipeline, sana_model.files.models;"
         "assert before == (torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed())"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,0 +1,75 @@
+"""The Ray that a job runs on, and how a job hears that it must stop."""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+import ray
+import ray.data  # sets up its loggers
+
+STOPPED = b"\nstopped: all shards and checkpoints written so far stay; run the same command again to go on from there\n"
+
+
+class JobStopped(BaseException):
+    """SIGTERM came. Not an Exception: nothing on the way may take it for a failure of its own and go on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayConfig:
+    """The Ray that a job runs on: the cluster of RAY_ADDRESS (as under `ray job submit`), or else a local one.
+
+    Args:
+        num_cpus: logical CPUs of a local Ray; None: the machine's. More than there are lets light actors share a core.
+        num_gpus: GPUs of a local Ray; None: those that Ray finds.
+    """
+
+    num_cpus: int | None = None
+    num_gpus: int | None = None
+
+
+@contextmanager
+def start_ray(config: RayConfig) -> Iterator[None]:
+    """Connect to the cluster, or start a local Ray and stop it at the end."""
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ side writes to this process's own stderr
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    else:
+        ray.init(
+            num_cpus=config.num_cpus,
+            num_gpus=config.num_gpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    _quiet_libraries()
+    signal.signal(signal.SIGTERM, _stop)  # after ray.init, which sets a handler of its own
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _quiet_libraries() -> None:
+    """Only their warnings are shown: a stage says itself how far it is. Ray's log files keep everything."""
+    for name in ("ray", "ray.data"):
+        for handler in logging.getLogger(name).handlers:
+            if isinstance(handler, logging.StreamHandler):
+                handler.setLevel(logging.WARNING)  # the loggers' own levels are set anew by whoever calls ray.init() again
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that there are no bars
+    llm = logging.getLogger("ray.llm")
+    llm.addHandler(logging.NullHandler())  # without one its modules, imported later, add their own
+    llm.setLevel(logging.WARNING)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # of this process alone: the engines' are Ray's workers
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    """Says so at once, because `ray job stop` leaves 3 seconds; a second SIGTERM does not disturb the cleaning up."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.write(sys.stderr.fileno(), STOPPED)
+    raise JobStopped

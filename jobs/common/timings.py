@@ -1,0 +1,47 @@
+"""What the stages of one job did, and how long each took."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from jobs.common.text_table import format_table
+from pipelines.reports.runs import Section
+from pipelines.stages.contract import StageResult
+
+T = TypeVar("T")
+
+
+@dataclass
+class Timings:
+    """How long each stage took, and what it did."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    stages: dict[str, StageResult] = field(default_factory=dict)
+
+    def measure(self, name: str, run: Callable[[], T]) -> T:
+        start = time.monotonic()
+        result = run()
+        self.seconds[name] = time.monotonic() - start
+        if isinstance(result, StageResult):
+            self.stages[name] = result
+        return result
+
+    def section(self) -> Section:
+        """A table of them."""
+        rows = []
+        for name, seconds in self.seconds.items():
+            result = self.stages.get(name)
+            if result is None:
+                rows.append([name, "", "", f"{seconds:.0f}", ""])
+                continue
+            reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(result.rejects_by_reason.items()))
+            done = "was done" if result.was_done else reasons
+            rows.append([name, str(result.num_rows), str(result.num_rejects), f"{seconds:.0f}", done])
+        return Section(title="Stages", columns=["stage", "rows", "rejects", "seconds", "rejects by reason"], rows=rows)
+
+
+def print_section(section: Section) -> None:
+    """As text: columns of equal width, numbers to the right."""
+    print(f"\n{section.title}")
+    print(format_table(section.columns, [[str(cell) for cell in row] for row in section.rows]))

@@ -1,0 +1,46 @@
+"""Configuration of the demo."""
+
+from dataclasses import dataclass, field
+
+from jobs.pipeline import StagesJob
+from pipelines.shapes.scenes import ShapesConfig
+from pipelines.storage.files import is_local
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldConfig:
+    """The drawn scenes that stand in for photographs.
+
+    Args:
+        shapes: which scenes there are.
+        num_images: how many are drawn.
+        num_prompts: of the evaluation, before and after training; every other one asks for a color that is new to the model.
+    """
+
+    shapes: ShapesConfig = field(default_factory=ShapesConfig)
+    num_images: int = 1000
+    num_prompts: int = 48
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoJob(StagesJob):
+    """The stages on drawn scenes or on your own images, with pictures from before and after the training.
+
+    Args:
+        images: a folder of your own images (or tars, or Parquet) to read in place of `ingest.source`; unless given, scenes of
+            the Shapes world are drawn there.
+        world: the drawn scenes.
+    """
+
+    images: str | None = None
+    world: WorldConfig = field(default_factory=WorldConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train.init is None:
+            raise ValueError("train.init=None: the demo goes on from a pipeline, such as zoo://pipeline")
+        if self.images is None and is_local(self.ingest.source) and not is_local(self.dataset_uri):
+            raise ValueError(
+                f"ingest.source={self.ingest.source} is on one machine, and dataset_uri={self.dataset_uri} is for several: let "
+                f"the scenes be drawn where all see them, such as --ingest.source {self.dataset_uri.rstrip('/')}-raw"
+            )

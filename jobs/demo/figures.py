@@ -1,0 +1,98 @@
+"""What a dataset's scores say of its captioners and of the selection; with known truth, how often captions are exact."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipelines.score.config import SelectionConfig
+from pipelines.score.selection import choose_caption
+from pipelines.shapes.grammar import parse
+from pipelines.shapes.scenes import Scene
+from pipelines.tables.schema import IMAGES, IMAGES_PATH, SCORES, Row, scores_path
+from pipelines.tables.table import Table
+
+RANDOM, SELECTED = "random choice", "CLIP selection"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionFigures:
+    """Of a captioner, or of a way to choose among captioners' captions; None where there is nothing to tell."""
+
+    mean_score: float | None
+    selected_share: float | None = None
+    """Share of the images that train on this captioner's caption."""
+    exact_share: float | None = None
+    """Share of the captions that say all attributes of the drawn scene right."""
+
+
+@dataclass(frozen=True)
+class _Scored:
+    captions: list[Row]
+    exact: list[bool] | None
+    chosen: int | None
+
+
+def caption_figures(dataset_uri: str, scorer: str, selection: SelectionConfig, *, seed: int = 0) -> dict[str, CaptionFigures]:
+    """Figures by captioner, then of "random choice" (its expected values) and of "CLIP selection" (one draw for each image)."""
+    scores: dict[str, _Mean] = defaultdict(_Mean)
+    exact: dict[str, _Mean] = defaultdict(_Mean)
+    chosen: Counter[str] = Counter()
+    num_images = 0
+    for image in _scored_images(dataset_uri, scorer, selection, seed):
+        num_images += 1
+        own_scores = [caption["clip_score"] for caption in image.captions]
+        for index, caption in enumerate(image.captions):
+            name = caption["captioner"]
+            scores[name].add(own_scores[index])
+            chosen[name] += index == image.chosen
+            if image.exact is not None:
+                exact[name].add(image.exact[index])
+        scores[RANDOM].add(float(np.mean(own_scores)))
+        if image.exact:
+            exact[RANDOM].add(float(np.mean(image.exact)))
+        if image.chosen is not None:
+            scores[SELECTED].add(own_scores[image.chosen])
+            if image.exact:
+                exact[SELECTED].add(image.exact[image.chosen])
+    return {
+        name: CaptionFigures(
+            mean_score=scores[name].value,
+            selected_share=chosen[name] / num_images if name in chosen else None,
+            exact_share=exact[name].value,
+        )
+        for name in [*sorted(chosen), RANDOM, SELECTED]
+    }
+
+
+@dataclass
+class _Mean:
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, value: float) -> None:
+        self.total += value
+        self.count += 1
+
+    @property
+    def value(self) -> float | None:
+        return self.total / self.count if self.count else None
+
+
+def _scored_images(dataset_uri: str, scorer: str, selection: SelectionConfig, seed: int) -> Iterator[_Scored]:
+    images, table = Table(dataset_uri, IMAGES_PATH, IMAGES), Table(dataset_uri, scores_path(scorer), SCORES)
+    for shard in table.list_shards():
+        truths = {row["id"]: _truth(row["metadata"]) for row in images.read_shard(shard, ["id", "metadata"]).to_pylist()}
+        for row in table.read_shard(shard).to_pylist():
+            captions, truth = row["captions"], truths[row["id"]]
+            choice = choose_caption(captions, selection, seed=seed, epoch=0, sample_id=row["id"])
+            exact = None if truth is None else [parse(caption["caption"]) == truth for caption in captions]
+            yield _Scored(captions, exact, None if choice is None else captions.index(choice))
+
+
+def _truth(metadata: str | None) -> Scene | None:
+    """The scene that `shapes.write_folder` noted beside the image."""
+    truth = json.loads(metadata).get("truth") if metadata else None
+    return parse(truth) if isinstance(truth, str) else None

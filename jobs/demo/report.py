@@ -1,0 +1,95 @@
+"""What the demo says at its end: the closing table, the page that shows it all, and where to look."""
+
+from collections.abc import Sequence
+
+from jobs.common.timings import Timings, print_section
+from jobs.demo.config import DemoJob
+from jobs.demo.figures import CaptionFigures, caption_figures
+from jobs.sample import GRID
+from pipelines.evaluate.run import summarize
+from pipelines.reports.runs import Link, Section, demo_report
+from pipelines.shapes.scenes import KNOWN_COLORS, NEW_COLORS
+from pipelines.storage.files import write_file
+from pipelines.tables.schema import EVALUATIONS, evaluations_path, samples_path
+from pipelines.tables.table import REPORT, Table
+from pipelines.tracking.runs import tracking_uri
+from pipelines.train.run import TrainResult
+
+NONSENSE = (
+    "These are your own images. The tiny models of this demo have only ever seen drawn shapes: their captions of photographs, "
+    "the scores and the pictures they draw are nonsense. What is real here is the way that the data took."
+)
+
+
+def summarize_demo(job: DemoJob, trained: TrainResult, timings: Timings) -> list[Section]:
+    """The closing tables: pictures, captioners, training, stages."""
+    return [
+        _pictures_section(job),
+        _captions_section(caption_figures(job.dataset_uri, job.scorer.name, job.train.data.selection)),
+        _training_section(trained),
+        timings.section(),
+    ]
+
+
+def _captions_section(figures: dict[str, CaptionFigures]) -> Section:
+    rows = [
+        [name, _number(row.mean_score, "{:.1f}"), _percent(row.selected_share), _percent(row.exact_share)]
+        for name, row in figures.items()
+    ]
+    return Section(title="Captions", columns=["captioner", "mean CLIP score", "selected", "exact captions"], rows=rows)
+
+
+def _training_section(trained: TrainResult) -> Section:
+    done = "was done" if trained.was_done else f"{trained.samples_per_second:.0f} samples/s"
+    row = [str(trained.num_steps), f"{trained.loss_start:.3f}", f"{trained.loss_end:.3f}", done]
+    return Section(title="Training", columns=["steps", "loss at start", "loss at end", "speed"], rows=[row])
+
+
+def _pictures_section(job: DemoJob) -> Section:
+    """Figures before and after training; of drawn scenes by colors that were new to the model and colors that were not."""
+    groups: dict[str, Sequence[str] | None] = {"all prompts": None}
+    if job.images is None:
+        groups = {"prompts with a new color": NEW_COLORS, "other prompts": KNOWN_COLORS}
+    rows = []
+    for label, colors in groups.items():
+        before, after = (_figures(job, name, colors) for name in ("before", "after"))
+        for name in before:
+            form = "{:.1f}" if name == "clip_score" else "{:.0%}"
+            title = name.removeprefix("accuracy.").replace("clip_score", "CLIP score").replace("all", "all three right")
+            rows.append([label, title, form.format(before[name]), form.format(after[name])])
+    pictures = [(name, f"{job.dataset_uri}/{samples_path(name)}/{GRID}") for name in ("before", "after")]
+    return Section(title="Pictures", columns=["of", "", "before", "after"], rows=rows, pictures=pictures)
+
+
+def _figures(job: DemoJob, name: str, colors: Sequence[str] | None) -> dict[str, float]:
+    return summarize(Table(job.dataset_uri, evaluations_path(name), EVALUATIONS), colors=colors)
+
+
+def _percent(share: float | None) -> str:
+    return _number(share, "{:.0%}")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def write_demo_report(job: DemoJob, sections: list[Section]) -> str:
+    """The front page, `report.html` of the dataset; its URI."""
+    tables = ["images", *(f"captions/{captioner.name}" for captioner in job.captioners), f"scores/{job.scorer.name}"]
+    links = [Link(name=path, href=f"{path}/{REPORT}") for path in [*tables, job.extract.path, "train"]]
+    notice = "" if job.images is None else NONSENSE
+    uri = f"{job.dataset_uri}/{REPORT}"
+    write_file(uri, demo_report(job.dataset_uri, sections, links=links, notice=notice).encode())
+    return uri
+
+
+def print_summary(job: DemoJob, sections: list[Section], report: str) -> None:
+    """The closing tables, and where to look."""
+    for section in sections:
+        print_section(section)
+    grid = f"{job.dataset_uri}/{samples_path('after')}/{GRID}"
+    if job.images is not None:
+        print(f"\n{NONSENSE}")
+    print(f"\npictures  {grid}\nreport    {report}")
+    runs = tracking_uri(job.tracking, job.dataset_uri)
+    print(f"MLflow    {runs if runs.startswith('http') else f'mlflow ui --backend-store-uri {runs}'}", flush=True)

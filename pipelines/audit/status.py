@@ -1,0 +1,246 @@
+"""How a dataset stands: which of its tables are whole, which are stale and why, what was refused, and its trainings.
+
+What it costs: a listing of every table's folder and its rejects' (an object store gives 1000 names for a request: 200 requests
+for a table of 100,000 shards), each table's manifest, and the plan of ingest. No shard is opened, unless `count_rows` is set:
+then the footers of the tables that are not complete are read (two small requests for each of their shards).
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.ingest.plan import read_plan
+from pipelines.stages.run import NUM_THREADS
+from pipelines.storage.files import find_files, list_folder, read_file
+from pipelines.storage.lease import read_lease
+from pipelines.tables.identity import Manifest
+from pipelines.tables.schema import IMAGES_PATH, SCHEMA_VERSION, TABLE_SCHEMAS
+from pipelines.tables.table import REBUILD, Table, is_elsewhere
+from pipelines.train.record import RECORD
+
+SHORT = 8  # digits of a fingerprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundTable:
+    """A table that lies in a dataset. `problem`: why its manifest cannot be read."""
+
+    table: Table
+    manifest: Manifest | None
+    problem: str | None = None
+
+    @property
+    def path(self) -> str:
+        return self.table.path
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableStatus:
+    """How a table stands.
+
+    num_shards: how many there are. missing: those that its inputs have, or the plan of ingest, and it has not; None where
+    nothing tells (pictures of a stage that has not ended). ended: its stage has, with these shards. num_rows, num_rejects:
+    None where only the shards' footers could tell. num_bytes: of shards and rejects. stale: why it is not what its stage would
+    make now, a line for each cause. problems: what else is wrong with it. writer: who holds its lease.
+    """
+
+    path: str
+    num_shards: int
+    missing: list[str] | None
+    ended: bool
+    num_rows: int | None
+    num_rejects: int | None
+    rejects_by_reason: dict[str, int]
+    num_bytes: int
+    fingerprint: str
+    stage: str
+    updated: str
+    stale: list[str]
+    problems: list[str]
+    writer: str | None
+
+    @property
+    def complete(self) -> bool:
+        """All shards are there that its inputs have now, and its stage has come to its end."""
+        return self.missing == [] and self.ended and not self.problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingStatus:
+    """A training of the dataset. `result` is None until it has ended."""
+
+    name: str
+    inputs: dict[str, str]
+    num_steps: int
+    result: dict[str, Any] | None
+    stale: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetStatus:
+    dataset_uri: str
+    tables: list[TableStatus]
+    trainings: list[TrainingStatus]
+
+
+def find_tables(dataset_uri: str) -> list[FoundTable]:
+    """The tables of a dataset, in the order in which they are made: what has a manifest, shards or a broken-off deletion."""
+    candidates = []
+    for group in TABLE_SCHEMAS:
+        names = list_folder(f"{dataset_uri}/{group}", with_files=False)  # a page may lie beside the tables
+        candidates += [group] if group == IMAGES_PATH else [f"{group}/{name}" for name in names if name[0] not in "._"]
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        return [found for found in pool.map(lambda path: find_table(dataset_uri, path), candidates) if found is not None]
+
+
+def find_table(dataset_uri: str, path: str) -> FoundTable | None:
+    """None if there is nothing of it. Raises ValueError if `path` is not one of a table."""
+    group = path.split("/")[0]
+    if group not in TABLE_SCHEMAS or (path == IMAGES_PATH) != (group == IMAGES_PATH):
+        raise ValueError(
+            f"{path!r} is no table's path: give {IMAGES_PATH}, or such as captions/llava ({', '.join(TABLE_SCHEMAS)})"
+        )
+    table = Table(dataset_uri, path, TABLE_SCHEMAS[group])
+    try:
+        manifest = table.read_manifest()
+    except ValueError as error:
+        return FoundTable(table=table, manifest=None, problem=str(error))
+    if manifest is None and not table.list_shards() and REBUILD not in list_folder(table.uri):
+        return None
+    return FoundTable(table=table, manifest=manifest)
+
+
+def dataset_status(dataset_uri: str, *, count_rows: bool = False) -> DatasetStatus:
+    """How everything in a dataset stands. Raises ValueError if there is no table there."""
+    tables = find_tables(dataset_uri)
+    trainings = dict(find_trainings(dataset_uri))
+    if not tables and not trainings:
+        raise ValueError(f"there is no dataset at {dataset_uri}: none of its folders holds a table (jobs.ingest begins one)")
+    stale = find_stale(tables)
+    shards: dict[str, list[str]] = {}
+    statuses = []
+    for found in tables:
+        status, shards[found.path] = _table_status(found, shards, stale[found.path], count_rows)
+        statuses.append(status)
+    return DatasetStatus(
+        dataset_uri=dataset_uri,
+        tables=statuses,
+        trainings=[_training_status(name, record, tables, stale) for name, record in sorted(trainings.items())],
+    )
+
+
+def _table_status(
+    found: FoundTable, known: Mapping[str, list[str]], stale: list[str], count_rows: bool
+) -> tuple[TableStatus, list[str]]:
+    """The status, and the names of the shards."""
+    table, manifest = found.table, found.manifest
+    files, refused = find_files(table.uri), find_files(table.rejects().uri)
+    shards = [name.removesuffix(".parquet") for name in files if name.endswith(".parquet") and name[0] not in "._"]
+    expected = expected_shards(found, known)
+    counted = manifest is not None and manifest.complete and manifest.num_shards == len(shards)
+    rows, reasons = (manifest.num_rows, manifest.rejects_by_reason) if manifest is not None and counted else (None, {})
+    if rows is None and count_rows:
+        rows, reasons = _count(table, shards)
+    lease = read_lease(table.uri)
+    status = TableStatus(
+        path=table.path,
+        num_shards=len(shards),
+        missing=None if expected is None else sorted(set(expected) - set(shards)),
+        ended=counted,
+        num_rows=rows,
+        num_rejects=None if rows is None else sum(reasons.values()),
+        rejects_by_reason=dict(sorted(reasons.items(), key=lambda item: -item[1])),
+        num_bytes=sum(files[f"{shard}.parquet"] for shard in shards) + sum(refused.values()),
+        fingerprint=manifest.fingerprint if manifest else "",
+        stage=manifest.stage if manifest else "",
+        updated=manifest.updated if manifest else "",
+        stale=stale,
+        problems=_problems(found, files),
+        writer=lease.describe() if lease is not None and lease.is_alive() else None,
+    )
+    return status, shards
+
+
+def _problems(found: FoundTable, files: Mapping[str, int]) -> list[str]:
+    if REBUILD in files:
+        return ["its deletion was begun and not ended: start its stage again"]
+    if found.problem:
+        return [found.problem]
+    return [] if found.manifest else ["it has shards and no manifest: nothing says what made them"]
+
+
+def expected_shards(found: FoundTable, known: Mapping[str, list[str]]) -> list[str] | None:
+    """The shards that a table should have; None where nothing tells. `known`: those of the tables that were made before."""
+    if found.path == IMAGES_PATH and (plan := read_plan(found.table)) is not None:
+        return list(plan.shards)
+    manifest = found.manifest
+    inputs = [path for path in manifest.inputs if path in known] if manifest else []
+    if inputs:
+        return known[inputs[0]]
+    if manifest is None or manifest.inputs or not manifest.complete:
+        return None
+    return [f"{number:05d}" for number in range(manifest.num_shards)]
+
+
+def _count(table: Table, shards: list[str]) -> tuple[int, dict[str, int]]:
+    """Rows, and rejects by reason, from the files' footers."""
+    rejects = table.rejects()
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        rows = sum(facts.num_rows for facts in pool.map(table.read_facts, shards))
+        reasons: Counter[str] = Counter()
+        for facts in pool.map(rejects.read_facts, shards):
+            reasons.update(facts.rejects_by_reason)
+    return rows, dict(reasons)
+
+
+def find_stale(tables: list[FoundTable]) -> dict[str, list[str]]:
+    """By path of each table: why it is not what its stage would make now; nothing if it is."""
+    stale: dict[str, list[str]] = {}
+    for found in tables:  # inputs come before what is made from them
+        manifest = found.manifest
+        causes = stale_inputs(manifest.inputs, tables, stale) if manifest else []
+        if manifest and manifest.schema_version != SCHEMA_VERSION:
+            causes.append(f"it is of table version {manifest.schema_version}, this program writes {SCHEMA_VERSION}")
+        stale[found.path] = causes
+    return stale
+
+
+def stale_inputs(inputs: Mapping[str, str], tables: list[FoundTable], stale: Mapping[str, list[str]]) -> list[str]:
+    """A line for each input (path and fingerprint when it was read) that is another now, is gone, or is stale itself."""
+    present = {found.path: found.manifest for found in tables}
+    causes = []
+    for path, fingerprint in inputs.items():
+        manifest = present.get(path)
+        if manifest is None:
+            causes.append(f"{path} is gone")
+        elif manifest.fingerprint != fingerprint:
+            causes.append(f"{path} was made anew ({fingerprint[:SHORT]} -> {manifest.fingerprint[:SHORT]})")
+        elif stale.get(path):
+            causes.append(f"{path} is stale")
+    return causes
+
+
+def find_trainings(dataset_uri: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Folder and record of each training in a dataset."""
+    for name in list_folder(dataset_uri, with_files=False):
+        if name in TABLE_SCHEMAS or name[0] in "._":
+            continue
+        try:
+            yield name, json.loads(read_file(f"{dataset_uri}/{name}/{RECORD}"))
+        except FileNotFoundError:
+            continue
+
+
+def _training_status(
+    name: str, record: dict[str, Any], tables: list[FoundTable], stale: Mapping[str, list[str]]
+) -> TrainingStatus:
+    return TrainingStatus(
+        name=name,
+        inputs=record["inputs"],
+        num_steps=record["config"]["num_steps"],
+        result=record["result"],
+        stale=stale_inputs({name: value for name, value in record["inputs"].items() if not is_elsewhere(name)}, tables, stale),
+    )

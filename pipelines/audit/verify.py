@@ -1,0 +1,317 @@
+"""Looks at every byte of a dataset's tables: what is wrong, where, and what puts it right.
+
+Checked of each table: its manifest is what its fingerprint says, and of its inputs' present fingerprints; each file is read to
+its end (with the checksums of its pages), is of the table's schema, and was made by what the manifest says; the ids of a shard
+and of its rejects are together exactly those of the shard that it was made from, none twice; shards and counts are those of
+the manifest; nothing is left over. Of images, too: the id is the hash of the bytes, and no id comes twice in the dataset.
+
+Memory: some megabytes for each thread, and the ids of the shards under work; those of all images go to disk (see `seen_ids`).
+"""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import islice
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.audit.seen_ids import SeenIds
+from pipelines.audit.status import FoundTable, expected_shards, find_stale, find_tables
+from pipelines.storage.errors import StorageError
+from pipelines.storage.files import find_files, open_file
+from pipelines.tables.identity import MANIFEST, Manifest
+from pipelines.tables.schema import IMAGES_PATH, SCHEMA_VERSION
+from pipelines.tables.table import FACTS_KEY, REBUILD, Table
+
+BATCH_ROWS = 64
+BUFFER_BYTES = 2**20
+REMAKE = "delete it, and its stage makes it again"
+REBUILD_ADVICE = "run its stage with --on_stale rebuild"
+KEYS = ("id", "captioner", "reject_reason")
+ID = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Violation:
+    """`file` is relative to the dataset; `remedy` is what a user can do."""
+
+    file: str
+    problem: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.problem}: {self.remedy}"
+
+
+@dataclass
+class VerifyProgress:
+    """`num_shards` are those of all tables; rows are those that were read."""
+
+    num_shards: int = 0
+    done_shards: int = 0
+    num_rows: int = 0
+    num_violations: int = 0
+
+
+@dataclass
+class _Counts:
+    """What is read of a table, to compare with its manifest."""
+
+    rows: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    damaged: bool = False
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """What is read of one shard."""
+
+    rows: int
+    reasons: Counter[str]
+    violations: list[Violation]
+    damaged: bool
+
+
+OnVerifyProgress = Callable[[VerifyProgress], None]
+
+
+def verify_dataset(
+    dataset_uri: str,
+    *,
+    paths: Sequence[str] = (),
+    num_threads: int = 8,
+    on_progress: OnVerifyProgress = lambda progress: None,
+) -> Iterator[Violation]:
+    """Every violation, as it is found.
+
+    Args:
+        paths: of the tables to look at; all unless given.
+        on_progress: called after each shard.
+
+    Raises:
+        ValueError: there is no such table, or no table at all.
+        StorageError: a file could not be read for another reason than that it is damaged.
+    """
+    tables = find_tables(dataset_uri)
+    known = {found.path: found for found in tables}
+    if not tables:
+        raise ValueError(f"there is no dataset at {dataset_uri}: none of its folders holds a table")
+    if missing := [path for path in paths if path not in known]:
+        raise ValueError(f"there is no table {missing[0]!r} in {dataset_uri}; it holds {', '.join(known)}")
+    chosen = [found for found in tables if not paths or found.path in paths]
+    stale = find_stale(tables)
+    shards = {found.path: found.table.list_shards() for found in tables}
+    progress = VerifyProgress(num_shards=sum(len(shards[found.path]) for found in chosen))
+    for found in chosen:
+        for violation in _verify_table(found, known, shards, stale[found.path], num_threads, progress, on_progress):
+            progress.num_violations += 1
+            yield violation
+
+
+def _verify_table(
+    found: FoundTable,
+    known: dict[str, FoundTable],
+    shards: dict[str, list[str]],
+    stale: list[str],
+    num_threads: int,
+    progress: VerifyProgress,
+    on_progress: OnVerifyProgress,
+) -> Iterator[Violation]:
+    table, names = found.table, shards[found.path]
+    yield from _check_manifest(found, stale)
+    yield from _check_listing(found, names, expected_shards(found, shards))
+    source = None if stale else _source_of(found, known)
+    counts = _Counts()
+    with ExitStack() as stack:
+        seen = stack.enter_context(SeenIds(names)) if found.path == IMAGES_PATH else None
+        for shard in _in_threads(lambda name: _verify_shard(found, source, name, seen), names, num_threads):
+            yield from shard.violations
+            counts.rows += shard.rows
+            counts.reasons.update(shard.reasons)
+            counts.damaged |= shard.damaged
+            progress.done_shards += 1
+            progress.num_rows += shard.rows
+            on_progress(progress)
+        if seen is not None:
+            yield from _duplicates(table, seen)
+    if found.manifest is not None and found.manifest.complete and not counts.damaged:
+        yield from _check_counts(table, found.manifest, len(names), counts)
+
+
+def _in_threads(work: Callable[[str], _Shard], names: Iterable[str], num_threads: int) -> Iterator[_Shard]:
+    """In order, without running ahead of who takes the results."""
+    waiting = iter(names)
+    with ThreadPoolExecutor(num_threads) as pool:
+        running = [pool.submit(work, name) for name in islice(waiting, 2 * num_threads)]
+        while running:
+            result = running.pop(0).result()
+            running += [pool.submit(work, name) for name in islice(waiting, 1)]
+            yield result
+
+
+def _source_of(found: FoundTable, known: dict[str, FoundTable]) -> Table | None:
+    """The input whose rows a table's rows are, less its rejects: the scores for latents, else the images or pictures."""
+    inputs = found.manifest.inputs if found.manifest else {}
+    scores = [path for path in inputs if path.startswith("scores/")]
+    first = scores[0] if scores else next(iter(inputs), None)
+    return known[first].table if first in known else None
+
+
+def _check_manifest(found: FoundTable, stale: list[str]) -> Iterator[Violation]:
+    table, manifest = found.table, found.manifest
+    file = f"{table.path}/{MANIFEST}"
+    if table.deletion_begun():
+        yield Violation(f"{table.path}/{REBUILD}", "the deletion of the table was broken off", "start its stage again")
+    elif found.problem:
+        yield Violation(file, found.problem, f"put it back, or {REBUILD_ADVICE}")
+    elif manifest is None:
+        yield Violation(file, "is missing: nothing says what made the shards", f"put it back, or {REBUILD_ADVICE}")
+    elif manifest.schema_version == SCHEMA_VERSION and manifest.identity().fingerprint != manifest.fingerprint:
+        yield Violation(file, "was edited: its fingerprint is not that of its content", f"put it back, or {REBUILD_ADVICE}")
+    for cause in stale:
+        yield Violation(table.path, f"is stale: {cause}", REBUILD_ADVICE)
+
+
+def _check_listing(found: FoundTable, shards: list[str], expected: list[str] | None) -> Iterator[Violation]:
+    table, manifest = found.table, found.manifest
+    refused = set(table.rejects().list_shards())
+    for folder in (table.uri, table.rejects().uri):
+        for name in find_files(folder):
+            if name.startswith("."):
+                file = f"{folder.removeprefix(table.dataset_uri + '/')}/{name}"
+                yield Violation(file, "is a leftover of a writer that died", "delete it once no job is writing this table")
+    if expected is not None and found.path != IMAGES_PATH:
+        for shard in sorted(set(shards) - set(expected)):
+            yield Violation(_file(table, shard), "is about no shard of the table's inputs", "delete it")
+    if manifest is not None and manifest.complete and expected is not None:
+        for shard in sorted(set(expected) - set(shards))[: max(manifest.num_shards - len(shards), 0)]:
+            yield Violation(_file(table, shard), "is missing, of a table that was complete", "run its stage again: it makes it")
+    for shard in shards:
+        if shard not in refused:
+            yield Violation(
+                _file(table.rejects(), shard), "is missing", f"delete {_file(table, shard)}, and its stage makes both"
+            )
+
+
+def _verify_shard(found: FoundTable, source: Table | None, shard: str, seen: "SeenIds | None") -> _Shard:
+    table, rejects = found.table, found.table.rejects()
+    violations: list[Violation] = []
+    kept = _read_through(found, table, shard, violations)
+    refused = _read_through(found, rejects, shard, violations) if kept is not None else None
+    if kept is None or refused is None:
+        return _Shard(0, Counter(), violations, True)
+    file, ids = _file(table, shard), kept["id"]
+    keys = list(zip(ids, kept["captioner"], strict=True)) if "captioner" in kept else ids
+    if doubled := {key for key, count in Counter(keys).items() if count > 1}:
+        violations.append(Violation(file, f"holds {_some(doubled)} more than once", REMAKE))
+    if seen is not None:
+        seen.add(shard, [row_id for row_id in ids if ID.fullmatch(row_id)])
+    elif source is not None and (given := _ids_of(source, shard)) is not None:
+        violations += _check_ids(file, set(ids), set(refused["id"]), given, source.path, one_row=keys is ids)
+    return _Shard(len(ids), Counter(refused["reject_reason"]), violations, False)
+
+
+def _check_ids(
+    file: str, kept: set[str], refused: set[str], given: set[str], source: str, *, one_row: bool
+) -> Iterator[Violation]:
+    """`given`: the ids of the shard of `source` that this one was made from. `one_row`: there is one for each, or a reject."""
+    if lost := given - kept - refused:
+        yield Violation(file, f"lacks {_some(lost)} of {source}, which its rejects lack too", REMAKE)
+    if alien := (kept | refused) - given:
+        yield Violation(file, f"or its rejects hold {_some(alien)} that {source} has not in this shard", REMAKE)
+    if one_row and (both := kept & refused):
+        yield Violation(file, f"holds {_some(both)}, refused at the same time", REMAKE)
+
+
+def _ids_of(source: Table, shard: str) -> set[str] | None:
+    """None if it cannot be read, which its own check tells."""
+    try:
+        return set(source.read_shard(shard, ["id"])["id"].to_pylist())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _read_through(found: FoundTable, table: Table, shard: str, violations: list[Violation]) -> dict[str, list[str]] | None:
+    """The columns of KEYS that there are, of a file that is read to its end; None if it is damaged, or not there."""
+    file = _file(table, shard)
+    columns: dict[str, list[str]] = {name: [] for name in KEYS if name in table.schema.names}
+    try:
+        with open_file(table.shard_uri(shard), buffer_size=BUFFER_BYTES) as content:
+            parquet = pq.ParquetFile(content, page_checksum_verification=True)
+            if not parquet.schema_arrow.equals(table.schema):
+                difference = _difference(parquet.schema_arrow, table.schema)
+                violations.append(Violation(file, f"has other columns ({difference})", REMAKE))
+                return None
+            made_by = json.loads((parquet.metadata.metadata or {}).get(FACTS_KEY, b"{}")).get("fingerprint", "")
+            for batch in parquet.iter_batches(batch_size=BATCH_ROWS):
+                for name, values in columns.items():
+                    values += batch[name].to_pylist()
+                if table.path == IMAGES_PATH and (changed := _changed_images(batch)):
+                    violations.append(Violation(file, f"has other bytes than its id says for {_some(changed)}", REMAKE))
+    except FileNotFoundError:
+        return None
+    except StorageError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
+        violations.append(Violation(file, f"is damaged ({str(error).strip() or type(error).__name__})", REMAKE))
+        return None
+    if found.manifest is not None and made_by not in ("", found.manifest.fingerprint):
+        violations.append(Violation(file, f"was made by {made_by[:8]}, its table by {found.manifest.fingerprint[:8]}", REMAKE))
+    return columns
+
+
+def _changed_images(batch: pa.RecordBatch) -> list[str]:
+    pairs = zip(batch["id"].to_pylist(), batch["image_bytes"], strict=True)
+    return [row_id for row_id, value in pairs if hashlib.sha256(value.as_buffer()).hexdigest() != row_id]
+
+
+def _difference(found: pa.Schema, wanted: pa.Schema) -> str:
+    here, there = ({one.name: str(one) for one in schema} for schema in (found, wanted))
+    names = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+    told = [f"{here.get(name, f'no {name}')} in place of {there.get(name, 'nothing')}" for name in names]
+    return ", ".join(told) or "in another order"
+
+
+def _check_counts(table: Table, manifest: Manifest, num_shards: int, counts: _Counts) -> Iterator[Violation]:
+    reasons = dict(counts.reasons)
+    pairs = [
+        ("shards", manifest.num_shards, num_shards),
+        ("rows", manifest.num_rows, counts.rows),
+        ("rejects", manifest.num_rejects, counts.reasons.total()),
+        *(
+            (f"rejects for {name}", manifest.rejects_by_reason.get(name, 0), reasons.get(name, 0))
+            for name in sorted(manifest.rejects_by_reason.keys() | reasons.keys())
+        ),
+    ]
+    for what, told, read in pairs:
+        if told != read:
+            advice = "run its stage again, it counts anew; if the shards' own checks are clean, nothing else is wrong"
+            yield Violation(f"{table.path}/{MANIFEST}", f"tells of {told:,} {what}, there are {read:,}", advice)
+
+
+def _duplicates(images: Table, seen: SeenIds) -> Iterator[Violation]:
+    for head, shards in seen.suspects():
+        first: dict[str, str] = {}
+        for shard in shards:
+            for row_id in {row_id for row_id in images.read_shard(shard, ["id"])["id"].to_pylist() if row_id.startswith(head)}:
+                if row_id in first:
+                    problem = f"holds {row_id[:16]}… which {first[row_id]}.parquet holds too"
+                    yield Violation(_file(images, shard), problem, f"{REMAKE} without it")
+                first.setdefault(row_id, shard)
+
+
+def _file(table: Table, shard: str) -> str:
+    return f"{table.path}/{shard}.parquet"
+
+
+def _some(ids: Iterable[object], limit: int = 3) -> str:
+    listed = sorted(" of ".join(row_id) if isinstance(row_id, tuple) else str(row_id) for row_id in ids)
+    shown = ", ".join(row_id if len(row_id) <= 16 else f"{row_id[:16]}…" for row_id in listed[:limit])
+    more = f" and {len(listed) - limit:,} more" if len(listed) > limit else ""
+    return f"{len(listed):,} id{'s' * (len(listed) != 1)} ({shown}{more})"

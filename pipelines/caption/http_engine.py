@@ -1,0 +1,193 @@
+"""The `http` engine: any OpenAI-compatible endpoint.
+
+A row that the server refuses is a reject; a server that is down ends the job, and what was written stays.
+"""
+
+import json
+import logging
+import os
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from itertools import count
+from typing import Any
+
+import httpx
+import pyarrow as pa
+from PIL import Image
+
+from pipelines.caption.config import CaptionerConfig
+from pipelines.caption.rows import (
+    Answer,
+    CaptionJudge,
+    Outcome,
+    Question,
+    Refusal,
+    data_uri,
+    make_question,
+    message,
+    refusal_of,
+    source_rows,
+)
+from pipelines.stages.contract import ShardOutput
+from pipelines.tables.chance import row_seed
+from pipelines.tables.errors import StageError
+from pipelines.tables.schema import Row
+from pipelines.workers.images import BadImageError
+
+ROW_STATUS = {400, 413, 415, 422}
+"""The server has read the request, and will not have it: the row is refused."""
+BUSY_STATUS = {408, 409, 425, 429, 503}
+"""Not now: the row has no part in it, and waits. For any other status from 500 on it may be blamed; what is left under 500 (no
+key, no such model) ends the job at once."""
+SIZE_OF_TRIAL = 32  # pixels
+AGAIN = "Start again when the server is back: what is finished stays"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """An attempt that may go better later. `is_busy`: the row cannot be why; `retry_after`: seconds, where they were named."""
+
+    detail: str
+    is_busy: bool = False
+    retry_after: float | None = None
+
+
+class HttpCaptioner:
+    """Ray Data actor: images -> captions, by a server elsewhere."""
+
+    def __init__(self, config: CaptionerConfig):
+        self.config = config
+        self.options = config.http
+        key = os.environ.get(self.options.api_key_variable)
+        limits = httpx.Limits(max_connections=self.options.concurrency)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.client = httpx.Client(headers=headers, limits=limits, timeout=self.options.timeout)
+        self.url = f"{self.options.base_url.rstrip('/')}/chat/completions"
+        self.judge = CaptionJudge(config)
+
+    def process(self, table: pa.Table) -> ShardOutput:
+        """A row of captions for each image, or a reject. Raises StageError if the server is at fault."""
+        pool = ThreadPoolExecutor(self.options.concurrency, thread_name_prefix="ask")
+        try:
+            outcomes = list(pool.map(self._describe, table.to_pylist()))
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return self.judge.judge(source_rows(table), outcomes)
+
+    def _describe(self, row: Row) -> Outcome:
+        try:
+            question = make_question(row, self.config)
+        except BadImageError as error:
+            return Refusal(error.reason, error.detail)
+        return self.answer(question)
+
+    def answer(self, question: Question) -> Outcome:
+        """Ask, again and again where it helps. Raises StageError if no other row would fare better."""
+        body, faults, patience = self._body(question), 0, self.options.patience
+        for attempt in count(1):
+            begun = time.monotonic()
+            told = self._ask(body)
+            if not isinstance(told, Trouble):
+                return told
+            faults += not told.is_busy
+            if told.is_busy and patience <= 0:
+                raise StageError(f"{self.url} is busy for {self.options.patience:g} s: {told.detail}. {AGAIN}")
+            if faults == self.options.max_attempts:
+                return self._blame(told)
+            wait = self._pause(attempt, told.retry_after)
+            logger.warning("%s: %s; attempt %d, again in %.1f s", self.url, told.detail, attempt, wait)
+            time.sleep(wait)
+            patience -= (time.monotonic() - begun) * told.is_busy
+        raise AssertionError("an attempt returns or raises")
+
+    def _blame(self, told: Trouble) -> Refusal:
+        """The row is refused if the server answers something else. Raises StageError if it does not."""
+        trial = Question("trial", Image.new("RGB", (SIZE_OF_TRIAL, SIZE_OF_TRIAL), "white"), "Describe the image.")
+        if isinstance(self._ask(self._body(trial) | {"max_tokens": 1}), Trouble):
+            attempts = f"{self.options.max_attempts} attempts at a request"
+            raise StageError(f"{self.url} gave up after {attempts}: {told.detail}. {AGAIN}")
+        return Refusal("server_error", f"the server answers others, but not this row: {told.detail}"[:500])
+
+    def _ask(self, body: Row) -> Outcome | Trouble:
+        """One attempt. Raises StageError for what no attempt can change."""
+        try:
+            response = self.client.post(self.url, json=body)
+        except httpx.RequestError as error:
+            return Trouble(f"{type(error).__name__}: {error}")
+        status = response.status_code
+        if status in ROW_STATUS:
+            return refusal_of(f"{status}: {_complaint(response)}")
+        if status in BUSY_STATUS or status >= 500:
+            return Trouble(f"{status}: {_complaint(response)}", status in BUSY_STATUS, _retry_after(response))
+        if status != 200:
+            raise StageError(f"{self.url} answers {status}: {_complaint(response)}. Look at http.base_url, model and the key")
+        return self._read(response)
+
+    def _read(self, response: httpx.Response) -> Outcome | Trouble:
+        """The body of an answer that says 200, which may be an error all the same."""
+        try:
+            content = response.json()
+            if content.get("error"):
+                code = content["error"].get("code") if isinstance(content["error"], dict) else None
+                complaint = f"200 with an error: {_complaint(response)}"
+                return refusal_of(complaint) if code in ROW_STATUS else Trouble(complaint, code in BUSY_STATUS)
+            choice = content["choices"][0]
+            caption, reason = choice["message"].get("content"), choice.get("finish_reason") or "stop"
+            used = (content.get("usage") or {}).get("completion_tokens")
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            return Trouble(f"200 with what is no chat completion ({type(error).__name__}): {response.text[:200]!r}")
+        if reason == "content_filter" or choice["message"].get("refusal"):
+            return Refusal("refusal", f"the server refused: {choice['message'].get('refusal') or reason}"[:500])
+        caption = caption if isinstance(caption, str) else ""
+        ended = reason != "length"
+        # The token that ends a caption is counted by servers; one that counts none is helped out by words.
+        num_tokens = len(caption.split()) if used is None else max(int(used) - ended, 0)
+        return Answer(caption, num_tokens, "stop" if ended else "length")
+
+    def _body(self, question: Question) -> Row:
+        sampling = self.config.sampling
+        body: dict[str, Any] = {
+            "model": self.config.model,
+            "messages": [message(question.prompt, data_uri(question.image, self.options.image_format))],
+            "temperature": sampling.temperature,
+            "max_tokens": sampling.max_new_tokens,
+        }
+        if sampling.temperature > 0:
+            body |= {"top_p": sampling.top_p, "seed": row_seed(sampling.seed, question.row_id)}
+        return body | self.options.extra
+
+    def _pause(self, attempt: int, retry_after: float | None) -> float:
+        """Seconds; spread, so that not all requests come back at once."""
+        if retry_after is not None:
+            return min(retry_after, self.options.max_backoff) + random.uniform(0, min(1.0, self.options.backoff))
+        return min(self.options.backoff * 2 ** min(attempt - 1, 30), self.options.max_backoff) * random.uniform(0.5, 1.0)
+
+
+def _retry_after(response: httpx.Response) -> float | None:
+    """Seconds; the header has these, or a date."""
+    value = response.headers.get("retry-after", "")
+    try:
+        return max(float(value), 0.0)
+    except ValueError:
+        pass
+    try:
+        return max((parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds(), 0.0)
+    except (ValueError, TypeError):
+        return None
+
+
+def _complaint(response: httpx.Response) -> str:
+    """What an error's body says, shortened."""
+    try:
+        content = response.json()
+        error = content.get("error", content.get("detail", content))
+        text = error.get("message") or json.dumps(error) if isinstance(error, dict) else str(error)
+    except (ValueError, AttributeError):
+        text = response.text
+    return " ".join(text.split())[:400] or response.reason_phrase

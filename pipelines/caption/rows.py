@@ -1,0 +1,168 @@
+"""What happens to a row before and after a VLM, whichever engine runs it: questions are made, answers judged."""
+
+import base64
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Literal
+
+import pyarrow as pa
+from PIL import Image
+from transformers import AutoTokenizer
+
+from pipelines.caption.config import ORIGINAL, CaptionerConfig, QualityConfig
+from pipelines.caption.faults import find_faults, find_same_captions, strip_boilerplate
+from pipelines.stages.contract import ShardOutput, reject
+from pipelines.tables.schema import Row
+from pipelines.tables.text import clean
+from pipelines.workers.images import decode
+from pipelines.workers.models import local_model
+
+TAG = re.compile(r"<[^<>\s][^<>]{0,60}>|\[/?INST\]")
+TOO_LONG = re.compile(r"context length|maximum (model|context)|max_model_len|too (long|many tokens)|longer than", re.IGNORECASE)
+"""What vLLM and OpenAI-compatible servers say of a prompt over their length."""
+ENGINE_DIED = "engine_died"
+"""What the error of a row begins with that ended its engine."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """An RGB image and what is asked about it; `row_id` is the image's."""
+
+    row_id: str
+    image: Image.Image
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`num_tokens` without the one that ends it; `finish_reason` is "stop", or "length" where it was cut."""
+
+    caption: str
+    num_tokens: int
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """No caption for this row: `reason` is a short code, `detail` for people."""
+
+    reason: str
+    detail: str
+
+
+Outcome = Answer | Refusal
+
+
+def make_question(row: Row, config: CaptionerConfig) -> Question:
+    """Of a row of `images`. Raises BadImageError."""
+    image = decode(row["image_bytes"])
+    image.thumbnail((config.max_image_size,) * 2)
+    return Question(row["id"], image, fill_prompt(config.prompt, row))
+
+
+def fill_prompt(prompt: str, row: Row) -> str:
+    """With the image's own caption in its place.
+
+    It is found text: tags are taken out of it, lest a model takes "<image>" or "</s>" in it for its own special tokens.
+    """
+    return prompt.replace(ORIGINAL, TAG.sub("", row.get("caption") or ""))
+
+
+def data_uri(image: Image.Image, image_format: Literal["png", "jpeg"]) -> str:
+    buffer = BytesIO()
+    options = {"compress_level": 1} if image_format == "png" else {"quality": 95}
+    image.save(buffer, image_format, **options)
+    return f"data:image/{image_format};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def message(text: str, image_uri: str) -> Row:
+    """A user's message in OpenAI's chat form."""
+    image = {"type": "image_url", "image_url": {"url": image_uri}}
+    return {"role": "user", "content": [image, {"type": "text", "text": text}]}
+
+
+class CaptionJudge:
+    """Turns the answers about a shard's images into rows of the captions table, rejects and figures."""
+
+    def __init__(self, config: CaptionerConfig):
+        self.config = config
+        self.quality: QualityConfig = config.quality
+        self.count_tokens: Callable[[str], int] | None = None
+        if self.quality.budget_tokenizer:
+            tokenizer = AutoTokenizer.from_pretrained(local_model(self.quality.budget_tokenizer))
+            self.count_tokens = lambda text: len(tokenizer(text)["input_ids"])
+
+    def judge(self, source: Sequence[Row], outcomes: Sequence[Outcome]) -> ShardOutput:
+        """An outcome for each row of `source` (id, source_uri, and caption where the prompt asks for it)."""
+        answers = [self._clean(outcome) for outcome in outcomes]
+        repeated = find_same_captions([answer.caption for answer in answers if isinstance(answer, Answer)], self.quality)
+        rows: list[Row] = []
+        rejects: list[Row] = []
+        for row, answer in zip(source, answers, strict=True):
+            if isinstance(answer, Refusal):
+                rejects.append(reject(row, answer.reason, answer.detail))
+                continue
+            flags, refusal = self._faults(row, answer, repeated)
+            if refusal is not None:
+                rejects.append(reject(row, refusal.reason, refusal.detail))
+                continue
+            rows.append({"id": row["id"], **vars(answer), "flags": flags})
+        return ShardOutput(rows, rejects, self._figures(rows))
+
+    def _clean(self, outcome: Outcome) -> Outcome:
+        if isinstance(outcome, Refusal):
+            return outcome
+        caption = clean(outcome.caption) or ""  # a server may send half a character of UTF-16
+        if self.quality.boilerplate == "strip":
+            caption = strip_boilerplate(caption)
+        if not caption:
+            return Refusal("empty_caption", f"{self.config.model} answered with nothing")
+        return Answer(caption, outcome.num_tokens, outcome.finish_reason)
+
+    def _faults(self, row: Row, answer: Answer, repeated: Mapping[str, int]) -> tuple[list[str], Refusal | None]:
+        """Flags, and the first fault for which the policy is to reject."""
+        policies = self.quality.policies()
+        budgeted = answer.num_tokens if self.count_tokens is None else self.count_tokens(answer.caption)
+        faults = {
+            fault.name: fault.detail
+            for fault in find_faults(
+                answer.caption,
+                finish_reason=answer.finish_reason,
+                num_tokens=budgeted,
+                prompt=fill_prompt(self.config.prompt, row),
+                config=self.quality,
+            )
+        }
+        if answer.caption in repeated:
+            faults["same_caption"] = f"stands on {repeated[answer.caption]} images of the shard"
+        flags = []
+        for name, policy in policies.items():
+            if name not in faults:
+                continue
+            if policy == "reject":
+                return [], Refusal(name, f"{faults[name]}: {answer.caption[:200]!r}")
+            flags.append(name)
+        return flags, None
+
+    def _figures(self, rows: Sequence[Row]) -> dict[str, float]:
+        """What share of the shard's captions has each flag."""
+        if not rows:
+            return {}
+        times = Counter(flag for row in rows for flag in row["flags"])
+        names = [name for name, policy in self.quality.policies().items() if policy != "reject"]
+        return {f"flagged.{name}": times[name] / len(rows) for name in names}
+
+
+def source_rows(table: pa.Table) -> list[Row]:
+    """What is kept of each row of `images` while its image is being described."""
+    return table.drop_columns(["image_bytes"]).to_pylist()
+
+
+def refusal_of(error: str) -> Refusal:
+    """What an engine's or a server's complaint about one row amounts to."""
+    if error.startswith(ENGINE_DIED):
+        return Refusal(ENGINE_DIED, error.removeprefix(f"{ENGINE_DIED}: "))
+    return Refusal("prompt_too_long" if TOO_LONG.search(error) else "caption_failed", error[:500])

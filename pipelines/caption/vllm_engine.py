@@ -1,0 +1,166 @@
+"""The `vllm` engine: rows go through `ray.data.llm`, whose actors each run a vLLM engine that batches by itself."""
+
+import importlib.util
+from functools import partial
+from typing import Any
+
+import ray
+from transformers import AutoProcessor, AutoTokenizer, GenerationConfig
+
+from pipelines.caption.config import CaptionerConfig
+from pipelines.caption.rows import (
+    Answer,
+    CaptionJudge,
+    Outcome,
+    Refusal,
+    data_uri,
+    make_question,
+    message,
+    refusal_of,
+)
+from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
+from pipelines.stages.rows import stream_rows
+from pipelines.stages.run import run_stream
+from pipelines.stages.shards import LIGHT
+from pipelines.tables.chance import row_seed
+from pipelines.tables.errors import StageError
+from pipelines.tables.identity import Identity
+from pipelines.tables.schema import Row
+from pipelines.tables.table import Table
+from pipelines.workers.images import BadImageError
+from pipelines.workers.models import local_model
+
+ERROR = "__inference_error__"
+"""ray.data.llm's column: a row that has something in it passes by the engine."""
+ASKED = ("shard", "place", "shard_rows", "id", "source_uri", "caption", "reason", "detail")
+INSTALL = 'pip install "sana-on-ray[vllm]"'
+ANSWERED = ("generated_text", "generated_tokens", ERROR)
+
+
+def run_vllm(
+    output: Table, identity: Identity, images: Table, config: CaptionerConfig, *, on_progress: OnProgress
+) -> StageResult:
+    """Make the missing shards of `output`. Raises as `run_stream`."""
+    stream = partial(
+        stream_rows,
+        output,
+        identity.fingerprint,
+        num_actors=config.resources.num_actors,
+        read_shard=partial(images.read_shard, columns=config.columns),
+        make_row=partial(make_request, config=config),
+        run_model=partial(run_engine, config=config),
+        make_finisher=partial(AnswerReader, config),
+    )
+    return run_stream(
+        output, identity, images.list_shards(), stream, max_reject_share=config.max_reject_share, on_progress=on_progress
+    )
+
+
+def make_request(row: Row, config: CaptionerConfig) -> Row:
+    """A row of `images` as plain strings; one whose image cannot be decoded will pass by the engine, with the reason."""
+    kept = {name: row.get(name) or "" for name in ("id", "source_uri", "caption")}
+    try:
+        question = make_question(row, config)
+    except BadImageError as error:
+        return {**kept, "reason": error.reason, "detail": error.detail, ERROR: error.reason, "question": "", "image_uri": ""}
+    uri = data_uri(question.image, "png")
+    return {**kept, "reason": "", "detail": "", ERROR: "", "question": question.prompt, "image_uri": uri}
+
+
+def ask(row: Row, config: CaptionerConfig) -> Row:
+    """What ray.data.llm's stages read."""
+    if row[ERROR]:
+        return {}
+    sampling = config.sampling
+    params: Row = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": sampling.max_new_tokens}
+    if sampling.temperature > 0:
+        params["seed"] = row_seed(sampling.seed, row["id"])
+    return {"messages": [message(row["question"], row["image_uri"])], "sampling_params": params}
+
+
+def run_engine(dataset: ray.data.Dataset, config: CaptionerConfig) -> ray.data.Dataset:
+    """Requests -> answers, through the stages of ray.data.llm."""
+    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+
+    from pipelines.caption.vllm_guard import guard_engine
+
+    if not ray.get(ray.remote(num_cpus=LIGHT)(_has_vllm).remote()):
+        raise StageError(f"captioner {config.name!r}: engine=vllm needs vLLM on the nodes of the cluster: {INSTALL}")
+    options, model = config.vllm, local_model(config.model)
+    code = {"trust_remote_code": config.trust_remote_code, **({"revision": config.revision} if config.revision else {})}
+    engine_kwargs: dict[str, Any] = {
+        "dtype": config.dtype,
+        "tensor_parallel_size": options.tensor_parallel_size,
+        "gpu_memory_utilization": options.gpu_memory_utilization,
+        "enable_prefix_caching": options.prefix_caching,
+        "limit_mm_per_prompt": {"image": 1},
+        **({"max_model_len": config.context_length} if config.context_length else {}),
+        **code,
+        **options.engine_args,
+    }
+    template = AutoProcessor.from_pretrained(model, **code).chat_template  # that stage would take it of "main"
+    resources, parts = config.resources, options.tensor_parallel_size
+    bundle = {"CPU": resources.num_cpus, "GPU": resources.num_gpus, **resources.custom}
+    messages = {"chat_template_content_format": options.content_format, "model_config_kwargs": code}
+    processor = build_processor(
+        vLLMEngineProcessorConfig(
+            model_source=model,
+            engine_kwargs=engine_kwargs,
+            batch_size=options.batch_size,
+            concurrency=(resources.num_actors, resources.num_actors),
+            max_concurrent_batches=options.max_concurrent_batches,
+            placement_group_config={"bundles": [{name: value / parts for name, value in bundle.items() if value}] * parts},
+            runtime_env={"env_vars": options.env} if options.env else None,
+            should_continue_on_error=True,
+            log_engine_metrics=False,
+            prepare_multimodal_stage={"enabled": True, **messages},
+            chat_template_stage={"enabled": True, "chat_template": template},
+            tokenize_stage=False,
+            detokenize_stage=False,
+        ),
+        preprocess=partial(ask, config=config),
+        postprocess=keep_answer,
+    )
+    guard_engine(processor)
+    return processor(dataset).map(keep_answer)  # once more: what passed by the engine passed by the first
+
+
+def _has_vllm() -> bool:
+    return importlib.util.find_spec("vllm") is not None
+
+
+def keep_answer(row: Row) -> Row:
+    """Without the image, so that the driver never sees it."""
+    return {name: row.get(name) for name in ASKED + ANSWERED}
+
+
+class AnswerReader:
+    """Reads what came back from the engine, and judges it."""
+
+    def __init__(self, config: CaptionerConfig):
+        self.judge = CaptionJudge(config)
+        self.stops = stop_tokens(config)
+
+    def finish(self, rows: list[Row]) -> ShardOutput:
+        return self.judge.judge(rows, [self._read(row) for row in rows])
+
+    def _read(self, row: Row) -> Outcome:
+        if row["reason"]:
+            return Refusal(row["reason"], row["detail"])
+        if row[ERROR]:
+            return refusal_of(row[ERROR])
+        tokens = list(row["generated_tokens"])
+        ended = bool(tokens) and tokens[-1] in self.stops
+        return Answer(row["generated_text"], len(tokens) - ended, "stop" if ended else "length")
+
+
+def stop_tokens(config: CaptionerConfig) -> set[int]:
+    """Ids that end a caption, as vLLM knows them: of the tokenizer and of the generation settings."""
+    model = local_model(config.model)
+    options: dict[str, Any] = {"revision": config.revision} if config.revision else {}
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=config.trust_remote_code, **options)
+    try:
+        known = GenerationConfig.from_pretrained(model, **options).eos_token_id
+    except OSError:  # there is no such file
+        known = None
+    return {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])} - {None}

@@ -1,0 +1,105 @@
+"""The sample stage: prompts to pictures, by actors that each hold the whole pipeline."""
+
+import hashlib
+from collections.abc import Sequence
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+from PIL import Image
+
+from pipelines.draw.config import SampleConfig
+from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
+from pipelines.stages.run import run_shards
+from pipelines.tables.identity import Identity
+from pipelines.tables.schema import SAMPLES, Row, samples_path
+from pipelines.tables.table import Table
+from pipelines.workers.images import to_png
+from pipelines.workers.models import model_version, pick_device
+from sana_model.pipeline import TextToImage
+
+
+def read_prompts(prompts: list[str] | str) -> list[str]:
+    """The prompts themselves, or those of a text file, one on each line; blank ones are left out.
+
+    Raises FileNotFoundError, or ValueError if there is none.
+    """
+    lines = prompts if isinstance(prompts, list) else Path(prompts).read_text().splitlines()
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise ValueError(f"prompts={prompts!r} holds no prompt")
+    return found
+
+
+def sample_identity(config: SampleConfig, prompts: Sequence[str]) -> Identity:
+    """What the pictures depend on."""
+    names = ("height", "width", "num_steps", "guidance_scale", "solver", "seed", "rows_per_shard", "dtype")
+    settings = {"pipeline": config.pipeline} | {name: getattr(config.draw, name) for name in names}
+    settings["prompts"] = f"{len(prompts)}, sha256 {hashlib.sha256(repr(prompts).encode()).hexdigest()[:16]}"
+    return Identity("sample", settings, {"pipeline": model_version(config.pipeline)}, {})
+
+
+def run_sample(dataset_uri: str, config: SampleConfig, *, on_progress: OnProgress = lambda _: None) -> StageResult:
+    """Draw a picture for each prompt into `samples/<name>`. Raises as `run_shards` and `read_prompts`."""
+    prompts = read_prompts(config.prompts)
+    size = config.draw.rows_per_shard
+    return run_shards(
+        Table(dataset_uri, samples_path(config.name), SAMPLES),
+        sample_identity(config, prompts),
+        [f"{number:05d}" for number in range(-(-len(prompts) // size))],
+        read_shard=partial(_read_prompts_shard, prompts, config.draw.seed, size),
+        make_worker=partial(Sampler, config),
+        resources=config.draw.resources,
+        max_reject_share=0.0,
+        on_progress=on_progress,
+    )
+
+
+def _read_prompts_shard(prompts: list[str], seed: int, size: int, shard: str) -> pa.Table:
+    rows = range(int(shard) * size, min((int(shard) + 1) * size, len(prompts)))
+    columns = {"id": [f"{row:06d}" for row in rows], "prompt": [prompts[row] for row in rows]}
+    return pa.table(columns | {"seed": [seed + row for row in rows]})
+
+
+class Sampler:
+    """Ray Data actor: prompts -> pictures."""
+
+    def __init__(self, config: SampleConfig):
+        self.config = config.draw
+        device = pick_device(self.config.device)
+        dtype = getattr(torch, self.config.dtype) if self.config.dtype else None
+        self.pipeline = TextToImage.from_pretrained(config.pipeline, dtype=dtype).to(device)
+
+    def process(self, table: pa.Table) -> ShardOutput:
+        """A row of samples for each prompt; no rejects."""
+        rows: list[Row] = []
+        source = table.to_pylist()
+        for start in range(0, len(source), self.config.batch_size):
+            batch = source[start : start + self.config.batch_size]
+            images = self.draw([row["prompt"] for row in batch], [row["seed"] for row in batch])
+            rows += [{**row, "image_bytes": to_png(image)} for row, image in zip(batch, images, strict=True)]
+        return ShardOutput(rows, [])
+
+    def draw(self, prompts: list[str], seeds: list[int]) -> list[Image.Image]:
+        config = self.config
+        return self.pipeline(
+            prompts,
+            config.height,
+            config.width,
+            num_steps=config.num_steps,
+            guidance_scale=config.guidance_scale,
+            solver=config.solver,
+            seed=seeds,
+        )
+
+
+def read_pictures(table: Table, limit: int = 64) -> tuple[list[str], list[Image.Image]]:
+    """Prompts and pictures of the first rows of a samples table."""
+    rows: list[Row] = []
+    for shard in table.list_shards():
+        rows += table.read_shard(shard, ["prompt", "image_bytes"]).slice(0, limit - len(rows)).to_pylist()
+        if len(rows) == limit:
+            break
+    return [row["prompt"] for row in rows], [Image.open(BytesIO(row["image_bytes"])) for row in rows]

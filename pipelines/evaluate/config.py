@@ -1,0 +1,26 @@
+"""Configuration of the evaluate stage."""
+
+from dataclasses import dataclass, field
+
+from pipelines.stages.contract import Resources
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Whose pictures are judged, and by whom.
+
+    Args:
+        name: of the tables under samples/ and evaluations/.
+        model: a transformers CLIP or SigLIP: a local folder, a hub id, or a zoo://, hf:// or fsspec URI.
+        revision: of a hub id.
+        batch_size: pictures in one call of the model; changes no value.
+        device: "cpu", "cuda"; None: the first GPU that Ray gave the actor, or else the CPU.
+        resources: of the stage's actors.
+    """
+
+    name: str
+    model: str
+    revision: str | None = None
+    batch_size: int = 64
+    device: str | None = None
+    resources: Resources = field(default_factory=Resources)

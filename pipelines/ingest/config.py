@@ -1,0 +1,87 @@
+"""Configuration of the ingest stage."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipelines.stages.contract import Resources
+from pipelines.workers.images import ImageLimits
+
+Kind = Literal["folder", "webdataset", "parquet", "list"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadConfig:
+    """How the URLs of a list are fetched. The limits of connections hold for each reading task: two run for each of the stage's
+    actors (`resources.num_actors`), wherever in the cluster they are.
+
+    Args:
+        connections: at once.
+        connections_per_host: at once, to one host and port.
+        timeout: of one attempt, from connecting to the last byte, seconds.
+        attempts: for failures that may pass (no answer, timeouts, 408, 425, 429, 5xx); "Retry-After" is obeyed.
+        first_wait: before the second attempt, seconds; doubled after each.
+        max_redirects: followed.
+        user_agent: what servers see. Say who you are, and where you can be reached.
+        obey_robots_tag: leave out images whose server answers with "X-Robots-Tag" noai, noimageai, noindex or noimageindex.
+    """
+
+    connections: int = 64
+    connections_per_host: int = 8
+    timeout: float = 30.0
+    attempts: int = 3
+    first_wait: float = 1.0
+    max_redirects: int = 5
+    user_agent: str = "sana-on-ray/0.1 (image dataset builder)"
+    obey_robots_tag: bool = True
+
+    def __post_init__(self) -> None:
+        counts = (self.connections, self.connections_per_host, self.attempts)
+        if min(counts) < 1 or self.timeout <= 0 or self.first_wait < 0 or self.max_redirects < 0:
+            raise ValueError(f"connections, connections_per_host and attempts must be at least 1, times positive: {self}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestConfig:
+    """Which images become the dataset.
+
+    Args:
+        source: a folder of images with captions beside them (.txt, or .json with "caption" or "text"), of WebDataset tars, of
+            Parquet files, or of lists of URLs or keys (csv, tsv, jsonl, parquet), at any depth, or one such file; a path or an
+            fsspec URI. What img2dataset writes is read as it is.
+        source_kind: which files to take where there are several kinds; auto: the kind that is there.
+        image_column: of Parquet files; found by its name unless given.
+        caption_column: of Parquet files and lists; found by its name unless given.
+        url_column: of lists; found by its name unless given. Columns beside these become the images' metadata.
+        base_uri: what the keys of a list are relative to; the folder of the list unless given.
+        download: how URLs are fetched.
+        retry_rejects: try once more what finished shards could not download for reasons that pass; what comes now goes into new
+            shards, for the others must stay as they are.
+        license: of the images, for the record: it is kept in the manifest, and may be given or changed at any time.
+        limits: which images are let in.
+        rows_per_shard: at most; a shard is what a stage does in one go, and what is lost if it is killed.
+        bytes_per_shard: at most, of image files; several times as much is held in memory for each actor. Of a list nobody knows
+            how large its images are: only `rows_per_shard` counts.
+        max_reject_share: the job fails if a larger share of the images is refused.
+        resources: of the actors that decode.
+    """
+
+    source: str
+    source_kind: Kind | Literal["auto"] = "auto"
+    image_column: str | None = None
+    caption_column: str | None = None
+    url_column: str | None = None
+    base_uri: str | None = None
+    download: DownloadConfig = field(default_factory=DownloadConfig)
+    retry_rejects: bool = False
+    license: str | None = None
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    rows_per_shard: int = 1000
+    bytes_per_shard: int = 256 * 2**20
+    max_reject_share: float = 0.5
+    resources: Resources = field(default_factory=Resources)
+
+    def __post_init__(self) -> None:
+        if self.rows_per_shard < 1 or self.bytes_per_shard < 1:
+            raise ValueError(
+                f"rows_per_shard={self.rows_per_shard}, bytes_per_shard={self.bytes_per_shard}: both must be positive"
+            )

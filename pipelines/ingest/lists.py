@@ -1,0 +1,175 @@
+"""Lists of URLs or keys: CSV, TSV, JSON lines or Parquet files with one image in a row.
+
+A list is copied into the dataset once, when it is planned, in pieces of PIECE_ROWS rows: then any slice of it can be read
+without reading what comes before, and what a shard holds no longer changes with the file at the source.
+"""
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from itertools import chain, islice
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.ingest.download import FetchError, fetch_all
+from pipelines.ingest.sidecars import to_json
+from pipelines.ingest.sources import CAPTION_COLUMNS, URL_COLUMNS, Part, Source, find_column, holds_text, is_binary
+from pipelines.storage.errors import StorageError
+from pipelines.storage.files import open_file, read_file, write_file
+from pipelines.tables.schema import Row
+from pipelines.tables.text import clean
+
+PIECE_ROWS = 100_000
+ROW_GROUP = 1000  # about what a shard reads
+MAX_FIELD = 2**24  # characters of a CSV's field; Python's own limit is 128 KiB
+LIST_ERROR = "list_error"  # in the metadata of a line that is no record
+LIST_ROWS = pa.schema([("url", pa.string()), ("caption", pa.string()), ("metadata", pa.string())])
+
+
+def copy_list(source: Source, part: Part) -> int:
+    """Copy a list into the dataset; returns its number of rows.
+
+    Raises:
+        ValueError: it cannot be read, or has no column of URLs.
+    """
+    uri = source.uri_of(part.path)
+    rows = _read_list(source, part.path)
+    count = 0
+    try:
+        for piece in iter(lambda: list(islice(rows, PIECE_ROWS)), []):
+            buffer = io.BytesIO()
+            pq.write_table(pa.Table.from_pylist(piece, LIST_ROWS), buffer, compression="zstd", row_group_size=ROW_GROUP)
+            write_file(_piece_uri(source, part.path, count // PIECE_ROWS), buffer.getvalue())
+            count += len(piece)
+    except (pa.ArrowException, csv.Error, UnicodeError) as error:
+        raise ValueError(
+            f"{uri} cannot be read as a list after row {count} ({error}): put it right, or take it away"
+        ) from error
+    return count
+
+
+def read_listed(source: Source, parts: Iterable[Part]) -> Iterator[Row]:
+    """The images that slices of lists name, all fetched together, as rows of `readers.SOURCE_ROWS`.
+
+    Raises as `slice_lists` and `download.fetch_all`.
+    """
+    rows = [(part.path, index, row) for part, index, row in slice_lists(source, parts)]
+    uris = [source.resolve(path, row["url"]) for path, _, row in rows if row["url"]]
+    contents = iter(zip(uris, fetch_all(uris, source.download, source.max_bytes), strict=True))
+    for path, index, row in rows:
+        found = {"caption": row["caption"], "metadata": row["metadata"]}
+        if not row["url"]:
+            uri = f"{source.uri_of(path)}#{index}"
+            yield found | {"source_uri": uri, "error": "no_url", "detail": f"row {index} of the list names no image"}
+            continue
+        found["source_uri"], content = next(contents)
+        if isinstance(content, FetchError):
+            yield found | {"error": content.reason, "detail": content.detail}
+        else:
+            yield found | {"image_bytes": content}
+
+
+def slice_lists(source: Source, parts: Iterable[Part]) -> Iterator[tuple[Part, int, Row]]:
+    """The rows of parts, from the copies: LIST_ROWS, with the part and the row's number in its list.
+
+    Raises StorageError, also where a copy is gone.
+    """
+
+    @lru_cache(maxsize=1)  # parts are in order: one after another is in the same piece, and in the same row group
+    def open_piece(path: str, piece: int) -> pq.ParquetFile:
+        return pq.ParquetFile(io.BytesIO(read_file(_piece_uri(source, path, piece))))
+
+    @lru_cache(maxsize=1)
+    def read_group(path: str, piece: int, group: int) -> pa.Table:
+        return open_piece(path, piece).read_row_group(group)
+
+    for part in parts:
+        index = part.start
+        while part.stop is None or index < part.stop:
+            piece, place = divmod(index, PIECE_ROWS)
+            try:
+                file = open_piece(part.path, piece)
+            except FileNotFoundError as error:
+                if part.stop is None and place == 0 and index > part.start:  # it ends with a full piece
+                    break
+                raise StorageError(f"row {index} of the copy of {source.uri_of(part.path)} is gone: {error}") from error
+            if place >= file.metadata.num_rows:
+                break
+            group, first = divmod(place, ROW_GROUP)
+            length = ROW_GROUP if part.stop is None else part.stop - index
+            rows = read_group(part.path, piece, group).slice(first, length).to_pylist()
+            yield from ((part, number, row) for number, row in enumerate(rows, index))
+            index += len(rows)
+
+
+def _piece_uri(source: Source, path: str, piece: int) -> str:
+    return f"{source.copies_uri}/{hashlib.sha256(path.encode()).hexdigest()[:16]}-{piece:05}.parquet"
+
+
+def _read_list(source: Source, path: str) -> Iterator[Row]:
+    """Rows of LIST_ROWS; a line that is no record has no URL, and says why in its metadata."""
+    with open_file(source.uri_of(path)) as file:
+        if path.lower().endswith(".parquet"):
+            parquet = pq.ParquetFile(file)
+            columns = [field.name for field in parquet.schema_arrow if not is_binary(field.type)]
+            batches = parquet.iter_batches(ROW_GROUP, columns=columns)
+            records: Iterator[Row] = (row for batch in batches for row in batch.to_pylist())
+            schema = parquet.schema_arrow
+        else:
+            text = io.TextIOWrapper(file, "utf-8-sig", errors="replace", newline="")
+            records = _read_csv(text, path) if path.lower().endswith((".csv", ".tsv")) else _read_json(text)
+            first = list(islice(records, ROW_GROUP))
+            if not first:
+                return
+            schema = _schema_of(first)
+            records = chain(first, records)
+        url_column, caption_column = _find_columns(schema, source, path)
+        for record in records:
+            url, caption = record.pop(url_column, None), record.pop(caption_column, None) if caption_column else None
+            yield {"url": _text(url), "caption": _text(caption), "metadata": to_json(record)}
+
+
+def _schema_of(records: list[Row]) -> pa.Schema:
+    """The keys whose values are text, or null, in any of the records: not each of them has all."""
+    keys = {name: None for record in records for name, value in record.items() if value is None or isinstance(value, str)}
+    keys.pop(LIST_ERROR, None)
+    return pa.schema([(name, pa.string()) for name in keys])
+
+
+def _find_columns(schema: pa.Schema, source: Source, path: str) -> tuple[str, str | None]:
+    """Names of the columns of URLs and of captions, if there is one."""
+    url_column = find_column(schema, source.url_column, URL_COLUMNS, holds_text)
+    caption_column = find_column(schema, source.caption_column, CAPTION_COLUMNS, holds_text)
+    uri, there = source.uri_of(path), ", ".join(schema.names)
+    if url_column is None:
+        wanted = source.url_column or " or ".join(URL_COLUMNS)
+        raise ValueError(f"{uri} has no column of URLs named {wanted}: set url_column. There are: {there}")
+    if source.caption_column and caption_column is None:
+        raise ValueError(f"{uri} has no column of text named caption_column={source.caption_column!r}. There are: {there}")
+    return url_column, caption_column
+
+
+def _text(value: object) -> str | None:
+    return clean(value) if isinstance(value, str) else None
+
+
+def _read_csv(text: Iterable[str], path: str) -> Iterator[Row]:
+    csv.field_size_limit(MAX_FIELD)
+    for row in csv.DictReader(text, delimiter="\t" if path.lower().endswith(".tsv") else ","):
+        row.pop(None, None)  # more fields than the header has
+        yield row
+
+
+def _read_json(text: Iterable[str]) -> Iterator[Row]:
+    for line in text:
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            record = {LIST_ERROR: str(error)}
+        yield record if isinstance(record, dict) else {LIST_ERROR: f"a {type(record).__name__}, not an object"}

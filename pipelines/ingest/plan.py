@@ -1,0 +1,153 @@
+"""Which samples of a source belong to which shard: planned once, kept in `images/_sources.json`, and only ever extended.
+
+A later run with more files at the source appends shards and never renames or redoes one. A file that has gone, or has changed,
+matters only to shards that are not made yet.
+"""
+
+import hashlib
+import json
+import pickle
+from collections import defaultdict
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import ray
+
+from pipelines.ingest.config import Kind
+from pipelines.ingest.download import TRANSIENT_REASONS
+from pipelines.ingest.lists import slice_lists
+from pipelines.ingest.readers import NUM_THREADS, count_samples
+from pipelines.ingest.sources import Part, Source, list_parts
+from pipelines.storage.files import read_file
+from pipelines.tables.table import Table
+
+PLAN = "_sources.json"
+MAX_SHARDS = 100_000  # names have five digits
+SHARDS_PER_PIECE = 16  # few enough to be fetched with one of them, and of 100,000 shards the pieces are few enough to be named
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSize:
+    """Of the shards of `images`, and so of all tables: at most so many rows, and bytes of image files."""
+
+    rows: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which samples belong to which shard, and the shards of which what failed was planned again."""
+
+    kind: Kind
+    first_listing: str
+    """Hash of the files that the plan began with: the same shards mean the same images only within one such."""
+    shards: dict[str, list[Part]]
+    retried: tuple[str, ...] = ()
+
+
+class SharedPlan:
+    """What some shards hold, for tasks on any machine: in Ray's object store in pieces, so that a task that reads one shard is
+    not sent the whole plan, which may name millions of files.
+    """
+
+    def __init__(self, shards: Mapping[str, list[Part]]):
+        pieces: defaultdict[int, dict[str, bytes]] = defaultdict(dict)
+        for shard, parts in shards.items():
+            pieces[int(shard) // SHARDS_PER_PIECE][shard] = pickle.dumps(parts)
+        self.pieces = {number: ray.put(piece) for number, piece in pieces.items()}
+
+    def __call__(self, shard: str) -> list[Part]:
+        return pickle.loads(ray.get(self.pieces[int(shard) // SHARDS_PER_PIECE])[shard])
+
+
+def read_plan(images: Table) -> Plan | None:
+    """The plan of a dataset. Raises ValueError if it is of another version."""
+    try:
+        content = read_file(f"{images.uri}/{PLAN}")
+    except FileNotFoundError:
+        return None
+    try:
+        plan = json.loads(content)
+        shards = {shard: [_read_part(part) for part in parts] for shard, parts in plan["shards"].items()}
+        return Plan(plan["kind"], plan["first_listing"], shards, tuple(plan["retried"]))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{images.uri}/{PLAN} is no plan of this version ({error!r})") from error
+
+
+def write_plan(images: Table, plan: Plan) -> None:
+    images.write_file(PLAN, json.dumps(asdict(plan)).encode())
+
+
+def extend_plan(plan: Plan | None, source: Source, size: ShardSize, exclude: str) -> Plan:
+    """The plan with the files at the source that it does not know yet, as new shards at its end; they are counted for it.
+
+    Raises ValueError if there would be too many shards.
+    """
+    known = {part.path for parts in plan.shards.values() for part in parts} if plan else set()
+    new = [part for part in list_parts(source, exclude) if part.path not in known]
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        counts = list(pool.map(partial(count_samples, source), new))
+    plan = plan or Plan(source.kind, _hash_listing(new), {})
+    return _append(plan, pack(new, counts, size))
+
+
+def plan_retries(plan: Plan, source: Source, images: Table, size: ShardSize) -> Plan:
+    """The plan with what finished shards could not download, for reasons that pass, as new shards at its end.
+
+    The shards that there are stay as they are, and so do the tables that are aligned to them.
+    """
+    done = [shard for shard in images.list_shards() if shard in plan.shards and shard not in plan.retried]
+    refused: dict[Part, set[str]] = {}
+    for shard in done:
+        rejects = images.rejects().read_shard(shard, ["source_uri", "reject_reason"]).to_pylist()
+        if uris := {row["source_uri"] for row in rejects if row["reject_reason"] in TRANSIENT_REASONS}:
+            refused |= dict.fromkeys(plan.shards[shard], uris)
+    failed = [
+        replace(part, start=index, stop=index + 1)
+        for part, index, row in slice_lists(source, refused)
+        if row["url"] and source.resolve(part.path, row["url"]) in refused[part]
+    ]
+    packed = [failed[start : start + size.rows] for start in range(0, len(failed), size.rows)]
+    return replace(_append(plan, packed), retried=(*plan.retried, *done))
+
+
+def _append(plan: Plan, new: list[list[Part]]) -> Plan:
+    shards = dict(plan.shards)
+    for parts in new:
+        shards[f"{len(shards):05}"] = parts
+    if len(shards) > MAX_SHARDS:
+        raise ValueError(f"{len(shards)} shards are more than {MAX_SHARDS}: raise rows_per_shard and bytes_per_shard")
+    return replace(plan, shards=shards)
+
+
+def pack(parts: list[Part], counts: list[int | None], size: ShardSize) -> list[list[Part]]:
+    """Fill shards with whole files or slices of them, in order. A file that could not be counted is a shard by itself."""
+    shards: list[list[Part]] = []
+    rows, filled = size.rows, size.bytes  # of the last shard: full, so that one is begun
+    for part, count in zip(parts, counts, strict=True):
+        if count is None:
+            shards.append([part])
+            rows = size.rows
+            continue
+        start = 0
+        while start < count:
+            row_size = max(part.size // count, 1)
+            if rows >= size.rows or filled + row_size > size.bytes:
+                shards.append([])
+                rows = filled = 0
+            fitting = max((size.bytes - filled) // row_size, 1)
+            stop = min(start + min(size.rows - rows, fitting), count)
+            shards[-1].append(replace(part, start=start, stop=None if stop == count else stop))
+            rows, filled, start = rows + stop - start, filled + (stop - start) * row_size, stop
+    return shards
+
+
+def _hash_listing(parts: list[Part]) -> str:
+    return hashlib.sha256(json.dumps([asdict(part) for part in parts]).encode()).hexdigest()[:16]
+
+
+def _read_part(part: dict[str, Any]) -> Part:
+    return Part(**part | {"sidecars": tuple(part["sidecars"])})

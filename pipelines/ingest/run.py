@@ -1,0 +1,200 @@
+"""Ingest: raw images of any source -> the `images` table, every one of them decoded once to see that it can be.
+
+Which samples belong to which shard is planned before any shard is made (`plan`), and of equal images the first in that order
+stays (`ledger`): the others are refused, whether or not the first was let in itself. The id is the hash of the bytes.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+from ray.actor import ActorHandle
+
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.ledger import UNSEEN, claim, skipping, start_ledger, to_digests
+from pipelines.ingest.plan import Plan, ShardSize, SharedPlan, extend_plan, plan_retries, read_plan, write_plan
+from pipelines.ingest.readers import NUM_THREADS, read_parts
+from pipelines.ingest.sources import ACCEPTED, Part, Source, find_source
+from pipelines.stages.contract import OnProgress, ShardOutput, StageResult, reject
+from pipelines.stages.run import run_shards
+from pipelines.storage.lease import hold
+from pipelines.tables.identity import Identity
+from pipelines.tables.schema import IMAGES, IMAGES_PATH, Row
+from pipelines.tables.table import Table, absolute_uri
+from pipelines.workers.images import BadImageError, ImageLimits, open_image, perceptual_hash, to_rgb
+
+STAGE = "ingest"
+COPIES = "_lists"
+DUPLICATE = "duplicate"
+
+
+def run_ingest(dataset_uri: str, config: IngestConfig, on_progress: OnProgress = lambda progress: None) -> StageResult:
+    """Make the shards of `images` that are absent, of the source's present files and of those that were there before.
+
+    Rejects: the reasons of `images.decode` and of `readers.read_parts`, and "duplicate".
+
+    Raises:
+        ValueError: the source holds nothing to ingest, or files of several kinds.
+        StaleTableError, TooManyRejectsError: see `stage.run_shards`.
+    """
+    images = Table(absolute_uri(dataset_uri), IMAGES_PATH, IMAGES)
+    source, plan = _plan_sources(images, config)
+    identity = _identity(config, source, plan)
+    with hold(images.uri):
+        manifest = images.claim(identity)
+        if config.license is not None and manifest.license != config.license:
+            images.write_manifest(replace(manifest, license=config.license))
+        done = set(images.list_shards())
+        missing = {shard: parts for shard, parts in plan.shards.items() if shard not in done}
+        return run_shards(
+            images,
+            identity,
+            list(plan.shards),
+            read_shard=ShardReader(source, SharedPlan(missing), _open_ledger(images, plan, done)),
+            make_worker=partial(IngestWorker, config.limits),
+            resources=config.resources,
+            max_reject_share=config.max_reject_share,
+            on_progress=on_progress,
+        )
+
+
+class IngestWorker:
+    """Rows of a source -> rows of `images`; each image is decoded, to see that it can be."""
+
+    def __init__(self, limits: ImageLimits):
+        self.limits = limits
+
+    def process(self, table: pa.Table) -> ShardOutput:
+        """What `ShardReader` reads of a shard -> IMAGES rows and rejects."""
+        rows: list[Row] = []
+        rejects: list[Row] = []
+        seen: dict[str, str] = {}
+        for row in table.to_pylist():
+            if row["error"]:
+                rejects.append(reject(row, row["error"], row["detail"]))
+            elif row["id"] in seen:
+                rejects.append(reject(row, DUPLICATE, _same_as(seen[row["id"]])))
+            else:
+                seen[row["id"]] = row["source_uri"]
+                try:
+                    rows.append(self._describe(row))
+                except BadImageError as error:
+                    rejects.append(reject(row, error.reason, error.detail))
+        return ShardOutput(rows, rejects)
+
+    def _describe(self, row: Row) -> Row:
+        opened = open_image(row["image_bytes"], self.limits)
+        image = to_rgb(opened)
+        found = {"format": opened.format, "width": image.width, "height": image.height, "phash": perceptual_hash(image)}
+        return {name: row[name] for name in ("id", "image_bytes", "caption", "source_uri", "metadata")} | found
+
+
+def image_id(image_bytes: bytes) -> str:
+    return hashlib.sha256(image_bytes).hexdigest()
+
+
+def _same_as(source_uri: str) -> str:
+    return f"the same bytes as {source_uri}"
+
+
+@dataclass(frozen=True)
+class ShardReader:
+    """Reads the raw rows of a shard, on any machine: SOURCE_ROWS with an `id`, null where there are no bytes.
+
+    `parts_of`: what a shard holds; `ledger`: None where there is but one.
+    """
+
+    source: Source
+    parts_of: Callable[[str], list[Part]]
+    ledger: ActorHandle | None = None
+
+    def __call__(self, shard: str) -> pa.Table:
+        if self.ledger is None:
+            return self._read(shard)
+        with skipping(self.ledger, int(shard)):
+            table = self._read(shard)
+        read_other = None if self.source.kind == "list" else lambda other: _digests(self._read(f"{other:05}"))
+        earlier = claim(self.ledger, int(shard), _digests(table), read_other)
+        errors, details = table["error"].to_pylist(), table["detail"].to_pylist()
+        rows = [row for row, image in enumerate(table["id"]) if image.is_valid]
+        for row, place in zip(rows, earlier.tolist(), strict=True):
+            if place != UNSEEN:
+                errors[row], details[row] = DUPLICATE, _same_as(f"an image of shard {place:05}")
+        for name, values in (("error", errors), ("detail", details)):
+            table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.string()))
+        return table
+
+    def _read(self, shard: str) -> pa.Table:
+        table = read_parts(self.source, self.parts_of(shard))
+        ids = [image_id(image_bytes.as_py()) if image_bytes.is_valid else None for image_bytes in table["image_bytes"]]
+        return table.append_column("id", pa.array(ids, pa.string()))
+
+
+def _digests(table: pa.Table) -> np.ndarray:
+    return to_digests(table["id"].drop_null().to_pylist())
+
+
+def _open_ledger(images: Table, plan: Plan, done: set[str]) -> ActorHandle | None:
+    """With the ids of the shards that are `done`; without those that were refused for coming from others."""
+    missing = [int(shard) for shard in plan.shards if shard not in done]
+    if not missing or len(plan.shards) == 1:
+        return None
+    ledger = start_ledger(missing)
+
+    def add(shard: str) -> None:
+        refused = images.rejects().read_shard(shard, ["id", "reject_reason"])
+        refused = refused.filter(pc.not_equal(refused["reject_reason"], DUPLICATE))
+        for table in (images.read_shard(shard, ["id"]), refused):
+            ray.get(ledger.add_done.remote(int(shard), _digests(table)))
+
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        list(pool.map(add, sorted(done & plan.shards.keys())))
+    return ledger
+
+
+def _identity(config: IngestConfig, source: Source, plan: Plan) -> Identity:
+    """Resources and how patiently URLs are fetched change no value; the sizes of shards do, for the other tables are aligned to
+    them."""
+    names = ("image_column", "caption_column", "url_column", "base_uri", "rows_per_shard", "bytes_per_shard")
+    settings = {name: getattr(config, name) for name in names} | {"obey_robots_tag": config.download.obey_robots_tag}
+    settings |= {"source": source.uri, "source_kind": source.kind, "first_listing": plan.first_listing}
+    return Identity(STAGE, settings | {"limits": asdict(config.limits)}, models={}, inputs={})
+
+
+def _plan_sources(images: Table, config: IngestConfig) -> tuple[Source, Plan]:
+    """The source, and the plan of all its shards, extended by what is new; it is written before it is used."""
+    plan = read_plan(images)
+    exclude = images.dataset_uri
+    if absolute_uri(os.path.expanduser(config.source)) == exclude:
+        raise ValueError(f"source={config.source!r} is the dataset itself: give the dataset a folder of its own")
+    source = find_source(
+        config.source,
+        plan.kind if plan and config.source_kind == "auto" else config.source_kind,
+        image_column=config.image_column,
+        caption_column=config.caption_column,
+        url_column=config.url_column,
+        base_uri=config.base_uri,
+        copies_uri=f"{images.uri}/{COPIES}",
+        max_bytes=config.limits.max_bytes,
+        download=config.download,
+        exclude=exclude,
+    )
+    if plan:
+        images.claim(_identity(config, source, plan))  # refuses before the plan of another source is changed
+    size = ShardSize(rows=config.rows_per_shard, bytes=config.bytes_per_shard)
+    extended = extend_plan(plan, source, size, exclude)
+    if not extended.shards:
+        raise ValueError(f"source={config.source!r} holds nothing to ingest: give {ACCEPTED}")
+    if config.retry_rejects and source.kind == "list":
+        extended = plan_retries(extended, source, images, size)
+    if extended != plan:
+        images.claim(_identity(config, source, extended))
+        write_plan(images, extended)
+    return source, extended

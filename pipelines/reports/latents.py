@@ -1,0 +1,95 @@
+"""The pages of what the training reads: `latents/...` and `caption_embeds/...`."""
+
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import pyarrow.compute as pc
+from PIL import Image
+
+from pipelines.extract.config import Dtype
+from pipelines.extract.run import read_latents
+from pipelines.reports.charts import histograms, number, spreads
+from pipelines.reports.page import caption_texts, captioner_colors, format_mean, table_page, with_score_texts
+from pipelines.reports.pictures import thumbnail, with_pictures
+from pipelines.reports.rejects import read_rejects
+from pipelines.tables.sampling import DEFAULT_SCOPE, ReportScope, read_light, sample_rows
+from pipelines.tables.schema import (
+    CAPTION_EMBEDS,
+    LATENTS,
+)
+from pipelines.tables.table import Table
+
+DecodeLatents = Callable[[np.ndarray], Image.Image]
+"""Latents (channels, height, width), float32 -> the image."""
+
+
+def latents_report(
+    dataset_uri: str, path: str, decode: DecodeLatents | None = None, *, sample: ReportScope = DEFAULT_SCOPE
+) -> str:
+    """The page of `latents/...`: statistics of the values, buckets, images with captions and what `decode` makes of them.
+
+    Raises MissingTableError if there is no such table.
+    """
+    table = Table(dataset_uri, path, LATENTS)
+    dtype: Dtype = table.require().config["dtype"]
+    light = read_light(table, ["bucket", "captions"], sample)
+    rows = with_pictures(dataset_uri, sample_rows(table, sample), caption_texts)
+    latents = [read_latents(row, dtype).float().numpy() for row in rows]
+    if decode is not None:
+        for row, values in zip(rows, latents, strict=True):
+            row["decoded"] = thumbnail(decode(values), f"decoded: {row['picture'].alt}")
+    flat = np.concatenate([values.reshape(len(values), -1) for values in latents], axis=1) if latents else np.zeros((1, 0))
+    finite = np.ma.masked_invalid(flat)
+    captions = [row["captions"] for row in rows]
+    return table_page(
+        "latents.html.jinja",
+        table,
+        light,
+        read_rejects(table, sample),
+        title=f"Latents {path.removeprefix('latents/')}",
+        about="The training samples: images as the autoencoder compresses them, with the captions that compete for them.",
+        dtype=dtype,
+        num_measured=len(rows),
+        figures=table.require().figures,
+        num_bad=int(flat.size - finite.count()),
+        mean=format_mean(flat),
+        std=number(float(finite.std())) if finite.count() else "–",
+        values=histograms({"": flat.ravel()}, title="Values of latents", x_label="value"),
+        channels=_channels(finite),
+        buckets=dict(Counter(light.rows["bucket"].to_pylist()).most_common()),
+        num_captions=dict(sorted(Counter(pc.list_value_length(light.rows["captions"]).to_pylist()).items())),
+        colors=captioner_colors(entry["captioner"] for entries in captions for entry in entries),
+        decoded=decode is not None,
+        samples=[{"decoded": None} | row | {"captions": with_score_texts(row["captions"])} for row in rows],
+    )
+
+
+def embeds_report(dataset_uri: str, path: str, *, sample: ReportScope = DEFAULT_SCOPE) -> str:
+    """The page of `caption_embeds/...`: lengths, captioners, how many captions were cut, rejects.
+
+    Raises MissingTableError if there is no such table.
+    """
+    table = Table(dataset_uri, path, CAPTION_EMBEDS)
+    manifest = table.require()
+    light = read_light(table, ["captioner", "num_tokens"], sample)
+    cut = manifest.figures.get("cut_captions.mean")
+    return table_page(
+        "embeds.html.jinja",
+        table,
+        light,
+        read_rejects(table, sample),
+        title=f"Caption embeddings by {path.removeprefix('caption_embeds/')}",
+        about="What the text encoder makes of every caption: computed once, so that training need not.",
+        dtype=manifest.config["dtype"],
+        max_tokens=manifest.config["max_tokens"],
+        num_cut=None if cut is None else round(cut * manifest.num_shards),
+        lengths=histograms({"": light.rows["num_tokens"].to_numpy()}, title="Caption length", x_label="tokens"),
+        captioners=dict(Counter(light.rows["captioner"].to_pylist()).most_common()),
+    )
+
+
+def _channels(values: np.ma.MaskedArray) -> str:
+    """`values`: (channels, anything)."""
+    mean, std = (np.ma.filled(measure, 0.0) for measure in (values.mean(1), values.std(1)))
+    return spreads(mean, std, title="Channels: mean ± standard deviation", x_label="channel", y_label="value")

@@ -1,0 +1,68 @@
+"""Which of an image's captions a sample trains on: a policy over their CLIP scores, applied when the sample is drawn."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from pipelines.score.config import POLICIES, Policy, SelectionConfig
+from pipelines.tables.chance import uniform
+
+Caption = dict[str, Any]
+"""captioner, caption, clip_score."""
+
+
+def caption_probabilities(captions: Sequence[Caption], config: SelectionConfig) -> list[float]:
+    """The chance of each caption; they sum to 1, or are all 0 where none may be chosen."""
+    if not captions or is_below(captions, config.min_best_score):
+        return [0.0] * len(captions)
+    weights = _weights(captions, [caption["clip_score"] for caption in captions], config)
+    total = sum(weights)
+    return [weight / total if total else 0.0 for weight in weights]
+
+
+def is_below(captions: Sequence[Caption], min_best_score: float | None) -> bool:
+    """Whether an image is to be dropped: the best of its captions, of which there is one at least, scores too low."""
+    return min_best_score is not None and best_score(captions) < min_best_score
+
+
+def best_score(captions: Sequence[Caption]) -> float:
+    return max(caption["clip_score"] for caption in captions)
+
+
+def _weights(captions: Sequence[Caption], scores: list[float], config: SelectionConfig) -> list[float]:
+    best = max(scores)
+    if config.policy == "paper":
+        return [math.exp((score - best) / config.tau) for score in scores]
+    if config.policy == "random":
+        return [1.0] * len(scores)
+    if config.policy == "proportions":
+        return [config.proportions.get(caption["captioner"], 0.0) for caption in captions]
+    if config.policy == "published" and best >= config.threshold and best > 0:
+        return [(score / best) ** (1 / config.tau) if score >= config.threshold and score > 0 else 0.0 for score in scores]
+    return [float(index == scores.index(best)) for index in range(len(scores))]
+
+
+def choose_caption(
+    captions: Sequence[Caption], config: SelectionConfig, *, seed: int, epoch: int, sample_id: str
+) -> Caption | None:
+    """The caption of a sample in an epoch: the same wherever it is drawn. None where the policy lets none pass."""
+    probabilities = caption_probabilities(captions, config)
+    if not any(probabilities):
+        return None
+    draw = uniform(seed, epoch, sample_id)
+    for caption, probability in zip(captions, probabilities, strict=True):
+        draw -= probability
+        if draw < 0:
+            return caption
+    return captions[max(range(len(captions)), key=probabilities.__getitem__)]  # rounding left a rest
+
+
+def all_policies(config: SelectionConfig, captioners: Iterable[str]) -> dict[Policy, SelectionConfig]:
+    """Every policy with the settings of `config`; proportions that it does not give are equal ones of `captioners`.
+
+    Where there are none of these either, "proportions" is left out.
+    """
+    proportions = config.proportions or dict.fromkeys(captioners, 1.0)
+    possible = [policy for policy in POLICIES if policy != "proportions" or proportions]
+    return {policy: replace(config, policy=policy, proportions=proportions) for policy in possible}

@@ -1,0 +1,212 @@
+"""What the data stages share: the shards that are absent go through Ray Data, refused rows become rejects, all is counted."""
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from ray.exceptions import RayError, RayTaskError
+
+from pipelines.stages.contract import OnProgress, Outcome, Progress, ReadShard, Resources, ShardWorker, StageResult
+from pipelines.stages.shards import MAX_FAILED_SHARDS, RETRIES, STOPS, ShardJob, stream_shards
+from pipelines.storage.files import remove_leftovers
+from pipelines.storage.lease import Lease, Ticket, hold
+from pipelines.tables.errors import ShardError, TooManyRejectsError
+from pipelines.tables.identity import Identity, Manifest
+from pipelines.tables.table import ShardFacts, Table
+
+NUM_THREADS = 32  # that wait for the storage
+DIED = (
+    f"its process died {RETRIES + 1} times, and again when it was tried alone. Did it run out of memory? Ray's logs say more "
+    "(ray logs, or /tmp/ray/session_latest/logs)."
+)
+
+
+Stream = Callable[[list[str], Ticket], Iterator[Outcome]]
+"""Makes shards, and gives the outcome of each when it is written, which the ticket allows."""
+
+
+def run_shards(
+    output: Table,
+    identity: Identity,
+    shards: list[str],
+    *,
+    read_shard: ReadShard,
+    make_worker: Callable[[], ShardWorker],
+    resources: Resources,
+    max_reject_share: float,
+    on_progress: OnProgress = lambda progress: None,
+) -> StageResult:
+    """Make the shards of `output` that are absent, each by one call of a worker.
+
+    Raises as `run_stream`, and ShardError if shards could not be made, but all others are; or more than a few.
+    """
+
+    def stream(missing: list[str], ticket: Ticket) -> Iterator[Outcome]:
+        job = ShardJob(
+            output=output,
+            fingerprint=identity.fingerprint,
+            ticket=ticket,
+            read_shard=read_shard,
+            make_worker=make_worker,
+            resources=resources,
+        )
+        return _make_shards(job, missing)
+
+    return run_stream(output, identity, shards, stream, max_reject_share=max_reject_share, on_progress=on_progress)
+
+
+def run_stream(
+    output: Table,
+    identity: Identity,
+    shards: list[str],
+    stream: Stream,
+    *,
+    max_reject_share: float,
+    on_progress: OnProgress = lambda progress: None,
+) -> StageResult:
+    """Have `stream` make the shards of `output` that are absent; it gives the outcome of each one that it has written.
+
+    It checks the ticket that it is given before it writes a shard.
+
+    Raises:
+        StaleTableError: `output` was made in another way.
+        TooManyRejectsError: over `max_reject_share` of the rows were refused. The shards made until then stay.
+        StorageError: the storage refused, or gave no answer for long.
+        StageError: a worker found that no shard can be made as things are.
+        LeaseHeldError, LeaseLostError: another writer is at work on `output`, or has taken it over.
+    """
+    with hold(output.uri) as lease:
+        return _run(output, identity, shards, stream, lease, max_reject_share, on_progress)
+
+
+def _run(
+    output: Table,
+    identity: Identity,
+    shards: list[str],
+    stream: Stream,
+    lease: Lease,
+    max_reject_share: float,
+    on_progress: OnProgress,
+) -> StageResult:
+    start = time.monotonic()
+    manifest = output.claim(identity)
+    for table in (output, output.rejects()):
+        remove_leftovers(table.uri)
+    found = set(output.list_shards()) & set(shards)
+    progress = Progress(len(shards), len(found), len(found))
+    was_done = manifest.complete and manifest.num_shards == len(found) == len(shards)
+    if was_done:
+        progress.add_shard(manifest.num_rows, manifest.rejects_by_reason, {})
+    else:
+        _count_found(output, sorted(found), progress)
+    on_progress(progress)
+    if was_done:
+        _check_rejects(output, progress, max_reject_share, final=True)
+        return _result_of(output, manifest, len(found), time.monotonic() - start, 0.0)
+    missing = [shard for shard in shards if shard not in found]
+    for outcome in stream(missing, lease.ticket) if missing else ():
+        lease.check()
+        progress.done_shards += 1
+        progress.add_shard(outcome.num_rows, outcome.rejects_by_reason, outcome.figures)
+        progress.new_rows += outcome.num_rows + sum(outcome.rejects_by_reason.values())
+        progress.seconds = time.monotonic() - start
+        on_progress(progress)
+        _check_rejects(output, progress, max_reject_share)
+    _check_rejects(output, progress, max_reject_share, final=True)
+    return _complete(output, progress, start)
+
+
+def _make_shards(job: ShardJob, missing: list[str]) -> Iterator[Outcome]:
+    """The outcome of each shard as it is written. What failed is tried once more, by new actors, when all others are done.
+
+    Raises StorageError, StageError, LeaseLostError, ShardError.
+    """
+    failed: dict[str, str] = {}
+    for again in (False, True):
+        failed = dict.fromkeys(missing, DIED)
+        try:
+            for outcome in stream_shards(job, missing, alone=again) if missing else ():
+                if outcome.error is None:
+                    del failed[outcome.shard]
+                    yield outcome
+                    continue
+                if outcome.stops:
+                    raise STOPS[outcome.stops](outcome.error)
+                failed[outcome.shard] = outcome.error
+                if sum(error != DIED for error in failed.values()) > MAX_FAILED_SHARDS:
+                    raise ShardError(_describe_failures(job.output, failed))
+        except RayTaskError:
+            raise
+        except RayError as error:
+            raise ShardError(
+                f"{job.output.uri}: over {MAX_FAILED_SHARDS} shards ended their process. The last: {error}"
+            ) from error
+        missing = sorted(failed)
+    if missing:
+        raise ShardError(_describe_failures(job.output, failed))
+
+
+def _describe_failures(output: Table, failed: dict[str, str]) -> str:
+    told = {shard: error for shard, error in failed.items() if error != DIED} or failed
+    shards = ", ".join(sorted(told)[: MAX_FAILED_SHARDS + 1])
+    first = min(told)
+    return f"{output.uri}: shards {shards} could not be made. Shard {first}: {told[first]}"
+
+
+def _complete(output: Table, progress: Progress, start: float) -> StageResult:
+    """Write what was counted into the manifest."""
+    manifest = output.require()
+    figures = {f"{name}.mean": sum(values) / len(values) for name, values in progress.figures.items()}
+    figures |= {f"{name}.min": min(values) for name, values in progress.figures.items()}
+    counted = replace(
+        manifest,
+        complete=True,
+        num_shards=progress.num_shards,
+        num_rows=progress.num_rows,
+        num_rejects=progress.num_rejects,
+        rejects_by_reason=dict(progress.rejects_by_reason),
+        figures=figures,
+    )
+    if counted != manifest:
+        output.write_manifest(counted)
+    return _result_of(output, counted, progress.found_shards, time.monotonic() - start, progress.rows_per_second)
+
+
+def _result_of(output: Table, manifest: Manifest, found_shards: int, seconds: float, rows_per_second: float) -> StageResult:
+    return StageResult(
+        table=output,
+        fingerprint=manifest.fingerprint,
+        inputs=manifest.inputs,
+        num_shards=manifest.num_shards,
+        found_shards=found_shards,
+        num_rows=manifest.num_rows,
+        num_rejects=manifest.num_rejects,
+        rejects_by_reason=manifest.rejects_by_reason,
+        figures=manifest.figures,
+        seconds=seconds,
+        rows_per_second=rows_per_second,
+    )
+
+
+def _count_found(output: Table, found: list[str], progress: Progress) -> None:
+    """Count the shards that are there, by the footers of their files alone."""
+    rejects = output.rejects()
+
+    def read(shard: str) -> tuple[ShardFacts, ShardFacts]:
+        return output.read_facts(shard), rejects.read_facts(shard)
+
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        for kept, refused in pool.map(read, found):
+            progress.add_shard(kept.num_rows, refused.rejects_by_reason, kept.figures)
+
+
+def _check_rejects(output: Table, progress: Progress, max_share: float, *, final: bool = False) -> None:
+    seen = progress.num_rows + progress.num_rejects
+    if progress.num_rejects <= max_share * seen or (seen < 1000 and not final):
+        return
+    reasons = ", ".join(f"{reason} {count}" for reason, count in progress.rejects_by_reason.most_common())
+    raise TooManyRejectsError(
+        f"{progress.num_rejects} of {seen} rows were refused ({reasons}), more than max_reject_share={max_share:g}; "
+        f"each is in {output.rejects().uri}"
+    )

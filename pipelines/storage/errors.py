@@ -1,0 +1,24 @@
+"""Errors of storage, and the kinds of error that a job's exit code tells apart."""
+
+from typing import ClassVar, Literal
+
+ErrorKind = Literal["wrong_input", "fault", "too_many_rejects", "training_failed", "stopped"]
+"""What a user does about an error; `jobs.common.exit_codes` gives each kind a number."""
+
+
+class StorageError(OSError):
+    """A file could not be read or written; the message names it, and what to do."""
+
+    error_kind: ClassVar[ErrorKind] = "fault"
+
+
+class LeaseHeldError(ValueError):
+    """Another writer is at work on the table."""
+
+    error_kind: ClassVar[ErrorKind] = "fault"
+
+
+class LeaseLostError(RuntimeError):
+    """Another writer has taken the table over."""
+
+    error_kind: ClassVar[ErrorKind] = "fault"

@@ -1,0 +1,60 @@
+"""Errors of tables, stages and trainings. Each class says what kind it is; `jobs.common.exit_codes` gives a kind its number."""
+
+from typing import Any, ClassVar
+
+from pipelines.storage.errors import ErrorKind
+
+
+class StaleTableError(ValueError):
+    """A table exists that was made in another way than it would be made now.
+
+    `table` is that `pipelines.tables.table.Table` if it may be deleted and made anew, None if it may not.
+    """
+
+    error_kind: ClassVar[ErrorKind] = "wrong_input"
+
+    def __init__(self, message: str, table: Any = None):
+        super().__init__(message)
+        self.table = table
+
+
+class MissingTableError(ValueError):
+    """A stage's input does not exist."""
+
+    error_kind: ClassVar[ErrorKind] = "wrong_input"
+
+
+class DamagedShardError(ValueError):
+    """A shard's file is not what was written."""
+
+    error_kind: ClassVar[ErrorKind] = "wrong_input"
+
+
+class StageError(RuntimeError):
+    """No shard can be made now (a server is down). A worker raises it so that the other shards are not tried in vain."""
+
+    error_kind: ClassVar[ErrorKind] = "fault"
+
+
+class ShardError(RuntimeError):
+    """Some shards could not be made; all others are written."""
+
+    error_kind: ClassVar[ErrorKind] = "fault"
+
+
+class TooManyRejectsError(RuntimeError):
+    """More rows were refused than the configuration allows."""
+
+    error_kind: ClassVar[ErrorKind] = "too_many_rejects"
+
+
+class TrainingError(RuntimeError):
+    """A training cannot go on, and another try would end the same way. Raised on all workers at the same point."""
+
+    error_kind: ClassVar[ErrorKind] = "training_failed"
+
+
+class TrainingStopped(TrainingError):
+    """A training was asked to end and saved a checkpoint; the next start resumes from it."""
+
+    error_kind: ClassVar[ErrorKind] = "stopped"

@@ -1,0 +1,102 @@
+"""What made a table: the identity that its fingerprint is computed from, and the manifest that records it."""
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from pipelines.tables.schema import SCHEMA_VERSION
+
+MANIFEST = "_manifest.json"
+PACKAGES = ("sana-on-ray", "ray", "torch", "transformers", "diffusers", "deepspeed", "vllm", "pyarrow", "pillow")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Everything that can change a value in a table."""
+
+    stage: str
+    config: Mapping[str, Any]
+    models: Mapping[str, str]
+    """Each model's revision or hash of weights."""
+    inputs: Mapping[str, str]
+    """Path and fingerprint of the tables that were read."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex; the same for equal content on every machine."""
+        content = json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """`_manifest.json` of a table. Counts are those of the last run that ended; `complete` says that none was missing then."""
+
+    fingerprint: str
+    stage: str
+    config: dict[str, Any]
+    models: dict[str, str]
+    inputs: dict[str, str]
+    schema_version: int = SCHEMA_VERSION
+    complete: bool = False
+    num_shards: int = 0
+    num_rows: int = 0
+    num_rejects: int = 0
+    rejects_by_reason: dict[str, int]
+    figures: dict[str, float] = field(default_factory=dict)
+    """"<figure>.mean" and "<figure>.min" over the shards."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Of the software that began the table. They change no fingerprint."""
+    license: str | None = None
+    """Of the images, as it was given to ingest. It changes no fingerprint."""
+    begun: str = ""
+    updated: str = ""
+
+    def identity(self) -> Identity:
+        return Identity(self.stage, self.config, self.models, self.inputs)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def describe_differences(old: Identity, new: Identity) -> list[str]:
+    """A line "field: old -> new" for each field that differs."""
+    before, after = _flatten(asdict(old)), _flatten(asdict(new))
+    absent = "(absent)"
+    return [
+        f"{name}: {_shorten(before.get(name, absent))} -> {_shorten(after.get(name, absent))}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name, absent) != after.get(name, absent)
+    ] or ["schema_version"]
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for name, inner in value.items():
+        flat |= _flatten(inner, f"{prefix}.{name}" if prefix else name)
+    return flat
+
+
+def _shorten(value: object, limit: int = 80) -> str:
+    text = repr(value) if value != "(absent)" else "(absent)"
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def software_versions() -> dict[str, str]:
+    """Python's, and those of the packages that are installed of PACKAGES."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

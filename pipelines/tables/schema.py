@@ -1,0 +1,134 @@
+"""Every table of a dataset: where it lies, its columns and their Arrow types. Nothing else spells a column's type."""
+
+from typing import Any
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+CAPTION = pa.struct([("captioner", pa.string()), ("caption", pa.string()), ("clip_score", pa.float32())])
+"""A caption that competes for an image. `clip_score` is 100 times the cosine of image and text."""
+
+ORIGINAL_CAPTIONER = "original"
+"""The captioner's name of a caption that came with the image."""
+
+IMAGES = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),  # sha256 of image_bytes, hex
+        pa.field("image_bytes", pa.binary(), nullable=False),  # as found: never re-encoded
+        pa.field("format", pa.string(), nullable=False),  # as Pillow names it: JPEG, PNG, WEBP ...
+        pa.field("width", pa.int32(), nullable=False),  # pixels, after the EXIF orientation
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("phash", pa.string(), nullable=False),  # 64-bit perceptual hash, hex
+        pa.field("caption", pa.string()),  # the original one
+        pa.field("source_uri", pa.string(), nullable=False),
+        pa.field("metadata", pa.string()),  # a JSON object: what else lay beside the image
+    ]
+)
+IMAGE_SCORES = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("score", pa.float32(), nullable=False),  # what it means is its scorer's
+        pa.field("detail", pa.string()),  # what else the scorer tells: of a near duplicate, the image that stands for it
+    ]
+)
+CAPTIONS = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("caption", pa.string(), nullable=False),
+        pa.field("num_tokens", pa.int32(), nullable=False),  # as the captioner counts, without the prompt
+        pa.field("finish_reason", pa.string(), nullable=False),  # "stop", or "length" where the caption was cut
+        pa.field("flags", pa.list_(pa.string())),  # faults that were let pass: caption_quality.FAULTS
+    ]
+)
+SCORES = pa.schema([pa.field("id", pa.string(), nullable=False), pa.field("captions", pa.list_(CAPTION), nullable=False)])
+LATENTS = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("latents", pa.binary(), nullable=False),  # (channels, height, width) in C order, scaled; dtype: the manifest's
+        pa.field("channels", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),  # of the latents
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("bucket", pa.string(), nullable=False),  # "HxW", pixels
+        pa.field("captions", pa.list_(CAPTION), nullable=False),
+    ]
+)
+CAPTION_EMBEDS = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),  # of the image: a row is a caption, so an id comes once for each captioner
+        pa.field("captioner", pa.string(), nullable=False),
+        pa.field("embeds", pa.large_binary(), nullable=False),  # (num_tokens, width) in C order; dtype: the manifest's
+        pa.field("num_tokens", pa.int32(), nullable=False),
+    ]
+)
+SAMPLES = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),  # the prompt's number
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("image_bytes", pa.binary(), nullable=False),  # PNG
+    ]
+)
+EVALUATIONS = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),  # that of the sample
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("clip_score", pa.float32(), nullable=False),
+        pa.field("asked", pa.string()),  # what the prompt asks for, where it tells of one object of the Shapes world
+        pa.field("seen", pa.string()),  # what the judge reads off the picture then, as a caption
+    ]
+)
+REJECTS = pa.schema(
+    [
+        pa.field("id", pa.string()),  # null where the bytes could not even be read
+        pa.field("source_uri", pa.string()),
+        pa.field("reject_reason", pa.string(), nullable=False),  # a short code
+        pa.field("detail", pa.string(), nullable=False),  # for people
+    ]
+)
+
+
+def image_scores_path(scorer: str) -> str:
+    return f"image_scores/{scorer}"
+
+
+def captions_path(captioner: str) -> str:
+    return f"captions/{captioner}"
+
+
+def scores_path(scorer: str) -> str:
+    return f"scores/{scorer}"
+
+
+def latents_path(autoencoder: str, resolution: int) -> str:
+    return f"latents/{autoencoder}-{resolution}"
+
+
+def caption_embeds_path(text_encoder: str) -> str:
+    return f"caption_embeds/{text_encoder}"
+
+
+def samples_path(name: str) -> str:
+    return f"samples/{name}"
+
+
+def evaluations_path(name: str) -> str:
+    return f"evaluations/{name}"
+
+
+IMAGES_PATH = "images"
+
+TABLE_SCHEMAS = {
+    IMAGES_PATH: IMAGES,
+    "image_scores": IMAGE_SCORES,
+    "captions": CAPTIONS,
+    "scores": SCORES,
+    "latents": LATENTS,
+    "caption_embeds": CAPTION_EMBEDS,
+    "samples": SAMPLES,
+    "evaluations": EVALUATIONS,
+}
+"""By the first part of a table's path, in the order in which they are made."""
+
+
+Row = dict[str, Any]

@@ -1,0 +1,217 @@
+"""A table: a folder of Parquet shards on any fsspec URI, with a manifest that says what made it.
+
+A shard is written whole or not at all, under the name of the shard of `images` that it is about. What is done is what is
+listed: a killed stage goes on with the shards that are absent. A table made otherwise than a stage would make it now is
+refused, never mixed and never overwritten.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from io import BytesIO
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.storage.errors import StorageError
+from pipelines.storage.files import list_folder, open_file, read_file, write_file
+from pipelines.tables.errors import DamagedShardError, MissingTableError, StaleTableError
+from pipelines.tables.identity import MANIFEST, Identity, Manifest, _now, describe_differences, software_versions
+from pipelines.tables.schema import REJECTS
+
+REBUILD = "_rebuild.json"  # is there while the table is being deleted, to be made anew
+REPORT = "report.html"
+FACTS_KEY = b"sana.facts"  # of a shard's Parquet file: JSON, see ShardFacts
+FOOTER_BYTES = 2**16  # pyarrow looks for a footer in as many bytes
+ROW_GROUP_BYTES = 2**26  # what is in memory of a shard that is read a few rows at a time
+
+
+def absolute_uri(uri: str) -> str:
+    """A local path made absolute (Ray's workers run elsewhere); any other URI as it is, without a slash at its end."""
+    if "://" in uri:
+        return uri.rstrip("/")
+    return str(Path(uri).absolute())
+
+
+def table_uri(dataset_uri: str, name: str) -> str:
+    """Of a table that goes by its path in the dataset, or, in another dataset, by its whole URI: see `Table.name_in`."""
+    return name if is_elsewhere(name) else f"{dataset_uri.rstrip('/')}/{name}"
+
+
+def is_elsewhere(name: str) -> bool:
+    """Whether a table's name tells of another dataset."""
+    return "://" in name or Path(name).is_absolute()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardFacts:
+    """What the footer of a shard's file says: its rows, the fingerprint of what made it, its worker's figures, and of rejects
+    how many there are for each reason."""
+
+    num_rows: int
+    fingerprint: str = ""
+    figures: dict[str, float] = field(default_factory=dict)
+    rejects_by_reason: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table of a dataset; `path` is its folder there ("captions/llava")."""
+
+    dataset_uri: str
+    path: str
+    schema: pa.Schema
+
+    @property
+    def uri(self) -> str:
+        return f"{self.dataset_uri.rstrip('/')}/{self.path}"
+
+    def name_in(self, dataset_uri: str) -> str:
+        """Its path, or where it is of another dataset, its URI."""
+        return self.path if self.dataset_uri.rstrip("/") == dataset_uri.rstrip("/") else self.uri
+
+    def rejects(self) -> "Table":
+        """The rows that were refused, under the same shard names."""
+        return Table(self.dataset_uri, f"rejects/{self.path}", REJECTS)
+
+    def shard_uri(self, shard: str) -> str:
+        return f"{self.uri}/{shard}.parquet"
+
+    def list_shards(self) -> list[str]:
+        """Names of the shards that exist, sorted."""
+        names = list_folder(self.uri)
+        return [name.removesuffix(".parquet") for name in names if name.endswith(".parquet") and name[0] not in "._"]
+
+    def read_shard(self, shard: str, columns: list[str] | None = None) -> pa.Table:
+        """All rows of a shard; of a file on an object store only the parts with these columns are fetched.
+
+        Raises FileNotFoundError, StorageError, or DamagedShardError.
+        """
+        with open_file(self.shard_uri(shard), buffer_size=FOOTER_BYTES) as file, self._naming_damage(shard):
+            return pq.read_table(file, columns=columns).replace_schema_metadata(None)
+
+    def iter_shard(self, shard: str, num_rows: int) -> Iterator[pa.RecordBatch]:
+        """The rows of a shard, `num_rows` at a time: for shards of which not all need be in memory. Raises as `read_shard`."""
+        with open_file(self.shard_uri(shard), buffer_size=FOOTER_BYTES) as file, self._naming_damage(shard):
+            parquet = pq.ParquetFile(file)
+            for group in range(parquet.num_row_groups):  # of all groups together, far more is read ahead
+                yield from parquet.iter_batches(num_rows, row_groups=[group], use_threads=False)
+
+    def read_facts(self, shard: str) -> "ShardFacts":
+        """What the file's footer says of a shard, which is all that is read. Raises as `read_shard`."""
+        with open_file(self.shard_uri(shard), buffer_size=FOOTER_BYTES) as file, self._naming_damage(shard):
+            footer = pq.read_metadata(file)
+            noted = json.loads((footer.metadata or {}).get(FACTS_KEY, b"{}"))
+            return ShardFacts(num_rows=footer.num_rows, **noted)
+
+    @contextmanager
+    def _naming_damage(self, shard: str) -> Iterator[None]:
+        try:
+            yield
+        except StorageError:
+            raise
+        except (pa.ArrowException, OSError, ValueError, TypeError) as error:
+            raise DamagedShardError(
+                f"{self.shard_uri(shard)} is damaged ({error}): delete it, and its stage makes it again"
+            ) from error
+
+    def write_shard(
+        self, shard: str, rows: pa.Table, *, fingerprint: str = "", figures: Mapping[str, float] | None = None
+    ) -> None:
+        """Write a shard whole, with the facts that `read_facts` gives back in the file's footer.
+
+        Args:
+            fingerprint: of the identity that makes it.
+            figures: what else is known of the shard, by name.
+
+        Raises:
+            pyarrow.ArrowInvalid: the rows are not of the table's schema.
+            StorageError: it could not be written; nothing is left of it then.
+        """
+        facts = {"fingerprint": fingerprint, "figures": dict(figures or {})}
+        if self.schema == REJECTS:
+            facts["rejects_by_reason"] = count_reasons(rows)
+        noted = rows.cast(self.schema).replace_schema_metadata({FACTS_KEY: json.dumps(facts)})
+        buffer = BytesIO()
+        rows_at_once = max(noted.num_rows * ROW_GROUP_BYTES // max(noted.nbytes, 1), 1)
+        pq.write_table(noted, buffer, rows_at_once, compression="zstd", write_page_checksum=True)
+        write_file(self.shard_uri(shard), buffer.getvalue())
+
+    def write_file(self, name: str, content: bytes) -> None:
+        """Put a file into the table's folder: readers see the old one or the whole new one. Raises StorageError."""
+        write_file(f"{self.uri}/{name}", content)
+
+    def write_report(self, html: str) -> None:
+        """Put a page into the table's folder, as `report.html`. Raises StorageError."""
+        self.write_file(REPORT, html.encode())
+
+    def read_manifest(self) -> Manifest | None:
+        """None if there is none. Raises ValueError naming the file if it cannot be read."""
+        try:
+            content = read_file(f"{self.uri}/{MANIFEST}")
+        except FileNotFoundError:
+            return None
+        try:
+            return Manifest(**json.loads(content))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self.uri}/{MANIFEST} is no manifest of this version ({error})") from error
+
+    def require(self) -> Manifest:
+        """The manifest of a stage's input. Raises MissingTableError."""
+        manifest = self.read_manifest()
+        if manifest is None:
+            raise MissingTableError(f"there is no table {self.path!r} in {self.dataset_uri}: run the stage that makes it first")
+        return manifest
+
+    def claim(self, identity: Identity) -> Manifest:
+        """Begin or go on writing this table as `identity` says.
+
+        Raises StaleTableError if it was begun in another way, with the fields that differ.
+        """
+        if self.deletion_begun():
+            raise StaleTableError(f"{self.uri} is being deleted, to be made anew: start its job again, it goes on there", self)
+        try:
+            manifest = self.read_manifest()
+        except ValueError as error:
+            raise StaleTableError(
+                f"{error}. Put it back, or let the job make the table anew with --on_stale rebuild.", self
+            ) from error
+        if manifest is None:
+            if shards := self.list_shards():
+                raise StaleTableError(
+                    f"{self.uri} holds {len(shards)} shards and no {MANIFEST}: nothing says what made them. "
+                    "Delete them, or let the job do it with --on_stale rebuild.",
+                    self,
+                )
+            fields = asdict(identity) | {"versions": software_versions(), "begun": _now()}
+            manifest = Manifest(fingerprint=identity.fingerprint, rejects_by_reason={}, **fields)
+            self.write_manifest(manifest)
+        if {manifest.fingerprint, manifest.identity().fingerprint} != {identity.fingerprint}:  # the second: it was edited
+            differences = "\n".join(f"  {line}" for line in describe_differences(manifest.identity(), identity))
+            raise StaleTableError(
+                f"{self.uri} was made in another way:\n{differences}\n"
+                "Give the new table another name, put the setting back, or let the job delete this table and make it anew with "
+                "--on_stale rebuild (tables that were made from it are stale then, and rebuilt by their own jobs).",
+                self,
+            )
+        return manifest
+
+    def deletion_begun(self) -> bool:
+        """Whether it is being deleted, or that was broken off; see `rebuild.delete_table`."""
+        try:
+            read_file(f"{self.uri}/{REBUILD}")
+        except FileNotFoundError:
+            return False
+        return True
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        content = asdict(manifest) | {"updated": _now()}
+        self.write_file(MANIFEST, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def count_reasons(rejects: pa.Table) -> dict[str, int]:
+    """How many rows there are for each reject_reason."""
+    return dict(Counter(rejects["reject_reason"].to_pylist()))

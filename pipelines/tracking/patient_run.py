@@ -1,0 +1,123 @@
+"""An MLflow run that a training logs to without ever waiting for MLflow, or failing with it."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from PIL import Image
+
+from pipelines.tracking.runs import RunPlan, TrackedRun
+
+RETRY_SECONDS = 5.0
+CLOSE_SECONDS = 60.0
+
+Entry = tuple[int, Mapping[str, float]]
+"""A step and its metrics."""
+
+
+class PatientRun:
+    """Sends in a thread, in order. While MLflow cannot be reached everything waits here, and in the training's checkpoints.
+
+    What the run knows already of a step is not sent again: steps that come again after a restart appear once.
+
+    Args:
+        plan: the run.
+        say: takes what a person should know.
+        waiting: metrics that a checkpoint kept, to be sent first.
+    """
+
+    def __init__(self, plan: RunPlan, *, say: Callable[[str], None], waiting: Sequence[Entry] = ()):
+        self._plan = plan
+        self._say = say
+        self._run: TrackedRun | None = None
+        self._monitor: SystemMetricsMonitor | None = None
+        self._last_step = -1
+        self._said = False
+        self._deadline = float("inf")
+        self._closing = threading.Event()
+        self._wake = threading.Condition()
+        self._waiting: deque[tuple[int | None, Any]] = deque(waiting)  # metrics, or what to do with the run
+        self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        self._put(step, dict(metrics))
+
+    def log_image(self, image: Image.Image, key: str, step: int) -> None:
+        self._put(step, lambda run: run.log_image(image, key, step))
+
+    def log_inputs(self, dataset_uri: str, fingerprints: Mapping[str, str], context: str) -> None:
+        self._put(None, lambda run: run.log_inputs(dataset_uri, fingerprints, context))
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        self._put(None, lambda run: run.set_tags(tags))
+
+    def waiting(self) -> list[tuple[int, dict[str, float]]]:
+        """Metrics that are not sent yet, for a checkpoint."""
+        with self._wake:
+            return [(step, dict(what)) for step, what in self._waiting if isinstance(what, Mapping) and step is not None]
+
+    def close(self) -> None:
+        """Send what waits, for a minute at most, and say what could not be sent."""
+        self._deadline = time.monotonic() + CLOSE_SECONDS
+        self._closing.set()
+        with self._wake:
+            self._wake.notify()
+        self._thread.join(CLOSE_SECONDS + 30.0)
+        if self._monitor is not None:
+            self._monitor.finish()
+        if self._waiting:
+            self._say(f"{len(self._waiting)} entries could not be sent to MLflow at {self._plan.uri}")
+
+    def _put(self, step: int | None, what: Any) -> None:
+        with self._wake:
+            self._waiting.append((step, what))
+            self._wake.notify()
+
+    def _send_all(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._waiting or self._closing.is_set())
+                if not self._waiting:
+                    return
+                step, what = self._waiting[0]
+            try:
+                self._send(step, what)
+            except Exception as error:  # of MLflow, its server, its database, the network: no training ends for it
+                if not self._said:
+                    self._said = True
+                    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+                    self._say(f"MLflow at {self._plan.uri} cannot be reached, figures wait and are sent later: {reason}")
+                if self._closing.wait(RETRY_SECONDS):
+                    if time.monotonic() > self._deadline:
+                        return
+                    time.sleep(1.0)
+                continue
+            with self._wake:
+                self._waiting.popleft()
+
+    def _send(self, step: int | None, what: Any) -> None:
+        if self._run is None:
+            run = self._plan.connect()
+            self._last_step = run.last_step("loss")
+            self._run = run
+        self._keep_monitoring(self._run)
+        if step is not None and step <= self._last_step:
+            return
+        if isinstance(what, Mapping):
+            self._run.log_metrics(what, step or 0)
+        else:
+            what(self._run)
+        if self._said:
+            self._said = False
+            self._say(f"MLflow at {self._plan.uri} can be reached again")
+
+    def _keep_monitoring(self, run: TrackedRun) -> None:
+        """MLflow's own monitor ends with the first answer that fails: then another one goes on."""
+        if self._monitor is not None and self._monitor._process is not None and self._monitor._process.is_alive():
+            return
+        self._monitor = SystemMetricsMonitor(run.run_id, resume_logging=True, tracking_uri=run.uri)
+        self._monitor.start()

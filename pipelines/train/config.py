@@ -1,0 +1,201 @@
+"""Training configuration."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pipelines.train.engine.config import EmaConfig, EngineConfig, LoraConfig, OptimConfig
+from pipelines.train.stream.config import FlowConfig, StreamConfig, ValidationConfig, WeightedTable
+from pipelines.train.stream.mixture import Source, find_sources, validation_sources
+from sana_model.nn.config import PRESETS, TextEncoderConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionConfig:
+    """What a stage at another resolution changes of the transformer. It has no weights: those of the stage before carry over.
+
+    Args:
+        base_size: side, in tokens, of the square image that the stage is for: 16 at 512 px. None: as it was.
+        scale: interpolation of the sincos positional embedding (published: none at 512 and 1024 px, 1.0 at 2048, 2.0 at
+            4096). None: as it was.
+    """
+
+    base_size: int | None = None
+    scale: float | None = None
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """Fields of `SanaConfig`."""
+        named = {"base_size": self.base_size, "position_scale": self.scale}
+        return {name: value for name, value in named.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerResources:
+    """What Ray reserves for each training worker.
+
+    Args:
+        num_cpus, num_gpus: of each; a worker without a GPU trains on the CPU.
+        custom: custom resources of each, such as {"trainer": 1}.
+        num_threads: of torch in each; None: num_cpus, rounded up.
+    """
+
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+    custom: dict[str, float] = field(default_factory=dict)
+    num_threads: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadStepConfig:
+    """A step is bad if its gradients are not finite, or its loss is many times the usual.
+
+    Args:
+        policy: "stop" ends the training with a message; "skip" leaves weights, optimizer and average as they are and goes
+            on with the next samples; "roll_back" does so from the last checkpoint.
+        spike_factor: loss over the median of the last 50 steps from which a step is bad; None: only what is not finite is.
+        max_in_a_row: bad steps, or ways back, without a good step or a checkpoint between them, after which it stops anyway.
+    """
+
+    policy: Literal["stop", "skip", "roll_back"] = "stop"
+    spike_factor: float | None = None
+    max_in_a_row: int = 10
+
+    def __post_init__(self) -> None:
+        if self.spike_factor is not None and self.spike_factor <= 1:
+            raise ValueError(f"spike_factor={self.spike_factor} must be above 1")
+        if self.max_in_a_row < 1:
+            raise ValueError(f"max_in_a_row={self.max_in_a_row} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridConfig:
+    """Pictures drawn with the average weights while the training goes on: always the same prompts, each with its own noise.
+
+    Args:
+        prompts: none: nothing is drawn.
+        every: steps from one grid to the next; the last step draws one too.
+        num_steps: of the solver.
+        guidance_scale: of classifier-free guidance.
+        seed: of the noise of the first picture.
+        columns: of the grid.
+    """
+
+    prompts: list[str] = field(default_factory=list)
+    every: int = 1000
+    num_steps: int = 20
+    guidance_scale: float = 4.5
+    seed: int = 0
+    columns: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training on one latents table, or on a mixture of several.
+
+    Args:
+        latents: path of the table in the dataset, such as latents/dc-ae-512; or a list of tables with weights.
+        caption_embeds: name of the table under caption_embeds/ of the dataset (of each dataset of a mixture) that holds the
+            captions as the text encoder gives them: the training's device then needs none. None: captions are encoded in the
+            step.
+        init: the pipeline to go on from: a folder, or a zoo://, hf:// or fsspec URI; ours, diffusers' or an NVlabs .pth.
+        preset: without `init`, the shape of a fresh transformer, such as sana-0.6b; with it, the shape that it must have.
+        text_encoder, autoencoder: paths; they go with `preset`, or replace those of `init`.
+        prompts: how captions become tokens; None: as the pipeline of `init` does it, or as published for a `preset`.
+        positions: what changes of the transformer with the resolution.
+        num_steps: optimizer steps.
+        micro_batch_size: samples of one worker's forward pass.
+        global_batch_size: samples of one step; a multiple of micro_batch_size * num_workers.
+        num_workers: that train together, each on its own shards.
+        data: which samples and captions are drawn.
+        flow: at which noise levels.
+        lora: train adapters, and leave the weights of `init` as they are; None: train all weights.
+        optim: how weights follow gradients.
+        ema: the average of the weights.
+        engine: how DeepSpeed spreads and computes it.
+        bad_steps: what is done where gradients are not finite or the loss leaps.
+        validation: the loss on samples that are not trained on.
+        grid: pictures drawn on the way.
+        resources: of each worker.
+        checkpoint_every: steps from one checkpoint to the next; the last step makes one too.
+        keep_checkpoints: how many of the newest are kept.
+        keep_every: checkpoints whose step divides by this are kept too.
+        keep_best: the checkpoint with the lowest value of this metric is kept too.
+        resume_from: URI of a checkpoint of another output folder to go on from exactly, where this one has none yet.
+        record_samples: write down which samples each step used, in `drawn/` of the output folder.
+        log_every: steps from one report of losses and speed to the next.
+        max_failures: how often lost workers are replaced, from the last checkpoint, before the training fails.
+        seed: of the order of samples, the captions, the noise, and a fresh transformer.
+    """
+
+    latents: str | list[WeightedTable]
+    caption_embeds: str | None = None
+    init: str | None = None
+    preset: str | None = None
+    text_encoder: str | None = None
+    autoencoder: str | None = None
+    prompts: TextEncoderConfig | None = None
+    positions: PositionConfig = field(default_factory=PositionConfig)
+    num_steps: int
+    micro_batch_size: int
+    global_batch_size: int
+    num_workers: int = 1
+    data: StreamConfig = field(default_factory=StreamConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    lora: LoraConfig | None = None
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    bad_steps: BadStepConfig = field(default_factory=BadStepConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    grid: GridConfig = field(default_factory=GridConfig)
+    resources: WorkerResources = field(default_factory=WorkerResources)
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    keep_every: int | None = None
+    keep_best: Literal["loss", "validation_loss"] | None = None
+    resume_from: str | None = None
+    record_samples: bool = False
+    log_every: int = 10
+    max_failures: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.sources("")  # which raises
+        self.optim.check_sharding(self.engine.zero_stage)
+        if self.lora is not None and self.engine.zero_stage == 3:
+            raise ValueError(
+                "lora with zero_stage=3: frozen weights would be gathered in every step; set engine.zero_stage to 0, 1 or 2"
+            )
+        if self.init is None and self.preset is None:
+            raise ValueError("init and preset are both missing: give a pipeline to go on from, or a shape to begin with")
+        if self.preset is not None and self.preset not in PRESETS:
+            raise ValueError(f"preset={self.preset} is none of {', '.join(PRESETS)}")
+        if self.init is None and (self.text_encoder is None or self.autoencoder is None):
+            raise ValueError(f"preset={self.preset} is a transformer only: give text_encoder and autoencoder too")
+        for name in ("num_steps", "micro_batch_size", "num_workers", "checkpoint_every", "keep_checkpoints", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.keep_every is not None and self.keep_every < 1:
+            raise ValueError(f"keep_every={self.keep_every} must be at least 1")
+        if self.keep_best == "validation_loss" and not (self.validation.latents or self.data.held_out_share):
+            raise ValueError("keep_best=validation_loss needs validation.latents or data.held_out_share")
+        if self.grid.every < 1:
+            raise ValueError(f"grid.every={self.grid.every} must be at least 1")
+        together = self.micro_batch_size * self.num_workers
+        if self.global_batch_size < 1 or self.global_batch_size % together:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} must be a multiple of micro_batch_size * num_workers = {together}"
+            )
+
+    @property
+    def grad_accum_steps(self) -> int:
+        return self.global_batch_size // (self.micro_batch_size * self.num_workers)
+
+    def sources(self, dataset_uri: str) -> list[Source]:
+        """The tables to train on."""
+        return find_sources(dataset_uri, self.latents, caption_embeds=self.caption_embeds)
+
+    def validation_sources(self, dataset_uri: str) -> list[Source]:
+        """The tables to validate with; none: no validation."""
+        own = self.sources(dataset_uri)
+        return validation_sources(dataset_uri, own, self.validation, self.data, caption_embeds=self.caption_embeds)

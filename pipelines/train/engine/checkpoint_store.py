@@ -1,0 +1,186 @@
+"""The checkpoints of one training: written while it goes on, kept as long as told, and the last good one found again."""
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch.distributed
+
+from pipelines.storage.errors import StorageError
+from pipelines.train.engine.checkpoints import (
+    BadCheckpointError,
+    Checkpoint,
+    CheckpointReader,
+    Snapshot,
+    UnfinishedCheckpointError,
+    checkpoint_uri,
+    list_checkpoints,
+    remove_checkpoint,
+    write_part,
+)
+from pipelines.train.engine.deepspeed import Engine
+
+MAX_FAILED_WRITES = 3
+"""In a row, after which a training had better stop."""
+
+
+class CheckpointStore:
+    """Of one rank; `find` is called on all of them at once.
+
+    Args:
+        root_uri: folder of the checkpoints.
+        keep_last: how many of the newest stay.
+        keep_every: those whose step divides by it stay too.
+        keep_best: the one with the lowest value of this metric stays too.
+        say: takes what a person should know.
+    """
+
+    def __init__(
+        self,
+        root_uri: str,
+        *,
+        keep_last: int,
+        keep_every: int | None = None,
+        keep_best: str | None = None,
+        say: Callable[[str], None],
+    ):
+        self.root_uri = root_uri
+        self.keep_last = keep_last
+        self.keep_every = keep_every
+        self.keep_best = keep_best
+        self.say = say
+        self._thread: threading.Thread | None = None
+        self._error: StorageError | None = None
+        self._num_failed = 0
+        self.last_written: str | None = None
+        """URI of the last checkpoint of which this rank's part is written."""
+        self.written_at = time.time()
+        """When that was, or when this began."""
+
+    def uri(self, step: int) -> str:
+        return checkpoint_uri(self.root_uri, step)
+
+    def write(self, snapshot: Snapshot) -> None:
+        """In the background, once the one before is written."""
+        self._join()
+        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint-writer")
+        self._thread.start()
+
+    def wait(self) -> str | None:
+        """Until this rank's part is written; what went wrong if it was not."""
+        self._join()
+        return str(self._error) if self._error is not None else None
+
+    def given_up(self) -> str | None:
+        """What goes wrong, after MAX_FAILED_WRITES failures in a row."""
+        problem = self.wait()
+        return problem if self._num_failed >= MAX_FAILED_WRITES else None
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, snapshot: Snapshot) -> None:
+        uri = self.uri(snapshot.step)
+        try:
+            write_part(uri, snapshot)
+            if snapshot.rank == 0:
+                self._prune()
+            self._error, self._num_failed, self.last_written, self.written_at = None, 0, uri, time.time()
+        except StorageError as error:
+            self._error, self._num_failed = error, self._num_failed + 1
+            self.say(f"the checkpoint of step {snapshot.step} was not written, the ones before it stay: {error}")
+
+    def _prune(self) -> None:
+        """Remove what need not stay. The newest whole ones are counted: a part of the very newest may still be on its way."""
+        whole = []
+        for uri in list_checkpoints(self.root_uri):
+            try:
+                whole.append(Checkpoint.open(uri))
+            except BadCheckpointError:
+                if whole:  # a newer one is whole: this one was never finished
+                    remove_checkpoint(uri)
+        kept = {checkpoint.uri for checkpoint in whole[: self.keep_last]}
+        if self.keep_every:
+            kept |= {checkpoint.uri for checkpoint in whole if checkpoint.step % self.keep_every == 0}
+        if self.keep_best:
+            kept |= best_of(whole, self.keep_best)
+        for checkpoint in whole:
+            if checkpoint.uri not in kept:
+                remove_checkpoint(checkpoint.uri)
+
+    def find(self, engine: Engine, *, fallback: str | None = None) -> CheckpointReader | None:
+        """The newest whole checkpoint, on all ranks the same, ready to be loaded; `fallback` if the training has none yet.
+
+        What is newer than it is removed: its steps come again. None: there is none, the training begins.
+
+        Raises BadCheckpointError if there are checkpoints, all were finished, and none is whole any more.
+        """
+        candidates = _from_rank_zero(lambda: list_checkpoints(self.root_uri))
+        damaged: list[str] = []
+        for index, uri in enumerate(candidates):
+            reader, problems = self._open(uri, engine)
+            if not problems:
+                self._remove(candidates[:index])
+                return reader
+            self._tell(f"{problems[0]}: the one before it is taken")
+            damaged += [str(error) for error in problems if not isinstance(error, UnfinishedCheckpointError)][:1]
+        if damaged:
+            raise BadCheckpointError(
+                f"none of the {len(candidates)} checkpoints in {self.root_uri} can be read, the oldest because: {damaged[-1]}; "
+                "delete the folder to begin from the start"
+            )
+        self._remove(candidates)
+        if fallback is None:
+            return None
+        reader, problems = self._open(fallback, engine)
+        if problems:
+            raise problems[0]
+        return reader
+
+    def _open(self, uri: str, engine: Engine) -> tuple[CheckpointReader | None, list[BadCheckpointError]]:
+        """Ready to be loaded on all ranks, or on none and what is wrong with it."""
+        reader, problem = None, None
+        try:
+            reader = CheckpointReader(Checkpoint.open(uri), engine)
+        except BadCheckpointError as error:
+            problem = error
+        problems = [error for error in gather_objects(problem) if error is not None]
+        if problems and reader is not None:
+            reader.close()
+        return reader, problems
+
+    def _remove(self, uris: Sequence[str]) -> None:
+        if torch.distributed.get_rank() == 0:
+            for uri in uris:
+                remove_checkpoint(uri)
+        torch.distributed.barrier()
+
+    def _tell(self, message: str) -> None:
+        if torch.distributed.get_rank() == 0:
+            self.say(message)
+
+
+def best_of(checkpoints: Sequence[Checkpoint], metric: str) -> set[str]:
+    """URI of the one with the lowest value of a metric; none if no checkpoint has it."""
+    values: Mapping[str, Any] = {
+        checkpoint.uri: checkpoint.states[0]["metrics"][metric]
+        for checkpoint in checkpoints
+        if metric in checkpoint.states[0].get("metrics", {})
+    }
+    return {min(values, key=values.__getitem__)} if values else set()
+
+
+def _from_rank_zero(make: Callable[[], Any]) -> Any:
+    value = [make() if torch.distributed.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(value)
+    return value[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Of all ranks, in their order. All must call it."""
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values

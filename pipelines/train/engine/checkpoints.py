@@ -1,0 +1,287 @@
+"""Checkpoints on any storage: every rank writes its part, and says last of all what it wrote, so that a torn one is known.
+
+A part is `rank-00000.json`, which names the part's files with their sizes and hashes, and these: weights, average and
+moments of the optimizer as safetensors, by the names of the parameters, each tensor a run of the flattened parameter. Any
+world size and ZeRO stage reads what another wrote. A checkpoint counts when all parts of its world size are there and whole.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipelines.storage.files import call, find_files, is_local, list_folder, open_filesystem, read_file, remove_file, write_file
+from pipelines.train.engine.deepspeed import WHOLE, Engine
+from pipelines.train.engine.ema import EMA
+
+WEIGHTS, AVERAGE, MOMENTS = "weights", "average", "moments"
+OPTIMIZER = "optimizer.pt"
+
+
+class BadCheckpointError(ValueError):
+    """A checkpoint is not whole; the message says what is wrong with it."""
+
+
+class UnfinishedCheckpointError(BadCheckpointError):
+    """A checkpoint was not written to its end: what a kill leaves."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A rank's part of a checkpoint, copied to the CPU's memory: the training may go on while it is written.
+
+    tensors: kind ("weights", "average", "moments") -> key -> a run of a flattened parameter. The key is the parameter's name,
+    behind the moment's ("exp_avg/blocks.0...") where it is one. pieces: name -> [start, numel] of the run. shapes: of the
+    parameters. others: the optimizer's other states. state: of this rank, as JSON.
+    """
+
+    step: int
+    rank: int
+    world_size: int
+    layout: str
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    pieces: Mapping[str, tuple[int, int]]
+    shapes: Mapping[str, Sequence[int]]
+    moments: Sequence[str]
+    others: Mapping[str, Any]
+    state: Mapping[str, Any]
+
+
+def take_snapshot(engine: Engine, ema: EMA, state: Mapping[str, Any], *, step: int) -> Snapshot:
+    """This rank's part now, which later steps do not change. `state`: plain numbers, strings and containers of this rank."""
+    lists = {WEIGHTS: {"": engine.master_weights()}, AVERAGE: {"": ema.averages}}
+    lists[MOMENTS] = {f"{name}/": tensors for name, tensors in engine.moments().items()}
+    fragments = engine.own_fragments
+    tensors = {
+        kind: {
+            prefix + fragment.name: fragment.of(masters).to("cpu", copy=True)
+            for prefix, masters in prefixed.items()
+            for fragment in fragments
+        }
+        for kind, prefixed in lists.items()
+    }
+    others = engine.other_states() if engine.layout != WHOLE or torch.distributed.get_rank() == 0 else {}
+    return Snapshot(
+        step=step,
+        rank=torch.distributed.get_rank(),
+        world_size=torch.distributed.get_world_size(),
+        layout=engine.layout,
+        tensors=tensors,
+        pieces={fragment.name: (fragment.start, fragment.numel) for fragment in fragments},
+        shapes=engine.shapes,
+        moments=list(engine.moments()),
+        others=others,
+        state=deepcopy({**state, "ema_updates": ema.num_updates}),
+    )
+
+
+def write_part(folder_uri: str, snapshot: Snapshot) -> None:
+    """Raises StorageError."""
+    name = part_name(snapshot.rank)
+    files: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=_scratch(folder_uri)) as scratch:
+        for kind, tensors in snapshot.tensors.items():
+            save_file(dict(tensors), Path(scratch, f"{name}-{kind}.safetensors"))
+        torch.save(snapshot.others, Path(scratch, f"{name}-{OPTIMIZER}"))
+        for path in sorted(Path(scratch).iterdir()):
+            files[path.name] = {"size": path.stat().st_size, "sha256": _hash(path)}
+            _put(path, f"{folder_uri}/{path.name}")
+    names = ("step", "rank", "world_size", "layout", "pieces", "shapes", "moments", "state")
+    part = {field: getattr(snapshot, field) for field in names} | {"files": files}
+    write_file(f"{folder_uri}/{name}.json", json.dumps(part).encode())
+
+
+def part_name(rank: int) -> str:
+    return f"rank-{rank:05d}"
+
+
+def _scratch(uri: str) -> str | None:
+    """On the disk of a local checkpoint, whose files then only change their names."""
+    if not is_local(uri):
+        return None
+    _, path = open_filesystem(uri)
+    Path(path).mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _put(source: Path, uri: str) -> None:
+    filesystem, path = open_filesystem(uri)
+    if is_local(uri):
+        source.replace(path)
+    else:
+        call(lambda: filesystem.put_file(str(source), path), "write", uri)
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def list_checkpoints(root_uri: str) -> list[str]:
+    """URIs of those under a folder, the newest first, whether whole or not."""
+    steps = [int(name.removeprefix("step-")) for name in list_folder(root_uri) if re.fullmatch(r"step-\d+", name)]
+    return [checkpoint_uri(root_uri, step) for step in sorted(steps, reverse=True)]
+
+
+def checkpoint_uri(root_uri: str, step: int) -> str:
+    return f"{root_uri}/step-{step:06d}"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files are all there, with the sizes that they should have. `parts`: of each rank, its JSON."""
+
+    uri: str
+    parts: Sequence[Mapping[str, Any]]
+
+    @classmethod
+    def open(cls, uri: str) -> "Checkpoint":
+        """Raises BadCheckpointError."""
+        found = find_files(uri)
+        if f"{part_name(0)}.json" not in found:
+            raise UnfinishedCheckpointError(f"{uri} is not whole: {part_name(0)}.json is missing, it was never finished")
+        first = json.loads(read_file(f"{uri}/{part_name(0)}.json"))
+        names = [f"{part_name(rank)}.json" for rank in range(first["world_size"])]
+        if missing := [name for name in names if name not in found]:
+            raise UnfinishedCheckpointError(f"{uri} is not whole: {missing[0]} is missing, it was never finished")
+        parts = [first, *(json.loads(read_file(f"{uri}/{name}")) for name in names[1:])]
+        for part in parts:
+            for name, file in part["files"].items():
+                if found.get(name) != file["size"]:
+                    raise BadCheckpointError(
+                        f"{uri} is not whole: {name} has {found.get(name, 'no')} bytes in place of {file['size']}"
+                    )
+        return cls(uri, parts)
+
+    @property
+    def step(self) -> int:
+        return self.parts[0]["step"]
+
+    @property
+    def states(self) -> list[dict[str, Any]]:
+        """Of each rank."""
+        return [dict(part["state"]) for part in self.parts]
+
+    @contextmanager
+    def fetch(self, names: Sequence[str]) -> Iterator[dict[str, Path]]:
+        """Local paths of these files within. Raises BadCheckpointError if one is not what was written."""
+        hashes = {name: file["sha256"] for part in self.parts for name, file in part["files"].items()}
+        with tempfile.TemporaryDirectory(prefix="checkpoint-") as scratch:
+            paths = {}
+            for name in names:
+                paths[name] = _get(f"{self.uri}/{name}", Path(scratch, name))
+                if _hash(paths[name]) != hashes[name]:
+                    raise BadCheckpointError(f"{self.uri} is not whole: the content of {name} has changed since it was written")
+            yield paths
+
+    def files_with(self, kind: str, pieces: Mapping[str, tuple[int, int]]) -> list[str]:
+        """Names of the files of a kind that hold elements of these runs of parameters: name -> (start, numel)."""
+        return [
+            f"{part_name(rank)}-{kind}.safetensors"
+            for rank, part in enumerate(self.parts)
+            if any(name in pieces and _overlap(pieces[name], piece) for name, piece in part["pieces"].items())
+        ]
+
+
+def _get(uri: str, scratch: Path) -> Path:
+    filesystem, path = open_filesystem(uri)
+    if is_local(uri):
+        return Path(path)
+    call(lambda: filesystem.get_file(path, str(scratch)), "read", uri)
+    return scratch
+
+
+def _overlap(one: Sequence[int], other: Sequence[int]) -> range:
+    """Elements that are in both runs (start, numel)."""
+    return range(max(one[0], other[0]), min(one[0] + one[1], other[0] + other[1]))
+
+
+class CheckpointReader:
+    """What a rank reads of a checkpoint: fetched and found whole on opening, before anything is changed.
+
+    Raises BadCheckpointError.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, engine: Engine):
+        self.checkpoint = checkpoint
+        self.engine = engine
+        self.pieces = {fragment.name: (fragment.start, fragment.numel) for fragment in engine.fragments}
+        first = checkpoint.parts[0]
+        if first["shapes"] != engine.shapes:
+            raise ValueError(f"{checkpoint.uri} is of another model: its weights have other names or shapes")
+        rank = torch.distributed.get_rank()
+        own = rank if first["layout"] == engine.layout != WHOLE else 0
+        self._others = f"{part_name(own)}-{OPTIMIZER}"
+        names = [name for kind in (WEIGHTS, AVERAGE, MOMENTS) for name in checkpoint.files_with(kind, self.pieces)]
+        self._open = ExitStack()
+        self._paths = self._open.enter_context(checkpoint.fetch([*names, self._others]))
+
+    def load(self, ema: EMA) -> None:
+        """Put weights, optimizer and average back. All ranks must."""
+        first = self.checkpoint.parts[0]
+        others = torch.load(self._paths[self._others], map_location="cpu", weights_only=True)
+        self.engine.prepare_states(first["moments"], others, layout=first["layout"])
+        self._copy(WEIGHTS, {"": self.engine.master_weights()})
+        self._copy(AVERAGE, {"": ema.averages})
+        self._copy(MOMENTS, {f"{name}/": tensors for name, tensors in self.engine.moments().items()})
+        self.engine.apply_master_weights()
+        ema.num_updates = first["state"]["ema_updates"]
+
+    def close(self) -> None:
+        self._open.close()
+
+    @torch.no_grad()
+    def _copy(self, kind: str, lists: Mapping[str, Sequence[Tensor]]) -> None:
+        for rank, part in enumerate(self.checkpoint.parts):
+            path = self._paths.get(f"{part_name(rank)}-{kind}.safetensors")
+            if path is None:
+                continue
+            with safe_open(path, "pt") as file:
+                for fragment in self.engine.fragments:
+                    piece = part["pieces"].get(fragment.name)
+                    if piece is None or not (common := _overlap(piece, (fragment.start, fragment.numel))):
+                        continue
+                    for prefix, masters in lists.items():
+                        source = file.get_slice(prefix + fragment.name)[common.start - piece[0] : common.stop - piece[0]]
+                        fragment.of(masters)[common.start - fragment.start : common.stop - fragment.start].copy_(source)
+
+
+def read_weights(uri: str, *, average: bool = True) -> dict[str, Tensor]:
+    """All weights of a checkpoint, whole, float32, on the CPU: the averages, or the weights that were trained.
+
+    Raises BadCheckpointError.
+    """
+    kind = AVERAGE if average else WEIGHTS
+    checkpoint = Checkpoint.open(uri)
+    shapes = checkpoint.parts[0]["shapes"]
+    weights = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    everything = {name: (0, weight.numel()) for name, weight in weights.items()}
+    with checkpoint.fetch(checkpoint.files_with(kind, everything)) as paths:
+        for rank, part in enumerate(checkpoint.parts):
+            if not part["pieces"]:
+                continue
+            with safe_open(paths[f"{part_name(rank)}-{kind}.safetensors"], "pt") as file:
+                for name, (start, numel) in part["pieces"].items():
+                    weights[name].view(-1)[start : start + numel] = file.get_tensor(name)
+    return weights
+
+
+def remove_checkpoint(uri: str) -> None:
+    """Its JSON files first: what is left of it then is known as not whole. Raises StorageError."""
+    for name in sorted(find_files(uri), key=lambda name: not name.endswith(".json")):
+        remove_file(f"{uri}/{name}")
+    if is_local(uri):
+        _, path = open_filesystem(uri)
+        shutil.rmtree(path, ignore_errors=True)

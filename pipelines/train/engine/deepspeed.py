@@ -1,0 +1,237 @@
+"""DeepSpeed, told once what we need of it: which ZeRO stage and precision, a step with clipped gradients, the float32 weights.
+
+DeepSpeed is imported where it is used: that takes seconds, and a driver never needs it.
+"""
+
+import copy
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.train.engine.config import EngineConfig, OptimConfig
+from pipelines.train.engine.fragments import Fragment, find_fragments
+from pipelines.train.engine.optim import make_optimizer
+from sana_model.nn.transformer import SanaTransformer
+
+WHOLE = "whole"
+"""The layout in which every rank holds everything."""
+LOSS_SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+class Engine:
+    """A model in training on this rank. Call it as the model; then `backward` each micro-batch and `step`.
+
+    Needs a process group. All ranks must make the same calls.
+    """
+
+    def __init__(
+        self,
+        model: SanaTransformer,
+        config: EngineConfig,
+        optim: OptimConfig,
+        *,
+        micro_batch_size: int,
+        grad_accum_steps: int,
+        device: torch.device,
+    ):
+        self.config = config
+        self.device = device
+        self.max_grad_norm = optim.max_grad_norm
+        deepspeed = _import_deepspeed(device)
+        # Without ZeRO and in float32 DeepSpeed clips but keeps the norm to itself: there, `step` does it.
+        self._clips_itself = config.zero_stage == 0 and config.dtype == "fp32"
+        settings = {
+            "train_micro_batch_size_per_gpu": micro_batch_size,
+            "gradient_accumulation_steps": grad_accum_steps,
+            "gradient_clipping": 0.0 if self._clips_itself else optim.max_grad_norm,
+            **config.deepspeed_settings(),
+        }
+        model = model.to(device)
+        if config.checkpoint_blocks:
+            model.enable_gradient_checkpointing(config.checkpoint_blocks)
+        if config.compile_blocks:
+            for block in model.blocks:
+                block.compile()
+        self._deepspeed, *_ = deepspeed.initialize(
+            model=model, optimizer=make_optimizer(model.parameters(), optim), config=settings
+        )
+        # DeepSpeed's bf16 optimizer without ZeRO begins with a step on zero gradients, which AdamW would count.
+        self._deepspeed.basic_optimizer.state.clear()
+        self.fragments = find_fragments(
+            self._deepspeed.module, self._deepspeed.optimizer, self.master_weights(), zero_stage=config.zero_stage
+        )
+        self.shapes = {name: list(_full_shape(weight)) for name, weight in model.named_parameters() if weight.requires_grad}
+
+    def __call__(self, latents: Tensor, timestep: Tensor, caption_embeds: Tensor, caption_mask: Tensor) -> Tensor:
+        """The model's velocity, of inputs in any floating dtype."""
+        dtype = self.config.torch_dtype
+        return self._deepspeed(latents.to(dtype), timestep, caption_embeds.to(dtype), caption_mask)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a micro-batch's gradients, weighted 1 / grad_accum_steps; the last one's are averaged over the ranks."""
+        self._deepspeed.backward(loss)
+        if not self._deepspeed.is_gradient_accumulation_boundary():
+            self._deepspeed.step()  # changes no weight: DeepSpeed counts micro-batches with it
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within, the model is in evaluation mode."""
+        self._deepspeed.eval()
+        try:
+            yield
+        finally:
+            self._deepspeed.train()
+
+    def step(self, lr: float) -> float:
+        """Update the weights; returns the norm of the gradients before clipping.
+
+        Where that norm is not finite, weights and optimizer stay as they are (with fp16, the scale of the loss falls).
+        """
+        for group in self._deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        if self._clips_itself:
+            parameters = [weight for weight in self._deepspeed.module.parameters() if weight.requires_grad]
+            grad_norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or float("inf"))
+            if not torch.isfinite(grad_norm):
+                for weight in parameters:
+                    weight.grad = None  # which an optimizer passes over
+            self._deepspeed.step()
+        else:
+            self._deepspeed.step()
+            grad_norm = self._deepspeed.get_global_grad_norm()
+        return float(grad_norm)
+
+    def master_weights(self) -> list[Tensor]:
+        """The float32 tensors of this rank that the optimizer updates: all weights, or with ZeRO this rank's part."""
+        if self.config.zero_stage == 3:
+            return self._deepspeed.optimizer.fp32_partitioned_groups_flat
+        return [weight for group in self._deepspeed.optimizer.param_groups for weight in group["params"]]
+
+    def gather_weights(self) -> dict[str, Tensor] | None:
+        """The model's weights in float32 on the CPU, from the master weights as they are now, on rank 0; elsewhere None."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        masters = iter(self.master_weights())
+        gathered = {}
+        for name, parameter in self._deepspeed.module.named_parameters():
+            if not parameter.requires_grad:  # frozen: it has no master
+                full = parameter.float()
+            else:
+                full = next(masters) if self.config.zero_stage == 0 else safe_get_full_fp32_param(parameter)
+            if torch.distributed.get_rank() == 0:
+                gathered[name] = full.detach().cpu().clone()
+        return gathered or None
+
+    @property
+    def layout(self) -> str:
+        """Ranks of the same layout hold the same fragments."""
+        if self.config.zero_stage == 0:
+            return WHOLE
+        return f"ZeRO {self.config.zero_stage} {self.config.dtype} on {torch.distributed.get_world_size()}"
+
+    @property
+    def own_fragments(self) -> list[Fragment]:
+        """Each element of the weights is in those of just one rank."""
+        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return self.fragments[rank::world_size] if self.config.zero_stage == 0 else self.fragments
+
+    def moments(self) -> dict[str, list[Tensor]]:
+        """The optimizer's states that have an element for each of the weights': name -> one for each master tensor."""
+        masters, states = self.master_weights(), self._optimizer_states()
+        names = [
+            name
+            for name in (states[0] if states else ())
+            if all(_is_like(state.get(name), master) for state, master in zip(states, masters, strict=True))
+        ]
+        return {name: [state[name] for state in states] for name in names}
+
+    def other_states(self) -> dict[str, Any]:
+        """What else the optimizer remembers: for each master tensor, and of the loss scale. Copied to the CPU."""
+        moments, cpu = self.moments(), torch.device("cpu")
+        states = [
+            {name: _copy_to(cpu, value) for name, value in state.items() if name not in moments}
+            for state in self._optimizer_states()
+        ]
+        return {"states": states, "loss_scale": self._loss_scale_state()}
+
+    def prepare_states(self, moments: Sequence[str], others: Mapping[str, Any], *, layout: str) -> None:
+        """Make the optimizer's states anew: those of `other_states` as they are, zeros for the moments of these names.
+
+        Raises ValueError if the other states are of another `layout` and cannot be shared out.
+        """
+        masters = self.master_weights()
+        states = others["states"]
+        if layout != self.layout:
+            first = states[0]
+            if any(isinstance(value, Tensor) and value.numel() > 1 for state in states for value in state.values()):
+                raise ValueError(
+                    f"this optimizer's states can only be read in the layout in which they were written, {layout}, and this "
+                    f"is {self.layout}: set num_workers and engine.zero_stage as they were"
+                )
+            states = [{name: copy.copy(value) for name, value in first.items()} for _ in masters]
+        optimizer_state = self._deepspeed.basic_optimizer.state
+        optimizer_state.clear()
+        for master, state in zip(masters, states, strict=True):
+            values = {name: _copy_to(master.device, value) for name, value in state.items()}
+            optimizer_state[master] = values | {name: torch.zeros_like(master) for name in moments}
+        self._load_loss_scale(others["loss_scale"])
+
+    def apply_master_weights(self) -> None:
+        """Make the weights of the forward pass those of the master weights, which were changed in place. All ranks must."""
+        optimizer = self._deepspeed.optimizer
+        if self.config.zero_stage == 3:
+            for index in range(len(optimizer.fp32_partitioned_groups_flat)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(index)
+            if optimizer.persistent_parameters:
+                optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
+                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        elif self.config.zero_stage:
+            optimizer.update_lp_params()
+        else:
+            trained = [weight for weight in self._deepspeed.module.parameters() if weight.requires_grad]
+            for weight, master in zip(trained, self.master_weights(), strict=True):
+                weight.data.copy_(master.data)
+
+    @property
+    def loss_scale(self) -> float:
+        return float(self._deepspeed.loss_scale()) if self.config.dtype == "fp16" else 1.0
+
+    def _optimizer_states(self) -> list[dict[str, Any]]:
+        states = self._deepspeed.basic_optimizer.state
+        return [states[master] for master in self.master_weights()]
+
+    def _loss_scale_state(self) -> dict[str, Any]:
+        scaler = getattr(self._deepspeed.optimizer, "loss_scaler", None) if self.config.dtype == "fp16" else None
+        return {} if scaler is None else {name: getattr(scaler, name) for name in LOSS_SCALE_FIELDS}
+
+    def _load_loss_scale(self, state: Mapping[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self._deepspeed.optimizer.loss_scaler, name, value)
+
+
+def _full_shape(weight: Any) -> torch.Size:
+    return weight.ds_shape if hasattr(weight, "ds_shape") else weight.shape  # ZeRO 3 leaves an empty tensor in place
+
+
+def _is_like(value: object, master: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.shape == master.shape
+
+
+def _copy_to(device: torch.device, value: Any) -> Any:
+    return value.to(device, copy=True) if isinstance(value, Tensor) else value
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed for this device, quiet, and without a C++ extension that it would compile for inference on CPUs."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

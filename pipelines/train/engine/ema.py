@@ -1,0 +1,49 @@
+"""The moving average of the weights, in float32, kept in the parts in which the engine keeps the weights."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from pipelines.train.engine.config import EmaConfig
+
+
+class EMA:
+    """Averages of `weights`: float32 tensors, all of the model's or one rank's part of them.
+
+    An average is elementwise, so the ranks' parts together are what one process would have computed. `averages` and
+    `num_updates` are all its state.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], config: EmaConfig):
+        self.config = config
+        self.num_updates = 0
+        self.averages = [weight.detach().clone() for weight in weights]
+
+    @torch.no_grad()
+    def update(self, weights: Sequence[Tensor]) -> None:
+        """Call after each optimizer step."""
+        self.num_updates += 1
+        torch._foreach_lerp_(self.averages, list(weights), 1 - self.decay)
+
+    @property
+    def decay(self) -> float:
+        """Of the last update."""
+        return min(self.config.decay, (1 + self.num_updates) / (10 + self.num_updates))
+
+    @contextmanager
+    def in_place_of(self, weights: Sequence[Tensor]) -> Iterator[None]:
+        """Within, `weights` hold the averages; afterwards what they held before, to the bit."""
+        self._swap(weights)
+        try:
+            yield
+        finally:
+            self._swap(weights)
+
+    @torch.no_grad()
+    def _swap(self, weights: Sequence[Tensor]) -> None:
+        for average, weight in zip(self.averages, weights, strict=True):
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)

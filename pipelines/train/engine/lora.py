@@ -1,0 +1,66 @@
+"""LoRA (arXiv 2106.09685): a few trained weights beside frozen ones, saved as an adapter that diffusers loads.
+
+peft puts adapters into the transformer, and its names into the weights: `qkv.base_layer.weight`, `qkv.lora_A.default.weight`,
+`qkv.lora_B.default.weight`. Only this file knows them.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipelines.train.engine.config import LoraConfig
+from sana_model.files.key_maps import TRANSFORMER_DIFFUSERS, translate
+from sana_model.files.tensors import write_safetensors
+from sana_model.nn.transformer import SanaTransformer
+
+LORA_FILE = "pytorch_lora_weights.safetensors"  # what diffusers' load_lora_weights looks for in a folder
+TARGETS = (
+    "attention.qkv",
+    "attention.proj",
+    "cross_attention.query",
+    "cross_attention.key_value",
+    "cross_attention.proj",
+    "ffn.expand",
+    "ffn.project",
+)
+BASE, DOWN, UP = ".base_layer.", ".lora_A.default.", ".lora_B.default."
+
+
+def add_lora(model: SanaTransformer, config: LoraConfig, *, seed: int) -> None:
+    """Freeze `model` and give it adapters, which at first change nothing. The same seed makes the same ones."""
+    import peft
+
+    settings = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(TARGETS), bias="none")  # type: ignore[arg-type]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        peft.inject_adapter_in_model(settings, model)
+
+
+def merge_lora(weights: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
+    """The weights of a plain transformer, from those of one with adapters: each change added to its matrix."""
+    merged = {}
+    for name, weight in weights.items():
+        if BASE in name and name.endswith(".weight"):
+            down, up = (weights[name.replace(BASE, part)] for part in (DOWN, UP))
+            weight = weight + config.scale * (up.to(weight) @ down.to(weight))
+        if DOWN not in name and UP not in name:
+            merged[name.replace(BASE, ".")] = weight
+    return merged
+
+
+def save_lora(folder: Path, weights: Mapping[str, Tensor], config: LoraConfig) -> None:
+    """Write the adapters of `weights` as diffusers' `SanaPipeline.load_lora_weights` reads them; `alpha` is multiplied in."""
+    adapter: dict[str, Tensor] = {}
+    for name, up in weights.items():
+        if UP not in name:
+            continue
+        down, module = weights[name.replace(UP, DOWN)], name.split(UP)[0]
+        foreign = translate(f"{module}.weight", TRANSFORMER_DIFFUSERS)
+        parts = (config.scale * up).chunk(len(foreign.names))  # of q, k and v, which share their `down`
+        for their_name, part in zip(foreign.names, parts, strict=True):
+            for kind, matrix in (("lora_A", down.clone()), ("lora_B", part)):
+                key = f"transformer.{their_name.removesuffix('weight')}{kind}.weight"
+                adapter[key] = matrix[:, :, None, None] if foreign.is_1x1 else matrix
+    write_safetensors(folder / LORA_FILE, adapter)

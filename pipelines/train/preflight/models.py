@@ -1,0 +1,129 @@
+"""The shapes of the models that a training will load, without their weights wherever that can be."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoTokenizer, Gemma2Config
+
+from pipelines.train.config import TrainConfig
+from pipelines.train.models import _companions
+from sana_model.files.places import resolve
+from sana_model.nn.autoencoder import DCAutoencoder
+from sana_model.nn.config import AUTOENCODER_PRESETS, DEFAULT_MODEL, PRESETS, AutoencoderConfig, SanaConfig, TextEncoderConfig
+from sana_model.nn.text_encoder import TextEncoder
+from sana_model.nn.transformer import SanaTransformer
+
+KNOWN_TEXT_ENCODERS = {DEFAULT_MODEL: Gemma2Config()}  # whose defaults are those of gemma-2-2b
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShapes:
+    """What will be loaded. Sizes are numbers of weights; 0 and None where a model is not here and not known by name.
+
+    caption_counter: a text encoder without weights, that counts tokens; None if its tokenizer is not here.
+    """
+
+    transformer: SanaConfig
+    autoencoder: AutoencoderConfig | None
+    autoencoder_name: str
+    autoencoder_size: int
+    text_encoder: Any
+    text_encoder_path: str
+    text_encoder_size: int
+    prompts: TextEncoderConfig
+    caption_counter: TextEncoder | None
+
+
+def find_shapes(training: TrainConfig, problems: list[str]) -> ModelShapes:
+    """What is not known is added to `problems`. Raises FileNotFoundError or ValueError if it is the transformer."""
+    folder = _local_pipeline(training, problems)
+    autoencoder_path, text_path, tokenizer_path, prompts = _companions(training, folder)
+    autoencoder = _find_autoencoder(autoencoder_path, problems)
+    text_encoder, counter = _find_text_encoder(text_path, tokenizer_path, prompts, problems)
+    text_size = 0
+    if text_encoder is not None:
+        with torch.device("meta"):
+            text_size = sum(weight.numel() for weight in AutoModel.from_config(text_encoder).parameters())
+    autoencoder_size = 0
+    if autoencoder is not None:
+        with torch.device("meta"):
+            autoencoder_size = sum(weight.numel() for weight in DCAutoencoder(autoencoder).parameters())
+    return ModelShapes(
+        transformer=_find_transformer(training, folder, autoencoder, text_encoder),
+        autoencoder=autoencoder,
+        autoencoder_name=autoencoder_path,
+        autoencoder_size=autoencoder_size,
+        text_encoder=text_encoder,
+        text_encoder_path=text_path,
+        text_encoder_size=text_size,
+        prompts=prompts,
+        caption_counter=counter,
+    )
+
+
+def _local_pipeline(training: TrainConfig, problems: list[str]) -> Path | None:
+    """Where `init` lies on this machine; None if there is none, or it is not here and `preset` says its shape."""
+    init = training.init
+    if init is None:
+        return None
+    try:
+        return resolve(init) if "://" not in init or init.startswith(("zoo://", "file://")) or not training.preset else None
+    except FileNotFoundError:
+        if training.preset is None:
+            raise
+        problems.append(f"init={init} is not there (yet): its shape is taken from preset={training.preset}")
+        return None
+
+
+def _find_transformer(
+    training: TrainConfig, folder: Path | None, autoencoder: AutoencoderConfig | None, text_encoder: Any
+) -> SanaConfig:
+    if training.preset is not None:
+        config = PRESETS[training.preset]
+        if training.init is None and autoencoder is not None:
+            config = replace(config, in_channels=autoencoder.latent_channels)
+        if training.init is None and text_encoder is not None:
+            config = replace(config, caption_dim=text_encoder.hidden_size)
+    else:
+        assert folder is not None
+        config = SanaTransformer.from_pretrained(folder).config
+    return replace(config, **training.positions.overrides)
+
+
+def _find_autoencoder(path: str, problems: list[str]) -> AutoencoderConfig | None:
+    if (place := _if_here(path)) is not None:
+        return DCAutoencoder.from_pretrained(place).config
+    for name, config in AUTOENCODER_PRESETS.items():
+        if "-" in name and name in path:
+            return config
+    problems.append(f"the autoencoder {path} is not here: it is not counted")
+    return None
+
+
+def _find_text_encoder(
+    path: str, tokenizer_path: str, prompts: TextEncoderConfig, problems: list[str]
+) -> tuple[Any, TextEncoder | None]:
+    place = _if_here(path)
+    try:
+        config = AutoConfig.from_pretrained(place or path, local_files_only=True)
+    except (OSError, ValueError):
+        config = KNOWN_TEXT_ENCODERS.get(path)
+    if config is None:
+        problems.append(f"the text encoder {path} is not here: it is not counted")
+        return None, None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(_if_here(tokenizer_path) or tokenizer_path, local_files_only=True)
+    except (OSError, ValueError):
+        problems.append(f"the tokenizer of {path} is not here: captions are not counted, and taken to be the longest allowed")
+        return config, None
+    with torch.device("meta"):
+        return config, TextEncoder(AutoModel.from_config(config), tokenizer, prompts)
+
+
+def _if_here(path: str) -> Path | None:
+    """A local path, if there is one without fetching anything."""
+    if "://" in path and not path.startswith(("zoo://", "file://")):
+        return None
+    return resolve(path) if "://" in path or Path(path).exists() else None

@@ -1,0 +1,74 @@
+"""The record of what a training is, and how it ended: `training.json` of its output folder."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from pipelines.storage.files import list_folder, read_file, write_file
+from pipelines.tables.errors import StaleTableError
+from pipelines.tables.identity import Identity, describe_differences
+
+RECORD = "training.json"
+CONFIG = "train_config.json"
+CHECKPOINTS_DIR = "checkpoints"
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """`result` is there once the training has ended."""
+
+    output_uri: str
+    identity: Identity
+    result: dict[str, Any] | None = None
+
+    @classmethod
+    def claim(cls, output_uri: str, identity: Identity) -> "TrainingRecord":
+        """Begin or go on with a training in a folder (any fsspec URI).
+
+        Raises StaleTableError if another one has come to a checkpoint or to its end there, with the settings that differ;
+        StorageError if the folder cannot be written.
+        """
+        record = cls(output_uri, identity)
+        if (found := cls.read(output_uri)) is not None:
+            if found.identity.fingerprint == identity.fingerprint:
+                return found
+            if found.result is not None or list_folder(f"{output_uri}/{CHECKPOINTS_DIR}"):
+                now = Identity(**json.loads(json.dumps(asdict(identity))))  # tuples as the lists that JSON makes of them
+                differences = "\n".join(f"  {line}" for line in describe_differences(found.identity, now))
+                raise StaleTableError(
+                    f"{output_uri} holds a training with other settings:\n{differences}\n"
+                    "Give this one another output folder, put the setting back, or delete the folder."
+                )
+        record._write()
+        return record
+
+    def finish(self, result: Mapping[str, Any]) -> "TrainingRecord":
+        """The record with its result, written."""
+        record = replace(self, result=dict(result))
+        record._write()
+        return record
+
+    @classmethod
+    def read(cls, output_uri: str) -> "TrainingRecord | None":
+        """None if there is none."""
+        try:
+            content = json.loads(read_file(f"{output_uri}/{RECORD}"))
+        except FileNotFoundError:
+            return None
+        identity = Identity(*(content[field.name] for field in fields(Identity)))
+        return cls(output_uri, identity, content["result"])
+
+    def _write(self) -> None:
+        content = {"fingerprint": self.identity.fingerprint, **asdict(self.identity), "result": self.result}
+        write_file(f"{self.output_uri}/{RECORD}", (json.dumps(content, indent=2) + "\n").encode())
+
+
+def write_config(output_uri: str, config: Any) -> None:
+    """Keep a training's whole configuration, paths and all, beside its checkpoints, for those who read them later."""
+    write_file(f"{output_uri}/{CONFIG}", (json.dumps(asdict(config), indent=2) + "\n").encode())
+
+
+def read_config(output_uri: str) -> dict[str, Any]:
+    """What `write_config` wrote. Raises FileNotFoundError if it is not there."""
+    return json.loads(read_file(f"{output_uri}/{CONFIG}"))

@@ -1,0 +1,271 @@
+"""The train stage: a latents table and a pipeline -> a trained pipeline, by Ray Train and DeepSpeed."""
+
+import logging
+import tempfile
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ray.train import FailureConfig, Result, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+from ray.train.torch import TorchTrainer
+
+from pipelines.storage.files import list_folder
+from pipelines.storage.lease import hold
+from pipelines.tables.errors import TrainingError, TrainingStopped
+from pipelines.tables.identity import Identity
+from pipelines.tables.table import absolute_uri
+from pipelines.tracking.runs import RunEnd, RunPlan, TrackedRun, end_status
+from pipelines.train.config import TrainConfig
+from pipelines.train.desk import OnNotice, OnTrainProgress, open_desk
+from pipelines.train.models import find_text_encoder
+from pipelines.train.outputs import GRIDS_DIR
+from pipelines.train.record import TrainingRecord, write_config
+from pipelines.train.stream.captions import check_caption_embeds
+from pipelines.train.stream.mixture import Source
+from pipelines.train.stream.stream import TrainingStream
+from pipelines.train.task import TrainTask
+from pipelines.train.trained_pipeline import PIPELINE_DIR
+from pipelines.train.worker import train_worker
+from pipelines.workers.models import model_version
+
+NOT_IN_IDENTITY = {
+    "": (
+        *("num_workers", "micro_batch_size", "resources", "max_failures", "grid", "log_every", "record_samples"),
+        *("checkpoint_every", "keep_checkpoints", "keep_every", "keep_best", "validation"),
+    ),
+    "data": ("prefetch",),
+    "engine": ("zero_stage", "reduce_dtype", "offload_optimizer", "offload_weights", "checkpoint_blocks", "compile_blocks"),
+}
+"""What may change while a training goes on: it changes no weight beyond rounding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """How a training ended.
+
+    pipeline: folder of the trained pipeline, with the average weights. checkpoint: folder of the last one.
+    grids: (step, PNG file). losses: (step, mean loss since the point before); loss_start and loss_end are means over the
+    first and last 20 steps. inputs: name and fingerprint of the tables. seconds: of all of it; startup_seconds: of it, before
+    the first step. samples_per_second: in the steps. was_done: nothing was left to do.
+    """
+
+    pipeline: str
+    checkpoint: str
+    num_steps: int
+    loss_start: float
+    loss_end: float
+    losses: list[tuple[int, float]]
+    grids: list[tuple[int, str]]
+    inputs: dict[str, str]
+    fingerprint: str
+    samples_per_second: float
+    startup_seconds: float
+    seconds: float
+    was_done: bool = False
+
+
+def train_identity(dataset_uri: str, config: TrainConfig) -> Identity:
+    """What the trained weights depend on. Raises MissingTableError, or ValueError if a table is not complete."""
+    inputs = _inputs(dataset_uri, config.sources(dataset_uri))
+    settings = asdict(config)
+    for part, names in NOT_IN_IDENTITY.items():
+        for name in names:
+            del (settings[part] if part else settings)[name]
+    paths = {name: settings.pop(name) for name in ("init", "text_encoder", "autoencoder")}
+    models = {name: model_version(path) for name, path in paths.items() if path is not None}
+    return Identity("train", settings, models, inputs)
+
+
+def _inputs(dataset_uri: str, sources: Sequence[Source]) -> dict[str, str]:
+    """Name and fingerprint of the tables. Raises as `train_identity`."""
+    inputs = {}
+    for source in sources:
+        if not source.manifest.complete:
+            raise ValueError(f"{source.table.uri} is not complete: let its stage finish first, or samples would come and go")
+        inputs[source.table.name_in(dataset_uri)] = source.manifest.fingerprint
+        if source.embeds is not None:
+            inputs[source.embeds.name_in(dataset_uri)] = source.embeds.require().fingerprint
+    return inputs
+
+
+def run_train(
+    dataset_uri: str,
+    config: TrainConfig,
+    *,
+    output_dir: str,
+    plan: RunPlan | None = None,
+    on_progress: OnTrainProgress = lambda progress: None,
+    on_notice: OnNotice = lambda notice: None,
+) -> TrainResult:
+    """Train in `output_dir` (any fsspec URI, or a folder that all nodes see), or go on with the training that was begun there.
+
+    Args:
+        plan: the MLflow run that the workers log to.
+        on_progress, on_notice: called from another thread, with figures and with what a person should know.
+
+    Raises:
+        MissingTableError, ValueError: the table or the configuration will not do.
+        StaleTableError: `output_dir` holds a training with other settings.
+        LeaseHeldError: another job is training there.
+        StorageError: `output_dir` cannot be written.
+        TrainingStopped: SIGTERM came; a checkpoint was saved, and called again, it goes on from there.
+        TrainingError: it failed. Called again, it goes on from the last checkpoint.
+    """
+    start = time.time()
+    config = _with_absolute_paths(config)
+    dataset_uri, output_uri = absolute_uri(dataset_uri), absolute_uri(output_dir)
+    identity = train_identity(dataset_uri, config)
+    with hold(output_uri):
+        record = TrainingRecord.claim(output_uri, identity)
+        if record.result is not None and list_folder(f"{output_uri}/{PIPELINE_DIR}"):
+            return _to_result(record, was_done=True)
+        write_config(output_uri, config)
+        check_tables(dataset_uri, config)
+        return _train(record, config, dataset_uri, start, plan, on_progress, on_notice)
+
+
+def _train(
+    record: TrainingRecord,
+    config: TrainConfig,
+    dataset_uri: str,
+    start: float,
+    plan: RunPlan | None,
+    on_progress: OnTrainProgress,
+    on_notice: OnNotice,
+) -> TrainResult:
+    """Begin or go on, to the end."""
+    output_uri, end_run = record.output_uri, partial(_end_run, plan, on_notice)
+    with open_desk(on_progress, on_notice, on_stop=lambda: end_run("KILLED")) as desk:
+        inputs = {**record.identity.inputs, **_inputs(dataset_uri, config.validation_sources(dataset_uri))}
+        task = TrainTask(config=config, dataset_uri=dataset_uri, inputs=inputs, output_uri=output_uri, plan=plan, desk=desk)
+        try:
+            figures = _figures(_fit(task))
+        except BaseException as error:
+            end_run("KILLED" if isinstance(error, TrainingStopped) else end_status(error))
+            raise
+    figures["startup_seconds"] = figures.pop("started_at") - start
+    record = record.finish({**figures, "seconds": time.time() - start})
+    result = _to_result(record, was_done=False)
+    end_run("FINISHED", result)
+    return result
+
+
+def check_tables(dataset_uri: str, config: TrainConfig) -> None:
+    """Raises ValueError for what can be told on the driver: tables that are missing or empty, more workers than shards, and
+    stored embeddings that are not those of the training's text encoder."""
+    sources = config.sources(dataset_uri)
+    sizes = {"micro_batch_size": config.micro_batch_size, "world_size": config.num_workers}
+    TrainingStream(sources, config.data, seed=config.seed, **sizes)
+    if config.caption_embeds is not None:
+        text_encoder, prompts = find_text_encoder(config)
+        for source in [*sources, *config.validation_sources(dataset_uri)]:
+            check_caption_embeds(source, text_encoder=text_encoder, prompts=prompts)
+
+
+def _figures(ended: Result) -> dict[str, Any]:
+    """What the workers return. Raises TrainingError where the training did not come to its end."""
+    figures = dict(ended.return_value)  # type: ignore[attr-defined]  # mypy takes it for the Result of Ray Train 1
+    if "stopped" in figures:
+        raise TrainingStopped(f"stopped at step {figures['stopped']}, with a checkpoint: run it again to go on from there")
+    if "error" in figures:
+        raise TrainingError(figures["error"])
+    return figures
+
+
+def _end_run(plan: RunPlan | None, on_notice: OnNotice, status: RunEnd, result: TrainResult | None = None) -> None:
+    """MLflow's run ends as the training did, if MLflow can be reached."""
+    if plan is None:
+        return
+
+    def end(run: TrackedRun) -> None:
+        if result is not None:
+            names = ("loss_start", "loss_end", "startup_seconds", "seconds")
+            run.log_metrics({name: getattr(result, name) for name in names}, result.num_steps)
+            run.tag_tables(result.inputs)
+        run.end(status)
+
+    if (problem := plan.try_to(end)) is not None:
+        on_notice(f"MLflow at {plan.uri} cannot be reached, its run stays open: {problem}")
+
+
+def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Ray's workers run in folders of their own."""
+
+    def absolute(path: str | None) -> str | None:
+        return absolute_uri(path) if path is not None and Path(path).exists() else path
+
+    latents = config.latents
+    if not isinstance(latents, str):
+        latents = [
+            replace(table, dataset_uri=None if table.dataset_uri is None else absolute_uri(table.dataset_uri))
+            for table in latents
+        ]
+    return replace(
+        config,
+        latents=latents,
+        init=absolute(config.init),
+        resume_from=absolute(config.resume_from),
+        text_encoder=absolute(config.text_encoder),
+        autoencoder=absolute(config.autoencoder),
+    )
+
+
+def _fit(task: TrainTask) -> Result:
+    """Raises TrainingError."""
+    config = task.config
+    resources = config.resources
+    name = f"train-{uuid.uuid4().hex[:12]}"
+    trainer = TorchTrainer(
+        partial(train_worker, task),  # type: ignore[arg-type]  # it may return a value, whatever Ray's annotation says
+        scaling_config=ScalingConfig(
+            num_workers=config.num_workers,
+            use_gpu=resources.num_gpus > 0,
+            resources_per_worker={"CPU": resources.num_cpus, **_gpus(resources.num_gpus), **resources.custom},
+        ),
+        run_config=RunConfig(
+            name=name,  # Ray Train's notes of this attempt; checkpoints are ours
+            storage_path=str(Path(tempfile.gettempdir(), "sana-ray-train")),
+            failure_config=FailureConfig(max_failures=config.max_failures),
+        ),
+    )
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    try:
+        return trainer.fit()
+    except TrainingFailedError as error:
+        raise TrainingError(_explain(error)) from error
+
+
+def _gpus(num_gpus: float) -> dict[str, float]:
+    return {"GPU": num_gpus} if num_gpus else {}
+
+
+def _explain(error: TrainingFailedError) -> str:
+    """A line for each worker that failed."""
+    if not isinstance(error, WorkerGroupError):
+        return f"the training failed: {error}"
+    lines = []
+    for rank, failure in sorted(error.worker_failures.items()):
+        cause = getattr(failure, "_base_exc", failure)  # Ray Train wraps what the worker raised
+        first_line, *_ = (str(cause).strip() or "no message").splitlines()  # the whole is in this error's __cause__
+        lines.append(f"worker {rank}: {type(cause).__name__}: {first_line}")
+    return "the training failed; run it again to go on from the last checkpoint\n  " + "\n  ".join(lines)
+
+
+def _to_result(record: TrainingRecord, *, was_done: bool) -> TrainResult:
+    assert record.result is not None
+    folder = f"{record.output_uri}/{GRIDS_DIR}"
+    names = [name for name in list_folder(folder) if name.startswith("step-")]
+    figures = record.result | {"losses": [(step, loss) for step, loss in record.result["losses"]]}
+    return TrainResult(
+        pipeline=f"{record.output_uri}/{PIPELINE_DIR}",
+        num_steps=record.identity.config["num_steps"],
+        grids=[(int(name.removeprefix("step-").removesuffix(".png")), f"{folder}/{name}") for name in names],
+        inputs=dict(record.identity.inputs),
+        fingerprint=record.identity.fingerprint,
+        was_done=was_done,
+        **figures,
+    )

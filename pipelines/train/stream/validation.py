@@ -1,0 +1,69 @@
+"""The loss on samples that are never trained on, at fixed noise levels and noise: comparable over steps, restarts and runs."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice, zip_longest
+
+import torch
+
+from pipelines.train.stream.config import StreamConfig, ValidationConfig
+from pipelines.train.stream.mixture import Source
+from pipelines.train.stream.samples import MicroBatch, Sample, ShardRows, collate, is_held_out
+
+
+@dataclass(frozen=True)
+class ValidationBatch:
+    """A batch of one bucket, and the loss's weight of each of its samples: 0 for those that only make ranks alike."""
+
+    batch: MicroBatch
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationSet:
+    """The batches of one rank; all ranks have as many. Raises ValueError if no table has a sample for it."""
+
+    batches: Sequence[ValidationBatch] = field(default_factory=list)
+
+    @classmethod
+    def read(
+        cls,
+        sources: Sequence[Source],
+        config: ValidationConfig,
+        stream: StreamConfig,
+        *,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+    ) -> "ValidationSet":
+        by_turns = chain.from_iterable(zip_longest(*(_read_samples(source, config, stream) for source in sources)))
+        by_bucket: dict[str, list[Sample]] = {}
+        for sample in islice((sample for sample in by_turns if sample is not None), config.num_samples):
+            by_bucket.setdefault(sample.bucket, []).append(sample)
+        with_embeds = any(source.embeds is not None for source in sources)
+        batches = [
+            collate(samples[start : start + batch_size], with_embeds=with_embeds)
+            for _, samples in sorted(by_bucket.items())
+            for start in range(0, len(samples), batch_size)
+        ]
+        if not batches:
+            names = ", ".join(source.table.uri for source in sources)
+            raise ValueError(f"{names} has no sample to validate with: raise data.held_out_share, or give validation.latents")
+        mine = [ValidationBatch(batch, 1.0) for batch in batches[rank::world_size]]
+        missing = -(-len(batches) // world_size) - len(mine)
+        return cls(batches=[*mine, *[ValidationBatch(batches[0], 0.0)] * missing])
+
+
+def _read_samples(source: Source, config: ValidationConfig, stream: StreamConfig) -> Iterator[Sample]:
+    never_dropped = replace(stream, caption_dropout=0.0)
+    for shard in source.table.list_shards():
+        rows = ShardRows(source, shard, dtype=torch.float32)
+        held_out = [
+            row
+            for row, sample_id in enumerate(rows.ids)
+            if config.latents is not None or is_held_out(sample_id, stream.held_out_share)
+        ]
+        chosen = [(row, choice) for row in held_out if (choice := rows.choose(row, 0, never_dropped, seed=config.seed))]
+        rows.load_embeds(chosen[: config.num_samples])
+        for row, choice in chosen[: config.num_samples]:
+            yield rows.sample(row, 0, choice)

@@ -1,0 +1,72 @@
+"""The pipeline that a training has come to, with the average weights: drawn with on the way, written at the end."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipelines.storage.files import upload_folder
+from pipelines.train.config import GridConfig
+from pipelines.train.engine.config import LoraConfig
+from pipelines.train.engine.deepspeed import Engine
+from pipelines.train.engine.ema import EMA
+from pipelines.train.engine.lora import merge_lora, save_lora
+from pipelines.train.models import TrainModels
+from pipelines.workers.images import image_grid
+from sana_model.nn.transformer import SanaTransformer
+from sana_model.pipeline import TextToImage
+
+PIPELINE_DIR = "pipeline"
+LORA_DIR = "lora"
+
+
+class TrainedPipeline:
+    """Of one rank; weights come together on rank 0, and all ranks must make the same calls."""
+
+    def __init__(self, engine: Engine, ema: EMA, models: TrainModels, lora: LoraConfig | None):
+        self.engine = engine
+        self.ema = ema
+        self.models = models
+        self.lora = lora
+
+    def gather_average(self) -> dict[str, Tensor] | None:
+        """The average weights, and adapters, on rank 0."""
+        with self.ema.in_place_of(self.engine.master_weights()):
+            return self.engine.gather_weights()
+
+    def gather(self, dtype: torch.dtype) -> TextToImage | None:
+        """The pipeline with the average weights, on rank 0."""
+        weights = self.gather_average()
+        if weights is None:
+            return None
+        if self.lora is not None:
+            weights = merge_lora(weights, self.lora)
+        models = self.models
+        assert models.autoencoder is not None and models.text_encoder is not None
+        with torch.device("meta"):
+            transformer = SanaTransformer(models.transformer_config)
+        transformer.load_state_dict(weights, assign=True)
+        transformer.to(self.engine.device, dtype)
+        return TextToImage(transformer, models.autoencoder, models.text_encoder, flow_shift=models.shift)
+
+    def draw(self, grid: GridConfig) -> Image.Image | None:
+        """The configured prompts in one picture, on rank 0."""
+        pipeline = self.gather(self.engine.config.torch_dtype)
+        if pipeline is None:
+            return None
+        seeds = range(grid.seed, grid.seed + len(grid.prompts))
+        images = pipeline(grid.prompts, num_steps=grid.num_steps, guidance_scale=grid.guidance_scale, seed=seeds)
+        return image_grid(images, grid.columns)
+
+    def write(self, output_uri: str) -> None:
+        """Its folder, and that of the adapters where there are any. Raises StorageError."""
+        if self.lora is not None and (weights := self.gather_average()) is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                save_lora(Path(folder), weights, self.lora)
+                upload_folder(folder, f"{output_uri}/{LORA_DIR}")
+        if (pipeline := self.gather(torch.float32)) is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                pipeline.save_pretrained(Path(folder))
+                upload_folder(folder, f"{output_uri}/{PIPELINE_DIR}")

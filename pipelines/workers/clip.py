@@ -1,0 +1,91 @@
+"""CLIP and SigLIP of transformers: images and texts to unit vectors whose cosine says how well they fit."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from transformers import AutoModel, AutoProcessor
+
+from pipelines.workers.models import local_model, pick_device
+
+MAX_TEXTS = 512
+"""In one call of the model."""
+
+PreparedImage = Mapping[str, Tensor]
+"""What the model's image processor makes of one image, by the name of the model's argument."""
+
+
+class ClipModel:
+    """Any transformers CLIP or SigLIP: images and texts to unit vectors, on the CPU in float32.
+
+    A text over the model's limit (77 tokens for CLIP, 64 for SigLIP, the special ones included) is cut there, as the
+    published code does; `tokenize` and `embed_tokens` leave it to the caller.
+    """
+
+    def __init__(self, model: str, *, revision: str | None = None, dtype: str = "float32", device: str | None = None):
+        path = local_model(model)
+        options = {"revision": revision} if revision else {}
+        self.device = pick_device(device)
+        self.model = AutoModel.from_pretrained(path, dtype=getattr(torch, dtype), **options).to(self.device).eval()
+        processor = AutoProcessor.from_pretrained(path, **options)
+        self.image_processor, self.tokenizer = processor.image_processor, processor.tokenizer
+        # SigLIP learned with every text padded to its full length, on the right, and with the padding in sight: no mask.
+        self.pads_fully = self.model.config.model_type.startswith("siglip")
+        self.length = min(self.model.config.text_config.max_position_embeddings, self.tokenizer.model_max_length)
+        self.prefix, self.suffix = self._special_tokens()
+        self.max_tokens = self.length - len(self.prefix) - len(self.suffix)
+
+    def prepare_image(self, image: Image.Image) -> PreparedImage:
+        """What of an RGB image goes into the model; may be called from several threads."""
+        return dict(self.image_processor(images=[image], return_tensors="pt"))
+
+    @torch.inference_mode()
+    def embed_prepared(self, images: Sequence[PreparedImage]) -> Tensor:
+        """Prepared images to unit vectors (B, D): one forward pass."""
+        inputs = {name: torch.cat([image[name] for image in images]).to(self.device) for name in images[0]}
+        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        return _unit(self.model.get_image_features(**inputs))
+
+    def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
+        """RGB images to unit vectors (B, D)."""
+        return self.embed_prepared([self.prepare_image(image) for image in images])
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of each text, all of them, without the special ones at its ends."""
+        return self.tokenizer(list(texts), add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+
+    @torch.inference_mode()
+    def embed_tokens(self, rows: Sequence[list[int]]) -> Tensor:
+        """Texts as tokens, of each at most `max_tokens`, to unit vectors (B, D)."""
+        parts = [self._embed_rows(rows[start : start + MAX_TEXTS]) for start in range(0, len(rows), MAX_TEXTS)]
+        return torch.cat(parts)
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Texts to unit vectors (B, D); of a long one the first `max_tokens` tokens are seen."""
+        return self.embed_tokens([tokens[: self.max_tokens] for tokens in self.tokenize(texts)])
+
+    def _embed_rows(self, rows: Sequence[list[int]]) -> Tensor:
+        whole = [[*self.prefix, *row, *self.suffix] for row in rows]
+        width = self.length if self.pads_fully else max(map(len, whole))
+        ids = torch.full((len(whole), width), self.tokenizer.pad_token_id or 0)
+        mask = torch.zeros_like(ids)
+        for index, row in enumerate(whole):
+            ids[index, : len(row)], mask[index, : len(row)] = torch.tensor(row), 1
+        inputs = {"input_ids": ids.to(self.device)}
+        if not self.pads_fully:
+            inputs["attention_mask"] = mask.to(self.device)
+        return _unit(self.model.get_text_features(**inputs))
+
+    def _special_tokens(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts before and after every text."""
+        bare, whole = (self.tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+        start = next(index for index in range(len(whole)) if whole[index : index + len(bare)] == bare)
+        return whole[:start], whole[start + len(bare) :]
+
+
+def _unit(features: object) -> Tensor:
+    """Tensors as transformers 4 returned them, or the output object of transformers 5."""
+    pooled = features if isinstance(features, Tensor) else features.pooler_output  # type: ignore[attr-defined]
+    return F.normalize(pooled.float(), dim=-1).cpu()

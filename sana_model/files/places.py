@@ -1,0 +1,111 @@
+"""Where checkpoints are: a local path, the shipped zoo, the Hugging Face hub, or any fsspec URI."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import fsspec
+from filelock import FileLock
+from huggingface_hub import snapshot_download
+from tqdm import tqdm
+
+ZOO_DIR = Path(__file__).parents[1] / "zoo"
+CACHE_DIR = Path(os.environ.get("SANA_CACHE", Path.home() / ".cache" / "sana_model"))
+UNWANTED = ["*.bin", "*.onnx", "*.msgpack", "*.h5", "*.ckpt"]
+
+
+def resolve(path: str | Path) -> Path:
+    """A local path for `path`: itself, a hub snapshot (`hf://owner/name[@revision][/folder]`), or a cached copy of a URI.
+
+    `zoo://name` is a tiny checkpoint that comes with this package (`sana_model/zoo`).
+
+    In an hf:// address a slash inside a revision is written %2F. Raises FileNotFoundError if there is nothing there.
+    """
+    text = str(path)
+    if "://" not in text:
+        if not Path(text).exists():
+            raise FileNotFoundError(f"no file or folder {text!r}; a model on the Hugging Face hub is written hf://owner/name")
+        return Path(text)
+    protocol, _, rest = text.partition("://")
+    if protocol == "file":
+        return resolve(rest)
+    if protocol == "zoo":
+        return _from_zoo(rest)
+    return _from_hub(rest) if protocol == "hf" else _from_uri(text)
+
+
+def _from_zoo(name: str) -> Path:
+    path = ZOO_DIR / name
+    if not path.exists():
+        known = ", ".join(sorted(folder.name for folder in ZOO_DIR.iterdir() if folder.is_dir() and folder.name[0] not in "._"))
+        raise FileNotFoundError(f"the zoo holds no {name!r}; it holds {known}")
+    return path
+
+
+def _from_hub(address: str) -> Path:
+    owner, _, rest = address.strip("/").partition("/")
+    name, _, folder = rest.partition("/")
+    if not name:
+        raise ValueError(f"hf://{address} names no repository: write hf://owner/name[@revision][/folder]")
+    name, _, revision = name.partition("@")
+    snapshot = snapshot_download(
+        f"{owner}/{name}",
+        revision=unquote(revision) or None,
+        allow_patterns=[folder, f"{folder}/*"] if folder else None,
+        ignore_patterns=UNWANTED,
+    )
+    if not Path(snapshot, folder).exists():
+        raise FileNotFoundError(f"hf://{owner}/{name} holds no {folder!r}")
+    return Path(snapshot, folder)
+
+
+def _from_uri(uri: str) -> Path:
+    """Copy the files below `uri` to the cache, in a folder named by their names, sizes and times, so that a change is seen.
+
+    Of several processes of a host one copies, and the others wait for it.
+    """
+    filesystem, root = fsspec.url_to_fs(uri)
+    found = filesystem.find(root)
+    if not found:
+        raise FileNotFoundError(f"nothing at {uri!r}")
+    stamps = sorted((name, *_stamp(filesystem.info(name))) for name in found)
+    key = hashlib.sha256(repr((uri, stamps)).encode()).hexdigest()[:24]
+    is_file = filesystem.isfile(root)
+    target = CACHE_DIR / key
+    CACHE_DIR.mkdir(parents=True, exist_ok=True)
+    with FileLock(CACHE_DIR / f"{key}.lock"):
+        if not (target.exists() and all(changed for _, _, changed in stamps)):
+            _fetch(filesystem, found, root, target, uri)
+    return target / Path(root).name if is_file else target
+
+
+def _fetch(filesystem: fsspec.AbstractFileSystem, files: list[str], root: str, target: Path, uri: str) -> None:
+    """Copy files below `root` (or this one file) to a folder, in place of what is there."""
+    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}."))
+    try:
+        for name in tqdm(files, desc=f"fetching {uri}", unit="file", leave=False, disable=None):
+            relative = Path(name).name if name == root else os.path.relpath(name, root)
+            (partial / relative).parent.mkdir(parents=True, exist_ok=True)
+            filesystem.get_file(name, str(partial / relative))
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _stamp(info: dict[str, Any]) -> tuple[str, str]:
+    """Size, and what a filesystem tells of a file's content or time of change; "" if it tells nothing."""
+    lower = {name.lower().replace("-", "_"): value for name, value in info.items()}
+    tells = ("etag", "content_md5", "mtime", "last_modified", "lastmodified", "updated", "created")
+    return str(lower.get("size")), next((str(lower[name]) for name in tells if lower.get(name)), "")
+
+
+def local_target(path: str | Path) -> Path:
+    """Where to save. Raises ValueError for a URI: writing `s3://...` as a path would make a local folder of that name."""
+    if "://" in str(path):
+        raise ValueError(f"save_pretrained writes local files, {str(path)!r} is a URI: save locally, then copy it there")
+    return Path(path)

@@ -1,0 +1,245 @@
+"""The shape of a published checkpoint, from its tensors and its config.json, and the config.json that diffusers reads."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sana_model.files.key_maps import NVLABS_POSITIONS, TRANSFORMER_DIFFUSERS, TRANSFORMER_NVLABS, KeyMap, translate
+from sana_model.nn.config import (
+    ATTENTION_HEAD_DIM,
+    AUTOENCODER_PRESETS,
+    LINEAR_HEAD_DIM,
+    AutoencoderConfig,
+    SanaConfig,
+    Variant,
+)
+from sana_model.nn.embeddings import sincos_position_embedding
+
+DIFFUSERS_VERSION = "0.42.1"  # whose layout is written
+PUBLISHED_CROSS_HEADS = {1152: 16, 2240: 20}  # by width: the one number of a linear DiT that its tensors do not show
+
+
+def transformer_config_from_diffusers(settings: dict[str, Any], state: dict[str, Tensor], source: Path) -> SanaConfig:
+    """From diffusers' config.json and tensors. Raises ValueError for a relative of Sana that is not supported."""
+    if settings.get("guidance_embeds"):
+        raise ValueError(f"{source}: guidance_embeds (Sana-Sprint) is not supported")
+    if settings.get("timestep_scale", 1.0) != 1.0:
+        raise ValueError(f"{source}: timestep_scale={settings['timestep_scale']} is not supported, Sana's is 1.0")
+    if settings["attention_head_dim"] != LINEAR_HEAD_DIM:
+        raise ValueError(f"{source}: attention_head_dim={settings['attention_head_dim']}, Sana's is {LINEAR_HEAD_DIM}")
+    return SanaConfig(
+        **_shape_from_weights(state, TRANSFORMER_DIFFUSERS, source),
+        num_cross_heads=settings["num_cross_attention_heads"],
+        position_scale=settings.get("interpolation_scale"),
+        base_size=settings["sample_size"] // settings["patch_size"],
+    )
+
+
+def transformer_config_from_nvlabs(state: dict[str, Tensor], source: Path, num_cross_heads: int | None) -> SanaConfig:
+    """From the tensors of a `.pth`. Raises ValueError if the number of cross-attention heads is neither given nor published."""
+    shape = _shape_from_weights(state, TRANSFORMER_NVLABS, source)
+    if num_cross_heads is None and shape["dim"] not in PUBLISHED_CROSS_HEADS:
+        raise ValueError(
+            f"{source} has width {shape['dim']}, which is not a published one ({PUBLISHED_CROSS_HEADS}): "
+            "weights do not show the number of cross-attention heads, pass num_cross_heads="
+        )
+    heads = num_cross_heads or PUBLISHED_CROSS_HEADS[shape["dim"]]
+    return SanaConfig(**shape, **_positions_from_nvlabs(state.get(NVLABS_POSITIONS)), num_cross_heads=heads)
+
+
+def _shape_from_weights(state: dict[str, Tensor], key_map: KeyMap, source: Path) -> dict[str, Any]:
+    """The `SanaConfig` fields that tensors show."""
+
+    def their_name(key: str) -> str:
+        return translate(key, key_map).names[0]
+
+    dimensions = {"patch_embed.proj.weight": 4, "blocks.0.ffn.project.weight": 4, "caption_proj.linear_1.weight": 2}
+    for key, ndim in dimensions.items():
+        name = their_name(key)
+        if name not in state:
+            raise ValueError(f"{source} is no checkpoint of a linear DiT: it has no {name}")
+        if state[name].ndim != ndim:
+            raise ValueError(f"{source}: misshapen {name}: {tuple(state[name].shape)}, expected {ndim} dimensions")
+    patch_embed, ffn_project, caption = (state[their_name(key)].shape for key in dimensions)
+    depth = 0
+    while their_name(f"blocks.{depth}.modulation") in state:
+        depth += 1
+    return {
+        "dim": patch_embed[0],
+        "in_channels": patch_embed[1],
+        "patch_size": patch_embed[2],
+        "ffn_dim": ffn_project[1],
+        "caption_dim": caption[1],
+        "depth": depth,
+        "qk_norm": their_name("blocks.0.attention.query_norm.weight") in state,
+        "cross_qk_norm": their_name("blocks.0.cross_attention.query_norm.weight") in state,
+    }
+
+
+def _positions_from_nvlabs(pos_embed: Tensor | None) -> dict[str, Any]:
+    """From NVlabs' `pos_embed` (1, base_size^2, D), which is zeros where the model has no positional embedding.
+
+    Its first frequency is 1, so the second column's first value is sin(1 / interpolation scale).
+    """
+    if pos_embed is None:
+        return {}
+    base_size = math.isqrt(pos_embed.shape[1])
+    if not pos_embed.any():
+        return {"base_size": base_size}
+    return {"base_size": base_size, "position_scale": round(1 / math.asin(float(pos_embed[0, 1, 0])), 2)}
+
+
+def positions_for_nvlabs(config: SanaConfig, dtype: torch.dtype) -> Tensor:
+    """NVlabs' `pos_embed` (1, base_size^2, D): zeros where there is no positional embedding."""
+    if config.position_scale is None:
+        return torch.zeros(1, config.base_size**2, config.dim, dtype=dtype)
+    size = config.base_size
+    positions = sincos_position_embedding(config.dim, size, size, size, config.position_scale)
+    return positions[None].to(dtype)
+
+
+def diffusers_transformer_config(config: SanaConfig) -> dict[str, Any]:
+    """The config.json of a `SanaTransformer2DModel`."""
+    mlp_ratio = config.ffn_dim / config.dim
+    if int(mlp_ratio * config.dim) < config.ffn_dim:  # as diffusers takes it
+        mlp_ratio = math.nextafter(mlp_ratio, math.inf)
+    return {
+        "_class_name": "SanaTransformer2DModel",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "in_channels": config.in_channels,
+        "out_channels": config.in_channels,
+        "num_attention_heads": config.num_heads,
+        "attention_head_dim": LINEAR_HEAD_DIM,
+        "num_layers": config.depth,
+        "num_cross_attention_heads": config.num_cross_heads,
+        "cross_attention_head_dim": config.dim // config.num_cross_heads,
+        "cross_attention_dim": config.dim,
+        "caption_channels": config.caption_dim,
+        "mlp_ratio": mlp_ratio,
+        "attention_bias": False,
+        "sample_size": config.base_size * config.patch_size,
+        "patch_size": config.patch_size,
+        "norm_elementwise_affine": False,
+        "norm_eps": 1e-6,
+        "interpolation_scale": config.position_scale,
+        "qk_norm": "rms_norm_across_heads" if config.qk_norm else None,
+    }
+
+
+def autoencoder_config_from_diffusers(settings: dict[str, Any], folder: Path) -> AutoencoderConfig:
+    """From diffusers' config.json. Raises ValueError naming a setting that no published family has."""
+    variant: Variant = "in" if settings["downsample_block_type"] == "pixel_unshuffle" else "sana"
+    config = AutoencoderConfig(
+        latent_channels=settings["latent_channels"],
+        widths=tuple(settings["encoder_block_out_channels"]),
+        encoder_depths=tuple(settings["encoder_layers_per_block"]),
+        decoder_depths=tuple(settings["decoder_layers_per_block"]),
+        variant=variant,
+        scaling_factor=settings["scaling_factor"],
+    )
+    expected = diffusers_autoencoder_config(config)
+    # Published Sana configurations write "Conv" for "conv": diffusers too asks only whether it is pixel_unshuffle.
+    for name in set(expected) & set(settings) - {"_diffusers_version", "downsample_block_type"}:
+        came, wanted = _spread(settings[name], len(config.widths)), _spread(expected[name], len(config.widths))
+        if came != wanted:
+            raise ValueError(f"{folder}: {name}={settings[name]} is of no published DC-AE family, which have {expected[name]}")
+    return config
+
+
+def _spread(value: Any, count: int) -> Any:
+    """diffusers writes one string for a value that all stages share."""
+    if isinstance(value, str):
+        return [value] * count
+    return (
+        [list(item) if isinstance(item, list | tuple) else item for item in value] if isinstance(value, list | tuple) else value
+    )
+
+
+def diffusers_autoencoder_config(config: AutoencoderConfig) -> dict[str, Any]:
+    """The config.json of an `AutoencoderDC`."""
+    count, shuffles = len(config.widths), config.variant == "in"
+    blocks = ["ResBlock" if index < 3 else "EfficientViTBlock" for index in range(count)]
+    multiscales = [[] if index < 3 or shuffles else [5] for index in range(count)]
+    return {
+        "_class_name": "AutoencoderDC",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "in_channels": 3,
+        "latent_channels": config.latent_channels,
+        "attention_head_dim": ATTENTION_HEAD_DIM,
+        "encoder_block_types": blocks,
+        "decoder_block_types": blocks,
+        "encoder_block_out_channels": list(config.widths),
+        "decoder_block_out_channels": list(config.widths),
+        "encoder_layers_per_block": list(config.encoder_depths),
+        "decoder_layers_per_block": list(config.decoder_depths),
+        "encoder_qkv_multiscales": multiscales,
+        "decoder_qkv_multiscales": multiscales,
+        "upsample_block_type": "pixel_shuffle" if shuffles else "interpolate",
+        "downsample_block_type": "pixel_unshuffle" if shuffles else "conv",
+        "decoder_norm_types": ["batch_norm" if shuffles and index < 3 else "rms_norm" for index in range(count)],
+        "decoder_act_fns": ["relu" if shuffles and index < 3 else "silu" for index in range(count)],
+        "encoder_out_shortcut": True,
+        "decoder_in_shortcut": True,
+        "decoder_conv_act_fn": "relu",
+        "scaling_factor": config.scaling_factor,
+    }
+
+
+def autoencoder_config_from_nvlabs(
+    settings: dict[str, Any], state: dict[str, Tensor], source: Path, scaling_factor: float | None
+) -> AutoencoderConfig:
+    """From efficientvit's tensors and the name in its config.json, if any. Raises ValueError if the scale is not known."""
+    config = _autoencoder_shape_from_weights(state, source)
+    named = AUTOENCODER_PRESETS.get(str(settings.get("model_name")))
+    if scaling_factor is None and named is not None:
+        scaling_factor = named.scaling_factor
+    if scaling_factor is None:
+        scales = {
+            name: preset.scaling_factor
+            for name, preset in AUTOENCODER_PRESETS.items()
+            if replace(preset, scaling_factor=1.0) == config
+        }
+        if len(set(scales.values())) != 1:
+            raise ValueError(
+                f"{source} does not hold the scale of its latents: pass scaling_factor=, published ones are {scales}"
+            )
+        scaling_factor = next(iter(scales.values()))
+    return replace(config, scaling_factor=scaling_factor)
+
+
+def _autoencoder_shape_from_weights(state: dict[str, Tensor], source: Path) -> AutoencoderConfig:
+    """The shape that efficientvit's tensors show; the scale, which they do not, is 1."""
+
+    def count(prefix: str) -> int:
+        return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
+
+    try:
+        shuffles = "encoder.project_in.conv.conv.weight" in state
+        depths: dict[str, list[int]] = {}
+        widths: list[int] = []
+        num_stages = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("encoder.stages."))
+        for half in ("encoder", "decoder"):
+            blocks = [count(f"{half}.stages.{stage}.op_list.") for stage in range(num_stages)]
+            resamples = [depth > 0 and stage + 1 < num_stages for stage, depth in enumerate(blocks)]
+            depths[half] = [depth - resample for depth, resample in zip(blocks, resamples, strict=True)]
+        for stage in range(num_stages):
+            prefix = f"encoder.stages.{stage}.op_list.0."
+            norm = "main.conv2.norm.weight" if stage < 3 else "context_module.main.proj.norm.weight"
+            widths.append(len(state[prefix + norm]) if depths["encoder"][stage] else 0)
+        latent_channels = len(state["encoder.project_out.main.op_list.0.conv.bias"])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{source} is no checkpoint of a DC-AE: {error} is not in it") from error
+    if widths[0] == 0:  # a first stage without blocks leaves no trace of its width; published ones are half the second
+        widths[0] = widths[1] // 2
+    return AutoencoderConfig(
+        latent_channels=latent_channels,
+        widths=tuple(widths),
+        encoder_depths=tuple(depths["encoder"]),
+        decoder_depths=tuple(depths["decoder"]),
+        variant="in" if shuffles else "sana",
+        scaling_factor=1.0,
+    )

@@ -1,0 +1,138 @@
+"""Where checkpoints lie (a local path, the Hugging Face hub, any fsspec URI) and how their files are read: nothing executes."""
+
+import json
+import os
+import pickle
+import struct
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+WEIGHT_STEMS = ("model", "diffusion_pytorch_model")  # ours, transformers' and efficientvit's; diffusers'
+PIPELINE_INDEXES = ("pipeline.json", "model_index.json")  # ours, diffusers'
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ValueError naming the file if it is not one."""
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): the file is damaged or incomplete") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not an object")
+    return content
+
+
+def read_safetensors_folder(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder: one file, or shards with their index; a variant (".bf16.") where there is no plain file.
+
+    Raises FileNotFoundError if there is no safetensors file, ValueError if a file is damaged, a shard is missing, or several
+    variants leave the choice open.
+    """
+    variants = _find_variants(folder)
+    chosen = variants[find_variant(folder) or ""]
+    if chosen.suffix == ".safetensors":
+        return read_safetensors(chosen)
+    shards = sorted(set(read_json(chosen)["weight_map"].values()))
+    missing = [name for name in shards if not (folder / name).exists()]
+    if missing:
+        raise ValueError(f"{chosen} names shards that are not there: {', '.join(missing)}")
+    return {name: tensor for shard in shards for name, tensor in read_safetensors(folder / shard).items()}
+
+
+def find_variant(folder: Path) -> str | None:
+    """Which variant ("bf16") of its weights `folder` holds; None: the plain one. Raises as `read_safetensors_folder`."""
+    variants = _find_variants(folder)
+    if not variants:
+        raise FileNotFoundError(f"{folder} holds no .safetensors file")
+    if "" not in variants and len(variants) > 1:
+        raise ValueError(f"{folder} holds the variants {sorted(variants)} and no plain file: keep one of them")
+    return None if "" in variants else next(iter(variants))
+
+
+def _find_variants(folder: Path) -> dict[str, Path]:
+    """Index or single weights file by variant; "" is the plain one. diffusers' names count only where no others are."""
+    for stem in WEIGHT_STEMS:
+        files = [path for path in folder.glob(f"{stem}.*") if "-of-" not in path.name]
+        singles = {_variant(path.name): path for path in files if path.suffix == ".safetensors"}
+        indexes = {_variant(path.name): path for path in files if ".safetensors.index" in path.name}
+        if singles or indexes:
+            return indexes | singles
+    return {}
+
+
+def _variant(name: str) -> str:
+    """ "bf16" of `model.bf16.safetensors` and `model.safetensors.index.bf16.json`; "" of a plain name."""
+    words = name.removesuffix(".json").removesuffix(".safetensors").split(".")[1:]
+    return next((word for word in words if word not in ("safetensors", "index")), "")
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Raises ValueError naming the file if it is damaged or cut short."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read ({error}): the file is damaged or incomplete, fetch it again") from error
+
+
+def read_weights_file(path: Path, *, use_ema: bool = False) -> dict[str, Tensor]:
+    """A state dict from a safetensors file or what torch.save wrote, told apart by the first bytes. Raises as the two do."""
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start == b"PK" or start[:1] == b"\x80":
+        return _read_pth(path, is_zip=start == b"PK", use_ema=use_ema)
+    return read_safetensors(path)
+
+
+def _read_pth(path: Path, *, is_zip: bool, use_ema: bool) -> dict[str, Tensor]:
+    """The state dict of an NVlabs `.pth`: `state_dict` (or `state_dict_ema`) of the file, or the file itself.
+
+    Read with `weights_only=True`: a pickle that would run code is refused. Raises ValueError then, if the file is damaged, or
+    if it holds no EMA that was asked for, or something else than tensors.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)  # only torch's zip files can be mapped
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} is refused: damaged, or more than tensors in it that could run code ({error})") from error
+    except (RuntimeError, EOFError, OSError, UnicodeDecodeError, struct.error, LookupError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): the file is damaged or incomplete") from error
+    key = "state_dict_ema" if use_ema else "state_dict"
+    if use_ema and (not isinstance(content, dict) or key not in content):
+        raise ValueError(f"{path} holds no {key}")
+    state = content.get(key, content) if isinstance(content, dict) else content
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, not a state dict")
+    not_tensors = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
+    if not_tensors:
+        raise ValueError(f"{path}: these entries are not tensors: {', '.join(not_tensors[:5])}")
+    return state
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` fill a temporary file beside `path`, then put it in place: readers see the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
+    try:
+        write(Path(temporary))
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Written whole or not at all."""
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def write_safetensors(path: Path, state: dict[str, Tensor]) -> None:
+    """Written whole or not at all, contiguous and from the CPU."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))

@@ -1,0 +1,223 @@
+"""Prompts to images: text encoder, linear DiT, solver and DC-AE put together."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from sana_model.flow import sigma_to_timestep
+from sana_model.nn.autoencoder import DCAutoencoder
+from sana_model.nn.text_encoder import TextEncoder
+from sana_model.nn.transformer import CaptionState, SanaTransformer
+from sana_model.solver import SOLVERS, OnStep, PredictVelocity, classifier_free_guidance
+
+DEFAULT_FLOW_SHIFT = 3.0
+MAX_DECODE_PIXELS = 2048**2  # decoded at once; a larger image is decoded in tiles
+DECODE_TILE = 1024
+
+
+Caption = tuple[Tensor, Tensor]
+"""caption_embeds (B, L, D) and caption_mask (B, L) of the text encoder."""
+
+
+def guided_velocity(
+    transformer: SanaTransformer,
+    captions: Caption,
+    null: Caption,
+    *,
+    guidance_scale: float,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    integer_timesteps: bool = False,
+) -> PredictVelocity:
+    """What a solver integrates: velocity of latents (B, C, h, w) at a sigma, for B captions and one null caption.
+
+    The captions' keys and values are computed here, once for all steps. Arguments are those of `TextToImage`.
+    """
+    dtype = transformer.head.weight.dtype
+    both = transformer.encode_captions(*_null_then_captions(captions, null, dtype))
+    conditional = both.without_first(len(captions[0]))
+
+    def predict(latents: Tensor, sigma: Tensor, state: CaptionState) -> Tensor:
+        timestep = sigma_to_timestep(sigma, integer=integer_timesteps).to(latents.device).expand(len(latents))
+        return transformer(latents.to(dtype), timestep, state)
+
+    def predict_both(latents: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        null_velocity, velocity = predict(torch.cat([latents, latents]), sigma, both).chunk(2)
+        return null_velocity, velocity
+
+    def predict_conditional(latents: Tensor, sigma: Tensor) -> Tensor:
+        return predict(latents, sigma, conditional)
+
+    return classifier_free_guidance(predict_both, predict_conditional, guidance_scale, guidance_interval)
+
+
+def _null_then_captions(captions: Caption, null: Caption, dtype: torch.dtype) -> Caption:
+    """A doubled batch: the null caption once for each caption, then the captions."""
+    (embeds, mask), (null_embeds, null_mask) = captions, null
+    count, length = len(embeds), max(mask.shape[1], null_mask.shape[1])
+    caption_embeds = embeds.new_zeros(2 * count, length, embeds.shape[-1], dtype=dtype)
+    caption_mask = mask.new_zeros(2 * count, length)
+    caption_embeds[:count, : null_mask.shape[1]], caption_mask[:count, : null_mask.shape[1]] = null_embeds, null_mask
+    caption_embeds[count:, : mask.shape[1]], caption_mask[count:, : mask.shape[1]] = embeds, mask
+    return caption_embeds, caption_mask
+
+
+class TextToImage(nn.Module):
+    """The whole model; `.to(device)` moves all of it.
+
+    Args:
+        flow_shift: of the sampling grid; published: 3.0; 4.0 for 0.6B at 1024 px; 6.0 at 4096 px.
+    """
+
+    def __init__(
+        self,
+        transformer: SanaTransformer,
+        autoencoder: DCAutoencoder,
+        text_encoder: TextEncoder,
+        *,
+        flow_shift: float = DEFAULT_FLOW_SHIFT,
+    ):
+        super().__init__()
+        if transformer.config.in_channels != autoencoder.config.latent_channels:
+            raise ValueError(
+                f"the transformer works on {transformer.config.in_channels} latent channels, "
+                f"the autoencoder makes {autoencoder.config.latent_channels}: they do not belong together"
+            )
+        if transformer.config.caption_dim != text_encoder.embed_dim:
+            raise ValueError(
+                f"the transformer takes captions of width {transformer.config.caption_dim}, "
+                f"the text encoder gives {text_encoder.embed_dim}: they do not belong together"
+            )
+        self.transformer = transformer.eval()
+        self.autoencoder = autoencoder.eval()
+        self.text_encoder = text_encoder
+        self.flow_shift = flow_shift
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        use_ema: bool = False,
+        autoencoder: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+        flow_shift: float | None = None,
+        **overrides: Any,
+    ) -> "TextToImage":
+        """Load our own pipeline folder, diffusers' `SanaPipeline` or an NVlabs `.pth`: see `pipeline_files.load_pipeline`."""
+        from sana_model.files import pipeline as pipeline_files
+
+        return pipeline_files.load_pipeline(
+            path,
+            dtype=dtype,
+            use_ema=use_ema,
+            autoencoder=autoencoder,
+            text_encoder=text_encoder,
+            flow_shift=flow_shift,
+            **overrides,
+        )
+
+    def save_pretrained(self, path: str | Path, *, layout: str = "sana") -> None:
+        """Write all of it as "sana" or "diffusers", or the transformer as "nvlabs": see `pipeline_files.save_pipeline`."""
+        from sana_model.files import pipeline as pipeline_files
+
+        pipeline_files.save_pipeline(self, path, layout=layout)
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.head.weight.device
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        prompts: list[str],
+        height: int | None = None,
+        width: int | None = None,
+        *,
+        num_steps: int = 20,
+        guidance_scale: float = 4.5,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        negative_prompt: str = "",
+        seed: int | Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+        solver: str = "flow_dpm_solver",
+        integer_timesteps: bool = False,
+        on_step: OnStep | None = None,
+    ) -> list[Image.Image]:
+        """Draw one image for each prompt.
+
+        Args:
+            prompts: list of str.
+            height, width: pixels, multiples of the autoencoder's factor; the size that the model was made for unless given.
+            num_steps: predictions of velocity, each over the whole batch.
+            guidance_scale: weight of classifier-free guidance; 1 turns it off and halves the cost.
+            guidance_interval: (lo, hi) in sigma; guidance acts only there (see `classifier_free_guidance`).
+            negative_prompt: what to guide away from, for all images; encoded without the instruction, as published.
+            seed: of the noise. One number: each image is drawn from it, so that a prompt's image does not depend on its batch.
+                A sequence: one for each image. None: a new one every time.
+            generator: draws the noise of the whole batch at once, as diffusers does; in place of `seed`.
+            solver: "flow_dpm_solver" (14 to 20 steps) or "flow_euler" (28 to 50).
+            integer_timesteps: give the model whole timesteps, as diffusers does, in place of exact ones.
+            on_step: called after each step with (index, latents), e.g. for a progress bar.
+
+        Raises:
+            TypeError: prompts are not a list of str.
+            ValueError: no prompts, a size that does not divide, an unknown solver, seeds that do not match the prompts.
+        """
+        if solver not in SOLVERS:
+            raise ValueError(f"unknown solver {solver!r}: choose one of {', '.join(SOLVERS)}")
+        solve, make_grid = SOLVERS[solver]
+        latent_size = self._latent_size(height, width)
+        predict_velocity = guided_velocity(
+            self.transformer,
+            self.text_encoder.encode(prompts),
+            self.text_encoder.encode([negative_prompt], use_instruction=False),
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            integer_timesteps=integer_timesteps,
+        )
+        noise = self._draw_noise(len(prompts), latent_size, seed, generator)
+        sigmas = make_grid(num_steps, self.flow_shift)
+        return self._to_images(solve(predict_velocity, noise, sigmas, on_step=on_step))
+
+    def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        config, factor = self.transformer.config, self.autoencoder.compression
+        default = config.base_size * config.patch_size * factor
+        height, width = default if height is None else height, default if width is None else width
+        unit = factor * config.patch_size
+        for name, size in (("height", height), ("width", width)):
+            if size <= 0 or size % unit:
+                nearest = max(round(size / unit), 1) * unit
+                raise ValueError(f"{name}={size} must be a positive multiple of {unit}; the nearest is {nearest}")
+        return height // factor, width // factor
+
+    def _draw_noise(
+        self, count: int, size: tuple[int, int], seed: int | Sequence[int] | None, generator: torch.Generator | None
+    ) -> Tensor:
+        """(B, C, h, w) float32; drawn on the CPU if from seeds, so that a seed means the same image on every device."""
+        shape = (self.transformer.config.in_channels, *size)
+        if generator is not None:
+            if seed is not None:
+                raise ValueError(f"seed={seed} and a generator were given: give one of them")
+            return torch.randn((count, *shape), generator=generator, device=generator.device).to(self.device)
+        if seed is None:
+            return torch.randn((count, *shape), device=self.device)
+        seeds = list(seed) if isinstance(seed, Sequence) else [seed] * count
+        if len(seeds) != count:
+            raise ValueError(f"{len(seeds)} seeds came with {count} prompts: give one to each, or a single number")
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(int(one))) for one in seeds]
+        return torch.stack(noise).to(self.device)
+
+    def _to_images(self, latents: Tensor) -> list[Image.Image]:
+        pixels = latents.shape[-2] * latents.shape[-1] * self.autoencoder.compression**2
+        tile_size = DECODE_TILE if pixels > MAX_DECODE_PIXELS else None
+        images = []
+        for chunk in latents.to(self.autoencoder.decoder.conv_in.weight.dtype).split(max(MAX_DECODE_PIXELS // pixels, 1)):
+            decoded = self.autoencoder.decode(chunk, tile_size=tile_size).float()
+            values = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+            images += [Image.fromarray(value) for value in values]
+        return images

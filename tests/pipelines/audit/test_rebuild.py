@@ -1,0 +1,259 @@
+"""What is finished is not done again; what is stale is refused, or deleted and made anew, and nothing else is touched."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from shutil import copytree
+
+import pytest
+
+from jobs import caption, extract, ingest, score
+from jobs.common.job import JobConfig
+from jobs.common.stage_job import track_stage
+from pipelines.audit import rebuild
+from pipelines.audit.rebuild import delete_table
+from pipelines.audit.status import TableStatus, dataset_status
+from pipelines.audit.verify import verify_dataset
+from pipelines.caption.config import CaptionerConfig
+from pipelines.extract.run import ExtractConfig
+from pipelines.ingest.config import IngestConfig
+from pipelines.score.config import ScorerConfig
+from pipelines.shapes.drawing import write_folder
+from pipelines.stages.contract import OnProgress, StageResult
+from pipelines.storage.errors import LeaseHeldError, StorageError
+from pipelines.storage.lease import LEASE, hold
+from pipelines.tables.errors import StaleTableError
+from pipelines.tables.identity import MANIFEST, Identity
+from pipelines.tables.table import REBUILD, Table
+from pipelines.workers.images import ImageLimits
+from sana_model.files.places import ZOO_DIR
+from tests.support.counted_stages import count_workers
+from tests.support.whole_dataset import SHARDS, make_dataset, write_table
+
+Jobs = dict[str, tuple[Callable[[JobConfig], StageResult], JobConfig]]
+
+
+@pytest.fixture
+def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local_ray: None) -> Path:
+    count_workers(monkeypatch, tmp_path / "workers.log")
+    return tmp_path / "workers.log"
+
+
+def make_jobs(folder: Path) -> Jobs:
+    """Every data stage, on six drawn scenes, in the order in which they run."""
+    write_folder(folder / "raw", 10_000_900, 6)
+    uri = str(folder / "data")
+    captioner = CaptionerConfig(name="a", model="zoo://captioner-a")
+    job = {
+        "images": (
+            ingest.run,
+            ingest.IngestJob(dataset_uri=uri, ingest=IngestConfig(source=f"{folder}/raw", rows_per_shard=3)),
+        ),
+        "captions/a": (caption.run_captioner, caption.CaptionJob(dataset_uri=uri, captioner=captioner)),
+        "captions/b": (caption.run_captioner, caption.CaptionJob(dataset_uri=uri, captioner=replace(captioner, name="b"))),
+        "scores/clip": (
+            score.run,
+            score.ScoreJob(dataset_uri=uri, scorer=ScorerConfig(name="clip", model="zoo://clip", captioners=("a", "b"))),
+        ),
+        "latents/ae-64": (
+            extract.run,
+            extract.ExtractJob(
+                dataset_uri=uri,
+                extract=ExtractConfig(name="ae", autoencoder="zoo://pipeline/autoencoder", resolution=64, scorer="clip"),
+            ),
+        ),
+    }
+    return job  # type: ignore[return-value]  # each job's run takes its own kind
+
+
+def run(jobs: Jobs, path: str, *, on_stale: str = "refuse") -> StageResult:
+    run_stage, job = jobs[path]
+    return run_stage(replace(job, on_stale=on_stale))  # type: ignore[arg-type]
+
+
+def change(jobs: Jobs, path: str, name: str, **settings: object) -> Jobs:
+    run_stage, job = jobs[path]
+    return jobs | {path: (run_stage, replace(job, **{name: replace(getattr(job, name), **settings)}))}
+
+
+def files(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
+
+
+def state(folder: Path) -> dict[str, TableStatus]:
+    return {table.path: table for table in dataset_status(str(folder / "data")).tables}
+
+
+def stale(folder: Path) -> set[str]:
+    return {path for path, table in state(folder).items() if table.stale}
+
+
+def test_finished_stages_are_not_done_again_and_stale_ones_are_rebuilt_alone(
+    tmp_path: Path, log: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = make_jobs(tmp_path)
+    assert not any(run(jobs, path).was_done for path in jobs)
+    made = log.read_text().split()
+    assert made == ["ingest", "caption", "caption", "score", "extract"]
+
+    # a second start of each constructs no worker, and writes no shard
+    before = files(tmp_path)
+    assert all(run(jobs, path).was_done for path in jobs)
+    assert log.read_text().split() == made and files(tmp_path) == before
+    assert all(table.complete for table in state(tmp_path).values()) and stale(tmp_path) == set()
+
+    # a changed prompt: refused, with the field that differs and the way out; nothing is touched
+    prompted = change(jobs, "captions/a", "captioner", prompt="What is this?")
+    with pytest.raises(
+        StaleTableError, match=r"config\.prompt: 'Describe the image\.' -> 'What is this\?'(.|\n)*--on_stale rebuild"
+    ):
+        run(prompted, "captions/a")
+    assert files(tmp_path) == before
+
+    # rebuilt: that table alone
+    capsys.readouterr()
+    run(prompted, "captions/a", on_stale="rebuild")
+    assert "captions/a is stale: deleting it, to make it anew" in capsys.readouterr().out
+    changed = {
+        path.relative_to(tmp_path / "data").parent for path, stamp in files(tmp_path).items() if before.get(path) != stamp
+    }
+    assert {str(path) for path in changed} == {"captions/a", "rejects/captions/a"}
+    assert stale(tmp_path) == {"scores/clip", "latents/ae-64"}
+    assert "captions/a was made anew" in state(tmp_path)["scores/clip"].stale[0]
+    assert state(tmp_path)["latents/ae-64"].stale == ["scores/clip is stale"]
+
+    # what was made from it: by its own stage's run
+    with pytest.raises(StaleTableError, match=r"inputs\.captions/a: "):
+        run(prompted, "scores/clip")
+    for path in prompted:
+        run(prompted, path, on_stale="rebuild")
+    assert log.read_text().split() == [*made, "caption", "score", "extract"]
+    assert stale(tmp_path) == set() and list(verify_dataset(str(tmp_path / "data"))) == []
+
+
+def test_of_several_stale_tables_each_is_deleted_once(tmp_path: Path) -> None:
+    """As extraction of several resolutions meets them."""
+    tables = make_dataset(str(tmp_path))
+    paths, other = ["latents/ae-64", "captions/b"], Identity("another", {}, {}, {})
+
+    def run_stage(on_progress: OnProgress) -> StageResult:
+        for path in paths:
+            tables[path].claim(other)
+        raise StorageError("the disk is full")
+
+    job = JobConfig(dataset_uri=str(tmp_path), on_stale="rebuild")
+    with pytest.raises(StorageError):
+        track_stage(job, "extract", run_stage)
+    assert all(tables[path].require().fingerprint == other.fingerprint and not tables[path].list_shards() for path in paths)
+
+
+def test_changed_models_and_inputs_are_rebuilt_too_images_with_their_plan(tmp_path: Path, log: Path) -> None:
+    jobs = make_jobs(tmp_path)
+    for path in ("images", "captions/a"):
+        run(jobs, path)
+
+    copytree(ZOO_DIR / "captioner-a", tmp_path / "model")
+    (tmp_path / "model/extra.json").write_text("{}")
+    model = change(jobs, "captions/a", "captioner", model=str(tmp_path / "model"))
+    with pytest.raises(StaleTableError, match=r"models\.a: 'sha256"):
+        run(model, "captions/a")
+    run(model, "captions/a", on_stale="rebuild")
+
+    limited = change(model, "images", "ingest", limits=ImageLimits(min_size=8), rows_per_shard=2)
+    with pytest.raises(StaleTableError, match=r"config\.rows_per_shard: 3 -> 2"):
+        run(limited, "images")
+    assert run(limited, "images", on_stale="rebuild").num_shards == 3
+    assert stale(tmp_path) == {"captions/a"}
+    with pytest.raises(StaleTableError, match=r"inputs\.images: "):
+        run(limited, "captions/a")
+    result = run(limited, "captions/a", on_stale="rebuild")
+    assert (result.num_shards, result.num_rows) == (3, 6)
+    assert list(verify_dataset(str(tmp_path / "data"))) == []
+
+
+def test_a_deletion_that_was_broken_off_goes_on_at_the_next_start_whatever_it_is_told(
+    tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = make_jobs(tmp_path)
+    run(jobs, "images")
+    run(jobs, "captions/a")
+    prompted = change(jobs, "captions/a", "captioner", prompt="What is this?")
+    with monkeypatch.context() as patch:
+        patch.setattr(rebuild, "remove_files", partial(_die_at, [0], 2, rebuild.remove_files))
+        with pytest.raises(KeyboardInterrupt):
+            run(prompted, "captions/a", on_stale="rebuild")
+    assert state(tmp_path)["captions/a"].problems == ["its deletion was begun and not ended: start its stage again"]
+    assert any("broken off" in found.problem for found in verify_dataset(str(tmp_path / "data")))
+    result = run(prompted, "captions/a")
+    assert not result.was_done and result.num_rows == 6
+    assert list(verify_dataset(str(tmp_path / "data"))) == []
+
+
+def _die_at(calls: list[int], last: int, remove: Callable[[list[str]], None], uris: list[str]) -> None:
+    """Deletes half of the files of the call number `last`, and dies."""
+    calls[0] += 1
+    if calls[0] - 1 == last:
+        remove(uris[: len(uris) // 2])
+        raise KeyboardInterrupt
+    remove(uris)
+
+
+@pytest.mark.parametrize("last", range(4))
+def test_while_a_table_is_being_deleted_nothing_is_written_into_it(
+    tmp_path: Path, last: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = make_dataset(str(tmp_path / "data"))
+    table, others = tables["captions/a"], files(tmp_path)
+    identity = table.require().identity()
+    with monkeypatch.context() as patch:
+        patch.setattr(rebuild, "remove_files", partial(_die_at, [0], last, rebuild.remove_files))
+        with pytest.raises(KeyboardInterrupt):
+            delete_table(table)
+    for claimed in (identity, Identity("caption", {"prompt": "other"}, {}, {})):
+        with pytest.raises(StaleTableError, match="is being deleted") as refused:
+            table.claim(claimed)
+        assert refused.value.table == table
+    delete_table(table)
+    assert {path.name for path in Path(table.uri).iterdir()} == {f"{LEASE}.lock"}
+    assert files(tmp_path) == {path: stamp for path, stamp in others.items() if "captions/a" not in str(path)}
+    assert table.claim(identity).fingerprint == identity.fingerprint
+
+
+@pytest.mark.parametrize("content", [None, "{", "edited"])
+def test_a_table_without_a_whole_manifest_may_be_made_anew(tmp_path: Path, content: str | None) -> None:
+    table = make_dataset(str(tmp_path / "data"))["captions/a"]
+    identity, path = table.require().identity(), Path(table.uri, MANIFEST)
+    text = path.read_text()
+    path.unlink()
+    if content is not None:
+        path.write_text(text.replace("Describe.", "Tell.") if content == "edited" else content)
+    with pytest.raises(StaleTableError, match="--on_stale rebuild") as refused:
+        table.claim(identity)
+    assert refused.value.table == table
+    delete_table(table)
+    assert table.claim(identity).fingerprint == identity.fingerprint and table.list_shards() == []
+
+
+def test_a_table_that_is_being_read_or_written_is_not_deleted(tmp_path: Path) -> None:
+    tables = make_dataset(str(tmp_path / "data"))
+    before = files(tmp_path)
+    with hold(tables["scores/clip"].uri):
+        with pytest.raises(LeaseHeldError, match=r"captions/a cannot be deleted now: scores/clip is made from it by"):
+            delete_table(tables["captions/a"])
+        delete_table(tables["latents/ae-64"])
+    assert files(tmp_path) == {path: stamp for path, stamp in before.items() if "latents" not in str(path)}
+    assert not Path(tables["captions/a"].uri, REBUILD).exists()
+
+
+def test_on_s3_only_the_table_goes_and_none_whose_name_begins_alike(bucket_uri: str) -> None:
+    tables = make_dataset(f"{bucket_uri}/data")
+    first = tables["captions/a"]
+    other = Table(first.dataset_uri, "captions/a-next", first.schema)
+    write_table(other, first.require().identity(), {shard: (first.read_shard(shard).to_pylist(), []) for shard in SHARDS})
+    assert list(verify_dataset(first.dataset_uri)) == []
+    delete_table(first)
+    found = {table.path: table for table in dataset_status(first.dataset_uri).tables}
+    assert list(found) == ["images", "captions/a-next", "captions/b", "scores/clip", "latents/ae-64"]
+    assert found["captions/a-next"].complete and found["scores/clip"].stale == ["captions/a is gone"]
+    assert first.rejects().list_shards() == [] and other.rejects().list_shards() == list(SHARDS)

@@ -1,0 +1,217 @@
+"""Every way in which a dataset can be damaged is planted once, and found."""
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import verify as job
+from pipelines.audit.seen_ids import SeenIds
+from pipelines.audit.verify import Violation, verify_dataset
+from pipelines.stages.contract import reject
+from pipelines.tables.identity import MANIFEST, Identity
+from pipelines.tables.schema import CAPTIONS, TABLE_SCHEMAS, Row
+from pipelines.tables.table import Table
+from tests.support.whole_dataset import make_dataset, write_table
+
+Tables = dict[str, Table]
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> Tables:
+    return make_dataset(str(tmp_path / "data"))
+
+
+def find(tables: Tables, *paths: str) -> list[Violation]:
+    return list(verify_dataset(tables["images"].dataset_uri, paths=paths, num_threads=2))
+
+
+def file(table: Table, shard: str) -> Path:
+    return Path(table.shard_uri(shard))
+
+
+def rewrite(table: Table, shard: str, change: Callable[[list[dict]], list[dict]]) -> None:
+    rows = change(table.read_shard(shard).to_pylist())
+    fingerprint = table.read_facts(shard).fingerprint
+    table.write_shard(shard, pa.Table.from_pylist(rows, table.schema), fingerprint=fingerprint)
+
+
+def edit_manifest(table: Table, **changes: object) -> None:
+    path = Path(table.uri, MANIFEST)
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_whole_dataset_is_clean_wherever_it_lies(tables: Tables, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert find(tables) == []
+    remote = make_dataset(f"memory://{tmp_path.name}")
+    assert find(remote) == []
+    assert job.main([tables["images"].dataset_uri, "--threads", "3"]) == 0
+    assert "10 shards, 196 rows read" in capsys.readouterr().out
+
+
+def test_a_truncated_file(tables: Tables) -> None:
+    path = file(tables["captions/a"], "00000")
+    path.write_bytes(path.read_bytes()[:-30])
+    (found,) = find(tables, "captions/a")
+    assert (
+        found.file == "captions/a/00000.parquet"
+        and "is damaged" in found.problem
+        and "its stage makes it again" in found.remedy
+    )
+
+
+def first_page(column: pq.ColumnChunkMetaData) -> int:
+    return column.dictionary_page_offset or column.data_page_offset
+
+
+@pytest.mark.parametrize("path", ["images", "captions/a", "scores/clip", "latents/ae-64", "rejects"])
+def test_a_flipped_byte_anywhere_in_the_pages(tables: Tables, path: str) -> None:
+    """In the last page of each column, near its end, where only checksums can tell."""
+    table = tables["images"].rejects() if path == "rejects" else tables[path]
+    name = file(table, "00001")
+    content = name.read_bytes()
+    group = pq.read_metadata(name).row_group(0)
+    for index in range(group.num_columns):
+        column = group.column(index)
+        place = first_page(column) + column.total_compressed_size - 2
+        name.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        found = find(tables, "images" if path == "rejects" else path)
+        assert any(one.file == f"{table.path}/00001.parquet" for one in found), column.path_in_schema
+    name.write_bytes(content)
+    assert find(tables) == []
+
+
+def test_a_lost_row_and_a_doubled_one(tables: Tables) -> None:
+    rewrite(tables["captions/a"], "00000", lambda rows: rows[1:])
+    rewrite(tables["captions/b"], "00000", lambda rows: [*rows, rows[0]])
+    found = {one.file: one.problem for one in find(tables)}
+    assert "lacks 1 id" in found["captions/a/00000.parquet"]
+    assert "more than once" in found["captions/b/00000.parquet"]
+    assert found["captions/a/_manifest.json"] == "tells of 40 rows, there are 39"
+    assert found["captions/b/_manifest.json"] == "tells of 39 rows, there are 40"
+    assert len(found) == 4
+
+
+def test_a_row_of_another_shard_and_one_both_kept_and_refused(tables: Tables) -> None:
+    images, captions = tables["images"], tables["captions/b"]
+    stranger = images.read_shard("00000").to_pylist()[0]["id"]
+    rewrite(captions, "00001", lambda rows: [{**rows[0], "id": stranger}, *rows[1:]])
+    problems = [one.problem for one in find(tables, "captions/b")]
+    assert any("that images has not in this shard" in problem for problem in problems)
+    assert any("lacks 1 id" in problem for problem in problems)
+    refused = captions.rejects().read_shard("00001").to_pylist()[0]["id"]
+    rewrite(captions, "00001", lambda rows: [*rows[:-1], {**rows[0], "id": refused}])
+    assert any("refused at the same time" in one.problem for one in find(tables, "captions/b"))
+
+
+def test_latents_are_aligned_to_the_scores_and_not_to_all_images(tables: Tables) -> None:
+    refused = tables["scores/clip"].rejects().read_shard("00001").to_pylist()[0]["id"]
+    rewrite(tables["latents/ae-64"], "00001", lambda rows: [*rows, {**rows[0], "id": refused}])
+    problems = [one.problem for one in find(tables, "latents/ae-64")]
+    assert any("that scores/clip has not in this shard" in problem for problem in problems)
+
+
+def test_where_a_row_is_a_caption_an_id_may_come_once_for_each_captioner(
+    tables: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schema = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("id", "captioner")])
+    monkeypatch.setitem(TABLE_SCHEMAS, "by_caption", schema)
+    table, scores = Table(tables["images"].dataset_uri, "by_caption/x", schema), tables["scores/clip"]
+    shards: dict[str, tuple[list[Row], list[Row]]] = {}
+    for shard in scores.list_shards():
+        ids = scores.read_shard(shard)["id"].to_pylist()
+        rows = [{"id": row_id, "captioner": captioner} for row_id in ids for captioner in ("a", "b")]
+        shards[shard] = rows[1:], [reject(rows[0], "bad_embeds", "")]
+    write_table(table, Identity("embed", {}, {}, {scores.path: scores.require().fingerprint}), shards)
+    assert find(tables, table.path) == []
+    rewrite(table, "00000", lambda rows: [*rows[:-1], rows[0]])
+    assert any("id (" in one.problem and "more than once" in one.problem for one in find(tables, table.path))
+    rewrite(table, "00001", lambda rows: rows[3:])
+    assert any("lacks 1 id" in one.problem for one in find(tables, table.path))
+
+
+def test_an_edited_manifest(tables: Tables) -> None:
+    edit_manifest(tables["captions/a"], config={"prompt": "Something else."})
+    edit_manifest(tables["scores/clip"], num_rows=7, rejects_by_reason={"other": 1})
+    found = [(one.file, one.problem) for one in find(tables)]
+    assert ("captions/a/_manifest.json", "was edited: its fingerprint is not that of its content") in found
+    assert ("scores/clip/_manifest.json", "tells of 7 rows, there are 39") in found
+    assert ("scores/clip/_manifest.json", "tells of 1 rejects for other, there are 0") in found
+    edit_manifest(tables["captions/b"], identity=3)
+    Path(tables["latents/ae-64"].uri, MANIFEST).write_text("{")
+    Path(tables["images"].uri, MANIFEST).unlink()
+    files = {one.file for one in find(tables)}
+    assert {"latents/ae-64/_manifest.json", "images/_manifest.json", "captions/b/_manifest.json"} <= files
+
+
+def test_an_image_whose_bytes_changed(tables: Tables) -> None:
+    rewrite(tables["images"], "00000", lambda rows: [{**rows[0], "image_bytes": b"others"}, *rows[1:]])
+    (found,) = find(tables)
+    assert found.file == "images/00000.parquet" and "has other bytes than its id says for 1 id" in found.problem
+
+
+def test_an_image_that_lies_in_two_shards(tables: Tables) -> None:
+    first = tables["images"].read_shard("00000").to_pylist()[5]
+    rewrite(tables["images"], "00001", lambda rows: [*rows[:-1], first])
+    found = find(tables, "images")
+    assert [one.problem for one in found] == [f"holds {first['id'][:16]}… which 00000.parquet holds too"]
+    assert found[0].file == "images/00001.parquet"
+
+
+def test_files_that_are_missing_or_too_many(tables: Tables) -> None:
+    captions = tables["captions/a"]
+    file(captions, "00000").unlink()
+    file(tables["captions/b"].rejects(), "00001").unlink()
+    file(tables["scores/clip"], "00001").rename(file(tables["scores/clip"], "00007"))
+    Path(tables["latents/ae-64"].uri, ".00001.parquet.abc.tmp").write_bytes(b"half")
+    found = {one.file: one.problem for one in find(tables)}
+    assert "is missing, of a table that was complete" in found["captions/a/00000.parquet"]
+    assert found["rejects/captions/b/00001.parquet"] == "is missing"
+    assert "about no shard of the table's inputs" in found["scores/clip/00007.parquet"]
+    assert "leftover" in found["latents/ae-64/.00001.parquet.abc.tmp"]
+
+
+def test_a_shard_of_another_schema_or_of_another_making(tables: Tables) -> None:
+    captions = tables["captions/a"]
+    rows = captions.read_shard("00000")
+    other = CAPTIONS.set(2, pa.field("num_tokens", pa.int64(), nullable=False))
+    Table(captions.dataset_uri, captions.path, other).write_shard("00000", rows.cast(other))
+    captions.write_shard("00001", captions.read_shard("00001"), fingerprint="another")
+    problems = {one.file: one.problem for one in find(tables, "captions/a")}
+    assert "int64" in problems["captions/a/00000.parquet"] and "int32" in problems["captions/a/00000.parquet"]
+    assert problems["captions/a/00001.parquet"].startswith("was made by another")
+
+
+def test_a_stale_table_is_told_and_not_compared(tables: Tables) -> None:
+    edit_manifest(tables["captions/a"], fingerprint="0" * 64)
+    problems = [one.problem for one in find(tables, "scores/clip")]
+    assert len(problems) == 1 and "captions/a was made anew" in problems[0]
+
+
+def test_the_command_tells_each_violation_and_fails(tables: Tables, capsys: pytest.CaptureFixture[str]) -> None:
+    rewrite(tables["captions/a"], "00000", lambda rows: rows[1:])
+    uri = tables["images"].dataset_uri
+    assert job.main([uri]) == 1
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith("captions/a/00000.parquet: lacks 1 id") and told[-1].endswith("2 violations")
+    assert job.main([uri, "--table", "captions/b", "--table", "images"]) == 0
+    assert job.main([uri, "--table", "captions/none"]) == 1
+    assert "no table 'captions/none'" in capsys.readouterr().err
+    assert job.main([f"{uri}/nothing"]) == 1
+
+
+def test_ids_come_twice_in_many() -> None:
+    digests = {number: [f"{number:02x}{row * 2654435761:016x}" for row in range(2000)] for number in range(80)}
+    ids = {str(number): [digest.ljust(64, "0") for digest in here] for number, here in digests.items()}
+    ids["77"][100] = ids["3"][7]
+    with SeenIds(list(ids)) as seen:
+        threads = [threading.Thread(target=seen.add, args=item) for item in ids.items()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert list(seen.suspects()) == [(ids["3"][7][:16], ["3", "77"])]

@@ -1,0 +1,118 @@
+"""The extract stage on Ray: several resolutions from one decode, each table resumed on its own; filters by image scores."""
+
+import hashlib
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from jobs.extract import ExtractJob, run
+from pipelines.extract.config import ExtractConfig, ImageFilter
+from pipelines.extract.run import Extractor, extract_identity, read_latents, read_scored_images, run_extract
+from pipelines.shapes.drawing import draw_row
+from pipelines.stages.contract import Resources
+from pipelines.tables.errors import MissingTableError, StaleTableError
+from pipelines.tables.identity import Identity
+from pipelines.tables.schema import IMAGE_SCORES, IMAGES, LATENTS, SCORES, Row
+from pipelines.tables.table import Table
+
+CONFIG = ExtractConfig(
+    name="tiny",
+    autoencoder="zoo://pipeline/autoencoder",
+    resolution=64,
+    scorer="clip",
+    batch_size=2,
+    check_rows=2,
+    resources=Resources(num_cpus=0.5),
+    max_reject_share=0.9,
+)
+NUM_SHARDS, SHARD_ROWS = 3, 4
+
+
+def image_row(number: int) -> Row:
+    image = Image.fromarray(draw_row(10_000_800 + number)[1]).resize((150, 150))
+    buffer = BytesIO()
+    image.save(buffer, "PNG")
+    content = buffer.getvalue()
+    facts = {"format": "PNG", "width": 150, "height": 150, "phash": "0" * 16, "caption": None, "metadata": None}
+    return {"id": hashlib.sha256(content).hexdigest(), "image_bytes": content, "source_uri": f"{number}.png", **facts}
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> str:
+    uri = str(tmp_path / "data")
+    images, scores = Table(uri, "images", IMAGES), Table(uri, "scores/clip", SCORES)
+    filters = Table(uri, "image_scores/aesthetic", IMAGE_SCORES)
+    for table in (images, scores, filters):
+        table.claim(Identity("test", {}, {}, {}))
+    for shard in range(NUM_SHARDS):
+        rows = [image_row(SHARD_ROWS * shard + index) for index in range(SHARD_ROWS)]
+        captions = [{"captioner": "a", "caption": "one", "clip_score": 25.0}]
+        images.write_shard(f"{shard:05d}", pa.Table.from_pylist(rows, IMAGES))
+        scored = [{"id": row["id"], "captions": captions} for row in rows]
+        scores.write_shard(f"{shard:05d}", pa.Table.from_pylist(scored, SCORES))
+        liked = [{"id": row["id"], "score": float(index)} for index, row in enumerate(rows)]
+        filters.write_shard(f"{shard:05d}", pa.Table.from_pylist(liked, IMAGE_SCORES))
+    return uri
+
+
+def latents_table(uri: str, resolution: int) -> Table:
+    return Table(uri, f"latents/tiny-{resolution}", LATENTS)
+
+
+def stamps(table: Table) -> dict[str, int]:
+    return {shard: Path(f"{table.uri}/{shard}.parquet").stat().st_mtime_ns for shard in table.list_shards()}
+
+
+def test_two_tables_from_one_decode_and_each_resumes_on_its_own(dataset: str, local_ray: None) -> None:
+    small, large = latents_table(dataset, 64), latents_table(dataset, 128)
+    job = ExtractJob(dataset_uri=dataset, extract=CONFIG, resolutions=(64, 128))
+    run(job)
+    for table, side in ((small, 8), (large, 16)):
+        assert table.list_shards() == ["00000", "00001", "00002"]
+        manifest = table.require()
+        assert manifest.complete and manifest.num_rows == NUM_SHARDS * SHARD_ROWS and manifest.num_rejects == 0
+        assert 20 < manifest.figures["psnr_worst.min"] <= manifest.figures["psnr.mean"]
+        for shard in table.list_shards():
+            rows = table.read_shard(shard).to_pylist()
+            assert [row["id"] for row in rows] == Table(dataset, "images", IMAGES).read_shard(shard)["id"].to_pylist()
+            assert all((row["height"], row["width"]) == (side, side) for row in rows)
+            assert table.read_facts(shard).fingerprint == manifest.fingerprint
+        assert "decoded again from their stored latents" in Path(f"{table.uri}/report.html").read_text()
+    first_small, first_large = stamps(small), stamps(large)
+    before = large.read_shard("00001").to_pylist()
+    Path(f"{small.uri}/00000.parquet").unlink()
+    Path(f"{large.uri}/00001.parquet").unlink()
+    run_extract(dataset, CONFIG, also=[128])
+    run_extract(dataset, CONFIG.at(128))
+    again_small, again_large = stamps(small), stamps(large)
+    assert [shard for shard in first_small if again_small[shard] != first_small[shard]] == ["00000"]
+    assert [shard for shard in first_large if again_large[shard] != first_large[shard]] == ["00001"]
+    for row, old in zip(large.read_shard("00001").to_pylist(), before, strict=True):
+        assert row["id"] == old["id"]
+        assert float((read_latents(row, "float16").float() - read_latents(old, "float16").float()).abs().max()) < 0.01
+
+
+def test_filters_read_image_scores_by_aligned_shard(dataset: str) -> None:
+    config = replace(CONFIG, image_filters={"aesthetic": ImageFilter(min=1.0, max=2.0)})
+    tables = [Table(dataset, *of) for of in (("images", IMAGES), ("scores/clip", SCORES))]
+    aesthetic = Table(dataset, "image_scores/aesthetic", IMAGE_SCORES)
+    table = read_scored_images(*tables, {"aesthetic": aesthetic}, "00001")
+    rows, rejects, _ = Extractor(config).process(table)
+    ids = tables[0].read_shard("00001")["id"].to_pylist()
+    assert [row["id"] for row in rows] == ids[1:3]
+    assert [(row["id"], row["reject_reason"]) for row in rejects] == [(ids[0], "filtered"), (ids[3], "filtered")]
+    assert extract_identity(dataset, config).inputs.keys() == {"images", "scores/clip", "image_scores/aesthetic"}
+    assert extract_identity(dataset, config) != extract_identity(dataset, CONFIG)
+    with pytest.raises(MissingTableError, match="image_scores/nsfw"):
+        run_extract(dataset, replace(config, image_filters={"nsfw": ImageFilter(max=2.0)}))
+
+
+def test_a_stale_table_of_another_resolution_is_refused_before_anything_is_made(dataset: str) -> None:
+    latents_table(dataset, 128).claim(Identity("extract", {"dtype": "bfloat16"}, {}, {}))
+    with pytest.raises(StaleTableError, match=r"latents/tiny-128"):
+        run_extract(dataset, CONFIG, also=[128])
+    assert latents_table(dataset, 64).list_shards() == []

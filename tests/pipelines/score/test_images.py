@@ -1,0 +1,172 @@
+"""Scorers of images alone, with tiny real models that are made here."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    ViTConfig,
+    ViTForImageClassification,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.run import run_ingest
+from pipelines.reports.images import image_scores_report
+from pipelines.score.config import ImageScorerConfig
+from pipelines.score.images import ImageScorer, run_image_scores
+from pipelines.tables.errors import StaleTableError
+from pipelines.tables.schema import IMAGE_SCORES, image_scores_path
+from pipelines.tables.table import Table
+from pipelines.workers.images import decode
+from tests.support.hostile_images import encode, gradient
+from tests.support.html_page import check_page
+
+SIZE = {"height": 32, "width": 32}
+CONTENTS = [encode(gradient(40, 50 + number, blue=20 * number), "PNG") for number in range(7)]
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8,
+        id2label={0: "normal", 1: "nsfw"}, label2id={"normal": 0, "nsfw": 1},
+    )  # fmt: skip
+    model = ViTForImageClassification(config)
+    nn.init.normal_(model.classifier.weight)  # as it begins, it would say the same of every image
+    folder = tmp_path_factory.mktemp("classifier")
+    model.save_pretrained(folder)
+    ViTImageProcessorPil(size=SIZE).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def clip_with_head(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """The head as LAION keeps it: a pickle of a Sequential named `layers`, with dropout between."""
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8,
+        projection_dim=12,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("clip")
+    CLIPVisionModelWithProjection(config).save_pretrained(folder)
+    CLIPImageProcessorPil(size=SIZE, crop_size=SIZE).save_pretrained(folder)
+    layers = nn.Sequential(nn.Linear(12, 8), nn.Dropout(0.2), nn.Linear(8, 4), nn.Dropout(0.1), nn.Linear(4, 1))
+    head = folder / "head.pth"
+    torch.save({f"layers.{name}": value for name, value in layers.state_dict().items()}, head)
+    return str(folder), str(head)
+
+
+def table_of(contents: list[bytes]) -> pa.Table:
+    return pa.table(
+        {"id": [f"id{i}" for i in range(len(contents))], "image_bytes": contents, "source_uri": ["x"] * len(contents)}
+    )
+
+
+def test_a_label_is_named_or_numbered(classifier: str) -> None:
+    config = ImageScorerConfig(name="nsfw", model=classifier, label="nsfw", batch_size=3)
+    rows, rejects, _ = ImageScorer(config).process(table_of([*CONTENTS, b"no image"]))
+    model, processor = ViTForImageClassification.from_pretrained(classifier), ViTImageProcessorPil.from_pretrained(classifier)
+    pixels = processor(images=[decode(content) for content in CONTENTS], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = model(pixel_values=pixels).logits.softmax(-1)[:, 1]
+    scores = [row["score"] for row in rows]
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+    assert len(set(scores)) == len(CONTENTS)
+    assert [(row["id"], row["reject_reason"]) for row in rejects] == [("id7", "not_an_image")]
+    other = ImageScorer(ImageScorerConfig(name="normal", model=classifier, label="0")).process(table_of(CONTENTS))
+    np.testing.assert_allclose([row["score"] for row in other.rows], 1 - expected, atol=1e-5)
+    with pytest.raises(ValueError, match=r"no label 'watermark'; it has normal, nsfw"):
+        ImageScorer(ImageScorerConfig(name="x", model=classifier, label="watermark"))
+
+
+def test_what_does_not_fit_or_is_no_number_costs_its_row_only(classifier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = ImageScorer(ImageScorerConfig(name="nsfw", model=classifier, label="nsfw", batch_size=4))
+    expected = scorer.process(table_of(CONTENTS)).rows
+    poison, forward = scorer._prepare({"image_bytes": CONTENTS[5]})[0], scorer.model.model.forward
+
+    def tight(pixel_values: torch.Tensor) -> object:
+        if len(pixel_values) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        output = forward(pixel_values=pixel_values)
+        output.logits[(pixel_values == poison).flatten(1).all(1)] = torch.nan
+        return output
+
+    monkeypatch.setattr(scorer.model.model, "forward", tight)
+    rows, rejects, _ = scorer.process(table_of(CONTENTS))
+    assert [row["id"] for row in rows] == [f"id{number}" for number in range(7) if number != 5]
+    np.testing.assert_allclose(
+        [row["score"] for row in rows], [row["score"] for row in expected if row["id"] != "id5"], atol=1e-5
+    )
+    assert [(row["id"], row["reject_reason"]) for row in rejects] == [("id5", "bad_score")]
+
+
+def test_a_head_over_a_clip(clip_with_head: tuple[str, str]) -> None:
+    folder, head = clip_with_head
+    rows, _, _ = ImageScorer(ImageScorerConfig(name="aesthetic", model=folder, head=head)).process(table_of(CONTENTS))
+    model = CLIPVisionModelWithProjection.from_pretrained(folder)
+    pixels = CLIPImageProcessorPil.from_pretrained(folder)(
+        images=[decode(content) for content in CONTENTS], return_tensors="pt"
+    )
+    weights = torch.load(head, weights_only=True)
+    with torch.no_grad():
+        embeds = model(**pixels).image_embeds
+        hidden = embeds / embeds.norm(dim=-1, keepdim=True)
+        for number in (0, 2, 4):
+            hidden = hidden @ weights[f"layers.{number}.weight"].T + weights[f"layers.{number}.bias"]
+    np.testing.assert_allclose([row["score"] for row in rows], hidden[:, 0], atol=1e-5)
+    torch.save({"other.weight": torch.zeros(1, 12)}, Path(folder, "no_head.pth"))
+    with pytest.raises(ValueError, match=r"no_head.pth is no head: .*holds other.weight"):
+        ImageScorer(ImageScorerConfig(name="x", model=folder, head=f"{folder}/no_head.pth"))
+
+
+def test_the_image_tower_of_a_whole_clip_will_do(clip_with_head: tuple[str, str], tmp_path: Path) -> None:
+    model = CLIPModel.from_pretrained("sana_model/zoo/clip")
+    width = model.config.projection_dim
+    torch.save({"layers.0.weight": torch.eye(1, width), "layers.0.bias": torch.zeros(1)}, tmp_path / "first.pth")
+    config = ImageScorerConfig(name="first", model="zoo://clip", head=str(tmp_path / "first.pth"))
+    scorer = ImageScorer(config)
+    rows, _, _ = scorer.process(table_of(CONTENTS[:2]))
+    pixels = scorer.model.processor(images=[decode(content) for content in CONTENTS[:2]], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        features = model.get_image_features(pixel_values=pixels)
+    embeds = features if isinstance(features, torch.Tensor) else features.pooler_output
+    np.testing.assert_allclose([row["score"] for row in rows], (embeds / embeds.norm(dim=-1, keepdim=True))[:, 0], atol=1e-5)
+
+
+def test_stage_and_page(classifier: str, tmp_path: Path, local_ray: None) -> None:
+    (tmp_path / "photos").mkdir()
+    for number, content in enumerate(CONTENTS):
+        (tmp_path / f"photos/{number}.png").write_bytes(content)
+    dataset = str(tmp_path / "dataset")
+    run_ingest(dataset, IngestConfig(source=str(tmp_path / "photos"), rows_per_shard=4))
+    config = ImageScorerConfig(name="nsfw", model=classifier, label="nsfw")
+    result = run_image_scores(dataset, config)
+    assert (result.num_shards, result.num_rows, result.num_rejects) == (2, len(CONTENTS), 0)
+    assert run_image_scores(dataset, config).was_done
+    with pytest.raises(StaleTableError, match=r"config\.label: 'nsfw' -> 'normal'"):
+        run_image_scores(dataset, ImageScorerConfig(name="nsfw", model=classifier, label="normal"))
+    table = Table(dataset, image_scores_path("nsfw"), IMAGE_SCORES)
+    scores = sorted(score for shard in table.list_shards() for score in table.read_shard(shard)["score"].to_pylist())
+    page = image_scores_report(dataset, "nsfw")
+    check_page(page)
+    assert page.index(f"{scores[-1]:.3f}") < page.index(f"{scores[0]:.3f}")
+
+
+@pytest.mark.parametrize("fields", [{}, {"label": "nsfw", "head": "x.pth"}])
+def test_either_a_label_or_a_head(fields: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="a classifier's label, or a CLIP's head"):
+        ImageScorerConfig(name="x", model="y", **fields)
+
+
+def test_the_name_of_near_duplicates_is_taken() -> None:
+    with pytest.raises(ValueError, match="taken by the stage"):
+        ImageScorerConfig(name="near_duplicates", model="y", label="z")

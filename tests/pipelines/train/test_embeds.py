@@ -1,0 +1,160 @@
+"""Training from captions that were embedded before: as with the text encoder itself, and never from those of another one."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import mlflow
+import pyarrow as pa
+import pytest
+import torch
+
+from jobs.embed_captions import EmbedJob
+from jobs.embed_captions import run as run_embed_job
+from pipelines.extract.config import EmbedConfig
+from pipelines.score.config import SelectionConfig
+from pipelines.tables.errors import MissingTableError
+from pipelines.tables.identity import Identity
+from pipelines.tables.schema import CAPTION_EMBEDS, SCORES
+from pipelines.tables.table import Table
+from pipelines.tracking.config import TrackingConfig
+from pipelines.train.config import TrainConfig
+from pipelines.train.preflight.run import run_preflight
+from pipelines.train.run import check_tables, train_identity
+from pipelines.train.stream.captions import HostTextEncoder, encode_captions, pad_embeds, read_caption_embeds
+from pipelines.train.stream.config import StreamConfig, ValidationConfig, WeightedTable
+from sana_model.files.pipeline import load_pipeline
+from sana_model.nn.config import TextEncoderConfig
+from tests.support.training_ranks import tiny_config, train_on_ranks
+from tests.support.training_world import make_pipeline, make_shards, make_table
+
+PROMPTS = TextEncoderConfig(instruction="User Prompt: ", max_tokens=32)
+
+
+@pytest.fixture(scope="module")
+def init(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_pipeline(tmp_path_factory.mktemp("init"))
+
+
+def make_dataset(folder: Path, sizes: Sequence[int], first: int = 0) -> None:
+    """Scores and latents of the same captions."""
+    shards = make_shards(sizes, ("64x64", "64x64", "32x128"), first=first)
+    scores = Table(str(folder), "scores/clip", SCORES)
+    manifest = scores.claim(Identity("score", {}, {}, {}))
+    for name, rows in shards.items():
+        kept = [{"id": row["id"], "captions": row["captions"]} for row in rows]
+        scores.write_shard(name, pa.Table.from_pylist(kept, SCORES))
+    scores.write_manifest(replace(manifest, complete=True, num_shards=len(shards)))
+    make_table(folder, shards, inputs={"scores/clip": manifest.fingerprint})
+
+
+def embed_config(init: str) -> EmbedConfig:
+    encoder = f"{init}/text_encoder"
+    return EmbedConfig(name="tiny", text_encoder=encoder, scorer="clip", prompts=PROMPTS, compute_dtype="float32", batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory, local_ray: None, init: str) -> Path:
+    """Embedded by the job, on Ray."""
+    folder = tmp_path_factory.mktemp("dataset")
+    make_dataset(folder, [30, 20, 26])
+    tracking = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db")
+    run_embed_job(EmbedJob(dataset_uri=str(folder), embed=embed_config(init), tracking=tracking))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(init: str) -> TrainConfig:
+    """Of two captions of each sample one is drawn, or none."""
+    data = StreamConfig(selection=SelectionConfig(policy="random"), caption_dropout=0.2, held_out_share=0.1)
+    return replace(tiny_config(init), num_steps=20, data=data, validation=ValidationConfig(every=20), caption_embeds="tiny")
+
+
+def test_the_job_embeds_every_caption(dataset: Path, init: str) -> None:
+    table = Table(str(dataset), "caption_embeds/tiny", CAPTION_EMBEDS)
+    manifest = table.require()
+    assert manifest.complete and (manifest.num_shards, manifest.num_rows) == (3, 152)
+    found = read_caption_embeds(table, "00001")
+    assert len(found) == 40 and {who for _, who in found} == {"a", "b"}
+    encoder = load_pipeline(init).text_encoder
+    embeds, _ = encoder.encode(["a blue square"])
+    torch.testing.assert_close(found[f"{30:064x}", "a"].float(), embeds[0].float(), atol=1e-2, rtol=1e-2)
+    assert (dataset / "caption_embeds/tiny/report.html").exists()
+    client = mlflow.MlflowClient(f"sqlite:///{dataset}/mlflow.db")
+    experiment = client.get_experiment_by_name("sana")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED" and run.data.metrics["rows"] == 152
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_losses_are_those_of_the_text_encoder(tmp_path: Path, dataset: Path, config: TrainConfig, num_workers: int) -> None:
+    """The table's bfloat16 rounds what the text encoder gives in float32."""
+    stored = replace(config, num_workers=num_workers)
+    trained = train_on_ranks(tmp_path, dataset, [("stored", stored), ("live", replace(stored, caption_embeds=None))])
+    losses, live = (list(trained[name].losses.values()) for name in ("stored", "live"))
+    worst = max(abs(one / other - 1) for one, other in zip(losses, live, strict=True))
+    print(f"{num_workers} workers: the losses of {len(losses)} steps differ by {worst:.1e} at most")
+    assert len(losses) == 20 and trained["stored"].error is None and worst < 1e-3
+    validation = [trained[name].metrics["validation_loss"] for name in ("stored", "live")]
+    assert validation[0] == pytest.approx(validation[1], rel=1e-3)
+
+
+def test_resumes_with_samples_that_wait(tmp_path: Path, dataset: Path, config: TrainConfig) -> None:
+    config = replace(config, data=replace(config.data, shuffle_shards=1), validation=ValidationConfig())
+    straight = train_on_ranks(tmp_path, dataset, [("straight", config), ("parts", replace(config, num_steps=7))])["straight"]
+    assert train_on_ranks(tmp_path, dataset, [("parts", config)])["parts"].losses == straight.losses
+
+
+def test_only_real_tokens_and_the_null_caption(init: str) -> None:
+    encoder = load_pipeline(init).text_encoder
+    null, captions = encoder.null(), ["a red square", None, "blue"]
+    told = [None if one is None else encoder.encode([one])[0][0] for one in captions]
+    embeds, mask = pad_embeds(told, null)
+    expected, expected_mask = encode_captions(encoder, captions, null)
+    assert torch.equal(mask, expected_mask) and mask.sum(1).tolist() == [5, 1, 3]
+    torch.testing.assert_close(embeds, expected)
+    host = HostTextEncoder(encoder, torch.device("meta"))
+    assert host.encode(["blue"])[0].device.type == "meta" and host.device.type == "cpu"
+
+
+def test_embeddings_of_something_else_are_refused(tmp_path: Path, dataset: Path, config: TrainConfig, init: str) -> None:
+    check_tables(str(dataset), config)
+    assert set(train_identity(str(dataset), config).inputs) == {"latents/tiny-64", "caption_embeds/tiny"}
+    other = TextEncoderConfig(instruction="Say: ", max_tokens=16)
+    with pytest.raises(ValueError, match="is not what this training's text encoder gives") as error:
+        check_tables(str(dataset), replace(config, prompts=other))
+    told = str(error.value)
+    assert "config.instruction: 'sha256:" in told and "config.max_tokens: 32 -> 16" in told and "lowercase" not in told
+    with pytest.raises(ValueError, match=r"models\.text_encoder: 'sha256:.* -> 'sha256:"):
+        check_tables(str(dataset), replace(config, text_encoder="zoo://pipeline/text_encoder"))
+    with pytest.raises(MissingTableError, match="no table 'caption_embeds/none'"):
+        check_tables(str(dataset), replace(config, caption_embeds="none"))
+    # Of a mixture, the dataset whose captions were not embedded, or were scored anew since, is named.
+    make_dataset(tmp_path, [8, 4], first=100)
+    mixture = [WeightedTable(latents="latents/tiny-64"), WeightedTable(latents="latents/tiny-64", dataset_uri=str(tmp_path))]
+    with pytest.raises(MissingTableError, match=f"'caption_embeds/tiny' in {tmp_path}"):
+        check_tables(str(dataset), replace(config, latents=mixture))
+    table = Table(str(tmp_path), "caption_embeds/tiny", CAPTION_EMBEDS)
+    made = Table(str(dataset), "caption_embeds/tiny", CAPTION_EMBEDS).require().identity()
+    manifest = table.claim(replace(made, inputs={"scores/clip": "older"}))
+    with pytest.raises(ValueError, match=f"{table.uri} is not complete"):
+        check_tables(str(dataset), replace(config, latents=mixture))
+    table.write_manifest(replace(manifest, complete=True))
+    with pytest.raises(ValueError, match=f"{table.uri} has no shard 00000"):
+        check_tables(str(dataset), replace(config, latents=mixture))
+    for shard in ("00000", "00001"):
+        table.write_shard(shard, pa.Table.from_pylist([], CAPTION_EMBEDS))
+    with pytest.raises(ValueError, match=r"inputs\.scores/clip: 'older' -> '"):
+        check_tables(str(dataset), replace(config, latents=mixture))
+
+
+def test_a_dry_run_counts_no_text_encoder_on_the_device(dataset: Path, config: TrainConfig) -> None:
+    stored, live = (
+        run_preflight(str(dataset), replace(config, caption_embeds=name), device_gib=80.0) for name in ("tiny", None)
+    )
+    assert stored.problems == [] and "text encoder" in live.memory.parts and "text encoder" not in stored.memory.parts
+    assert live.memory.total - stored.memory.total >= live.memory.parts["text encoder"]
+    wrong = replace(config, prompts=replace(PROMPTS, max_tokens=16))
+    (problem,) = run_preflight(str(dataset), wrong, device_gib=80.0).problems
+    assert "config.max_tokens: 32 -> 16" in problem

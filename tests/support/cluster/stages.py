@@ -1,0 +1,160 @@
+"""The stages as Ray jobs: what is submitted for each, and what each makes."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from pipelines.storage.files import list_folder
+from pipelines.tables.schema import (
+    CAPTIONS,
+    EVALUATIONS,
+    IMAGES,
+    IMAGES_PATH,
+    LATENTS,
+    SAMPLES,
+    SCORES,
+    captions_path,
+    evaluations_path,
+    latents_path,
+    samples_path,
+    scores_path,
+)
+from pipelines.tables.table import Table
+
+RAW = "s3://bucket/raw"
+NUM_IMAGES, ROWS_PER_SHARD = 384, 16
+NUM_SHARDS = math.ceil((NUM_IMAGES + 1) / ROWS_PER_SHARD)  # and a file that is no image
+NUM_STEPS, CHECKPOINT_EVERY = 150, 25
+CAPTIONERS = {"llava": "zoo://captioner-a", "llava-next": "zoo://captioner-b"}
+LATENTS_PATH = latents_path("dc-ae-tiny", 64)
+PROMPTS = ["a large red solid circle in the center of a black background", "a blue solid square on a white background"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A job of the chain.
+
+    Args:
+        name: of its MLflow run.
+        settings: of the job, by dotted name.
+        path, schema: of the table that it makes; without them it is the training.
+        process: in the names of the processes that do its work.
+        parts_before_fault: shards, or steps, that are there before a fault comes.
+    """
+
+    name: str
+    settings: Mapping[str, object]
+    path: str = ""
+    schema: pa.Schema | None = None
+    process: str = "ray::MapWorker"
+    parts_before_fault: int = 3
+
+    def command(self, dataset_uri: str, experiment: str) -> list[str]:
+        values = {"dataset_uri": dataset_uri, "tracking.experiment": experiment, **self.settings}
+        return ["python", "-m", f"jobs.{self.name.split()[0]}", *(f"--{name}={value}" for name, value in values.items())]
+
+    def table(self, dataset_uri: str) -> Table:
+        assert self.schema is not None
+        return Table(dataset_uri, self.path, self.schema)
+
+    def count_done(self, dataset_uri: str) -> int:
+        """Shards that are written, or steps of the training that are written down."""
+        if self.schema is None:
+            return max((int(name.split("-")[2]) for name in list_folder(self.parts_uri(dataset_uri))), default=0)
+        return len(self.table(dataset_uri).list_shards())
+
+    def parts_uri(self, dataset_uri: str) -> str:
+        """The folder that they come to."""
+        return f"{dataset_uri}/{self.path or 'train/drawn'}"
+
+    @property
+    def num_parts(self) -> int:
+        return NUM_STEPS if self.schema is None else NUM_SHARDS
+
+
+def _actors(part: str, resource: str) -> dict[str, object]:
+    """Two actors on two hosts: no host has more than one of the resource."""
+    return {f"{part}.resources.num_actors": 2, f"{part}.resources.custom": json.dumps({resource: 1})}
+
+
+def _caption(name: str, model: str) -> Stage:
+    settings = {
+        "captioner.name": name,
+        "captioner.model": model,
+        "captioner.dtype": "float32",
+        "captioner.batch_size": ROWS_PER_SHARD,
+        "captioner.sampling.max_new_tokens": 48,
+        **_actors("captioner", "captioning"),
+    }
+    return Stage(name=f"caption {name}", settings=settings, path=captions_path(name), schema=CAPTIONS)
+
+
+INGEST = Stage(
+    name="ingest",
+    settings={"ingest.source": RAW, "ingest.rows_per_shard": ROWS_PER_SHARD, **_actors("ingest", "encoding")},
+    path=IMAGES_PATH,
+    schema=IMAGES,
+)
+CAPTION, CAPTION_NEXT = (_caption(name, model) for name, model in CAPTIONERS.items())
+SCORE = Stage(
+    name="score",
+    settings={
+        "scorer.name": "clip",
+        "scorer.model": "zoo://clip",
+        "scorer.captioners": json.dumps(list(CAPTIONERS)),
+        **_actors("scorer", "encoding"),
+    },
+    path=scores_path("clip"),
+    schema=SCORES,
+)
+EXTRACT = Stage(
+    name="extract",
+    settings={
+        "extract.name": "dc-ae-tiny",
+        "extract.autoencoder": "zoo://pipeline/autoencoder",
+        "extract.resolution": 64,
+        "extract.scorer": "clip",
+        **_actors("extract", "encoding"),
+    },
+    path=LATENTS_PATH,
+    schema=LATENTS,
+)
+TRAIN = Stage(
+    name="train",
+    settings={
+        "train.latents": LATENTS_PATH,
+        "train.init": "zoo://pipeline",
+        "train.num_steps": NUM_STEPS,
+        "train.micro_batch_size": 4,
+        "train.global_batch_size": 8,
+        "train.num_workers": 2,
+        "train.resources.custom": '{"training": 1}',
+        "train.engine.zero_stage": 2,
+        "train.engine.dtype": "fp32",
+        "train.checkpoint_every": CHECKPOINT_EVERY,
+        "train.log_every": 1,
+        "train.record_samples": "true",
+        "train.max_failures": 20,
+    },
+    process="ray::RayTrainWo",
+    parts_before_fault=CHECKPOINT_EVERY + 5,
+)
+DATA_STAGES = [INGEST, CAPTION, CAPTION_NEXT, SCORE, EXTRACT]
+
+
+def last_stages(dataset_uri: str) -> list[Stage]:
+    """Pictures of the trained pipeline, and how well they fit their prompts."""
+    sample = {
+        "sample.name": "trained",
+        "sample.pipeline": f"{dataset_uri}/train/pipeline",
+        "sample.prompts": json.dumps(PROMPTS),
+        "sample.draw.num_steps": 4,
+    }
+    evaluate = {"evaluate.name": "trained", "evaluate.model": "zoo://clip"}
+    return [
+        Stage(name="sample trained", settings=sample, path=samples_path("trained"), schema=SAMPLES),
+        Stage(name="evaluate trained", settings=evaluate, path=evaluations_path("trained"), schema=EVALUATIONS),
+    ]

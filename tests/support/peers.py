@@ -1,0 +1,95 @@
+"""Tiny models of ours beside the same shapes of diffusers', with weights that make every part count."""
+
+import torch
+from diffusers import AutoencoderDC, SanaTransformer2DModel
+from torch import Tensor, nn
+
+from sana_model.nn.config import AUTOENCODER_PRESETS, AutoencoderConfig, SanaConfig
+
+TINY = SanaConfig(dim=64, depth=2, num_cross_heads=4, ffn_dim=160, in_channels=8, caption_dim=48, base_size=8)
+
+
+def scramble(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Random values everywhere, norms, biases, modulations and batch statistics included: no default hides an error."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith("running_var"):
+                tensor.uniform_(0.5, 1.5, generator=generator)
+            elif tensor.is_floating_point():
+                fan_in = tensor[0].numel() if tensor.ndim > 1 else 4
+                offset = 1.0 if tensor.ndim == 1 and name.endswith("weight") else 0.0
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) / fan_in**0.5 + offset)
+    return model.eval()
+
+
+def diffusers_transformer(config: SanaConfig, seed: int = 0) -> SanaTransformer2DModel:
+    model = SanaTransformer2DModel(
+        in_channels=config.in_channels,
+        out_channels=config.in_channels,
+        num_attention_heads=config.num_heads,
+        attention_head_dim=32,
+        num_layers=config.depth,
+        num_cross_attention_heads=config.num_cross_heads,
+        cross_attention_head_dim=config.dim // config.num_cross_heads,
+        cross_attention_dim=config.dim,
+        caption_channels=config.caption_dim,
+        mlp_ratio=config.ffn_dim / config.dim,
+        sample_size=config.base_size * config.patch_size,
+        patch_size=config.patch_size,
+        interpolation_scale=config.position_scale,
+        qk_norm="rms_norm_across_heads" if config.qk_norm else None,
+    )
+    return scramble(model, seed)
+
+
+def shrink(config: AutoencoderConfig, channels: int = 16) -> AutoencoderConfig:
+    """A published family with narrow stages and at most one block each; factor and layout stay."""
+    from dataclasses import replace
+
+    narrow = tuple(
+        max(width * channels // 128, 32) if index > 2 else width * channels // 128 for index, width in enumerate(config.widths)
+    )
+    return replace(
+        config,
+        latent_channels=8,
+        widths=narrow,
+        encoder_depths=tuple(min(depth, 1) for depth in config.encoder_depths),
+        decoder_depths=tuple(min(depth, 1) for depth in config.decoder_depths),
+    )
+
+
+FAMILIES = {name: shrink(AUTOENCODER_PRESETS[name]) for name in AUTOENCODER_PRESETS if name.endswith(("in-1.0", "sana-1.1"))}
+
+
+def diffusers_autoencoder(config: AutoencoderConfig, seed: int = 0) -> AutoencoderDC:
+    """As `diffusers` documents each published family; written out, not taken from our own config translation."""
+    stages, family_in = len(config.widths), config.variant == "in"
+    late = stages - 3
+    scales = ((),) * stages if family_in else ((),) * 3 + ((5,),) * late
+    model = AutoencoderDC(
+        latent_channels=config.latent_channels,
+        encoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * late,
+        decoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * late,
+        encoder_block_out_channels=config.widths,
+        decoder_block_out_channels=config.widths,
+        encoder_layers_per_block=config.encoder_depths,
+        decoder_layers_per_block=config.decoder_depths,
+        encoder_qkv_multiscales=scales,
+        decoder_qkv_multiscales=scales,
+        downsample_block_type="pixel_unshuffle" if family_in else "conv",
+        upsample_block_type="pixel_shuffle" if family_in else "interpolate",
+        decoder_norm_types=("batch_norm",) * 3 + ("rms_norm",) * late if family_in else "rms_norm",
+        decoder_act_fns=("relu",) * 3 + ("silu",) * late if family_in else "silu",
+        scaling_factor=config.scaling_factor,
+    )
+    return scramble(model, seed)
+
+
+def assert_close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-4) -> None:
+    """Largest difference within `tolerance` of the scale of `theirs`."""
+    assert ours.shape == theirs.shape
+    scale = theirs.abs().max().item()
+    assert scale > 1e-3, f"the reference is all but zero ({scale:.1e}): the comparison would say nothing"
+    difference = (ours - theirs).abs().max().item()
+    assert difference <= tolerance * scale, f"differs by {difference:.2e}, {difference / scale:.2e} of the scale"

@@ -1,0 +1,110 @@
+"""The training's own workers in plain processes over gloo, without Ray: many trainings in seconds."""
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.multiprocessing
+
+from pipelines.tables.errors import TrainingError
+from pipelines.tracking.config import TrackingConfig
+from pipelines.tracking.runs import RunPlan
+from pipelines.train.config import TrainConfig
+from pipelines.train.engine.config import EngineConfig, OptimConfig
+from pipelines.train.task import TrainTask
+from pipelines.train.worker import TrainWorker
+from tests.support.training_world import PATH
+
+BUCKETS = ("64x64", "64x64", "32x128")
+
+
+def tiny_config(init: str) -> TrainConfig:
+    """One worker, steps of 4 samples, every one of them reported."""
+    return TrainConfig(
+        latents=PATH,
+        init=init,
+        num_steps=10,
+        micro_batch_size=2,
+        global_batch_size=4,
+        engine=EngineConfig(zero_stage=1, dtype="fp32"),
+        optim=OptimConfig(lr=1e-3),
+        log_every=1,
+    )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training gave on rank 0: its losses by step, its error, its last metrics, and how long it waited for data."""
+
+    losses: dict[int, float]
+    error: str | None
+    metrics: dict[str, float]
+    num_bad: int
+    wait_share: float
+
+
+def train_on_ranks(
+    folder: Path,
+    dataset: Path,
+    configs: Sequence[tuple[str, TrainConfig]],
+    *,
+    output_root: str | None = None,
+    tracking: TrackingConfig | None = None,
+) -> dict[str, Trained]:
+    """Train each (name, config) in `output_root/name`, one after the other; all of one number of workers.
+
+    Args:
+        output_root: the folder itself unless given.
+        tracking: where each has an MLflow run of its name and with it as its key; None: nowhere.
+    """
+    (num_workers,) = {config.num_workers for _, config in configs}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"WORLD_SIZE": str(num_workers), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = {**os.environ, **place, "DS_ACCELERATOR": "cpu"}
+    multiprocessing.set_forkserver_preload([__name__, "deepspeed"])  # imported once, for all trainings of a test run
+    arguments = (environment, folder, dataset, configs, output_root or str(folder), tracking)
+    torch.multiprocessing.start_processes(_run_rank, arguments, nprocs=num_workers, start_method="forkserver")
+    return {name: torch.load(folder / f"{name}.pt", weights_only=False) for name, _ in configs}
+
+
+def _run_rank(
+    rank: int,
+    environment: dict[str, str],
+    folder: Path,
+    dataset: Path,
+    configs: Sequence[tuple[str, TrainConfig]],
+    output_root: str,
+    tracking: TrackingConfig | None,
+) -> None:
+    os.environ.update(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+    torch.distributed.init_process_group("gloo")
+    for name, config in configs:
+        plan = RunPlan.make(name, {}, tracking=tracking, output_dir=folder, key=name) if tracking is not None else None
+        task = TrainTask(config=config, dataset_uri=str(dataset), inputs={}, output_uri=f"{output_root}/{name}", plan=plan)
+        trained = _train(task)
+        if rank == 0:
+            torch.save(trained, folder / f"{name}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def _train(task: TrainTask) -> Trained:
+    try:
+        worker = TrainWorker(task, device=torch.device("cpu"))
+        worker.restore()
+    except TrainingError as raised:
+        return Trained({}, str(raised), {}, 0, 0.0)
+    error = None
+    try:
+        worker.train()
+        worker.finish()
+    except TrainingError as raised:
+        error = str(raised)
+    worker.outputs.close()
+    wait_share = worker.stream.wait_seconds / max(worker.meter.seconds, 1e-9)
+    return Trained(dict(worker.history.points), error, worker.metrics, worker.guard.num_bad, wait_share)
