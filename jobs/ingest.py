@@ -10,9 +10,6 @@ from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.run import run_ingest
 from pipelines.reports.images import images_report
 from pipelines.stages.contract import StageResult
-from pipelines.storage.lease import hold
-from pipelines.tables.schema import IMAGES_PATH
-from pipelines.tables.table import absolute_uri
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,14 +24,13 @@ class IngestJob(JobConfig):
 
 
 def run(job: IngestJob) -> StageResult:
-    """The stage in an MLflow run, on the Ray that is there. The lease is held from before the plan of sources is made."""
-    with hold(f"{absolute_uri(job.dataset_uri)}/{IMAGES_PATH}"):
-        return track_stage(
-            job,
-            "ingest",
-            lambda on_progress: run_ingest(job.dataset_uri, job.ingest, on_progress=on_progress),
-            make_report=lambda: images_report(job.dataset_uri),
-        )
+    """The stage in an MLflow run, on the Ray that is there."""
+    return track_stage(
+        job,
+        "ingest",
+        lambda on_progress, leases: run_ingest(job.dataset_uri, job.ingest, on_progress=on_progress, leases=leases),
+        make_report=lambda: images_report(job.dataset_uri),
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ touched: those that were made from this one become stale, and their own stages r
 from pipelines.audit.status import find_tables
 from pipelines.storage.errors import LeaseHeldError
 from pipelines.storage.files import find_files, remove_files
-from pipelines.storage.lease import LEASE, hold, read_lease
+from pipelines.storage.lease import LEASE, Leases, read_lease, shared
 from pipelines.storage.swap import LOCK_SUFFIX
 from pipelines.tables.identity import MANIFEST
 from pipelines.tables.table import REBUILD, Table
@@ -16,14 +16,18 @@ from pipelines.tables.table import REBUILD, Table
 KEPT = (REBUILD, LEASE, LEASE + LOCK_SUFFIX)
 
 
-def delete_table(table: Table) -> None:
+def delete_table(table: Table, leases: Leases | None = None) -> None:
     """Delete a table with its rejects, report and plan, or go on where that was broken off.
+
+    Args:
+        leases: of the job that will make the table again; None: the table's lease is held for this call alone.
 
     Raises:
         LeaseHeldError: it is being written, or a table that is made from it is: that one reads what would be deleted.
         StorageError
     """
-    with hold(table.uri):
+    with shared(leases) as held:
+        held.take(table.uri)
         _refuse_while_read(table)
         if not table.deletion_begun():
             table.write_file(REBUILD, b"{}\n")

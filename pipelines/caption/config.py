@@ -1,15 +1,13 @@
 """What a captioner is: a VLM, its prompt, how it is drawn from, and the engine that runs it."""
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 from pipelines.stages.contract import Resources
 
 DEFAULT_PROMPT = "Describe the image."
 ORIGINAL = "{caption}"
 """In a prompt: where the caption goes that the image came with."""
-# What changes no caption, or is named by the engine below.
-NO_VALUE = ("name", "revision", "batch_size", "device", "vllm", "http", "resources", "max_reject_share")
 Policy = Literal["flag", "reject", "off"]
 FAULTS = ("refusal", "prompt_echo", "repetition", "cut_off", "boilerplate", "wrong_script", "over_budget", "same_caption")
 """In the order of their weight: a caption is rejected for the first."""
@@ -44,6 +42,15 @@ class VllmConfig:
         engine_args: any other of vLLM's engine arguments, such as {quantization: fp8}.
         env: environment variables of the engine's process.
     """
+
+    NO_VALUE: ClassVar = (
+        "tensor_parallel_size",
+        "gpu_memory_utilization",
+        "prefix_caching",
+        "batch_size",
+        "max_concurrent_batches",
+        "env",
+    )
 
     tensor_parallel_size: int = 1
     gpu_memory_utilization: float = 0.9
@@ -80,6 +87,17 @@ class HttpConfig:
         image_format: images are sent as "png", which loses nothing, or "jpeg", which is smaller.
         extra: more fields of the request's body, for what a server has of its own.
     """
+
+    NO_VALUE: ClassVar = (
+        "base_url",
+        "api_key_variable",
+        "concurrency",
+        "timeout",
+        "max_attempts",
+        "patience",
+        "backoff",
+        "max_backoff",
+    )
 
     base_url: str = "http://localhost:8000/v1"
     api_key_variable: str = "OPENAI_API_KEY"
@@ -180,6 +198,8 @@ class CaptionerConfig:
         max_reject_share: the job fails when a larger share of the images is refused.
     """
 
+    NO_VALUE: ClassVar = ("name", "revision", "batch_size", "device", "vllm", "http", "resources", "max_reject_share")
+
     name: str
     model: str
     revision: str | None = None
@@ -223,13 +243,3 @@ class CaptionerConfig:
     def columns(self) -> list[str]:
         """Of `images`, that captioning reads."""
         return ["id", "image_bytes", "source_uri", *(["caption"] if ORIGINAL in self.prompt else [])]
-
-
-def value_settings(config: CaptionerConfig) -> dict[str, Any]:
-    """The settings that can change a caption: where it runs and how many at a time are left out."""
-    settings = {name: value for name, value in asdict(config).items() if name not in NO_VALUE}
-    if config.engine == "vllm":
-        settings |= {"engine_args": config.vllm.engine_args, "content_format": config.vllm.content_format}
-    elif config.engine == "http":
-        settings |= {"image_format": config.http.image_format, "extra": config.http.extra}
-    return settings

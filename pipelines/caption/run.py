@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from functools import partial
 
-from pipelines.caption.config import CaptionerConfig, value_settings
+from pipelines.caption.config import CaptionerConfig
 from pipelines.caption.http_engine import HttpCaptioner
 from pipelines.caption.transformers_engine import TransformersCaptioner
 from pipelines.caption.vllm_engine import run_vllm
 from pipelines.stages.contract import OnProgress, ShardWorker, StageResult
 from pipelines.stages.run import run_shards
-from pipelines.tables.identity import Identity
+from pipelines.storage.lease import Leases
+from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.schema import CAPTIONS, IMAGES, IMAGES_PATH, captions_path
 from pipelines.tables.table import Table
 from pipelines.workers.models import model_version, pinned
@@ -20,10 +21,14 @@ WORKERS: dict[str, Callable[[CaptionerConfig], ShardWorker]] = {"transformers": 
 def caption_identity(dataset_uri: str, config: CaptionerConfig) -> Identity:
     """What the captions depend on: weights, prompt, engine and its settings, and what is looked for in a caption."""
     images = Table(dataset_uri, IMAGES_PATH, IMAGES).require()
-    return Identity("caption", value_settings(config), model_versions(config), {IMAGES_PATH: images.fingerprint})
+    own = {"vllm": config.vllm, "http": config.http}  # the settings of the other engine do not count
+    settings = value_settings(config) | (value_settings(own[config.engine]) if config.engine in own else {})
+    return Identity("caption", settings, model_versions(config), {IMAGES_PATH: images.fingerprint})
 
 
-def run_caption(dataset_uri: str, config: CaptionerConfig, *, on_progress: OnProgress = lambda _: None) -> StageResult:
+def run_caption(
+    dataset_uri: str, config: CaptionerConfig, *, on_progress: OnProgress = lambda _: None, leases: Leases | None = None
+) -> StageResult:
     """Caption every image of a dataset into `captions/<name>`.
 
     Raises as `run_shards` (StageError if the engine cannot go on), and MissingTableError if there are no images.
@@ -34,7 +39,7 @@ def run_caption(dataset_uri: str, config: CaptionerConfig, *, on_progress: OnPro
     output = Table(dataset_uri, captions_path(config.name), CAPTIONS)
     identity = caption_identity(dataset_uri, config)
     if config.engine == "vllm":
-        return run_vllm(output, identity, images, config, on_progress=on_progress)
+        return run_vllm(output, identity, images, config, on_progress=on_progress, leases=leases)
     return run_shards(
         output,
         identity,
@@ -44,6 +49,7 @@ def run_caption(dataset_uri: str, config: CaptionerConfig, *, on_progress: OnPro
         resources=config.resources,
         max_reject_share=config.max_reject_share,
         on_progress=on_progress,
+        leases=leases,
     )
 
 

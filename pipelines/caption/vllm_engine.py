@@ -21,6 +21,7 @@ from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.rows import stream_rows
 from pipelines.stages.run import run_stream
 from pipelines.stages.shards import LIGHT
+from pipelines.storage.lease import Leases
 from pipelines.tables.chance import row_seed
 from pipelines.tables.errors import StageError
 from pipelines.tables.identity import Identity
@@ -37,7 +38,7 @@ ANSWERED = ("generated_text", "generated_tokens", ERROR)
 
 
 def run_vllm(
-    output: Table, identity: Identity, images: Table, config: CaptionerConfig, *, on_progress: OnProgress
+    output: Table, identity: Identity, images: Table, config: CaptionerConfig, *, on_progress: OnProgress, leases: Leases | None
 ) -> StageResult:
     """Make the missing shards of `output`. Raises as `run_stream`."""
     stream = partial(
@@ -51,7 +52,13 @@ def run_vllm(
         make_finisher=partial(AnswerReader, config),
     )
     return run_stream(
-        output, identity, images.list_shards(), stream, max_reject_share=config.max_reject_share, on_progress=on_progress
+        output,
+        identity,
+        images.list_shards(),
+        stream,
+        max_reject_share=config.max_reject_share,
+        on_progress=on_progress,
+        leases=leases,
     )
 
 

@@ -13,7 +13,8 @@ from PIL import Image
 from pipelines.draw.config import SampleConfig
 from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
-from pipelines.tables.identity import Identity
+from pipelines.storage.lease import Leases
+from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.schema import SAMPLES, Row, samples_path
 from pipelines.tables.table import Table
 from pipelines.workers.images import to_png
@@ -35,13 +36,15 @@ def read_prompts(prompts: list[str] | str) -> list[str]:
 
 def sample_identity(config: SampleConfig, prompts: Sequence[str]) -> Identity:
     """What the pictures depend on."""
-    names = ("height", "width", "num_steps", "guidance_scale", "solver", "seed", "rows_per_shard", "dtype")
-    settings = {"pipeline": config.pipeline} | {name: getattr(config.draw, name) for name in names}
+    settings = value_settings(config)
+    settings |= settings.pop("draw")
     settings["prompts"] = f"{len(prompts)}, sha256 {hashlib.sha256(repr(prompts).encode()).hexdigest()[:16]}"
     return Identity("sample", settings, {"pipeline": model_version(config.pipeline)}, {})
 
 
-def run_sample(dataset_uri: str, config: SampleConfig, *, on_progress: OnProgress = lambda _: None) -> StageResult:
+def run_sample(
+    dataset_uri: str, config: SampleConfig, *, on_progress: OnProgress = lambda _: None, leases: Leases | None = None
+) -> StageResult:
     """Draw a picture for each prompt into `samples/<name>`. Raises as `run_shards` and `read_prompts`."""
     prompts = read_prompts(config.prompts)
     size = config.draw.rows_per_shard
@@ -54,6 +57,7 @@ def run_sample(dataset_uri: str, config: SampleConfig, *, on_progress: OnProgres
         resources=config.draw.resources,
         max_reject_share=0.0,
         on_progress=on_progress,
+        leases=leases,
     )
 
 

@@ -14,14 +14,17 @@ from pipelines.shapes.grammar import parse, phrasings, write_caption
 from pipelines.shapes.scenes import Scene
 from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
-from pipelines.tables.identity import Identity
+from pipelines.storage.lease import Leases
+from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.schema import EVALUATIONS, SAMPLES, Row, evaluations_path, samples_path
 from pipelines.tables.table import Table
 from pipelines.workers.clip import ClipModel
 from pipelines.workers.models import model_version, pinned
 
 
-def run_evaluate(dataset_uri: str, config: EvaluateConfig, *, on_progress: OnProgress = lambda _: None) -> StageResult:
+def run_evaluate(
+    dataset_uri: str, config: EvaluateConfig, *, on_progress: OnProgress = lambda _: None, leases: Leases | None = None
+) -> StageResult:
     """Judge the pictures of `samples/<name>` into `evaluations/<name>`.
 
     Raises as `run_shards`, and MissingTableError if there are no such pictures.
@@ -30,7 +33,7 @@ def run_evaluate(dataset_uri: str, config: EvaluateConfig, *, on_progress: OnPro
     samples = Table(dataset_uri, samples_path(config.name), SAMPLES)
     inputs = {samples.path: samples.require().fingerprint}
     models = {"clip": model_version(config.model, config.revision)}
-    identity = Identity("evaluate", {"model": config.model}, models, inputs)
+    identity = Identity("evaluate", value_settings(config), models, inputs)
     return run_shards(
         Table(dataset_uri, evaluations_path(config.name), EVALUATIONS),
         identity,
@@ -40,6 +43,7 @@ def run_evaluate(dataset_uri: str, config: EvaluateConfig, *, on_progress: OnPro
         resources=config.resources,
         max_reject_share=0.0,
         on_progress=on_progress,
+        leases=leases,
     )
 
 

@@ -1,7 +1,7 @@
 """Configuration of the extract and embed_captions stages."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 from PIL import Image
 
@@ -63,6 +63,8 @@ class ExtractConfig:
         max_reject_share: the job fails when a larger share of the images is refused.
     """
 
+    NO_VALUE: ClassVar = ("name", "check_rows", "batch_size", "prepare_threads", "device", "resources", "max_reject_share")
+
     name: str
     autoencoder: str
     resolution: int
@@ -108,13 +110,6 @@ class ExtractConfig:
         batch_size = max(1, round(self.batch_size * (self.resolution / resolution) ** 2))
         return replace(self, resolution=resolution, batch_size=batch_size)
 
-    def settings(self) -> dict[str, Any]:
-        """What of it can change a value in the table, or which rows it has."""
-        names = ("autoencoder", "resolution", "scorer", "dtype", "compute_dtype", "max_upscale", "min_best_score")
-        settings: dict[str, Any] = {name: getattr(self, name) for name in (*names, "max_latent", "tile_size")}
-        filters = {name: {"min": limits.min, "max": limits.max} for name, limits in self.image_filters.items()}
-        return settings | {"interpolation": self.resolved_interpolation, "image_filters": filters}
-
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedConfig:
@@ -133,6 +128,8 @@ class EmbedConfig:
         resources: of the stage's actors.
         max_reject_share: the job fails when a larger share of the captions is refused.
     """
+
+    NO_VALUE: ClassVar = ("name", "batch_size", "device", "resources", "max_reject_share")
 
     name: str
     text_encoder: str

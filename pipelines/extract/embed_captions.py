@@ -14,7 +14,8 @@ import torch
 from pipelines.extract.config import EmbedConfig
 from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
-from pipelines.tables.identity import Identity
+from pipelines.storage.lease import Leases
+from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.schema import CAPTION_EMBEDS, SCORES, Row, scores_path
 from pipelines.tables.table import Table
@@ -26,8 +27,9 @@ from sana_model.nn.text_encoder import TextEncoder
 
 def embed_identity(dataset_uri: str, config: EmbedConfig) -> Identity:
     """What the embeddings depend on."""
-    names = ("text_encoder", "scorer", "attn_implementation", "compute_dtype", "dtype")
-    settings = {name: getattr(config, name) for name in names} | prompt_settings(config.prompts)
+    settings = value_settings(config)
+    del settings["prompts"]  # a long text: its hash stands for it
+    settings |= prompt_settings(config.prompts)
     scores = Table(dataset_uri, scores_path(config.scorer), SCORES)
     inputs = {scores.path: scores.require().fingerprint}
     return Identity("embed_captions", settings, {config.name: model_version(config.text_encoder)}, inputs)
@@ -42,7 +44,9 @@ def prompt_settings(prompts: TextEncoderConfig) -> dict[str, Any]:
     }
 
 
-def run_embed_captions(dataset_uri: str, config: EmbedConfig, *, on_progress: OnProgress = lambda _: None) -> StageResult:
+def run_embed_captions(
+    dataset_uri: str, config: EmbedConfig, *, on_progress: OnProgress = lambda _: None, leases: Leases | None = None
+) -> StageResult:
     """Embed every caption of `scores/<scorer>` into `caption_embeds/<name>`.
 
     Raises as `run_shards`, and MissingTableError if there are no scores.
@@ -58,6 +62,7 @@ def run_embed_captions(dataset_uri: str, config: EmbedConfig, *, on_progress: On
         resources=config.resources,
         max_reject_share=config.max_reject_share,
         on_progress=on_progress,
+        leases=leases,
     )
 
 

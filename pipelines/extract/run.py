@@ -1,7 +1,6 @@
 """The extract stage: images to scaled DC-AE latents, one bucket size each, with the captions that compete for them."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,8 +12,8 @@ from pipelines.extract.encode import LatentEncoder
 from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
 from pipelines.stages.shards import write_output
-from pipelines.storage.lease import Ticket, hold
-from pipelines.tables.identity import Identity
+from pipelines.storage.lease import Leases, Ticket, shared
+from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.schema import IMAGE_SCORES, IMAGES, IMAGES_PATH, LATENTS, SCORES, Row, image_scores_path, scores_path
 from pipelines.tables.table import Table
 from pipelines.workers.models import model_version
@@ -28,11 +27,17 @@ def extract_identity(dataset_uri: str, config: ExtractConfig) -> Identity:
     """What the latents depend on."""
     images, scores, *image_scores = _input_tables(dataset_uri, config)
     inputs = {table.path: table.require().fingerprint for table in (images, scores, *image_scores)}
-    return Identity("extract", config.settings(), {config.name: model_version(config.autoencoder)}, inputs)
+    settings = value_settings(config) | {"interpolation": config.resolved_interpolation}
+    return Identity("extract", settings, {config.name: model_version(config.autoencoder)}, inputs)
 
 
 def run_extract(
-    dataset_uri: str, config: ExtractConfig, *, also: Sequence[int] = (), on_progress: OnProgress = lambda _: None
+    dataset_uri: str,
+    config: ExtractConfig,
+    *,
+    also: Sequence[int] = (),
+    on_progress: OnProgress = lambda _: None,
+    leases: Leases | None = None,
 ) -> StageResult:
     """Encode every scored image of a dataset into `latents/<name>-<resolution>`.
 
@@ -45,8 +50,8 @@ def run_extract(
     identity = extract_identity(dataset_uri, config)
     images, scores, *image_scores = _input_tables(dataset_uri, config)
     shards = set(images.list_shards()).intersection(*(table.list_shards() for table in (scores, *image_scores)))
-    with ExitStack() as leases:
-        sides = [_claim_side(dataset_uri, config.at(resolution), shards, leases) for resolution in also]
+    with shared(leases) as held:
+        sides = [_claim_side(dataset_uri, config.at(resolution), shards, held) for resolution in also]
         return run_shards(
             Table(dataset_uri, config.path, LATENTS),
             identity,
@@ -56,6 +61,7 @@ def run_extract(
             resources=config.resources,
             max_reject_share=config.max_reject_share,
             on_progress=on_progress,
+            leases=held,
         )
 
 
@@ -76,9 +82,9 @@ class SideTable:
     missing: frozenset[str]
 
 
-def _claim_side(dataset_uri: str, config: ExtractConfig, shards: set[str], leases: ExitStack) -> SideTable:
+def _claim_side(dataset_uri: str, config: ExtractConfig, shards: set[str], leases: Leases) -> SideTable:
     table, identity = Table(dataset_uri, config.path, LATENTS), extract_identity(dataset_uri, config)
-    ticket = leases.enter_context(hold(table.uri)).ticket
+    ticket = leases.take(table.uri).ticket
     table.claim(identity)
     missing = frozenset(shards.difference(table.list_shards()))
     return SideTable(config.resolution, table, identity.fingerprint, ticket, missing)

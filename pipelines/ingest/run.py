@@ -8,7 +8,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -24,8 +24,8 @@ from pipelines.ingest.readers import NUM_THREADS, read_parts
 from pipelines.ingest.sources import ACCEPTED, Part, Source, find_source
 from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
-from pipelines.storage.lease import hold
-from pipelines.tables.identity import Identity
+from pipelines.storage.lease import Leases, shared
+from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.schema import IMAGES, IMAGES_PATH, Row
 from pipelines.tables.table import Table, absolute_uri
@@ -36,7 +36,12 @@ COPIES = "_lists"
 DUPLICATE = "duplicate"
 
 
-def run_ingest(dataset_uri: str, config: IngestConfig, on_progress: OnProgress = lambda progress: None) -> StageResult:
+def run_ingest(
+    dataset_uri: str,
+    config: IngestConfig,
+    on_progress: OnProgress = lambda progress: None,
+    leases: Leases | None = None,
+) -> StageResult:
     """Make the shards of `images` that are absent, of the source's present files and of those that were there before.
 
     Rejects: the reasons of `images.decode` and of `readers.read_parts`, and "duplicate".
@@ -46,9 +51,10 @@ def run_ingest(dataset_uri: str, config: IngestConfig, on_progress: OnProgress =
         StaleTableError, TooManyRejectsError: see `stage.run_shards`.
     """
     images = Table(absolute_uri(dataset_uri), IMAGES_PATH, IMAGES)
-    source, plan = _plan_sources(images, config)
-    identity = _identity(config, source, plan)
-    with hold(images.uri):
+    with shared(leases) as held:
+        held.take(images.uri)  # before the plan of the sources is made
+        source, plan = _plan_sources(images, config)
+        identity = _identity(config, source, plan)
         manifest = images.claim(identity)
         if config.license is not None and manifest.license != config.license:
             images.write_manifest(replace(manifest, license=config.license))
@@ -63,6 +69,7 @@ def run_ingest(dataset_uri: str, config: IngestConfig, on_progress: OnProgress =
             resources=config.resources,
             max_reject_share=config.max_reject_share,
             on_progress=on_progress,
+            leases=held,
         )
 
 
@@ -161,12 +168,11 @@ def _open_ledger(images: Table, plan: Plan, done: set[str]) -> ActorHandle | Non
 
 
 def _identity(config: IngestConfig, source: Source, plan: Plan) -> Identity:
-    """Resources and how patiently URLs are fetched change no value; the sizes of shards do, for the other tables are aligned to
-    them."""
-    names = ("image_column", "caption_column", "url_column", "base_uri", "rows_per_shard", "bytes_per_shard")
-    settings = {name: getattr(config, name) for name in names} | {"obey_robots_tag": config.download.obey_robots_tag}
+    """What the images depend on. The sizes of shards count too: all other tables are aligned to these shards."""
+    settings = value_settings(config)
+    settings |= settings.pop("download")
     settings |= {"source": source.uri, "source_kind": source.kind, "first_listing": plan.first_listing}
-    return Identity(STAGE, settings | {"limits": asdict(config.limits)}, models={}, inputs={})
+    return Identity(STAGE, settings, models={}, inputs={})
 
 
 def _plan_sources(images: Table, config: IngestConfig) -> tuple[Source, Plan]:

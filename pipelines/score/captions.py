@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
 
@@ -12,7 +11,8 @@ import torch
 from pipelines.score.config import ScorerConfig
 from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
-from pipelines.tables.identity import Identity
+from pipelines.storage.lease import Leases
+from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.schema import CAPTIONS, IMAGES, IMAGES_PATH, ORIGINAL_CAPTIONER, SCORES, Row, captions_path, scores_path
 from pipelines.tables.table import Table
@@ -28,14 +28,14 @@ Prepared = tuple[Row, PreparedImage]
 
 def score_identity(dataset_uri: str, config: ScorerConfig) -> Identity:
     """What the scores depend on."""
-    values = asdict(config)
-    settings = {name: values[name] for name in ("model", "dtype", "long_captions")} | {"captioners": list(config.captioners)}
     tables = [Table(dataset_uri, IMAGES_PATH, IMAGES), *_caption_tables(dataset_uri, config)]
     inputs = {table.path: table.require().fingerprint for table in tables}
-    return Identity("score", settings, {config.name: model_version(config.model, config.revision)}, inputs)
+    return Identity("score", value_settings(config), {config.name: model_version(config.model, config.revision)}, inputs)
 
 
-def run_score(dataset_uri: str, config: ScorerConfig, *, on_progress: OnProgress = lambda _: None) -> StageResult:
+def run_score(
+    dataset_uri: str, config: ScorerConfig, *, on_progress: OnProgress = lambda _: None, leases: Leases | None = None
+) -> StageResult:
     """Score the captions of every image of a dataset into `scores/<name>`: of the shards that all captioners have done.
 
     Raises as `run_shards`, and MissingTableError if images or a captioner's captions are not there.
@@ -53,6 +53,7 @@ def run_score(dataset_uri: str, config: ScorerConfig, *, on_progress: OnProgress
         resources=config.resources,
         max_reject_share=config.max_reject_share,
         on_progress=on_progress,
+        leases=leases,
     )
 
 

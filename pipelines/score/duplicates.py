@@ -29,9 +29,9 @@ from pipelines.score.config import NEAR_DUPLICATES, DuplicatesConfig
 from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
 from pipelines.storage.files import read_file
-from pipelines.storage.lease import hold
+from pipelines.storage.lease import Leases, shared
 from pipelines.tables.errors import MissingTableError
-from pipelines.tables.identity import Identity
+from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.schema import IMAGE_SCORES, IMAGES, IMAGES_PATH, image_scores_path
 from pipelines.tables.table import Table
 
@@ -63,16 +63,18 @@ class Verdicts:
     distances: np.ndarray  # (M,) int32
 
 
-def run_duplicates(dataset_uri: str, config: DuplicatesConfig, *, on_progress: OnProgress = lambda _: None) -> StageResult:
+def run_duplicates(
+    dataset_uri: str, config: DuplicatesConfig, *, on_progress: OnProgress = lambda _: None, leases: Leases | None = None
+) -> StageResult:
     """Say of every image which other image, if any, stands for it, into `image_scores/near_duplicates`.
 
     Raises as `run_shards`, and MissingTableError if there are no images.
     """
     images = Table(dataset_uri, IMAGES_PATH, IMAGES)
     output = Table(dataset_uri, image_scores_path(NEAR_DUPLICATES), IMAGE_SCORES)
-    settings = {"max_distance": config.max_distance}
-    identity = Identity("duplicates", settings, models={}, inputs={IMAGES_PATH: images.require().fingerprint})
-    with hold(output.uri):  # what a run decides about is noted before its shards are made
+    identity = Identity("duplicates", value_settings(config), models={}, inputs={IMAGES_PATH: images.require().fingerprint})
+    with shared(leases) as held:
+        held.take(output.uri)  # what a run decides about is noted before its shards are made
         output.claim(identity)
         generations = _plan_generations(images, output)
         found = set(output.list_shards())
@@ -94,6 +96,7 @@ def run_duplicates(dataset_uri: str, config: DuplicatesConfig, *, on_progress: O
                     resources=config.resources,
                     max_reject_share=0.0,
                     on_progress=on_progress,
+                    leases=held,
                 )
             older = shards
         if result is None:

@@ -7,7 +7,6 @@ over its image embedding, as the LAION aesthetic predictors are.
 import hashlib
 import math
 import re
-from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from typing import Any, Protocol
@@ -22,7 +21,8 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor  #
 from pipelines.score.config import ImageScorerConfig
 from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
-from pipelines.tables.identity import Identity
+from pipelines.storage.lease import Leases
+from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.schema import IMAGE_SCORES, IMAGES, IMAGES_PATH, Row, image_scores_path
 from pipelines.tables.table import Table
@@ -34,20 +34,20 @@ from sana_model.files.places import resolve
 from sana_model.files.tensors import read_weights_file
 
 
-def run_image_scores(dataset_uri: str, config: ImageScorerConfig, *, on_progress: OnProgress = lambda _: None) -> StageResult:
+def run_image_scores(
+    dataset_uri: str, config: ImageScorerConfig, *, on_progress: OnProgress = lambda _: None, leases: Leases | None = None
+) -> StageResult:
     """Score every image of a dataset into `image_scores/<name>`.
 
     Raises as `run_shards`, and MissingTableError if there are no images.
     """
     config = pinned(config)
     images = Table(dataset_uri, IMAGES_PATH, IMAGES)
-    values = asdict(config)
-    settings = {name: values[name] for name in ("model", "label", "head", "dtype")}
     models = {config.name: model_version(config.model, config.revision)}
     if config.head:
         with resolve(config.head).open("rb") as file:
             models["head"] = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:32]}"
-    identity = Identity("score_images", settings, models, {IMAGES_PATH: images.require().fingerprint})
+    identity = Identity("score_images", value_settings(config), models, {IMAGES_PATH: images.require().fingerprint})
     return run_shards(
         Table(dataset_uri, image_scores_path(config.name), IMAGE_SCORES),
         identity,
@@ -57,6 +57,7 @@ def run_image_scores(dataset_uri: str, config: ImageScorerConfig, *, on_progress
         resources=config.resources,
         max_reject_share=config.max_reject_share,
         on_progress=on_progress,
+        leases=leases,
     )
 
 

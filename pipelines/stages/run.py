@@ -10,7 +10,7 @@ from ray.exceptions import RayError, RayTaskError
 from pipelines.stages.contract import OnProgress, Outcome, Progress, ReadShard, Resources, ShardWorker, StageResult
 from pipelines.stages.shards import MAX_FAILED_SHARDS, RETRIES, STOPS, ShardJob, stream_shards
 from pipelines.storage.files import remove_leftovers
-from pipelines.storage.lease import Lease, Ticket, hold
+from pipelines.storage.lease import Lease, Leases, Ticket, shared
 from pipelines.tables.errors import ShardError, TooManyRejectsError
 from pipelines.tables.identity import Identity, Manifest
 from pipelines.tables.table import ShardFacts, Table
@@ -36,10 +36,11 @@ def run_shards(
     resources: Resources,
     max_reject_share: float,
     on_progress: OnProgress = lambda progress: None,
+    leases: Leases | None = None,
 ) -> StageResult:
-    """Make the shards of `output` that are absent, each by one call of a worker.
+    """Make the missing shards of `output`, each by one call of a worker.
 
-    Raises as `run_stream`, and ShardError if shards could not be made, but all others are; or more than a few.
+    Raises as `run_stream`; and ShardError if some shards could not be made (all others are), or more than a few failed.
     """
 
     def stream(missing: list[str], ticket: Ticket) -> Iterator[Outcome]:
@@ -53,7 +54,9 @@ def run_shards(
         )
         return _make_shards(job, missing)
 
-    return run_stream(output, identity, shards, stream, max_reject_share=max_reject_share, on_progress=on_progress)
+    return run_stream(
+        output, identity, shards, stream, max_reject_share=max_reject_share, on_progress=on_progress, leases=leases
+    )
 
 
 def run_stream(
@@ -64,10 +67,13 @@ def run_stream(
     *,
     max_reject_share: float,
     on_progress: OnProgress = lambda progress: None,
+    leases: Leases | None = None,
 ) -> StageResult:
-    """Have `stream` make the shards of `output` that are absent; it gives the outcome of each one that it has written.
+    """Have `stream` make the missing shards of `output`; it yields the outcome of each shard that it has written.
 
-    It checks the ticket that it is given before it writes a shard.
+    Args:
+        stream: checks the ticket that it is given before it writes a shard.
+        leases: of the calling job; None: the lease of `output` is held for this call alone.
 
     Raises:
         StaleTableError: `output` was made in another way.
@@ -76,8 +82,8 @@ def run_stream(
         StageError: a worker found that no shard can be made as things are.
         LeaseHeldError, LeaseLostError: another writer is at work on `output`, or has taken it over.
     """
-    with hold(output.uri) as lease:
-        return _run(output, identity, shards, stream, lease, max_reject_share, on_progress)
+    with shared(leases) as held:
+        return _run(output, identity, shards, stream, held.take(output.uri), max_reject_share, on_progress)
 
 
 def _run(

@@ -17,12 +17,12 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
+from typing import Any, Self
 
 from pipelines.storage.errors import LeaseHeldError, LeaseLostError, StorageError
 from pipelines.storage.swap import read_if_there, swap
@@ -49,6 +49,9 @@ class LeaseConfig:
     def __post_init__(self) -> None:
         if self.seconds < 1:
             raise ValueError(f"lease.seconds={self.seconds} must be at least 1")
+
+
+DEFAULT_LEASE = LeaseConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,35 +202,17 @@ class Lease:
                 self.failure = error
 
 
-_settings: ContextVar[LeaseConfig] = ContextVar("lease settings", default=LeaseConfig())  # noqa: B039  # it is frozen
-_held: dict[str, Lease] = {}
-
-
 @contextmanager
-def lease_settings(config: LeaseConfig) -> Iterator[None]:
-    """What the leases taken inside the block are taken with."""
-    token = _settings.set(config)
-    try:
-        yield
-    finally:
-        _settings.reset(token)
-
-
-@contextmanager
-def hold(uri: str) -> Iterator[Lease]:
-    """Be the only writer of the table (or other folder) at `uri`; within this process a lease that is held is shared.
+def hold(uri: str, config: LeaseConfig = DEFAULT_LEASE) -> Iterator[Lease]:
+    """Take the lease of the table (or other folder) at `uri`, and release it at the end of the block.
 
     Raises:
-        LeaseHeldError: another writer is at work.
-        LeaseLostError: at the end, in place of what went wrong, if another has taken over.
+        LeaseHeldError: another writer is at work, in this process or elsewhere.
+        LeaseLostError: at the end, in place of what went wrong, if another writer has taken over.
         StorageError
     """
-    if uri in _held:
-        yield _held[uri]
-        return
-    lease = Lease(uri, _acquire(uri, _settings.get()))
+    lease = Lease(uri, _acquire(uri, config))
     lease.start()
-    _held[uri] = lease
     try:
         yield lease
         lease.check()
@@ -236,8 +221,41 @@ def hold(uri: str) -> Iterator[Lease]:
             lease.ticket.check()
         raise
     finally:
-        del _held[uri]
         lease.release()
+
+
+class Leases:
+    """The leases that one job holds. The job hands them to what it calls, which takes from them the lease of the table that it
+    writes, and they are released together, at the end of the job's block: nobody else gets at a table between two steps."""
+
+    def __init__(self, config: LeaseConfig = DEFAULT_LEASE):
+        self.config = config
+        self._held: dict[str, Lease] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._stack.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        self._held.clear()
+        return self._stack.__exit__(*error)
+
+    def take(self, uri: str) -> Lease:
+        """The lease of the table at `uri`, which is acquired unless it is held here already. Raises as `hold`."""
+        if uri not in self._held:
+            self._held[uri] = self._stack.enter_context(hold(uri, self.config))
+        return self._held[uri]
+
+
+@contextmanager
+def shared(leases: Leases | None) -> Iterator[Leases]:
+    """The leases that the caller hands in; or, for a caller that has none, new ones that are released at the end."""
+    if leases is not None:
+        yield leases
+        return
+    with Leases() as own:
+        yield own
 
 
 def _acquire(uri: str, config: LeaseConfig) -> LeaseRecord:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -60,6 +60,26 @@ class Manifest:
 
     def identity(self) -> Identity:
         return Identity(self.stage, self.config, self.models, self.inputs)
+
+
+def value_settings(config: Any) -> dict[str, Any]:
+    """The settings of a configuration (a dataclass) that can change a value in a table, in JSON's types, for an `Identity`.
+
+    Every field counts, except those that its class names in `NO_VALUE`, a tuple: table names, batch sizes, resources and so
+    on. Nested configurations have a `NO_VALUE` of their own.
+    """
+    no_value = getattr(type(config), "NO_VALUE", ())
+    names = [field.name for field in fields(config)]
+    assert set(no_value) <= set(names), f"{type(config).__name__}.NO_VALUE names no field: {set(no_value) - set(names)}"
+    return {name: _plain(getattr(config, name)) for name in names if name not in no_value}
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return value_settings(value)
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def _now() -> str:

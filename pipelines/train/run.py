@@ -5,7 +5,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from ray.train import FailureConfig, Result, RunConfig, ScalingConfig, TrainingF
 from ray.train.torch import TorchTrainer
 
 from pipelines.storage.files import list_folder
-from pipelines.storage.lease import hold
+from pipelines.storage.lease import DEFAULT_LEASE, LeaseConfig, hold
 from pipelines.tables.errors import TrainingError, TrainingStopped
-from pipelines.tables.identity import Identity
+from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.table import absolute_uri
 from pipelines.tracking.runs import RunEnd, RunPlan, TrackedRun, end_status
 from pipelines.train.config import TrainConfig
@@ -31,16 +31,6 @@ from pipelines.train.task import TrainTask
 from pipelines.train.trained_pipeline import PIPELINE_DIR
 from pipelines.train.worker import train_worker
 from pipelines.workers.models import model_version
-
-NOT_IN_IDENTITY = {
-    "": (
-        *("num_workers", "micro_batch_size", "resources", "max_failures", "grid", "log_every", "record_samples"),
-        *("checkpoint_every", "keep_checkpoints", "keep_every", "keep_best", "validation"),
-    ),
-    "data": ("prefetch",),
-    "engine": ("zero_stage", "reduce_dtype", "offload_optimizer", "offload_weights", "checkpoint_blocks", "compile_blocks"),
-}
-"""What may change while a training goes on: it changes no weight beyond rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +61,7 @@ class TrainResult:
 def train_identity(dataset_uri: str, config: TrainConfig) -> Identity:
     """What the trained weights depend on. Raises MissingTableError, or ValueError if a table is not complete."""
     inputs = _inputs(dataset_uri, config.sources(dataset_uri))
-    settings = asdict(config)
-    for part, names in NOT_IN_IDENTITY.items():
-        for name in names:
-            del (settings[part] if part else settings)[name]
+    settings = value_settings(config)
     paths = {name: settings.pop(name) for name in ("init", "text_encoder", "autoencoder")}
     models = {name: model_version(path) for name, path in paths.items() if path is not None}
     return Identity("train", settings, models, inputs)
@@ -98,6 +85,7 @@ def run_train(
     *,
     output_dir: str,
     plan: RunPlan | None = None,
+    lease: LeaseConfig = DEFAULT_LEASE,
     on_progress: OnTrainProgress = lambda progress: None,
     on_notice: OnNotice = lambda notice: None,
 ) -> TrainResult:
@@ -105,6 +93,7 @@ def run_train(
 
     Args:
         plan: the MLflow run that the workers log to.
+        lease: how other trainings are kept from `output_dir`.
         on_progress, on_notice: called from another thread, with figures and with what a person should know.
 
     Raises:
@@ -119,7 +108,7 @@ def run_train(
     config = _with_absolute_paths(config)
     dataset_uri, output_uri = absolute_uri(dataset_uri), absolute_uri(output_dir)
     identity = train_identity(dataset_uri, config)
-    with hold(output_uri):
+    with hold(output_uri, lease):
         record = TrainingRecord.claim(output_uri, identity)
         if record.result is not None and list_folder(f"{output_uri}/{PIPELINE_DIR}"):
             return _to_result(record, was_done=True)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pipelines.score.config import SelectionConfig
 
@@ -21,6 +21,8 @@ class StreamConfig:
         shuffle_shards: shards that are read, and shuffled row by row, together; all of them are in memory at once.
         prefetch: micro-batches made ready ahead; changes no value.
     """
+
+    NO_VALUE: ClassVar = ("prefetch",)
 
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     caption_dropout: float = 0.1
