@@ -19,7 +19,7 @@ from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.schema import Row
 from pipelines.tables.text import clean
 from pipelines.workers.images import decode
-from pipelines.workers.models import local_model
+from pipelines.workers.models import pretrained
 
 TAG = re.compile(r"<[^<>\s][^<>]{0,60}>|\[/?INST\]")
 TOO_LONG = re.compile(r"context length|maximum (model|context)|max_model_len|too (long|many tokens)|longer than", re.IGNORECASE)
@@ -85,7 +85,8 @@ class CaptionJudge:
         self.quality: QualityConfig = config.quality
         self.count_tokens: Callable[[str], int] | None = None
         if self.quality.budget_tokenizer:
-            tokenizer = AutoTokenizer.from_pretrained(local_model(self.quality.budget_tokenizer))
+            path, options = pretrained(self.quality.budget_tokenizer)
+            tokenizer = AutoTokenizer.from_pretrained(path, **options)
             self.count_tokens = lambda text: len(tokenizer(text)["input_ids"])
 
     def judge(self, source: Sequence[Row], outcomes: Sequence[Outcome]) -> ShardOutput:

@@ -29,7 +29,7 @@ from pipelines.stages.contract import ShardOutput
 from pipelines.tables.chance import row_seed
 from pipelines.tables.errors import StageError
 from pipelines.tables.rejects import RowRefused
-from pipelines.workers.models import local_model, pick_device
+from pipelines.workers.models import pick_device, pretrained
 from pipelines.workers.prepare import prepare_ahead
 
 # What processors and models raise for one row: a placeholder too many in its prompt, an image that they cannot cut up.
@@ -46,9 +46,8 @@ class TransformersCaptioner:
 
     def __init__(self, config: CaptionerConfig):
         self.config = config
-        path = local_model(config.model)
-        options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-        options |= {"revision": config.revision} if config.revision else {}
+        path, pinned = pretrained(config.model, config.revision)
+        options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, **pinned}
         self.device = pick_device(config.device)
         model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, config.dtype), **options)
         self.model = model.to(self.device).eval()

@@ -28,7 +28,7 @@ from pipelines.tables.identity import Identity
 from pipelines.tables.rejects import RowRefused
 from pipelines.tables.schema import Row
 from pipelines.tables.table import Table
-from pipelines.workers.models import local_model
+from pipelines.workers.models import pretrained
 
 ERROR = "__inference_error__"
 """ray.data.llm's column: a row that has something in it passes by the engine."""
@@ -92,8 +92,8 @@ def run_engine(dataset: ray.data.Dataset, config: CaptionerConfig) -> ray.data.D
 
     if not ray.get(ray.remote(num_cpus=LIGHT)(_has_vllm).remote()):
         raise StageError(f"captioner {config.name!r}: engine=vllm needs vLLM on the nodes of the cluster: {INSTALL}")
-    options, model = config.vllm, local_model(config.model)
-    code = {"trust_remote_code": config.trust_remote_code, **({"revision": config.revision} if config.revision else {})}
+    options, (model, pinned) = config.vllm, pretrained(config.model, config.revision)
+    code = {"trust_remote_code": config.trust_remote_code, **pinned}
     engine_kwargs: dict[str, Any] = {
         "dtype": config.dtype,
         "tensor_parallel_size": options.tensor_parallel_size,
@@ -162,8 +162,8 @@ class AnswerReader:
 
 def stop_tokens(config: CaptionerConfig) -> set[int]:
     """Ids that end a caption, as vLLM knows them: of the tokenizer and of the generation settings."""
-    model = local_model(config.model)
-    options: dict[str, Any] = {"revision": config.revision} if config.revision else {}
+    model, pinned = pretrained(config.model, config.revision)
+    options: dict[str, Any] = dict(pinned)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=config.trust_remote_code, **options)
     try:
         known = GenerationConfig.from_pretrained(model, **options).eos_token_id

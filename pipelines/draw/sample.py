@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -18,7 +19,7 @@ from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.schema import SAMPLES, Row, samples_path
 from pipelines.tables.table import Table
 from pipelines.workers.images import to_png
-from pipelines.workers.models import model_version, pick_device
+from pipelines.workers.models import find_model, pick_device
 from sana_model.pipeline import TextToImage
 
 
@@ -34,12 +35,12 @@ def read_prompts(prompts: list[str] | str) -> list[str]:
     return found
 
 
-def sample_identity(config: SampleConfig, prompts: Sequence[str]) -> Identity:
+def sample_identity(config: SampleConfig, prompts: Sequence[str], models: dict[str, str]) -> Identity:
     """What the pictures depend on."""
     settings = value_settings(config)
     settings |= settings.pop("draw")
     settings["prompts"] = f"{len(prompts)}, sha256 {hashlib.sha256(repr(prompts).encode()).hexdigest()[:16]}"
-    return Identity("sample", settings, {"pipeline": model_version(config.pipeline)}, {})
+    return Identity("sample", settings, models, {})
 
 
 def run_sample(
@@ -47,13 +48,14 @@ def run_sample(
 ) -> StageResult:
     """Draw a picture for each prompt into `samples/<name>`. Raises as `run_shards` and `read_prompts`."""
     prompts = read_prompts(config.prompts)
+    pipeline = find_model(config.pipeline)
     size = config.draw.rows_per_shard
     return run_shards(
         Table(dataset_uri, samples_path(config.name), SAMPLES),
-        sample_identity(config, prompts),
+        sample_identity(config, prompts, {"pipeline": pipeline.version}),
         [f"{number:05d}" for number in range(-(-len(prompts) // size))],
         read_shard=partial(_read_prompts_shard, prompts, config.draw.seed, size),
-        make_worker=partial(Sampler, config),
+        make_worker=partial(Sampler, replace(config, pipeline=pipeline.path)),
         resources=config.draw.resources,
         max_reject_share=0.0,
         on_progress=on_progress,

@@ -1,6 +1,7 @@
 """The evaluate stage: how well pictures show what their prompts ask for."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from io import BytesIO
 
@@ -19,7 +20,7 @@ from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.schema import EVALUATIONS, SAMPLES, Row, evaluations_path, samples_path
 from pipelines.tables.table import Table
 from pipelines.workers.clip import ClipModel
-from pipelines.workers.models import model_version, pinned
+from pipelines.workers.models import find_model
 
 
 def run_evaluate(
@@ -29,17 +30,16 @@ def run_evaluate(
 
     Raises as `run_shards`, and MissingTableError if there are no such pictures.
     """
-    config = pinned(config)
+    model = find_model(config.model, config.revision)
     samples = Table(dataset_uri, samples_path(config.name), SAMPLES)
     inputs = {samples.path: samples.require().fingerprint}
-    models = {"clip": model_version(config.model, config.revision)}
-    identity = Identity("evaluate", value_settings(config), models, inputs)
+    identity = Identity("evaluate", value_settings(config), {"clip": model.version}, inputs)
     return run_shards(
         Table(dataset_uri, evaluations_path(config.name), EVALUATIONS),
         identity,
         samples.list_shards(),
         read_shard=samples.read_shard,
-        make_worker=partial(PictureJudge, config),
+        make_worker=partial(PictureJudge, replace(config, model=model.path, revision=model.revision)),
         resources=config.resources,
         max_reject_share=0.0,
         on_progress=on_progress,

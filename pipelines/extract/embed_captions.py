@@ -5,6 +5,7 @@ hundred images for it, since a shard is held in memory whole.
 """
 
 import hashlib
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,19 +21,19 @@ from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.schema import CAPTION_EMBEDS, SCORES, Row, scores_path
 from pipelines.tables.table import Table
 from pipelines.workers.halving import run_halving
-from pipelines.workers.models import local_model, model_version, pick_device
+from pipelines.workers.models import find_model, pick_device, pretrained
 from sana_model.nn.config import TextEncoderConfig
 from sana_model.nn.text_encoder import TextEncoder
 
 
-def embed_identity(dataset_uri: str, config: EmbedConfig) -> Identity:
+def embed_identity(dataset_uri: str, config: EmbedConfig, models: dict[str, str]) -> Identity:
     """What the embeddings depend on."""
     settings = value_settings(config)
     del settings["prompts"]  # a long text: its hash stands for it
     settings |= prompt_settings(config.prompts)
     scores = Table(dataset_uri, scores_path(config.scorer), SCORES)
     inputs = {scores.path: scores.require().fingerprint}
-    return Identity("embed_captions", settings, {config.name: model_version(config.text_encoder)}, inputs)
+    return Identity("embed_captions", settings, models, inputs)
 
 
 def prompt_settings(prompts: TextEncoderConfig) -> dict[str, Any]:
@@ -51,14 +52,15 @@ def run_embed_captions(
 
     Raises as `run_shards`, and MissingTableError if there are no scores.
     """
-    identity = embed_identity(dataset_uri, config)
+    encoder = find_model(config.text_encoder)
+    identity = embed_identity(dataset_uri, config, {config.name: encoder.version})
     scores = Table(dataset_uri, scores_path(config.scorer), SCORES)
     return run_shards(
         Table(dataset_uri, config.path, CAPTION_EMBEDS),
         identity,
         scores.list_shards(),
         read_shard=scores.read_shard,
-        make_worker=partial(CaptionEmbedder, config),
+        make_worker=partial(CaptionEmbedder, replace(config, text_encoder=encoder.address)),
         resources=config.resources,
         max_reject_share=config.max_reject_share,
         on_progress=on_progress,
@@ -71,8 +73,10 @@ class CaptionEmbedder:
 
     def __init__(self, config: EmbedConfig):
         self.config = config
+        path, options = pretrained(config.text_encoder)
         self.encoder = TextEncoder.from_pretrained(
-            local_model(config.text_encoder),
+            path,
+            **options,
             config=config.prompts,
             dtype=getattr(torch, config.compute_dtype),
             attn_implementation=config.attn_implementation,

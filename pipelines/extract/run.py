@@ -1,7 +1,7 @@
 """The extract stage: images to scaled DC-AE latents, one bucket size each, with the captions that compete for them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pyarrow as pa
@@ -16,19 +16,19 @@ from pipelines.storage.lease import Leases, Ticket, shared
 from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.schema import IMAGE_SCORES, IMAGES, IMAGES_PATH, LATENTS, SCORES, Row, image_scores_path, scores_path
 from pipelines.tables.table import Table
-from pipelines.workers.models import model_version
+from pipelines.workers.models import find_model
 
 SHARD = b"shard"
 """Of the schema's metadata of what the actor gets: which shard it is."""
 NAMED_SCORE = pa.struct([("scorer", pa.string()), ("score", pa.float32())])
 
 
-def extract_identity(dataset_uri: str, config: ExtractConfig) -> Identity:
+def extract_identity(dataset_uri: str, config: ExtractConfig, models: dict[str, str]) -> Identity:
     """What the latents depend on."""
     images, scores, *image_scores = _input_tables(dataset_uri, config)
     inputs = {table.path: table.require().fingerprint for table in (images, scores, *image_scores)}
     settings = value_settings(config) | {"interpolation": config.resolved_interpolation}
-    return Identity("extract", settings, {config.name: model_version(config.autoencoder)}, inputs)
+    return Identity("extract", settings, models, inputs)
 
 
 def run_extract(
@@ -47,17 +47,19 @@ def run_extract(
 
     Raises as `run_shards`, and MissingTableError if images or scores are not there.
     """
-    identity = extract_identity(dataset_uri, config)
+    autoencoder = find_model(config.autoencoder)
+    models = {config.name: autoencoder.version}
+    identity = extract_identity(dataset_uri, config, models)
     images, scores, *image_scores = _input_tables(dataset_uri, config)
     shards = set(images.list_shards()).intersection(*(table.list_shards() for table in (scores, *image_scores)))
     with shared(leases) as held:
-        sides = [_claim_side(dataset_uri, config.at(resolution), shards, held) for resolution in also]
+        sides = [_claim_side(dataset_uri, config.at(resolution), models, shards, held) for resolution in also]
         return run_shards(
             Table(dataset_uri, config.path, LATENTS),
             identity,
             sorted(shards),
             read_shard=partial(read_scored_images, images, scores, dict(zip(config.image_filters, image_scores, strict=True))),
-            make_worker=partial(Extractor, config, sides),
+            make_worker=partial(Extractor, replace(config, autoencoder=autoencoder.path), sides),
             resources=config.resources,
             max_reject_share=config.max_reject_share,
             on_progress=on_progress,
@@ -82,8 +84,8 @@ class SideTable:
     missing: frozenset[str]
 
 
-def _claim_side(dataset_uri: str, config: ExtractConfig, shards: set[str], leases: Leases) -> SideTable:
-    table, identity = Table(dataset_uri, config.path, LATENTS), extract_identity(dataset_uri, config)
+def _claim_side(dataset_uri: str, config: ExtractConfig, models: dict[str, str], shards: set[str], leases: Leases) -> SideTable:
+    table, identity = Table(dataset_uri, config.path, LATENTS), extract_identity(dataset_uri, config, models)
     ticket = leases.take(table.uri).ticket
     table.claim(identity)
     missing = frozenset(shards.difference(table.list_shards()))

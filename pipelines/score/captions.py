@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
@@ -19,18 +20,18 @@ from pipelines.tables.table import Table
 from pipelines.workers.clip import ClipModel, PreparedImage
 from pipelines.workers.halving import run_halving
 from pipelines.workers.images import decode
-from pipelines.workers.models import model_version, pinned
+from pipelines.workers.models import find_model
 from pipelines.workers.prepare import iter_rows, prepare_ahead
 
 CANDIDATE = pa.struct([("captioner", pa.string()), ("caption", pa.string())])
 Prepared = tuple[Row, PreparedImage]
 
 
-def score_identity(dataset_uri: str, config: ScorerConfig) -> Identity:
+def score_identity(dataset_uri: str, config: ScorerConfig, models: dict[str, str]) -> Identity:
     """What the scores depend on."""
     tables = [Table(dataset_uri, IMAGES_PATH, IMAGES), *_caption_tables(dataset_uri, config)]
     inputs = {table.path: table.require().fingerprint for table in tables}
-    return Identity("score", value_settings(config), {config.name: model_version(config.model, config.revision)}, inputs)
+    return Identity("score", value_settings(config), models, inputs)
 
 
 def run_score(
@@ -40,8 +41,8 @@ def run_score(
 
     Raises as `run_shards`, and MissingTableError if images or a captioner's captions are not there.
     """
-    config = pinned(config)
-    identity = score_identity(dataset_uri, config)
+    model = find_model(config.model, config.revision)
+    identity = score_identity(dataset_uri, config, {config.name: model.version})
     images, captions = Table(dataset_uri, IMAGES_PATH, IMAGES), _caption_tables(dataset_uri, config)
     shards = set(images.list_shards()).intersection(*(table.list_shards() for table in captions))
     return run_shards(
@@ -49,7 +50,7 @@ def run_score(
         identity,
         sorted(shards),
         read_shard=partial(read_candidates, images, dict(zip(config.captioners, captions, strict=True))),
-        make_worker=partial(CaptionScorer, config),
+        make_worker=partial(CaptionScorer, replace(config, model=model.path, revision=model.revision)),
         resources=config.resources,
         max_reject_share=config.max_reject_share,
         on_progress=on_progress,

@@ -7,6 +7,7 @@ over its image embedding, as the LAION aesthetic predictors are.
 import hashlib
 import math
 import re
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any, Protocol
@@ -28,7 +29,7 @@ from pipelines.tables.schema import IMAGE_SCORES, IMAGES, IMAGES_PATH, Row, imag
 from pipelines.tables.table import Table
 from pipelines.workers.halving import run_halving
 from pipelines.workers.images import decode
-from pipelines.workers.models import local_model, model_version, pick_device, pinned
+from pipelines.workers.models import find_model, pick_device, pretrained
 from pipelines.workers.prepare import iter_rows, prepare_ahead
 from sana_model.files.places import resolve
 from sana_model.files.tensors import read_weights_file
@@ -41,9 +42,9 @@ def run_image_scores(
 
     Raises as `run_shards`, and MissingTableError if there are no images.
     """
-    config = pinned(config)
+    model = find_model(config.model, config.revision)
     images = Table(dataset_uri, IMAGES_PATH, IMAGES)
-    models = {config.name: model_version(config.model, config.revision)}
+    models = {config.name: model.version}
     if config.head:
         with resolve(config.head).open("rb") as file:
             models["head"] = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:32]}"
@@ -53,7 +54,7 @@ def run_image_scores(
         identity,
         images.list_shards(),
         read_shard=partial(images.read_shard, columns=["id", "image_bytes", "source_uri"]),
-        make_worker=partial(ImageScorer, config),
+        make_worker=partial(ImageScorer, replace(config, model=model.path, revision=model.revision)),
         resources=config.resources,
         max_reject_share=config.max_reject_share,
         on_progress=on_progress,
@@ -113,11 +114,11 @@ class Classifier:
     """
 
     def __init__(self, config: ImageScorerConfig):
-        path, revision = local_model(config.model), config.revision or "main"
+        path, options = pretrained(config.model, config.revision)
         self.device = pick_device(config.device)
-        self.processor = AutoImageProcessor.from_pretrained(path, revision=revision, backend="pil")
+        self.processor = AutoImageProcessor.from_pretrained(path, **options, backend="pil")
         dtype = getattr(torch, config.dtype)
-        model = AutoModelForImageClassification.from_pretrained(path, dtype=dtype, revision=revision)
+        model = AutoModelForImageClassification.from_pretrained(path, dtype=dtype, **options)
         self.model = model.to(self.device).eval()
         labels = {str(name): int(number) for number, name in model.config.id2label.items()}
         assert config.label is not None
@@ -144,11 +145,11 @@ class ClipHead:
 
     def __init__(self, config: ImageScorerConfig):
         assert config.head is not None
-        path, revision = local_model(config.model), config.revision or "main"
+        path, options = pretrained(config.model, config.revision)
         self.device = pick_device(config.device)
-        self.processor = AutoImageProcessor.from_pretrained(path, revision=revision, backend="pil")
+        self.processor = AutoImageProcessor.from_pretrained(path, **options, backend="pil")
         dtype = getattr(torch, config.dtype)
-        model: torch.nn.Module = CLIPVisionModelWithProjection.from_pretrained(path, dtype=dtype, revision=revision)
+        model: torch.nn.Module = CLIPVisionModelWithProjection.from_pretrained(path, dtype=dtype, **options)
         self.model = model.to(self.device, dtype).eval()
         self.dtype = dtype
         weights = read_weights_file(resolve(config.head))

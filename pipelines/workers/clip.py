@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 
-from pipelines.workers.models import local_model, pick_device
+from pipelines.workers.models import pick_device, pretrained
 
 MAX_TEXTS = 512
 """In one call of the model."""
@@ -25,8 +25,7 @@ class ClipModel:
     """
 
     def __init__(self, model: str, *, revision: str | None = None, dtype: str = "float32", device: str | None = None):
-        path = local_model(model)
-        options = {"revision": revision} if revision else {}
+        path, options = pretrained(model, revision)
         self.device = pick_device(device)
         self.model = AutoModel.from_pretrained(path, dtype=getattr(torch, dtype), **options).to(self.device).eval()
         processor = AutoProcessor.from_pretrained(path, **options)

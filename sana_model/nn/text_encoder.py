@@ -51,6 +51,7 @@ class TextEncoder(nn.Module):
         tokenizer_path: str | Path | None = None,
         attn_implementation: str | None = None,
         variant: str | None = None,
+        revision: str | None = None,
     ) -> Self:
         """Load any decoder-only transformers model; of a causal LM, the decoder without its head.
 
@@ -61,8 +62,9 @@ class TextEncoder(nn.Module):
         """
         options = {"dtype": dtype or "auto", "attn_implementation": attn_implementation, "variant": variant}
         local, tokenizer_local = (resolve(p) if "://" in str(p) else p for p in (path, tokenizer_path or path))
-        model = AutoModel.from_pretrained(local, **options)
-        return cls(model, AutoTokenizer.from_pretrained(tokenizer_local), config)
+        pinned = {"revision": revision} if revision else {}
+        model = AutoModel.from_pretrained(local, **options, **pinned)
+        return cls(model, AutoTokenizer.from_pretrained(tokenizer_local, **pinned), config)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write model and tokenizer into one folder. `config` is left to the caller."""
