@@ -48,7 +48,7 @@ class WorkerResources:
 
 @dataclass(frozen=True, kw_only=True)
 class BadStepConfig:
-    """What to do about bad steps: gradients are not finite, or the loss is many times the usual loss.
+    """Policy for bad steps, whose gradients are not finite or whose loss is many times the usual loss.
 
     Args:
         policy: "stop" ends the training with a message; "skip" leaves weights, optimizer and average as they are and continues

@@ -1,4 +1,4 @@
-"""What a training puts out while it runs: progress and notices to the driver, metrics and pictures to MLflow, and files.
+"""Outputs of a training while it runs: progress and notices to the driver, metrics and pictures to MLflow, and files.
 
 The files in the output folder are grids of pictures and, with `record_samples`, the record of which samples each step used.
 """

@@ -10,7 +10,7 @@ from pipelines.train.config import TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTask:
-    """What the workers of a training shall do.
+    """A training for the workers to do.
 
     config: the training.
     dataset_uri: the dataset.

@@ -1,4 +1,4 @@
-"""What all ranks decide together. Every function here is a collective call: all ranks must make it."""
+"""Values on which all ranks agree. Every function here is a collective call: all ranks must make it."""
 
 from collections.abc import Callable
 from typing import Any

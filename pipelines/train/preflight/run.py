@@ -1,4 +1,4 @@
-"""What a training will need, computed before it starts: weights, memory by part, steps, facts of the dataset, problems."""
+"""The needs of a training, computed before it starts: weights, memory by part, steps, facts of the dataset, problems."""
 
 from dataclasses import dataclass
 
