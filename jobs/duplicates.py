@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from jobs.common.job import JobConfig, run_job
 from jobs.common.stage_job import track_stage
-from pipelines.reports.images import duplicates_report
+from pipelines.reports.image_scores import duplicates_report
 from pipelines.score.config import DuplicatesConfig
 from pipelines.score.duplicates import run_duplicates
 from pipelines.stages.contract import StageResult

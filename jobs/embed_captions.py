@@ -8,7 +8,7 @@ from jobs.common.job import JobConfig, run_job
 from jobs.common.stage_job import track_stage
 from pipelines.extract.config import EmbedConfig
 from pipelines.extract.embed_captions import run_embed_captions
-from pipelines.reports.latents import embeds_report
+from pipelines.reports.caption_embeds import caption_embeds_report
 from pipelines.stages.contract import StageResult
 
 
@@ -29,7 +29,7 @@ def run(job: EmbedJob) -> StageResult:
         job,
         "embed_captions",
         lambda on_progress: run_embed_captions(job.dataset_uri, job.embed, on_progress=on_progress),
-        make_report=lambda: embeds_report(job.dataset_uri, job.embed.path),
+        make_report=lambda: caption_embeds_report(job.dataset_uri, job.embed.path),
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from jobs.common.job import JobConfig, run_job
 from jobs.common.stage_job import track_stage
-from pipelines.reports.images import image_scores_report
+from pipelines.reports.image_scores import image_scores_report
 from pipelines.score.config import ImageScorerConfig
 from pipelines.score.images import run_image_scores
 from pipelines.stages.contract import StageResult
