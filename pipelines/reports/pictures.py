@@ -9,9 +9,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image, ImageFile
 
-from pipelines.tables.schema import IMAGES, IMAGES_PATH, Row
+from pipelines.tables.rejects import RowRefused
+from pipelines.tables.schema import (
+    IMAGES,
+    IMAGES_PATH,
+    Row,
+)
 from pipelines.tables.table import Table
-from pipelines.workers.images import BadImageError, open_image, to_rgb
+from pipelines.workers.images import open_image, to_rgb
 
 THUMBNAIL = 320  # px, longer side
 TINY = 128  # px; pictures up to this size are stored as PNG and shown enlarged
@@ -82,7 +87,7 @@ def thumbnail(content: bytes | Image.Image, alt: str, max_side: int = THUMBNAIL)
     """
     try:
         image = content.convert("RGB") if isinstance(content, Image.Image) else _decode_small(content, max_side)
-    except BadImageError as error:
+    except RowRefused as error:
         return no_picture(error.reason.replace("_", " "))
     image.thumbnail((max_side, max_side))
     buffer = BytesIO()
@@ -97,7 +102,7 @@ def _decode_small(content: bytes, max_side: int) -> Image.Image:
     image.draft(None, (max_side, max_side))  # a JPEG is decoded at a fraction of its size
     try:
         return to_rgb(image)
-    except BadImageError as error:
+    except RowRefused as error:
         if error.reason != "truncated" or not isinstance(image, ImageFile.ImageFile):
             raise
         image.tile = []  # Pillow has kept what it decoded before the file ended

@@ -18,7 +18,6 @@ from pipelines.train.engine.lora import merge_lora
 from pipelines.train.record import write_config
 from pipelines.train.task import TrainTask
 from pipelines.train.worker import TrainWorker
-from sana_model.files.pipeline import load_pipeline
 from sana_model.nn.transformer import SanaTransformer
 from sana_model.pipeline import TextToImage
 from tests.support.one_worker import one_worker
@@ -63,7 +62,7 @@ def ours(worker: TrainWorker, folder: Path, *, ema: bool) -> TextToImage:
     """A pipeline with the weights that the worker holds."""
     weights = worker.pipeline.gather_average() if ema else worker.engine.gather_weights()
     assert weights is not None
-    pipeline = load_pipeline(folder / "init")
+    pipeline = TextToImage.from_pretrained(folder / "init")
     if worker.config.lora is not None:
         weights = merge_lora(weights, worker.config.lora)
     pipeline.transformer = SanaTransformer(pipeline.transformer.config)
@@ -122,7 +121,7 @@ def test_other_layouts_adapters_and_one_checkpoint_of_several(tmp_path: Path, ta
     expected = ours(worker, tmp_path, ema=True).transformer.state_dict()
     assert main([str(tmp_path / "run"), str(tmp_path / "sana"), "--layout", "sana"]) == 0
     assert main([str(tmp_path / "run"), str(tmp_path / "model.pth"), "--layout", "nvlabs"]) == 0
-    exported = load_pipeline(tmp_path / "sana")
+    exported = TextToImage.from_pretrained(tmp_path / "sana")
     assert exported.flow_shift == 2.0 and exported.text_encoder.config.instruction == "User Prompt: "
     nvlabs = SanaTransformer.from_pretrained(tmp_path / "model.pth", num_cross_heads=4).state_dict()
     for name, weight in exported.transformer.state_dict().items():
@@ -131,7 +130,7 @@ def test_other_layouts_adapters_and_one_checkpoint_of_several(tmp_path: Path, ta
     (tmp_path / "init").rename(tmp_path / "moved")
     first = tmp_path / "run" / "checkpoints" / "step-000002"
     assert main([str(first), str(tmp_path / "first"), "--layout", "sana", "--init", str(tmp_path / "moved")]) == 0
-    changed = load_pipeline(tmp_path / "first").transformer.state_dict()
+    changed = TextToImage.from_pretrained(tmp_path / "first").transformer.state_dict()
     assert any(not torch.equal(weight, changed[name]) for name, weight in expected.items())
 
 
