@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from jobs.common.job import JobConfig, run_job
 from jobs.common.stage_job import track_stage
 from pipelines.extract.config import EmbedConfig
-from pipelines.extract.embed_captions import run_embed_captions
-from pipelines.reports.latents import embeds_report
 from pipelines.stages.contract import StageResult
 
 
@@ -24,7 +22,10 @@ class EmbedJob(JobConfig):
 
 
 def run(job: EmbedJob) -> StageResult:
-    """The stage in an MLflow run, on the Ray that is there."""
+    """Run the stage in an MLflow run, on the Ray that is connected."""
+    from pipelines.extract.embed_captions import run_embed_captions
+    from pipelines.reports.latents import embeds_report
+
     return track_stage(
         job,
         "embed_captions",
@@ -34,9 +35,7 @@ def run(job: EmbedJob) -> StageResult:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_job(
-        EmbedJob, run, argv, prog="python -m jobs.embed_captions", description="Captions -> the text encoder's output."
-    )
+    return run_job(EmbedJob, run, argv, name="embed_captions")
 
 
 if __name__ == "__main__":
