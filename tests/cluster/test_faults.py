@@ -75,7 +75,8 @@ def contents(table: Table) -> dict[str, tuple[pa.Table, pa.Table]]:
 
 
 def verify(dataset_uri: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "jobs.verify", dataset_uri], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "jobs.verify", "--dataset_uri", dataset_uri]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.endswith("clean\n"), done.stdout + done.stderr
 
 
