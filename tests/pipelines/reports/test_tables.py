@@ -286,7 +286,7 @@ def test_training_and_demo_reports(dataset: str, tmp_path: Path) -> None:
     table = Section(
         title="Results", columns=("stage", "rows"), rows=[("ingest", 1234), (HOSTILE, None)], pictures=[("after", grid)]
     )
-    links = [Link(name="Images", href="dataset/images/report.html", text="what it is made from")]
+    links = [Link(name="Images", href="dataset/images/report.html")]
     html = demo_report(dataset, [table], links=links, notice="captions are nonsense on photos")
     page = check_page(html)
     assert page.all("a") == [{"href": "dataset/images/report.html"}]
