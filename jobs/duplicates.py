@@ -23,7 +23,7 @@ class DuplicatesJob(JobConfig):
 
 def run(job: DuplicatesJob) -> StageResult:
     """Run the stage in an MLflow run, on the Ray that is connected."""
-    from pipelines.reports.images import duplicates_report
+    from pipelines.reports.image_scores import duplicates_report
     from pipelines.score.duplicates import run_duplicates
 
     return track_stage(

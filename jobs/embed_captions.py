@@ -24,13 +24,13 @@ class EmbedJob(JobConfig):
 def run(job: EmbedJob) -> StageResult:
     """Run the stage in an MLflow run, on the Ray that is connected."""
     from pipelines.extract.embed_captions import run_embed_captions
-    from pipelines.reports.latents import embeds_report
+    from pipelines.reports.caption_embeds import caption_embeds_report
 
     return track_stage(
         job,
         "embed_captions",
         lambda on_progress: run_embed_captions(job.dataset_uri, job.embed, on_progress=on_progress),
-        make_report=lambda: embeds_report(job.dataset_uri, job.embed.path),
+        make_report=lambda: caption_embeds_report(job.dataset_uri, job.embed.path),
     )
 
 

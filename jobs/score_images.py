@@ -23,7 +23,7 @@ class ScoreImagesJob(JobConfig):
 
 def run(job: ScoreImagesJob) -> StageResult:
     """Run the stage in an MLflow run, on the Ray that is connected."""
-    from pipelines.reports.images import image_scores_report
+    from pipelines.reports.image_scores import image_scores_report
     from pipelines.score.images import run_image_scores
 
     return track_stage(

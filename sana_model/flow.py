@@ -13,6 +13,9 @@ from torch import Tensor
 NUM_TRAIN_TIMESTEPS = 1000
 """The model's time input is sigma times this."""
 
+DEFAULT_FLOW_SHIFT = 3.0
+"""Shift of the noise levels where a checkpoint names none: the published one of all but two Sana models (`shift_sigmas`)."""
+
 VelocityModel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(noisy_latents, timestep, caption_embeds, caption_mask) -> velocity: a SanaTransformer, or an engine around one."""
 
@@ -72,11 +75,6 @@ def sigma_to_timestep(sigma: Tensor, *, integer: bool = False) -> Tensor:
     """
     timestep = sigma * NUM_TRAIN_TIMESTEPS
     return timestep.trunc() if integer else timestep
-
-
-def timestep_to_sigma(timestep: Tensor) -> Tensor:
-    """The noise level of a (continuous) timestep: the inverse of `sigma_to_timestep`. Any shape and floating dtype."""
-    return timestep / NUM_TRAIN_TIMESTEPS
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:

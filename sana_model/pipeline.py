@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sana_model.flow import sigma_to_timestep
+from sana_model.files.pipeline import PipelineParts, load_parts, save_parts
+from sana_model.flow import DEFAULT_FLOW_SHIFT, sigma_to_timestep
 from sana_model.nn.autoencoder import DCAutoencoder
 from sana_model.nn.text_encoder import TextEncoder
 from sana_model.nn.transformer import CaptionState, SanaTransformer
 from sana_model.solver import SOLVERS, OnStep, PredictVelocity, classifier_free_guidance
 
-DEFAULT_FLOW_SHIFT = 3.0
 MAX_DECODE_PIXELS = 2048**2  # decoded at once; a larger image is decoded in tiles
 DECODE_TILE = 1024
 
@@ -108,10 +108,11 @@ class TextToImage(nn.Module):
         flow_shift: float | None = None,
         **overrides: Any,
     ) -> "TextToImage":
-        """Load our own pipeline folder, diffusers' `SanaPipeline` or an NVlabs `.pth`: see `pipeline_files.load_pipeline`."""
-        from sana_model.files import pipeline as pipeline_files
+        """Load our own pipeline folder, diffusers' `SanaPipeline` folder or an NVlabs `.pth`.
 
-        return pipeline_files.load_pipeline(
+        Arguments, and errors raised, are those of `files.pipeline.load_parts`.
+        """
+        parts = load_parts(
             path,
             dtype=dtype,
             use_ema=use_ema,
@@ -120,12 +121,20 @@ class TextToImage(nn.Module):
             flow_shift=flow_shift,
             **overrides,
         )
+        return cls(parts.transformer, parts.autoencoder, parts.text_encoder, flow_shift=parts.flow_shift)
 
     def save_pretrained(self, path: str | Path, *, layout: str = "sana") -> None:
-        """Write all of it as "sana" or "diffusers", or the transformer as "nvlabs": see `pipeline_files.save_pipeline`."""
-        from sana_model.files import pipeline as pipeline_files
+        """Write a folder with all models ("sana", "diffusers"), or a `.pth` file with the transformer alone ("nvlabs").
 
-        pipeline_files.save_pipeline(self, path, layout=layout)
+        See `files.pipeline.save_parts`.
+        """
+        parts = PipelineParts(
+            transformer=self.transformer,
+            autoencoder=self.autoencoder,
+            text_encoder=self.text_encoder,
+            flow_shift=self.flow_shift,
+        )
+        save_parts(parts, path, layout=layout)
 
     @property
     def device(self) -> torch.device:

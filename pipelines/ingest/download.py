@@ -15,6 +15,7 @@ import aiohttp
 from pipelines.ingest.config import DownloadConfig
 from pipelines.storage.errors import StorageError
 from pipelines.storage.files import call, is_transient, open_filesystem
+from pipelines.tables.rejects import RowRefused
 
 TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
 TRANSIENT_REASONS = ("download_failed", "timeout", *(f"http_{status}" for status in TRANSIENT_STATUS))
@@ -25,18 +26,15 @@ LONGEST_WAIT = 60.0  # seconds between two attempts, whatever the server asks fo
 CHUNK = 2**16
 
 
-class FetchError(Exception):
-    """`reason` is a short code, `detail` for people; `wait`: seconds that the server asks to wait."""
+class FetchError(RowRefused):
+    """`wait`: seconds that the server asks to wait before it is asked again."""
 
     def __init__(self, reason: str, detail: str, wait: float = 0.0):
         super().__init__(reason, detail)
-        self.reason, self.detail, self.wait = reason, detail, wait
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}"
+        self.wait = wait
 
 
-def fetch_all(uris: Sequence[str], config: DownloadConfig, max_bytes: int) -> list[bytes | FetchError]:
+def fetch_all(uris: Sequence[str], config: DownloadConfig, max_bytes: int) -> list[bytes | RowRefused]:
     """The content at each URI, or why there is none, in the same order.
 
     Reasons: http_<status>, timeout, download_failed, too_many_redirects, too_many_bytes, robots_tag, bad_url; for keys of a
@@ -53,7 +51,7 @@ def fetch_all(uris: Sequence[str], config: DownloadConfig, max_bytes: int) -> li
     return [found[uri] for uri in uris]
 
 
-def read_key(uri: str, max_bytes: int, size: int | None = None) -> bytes | FetchError:
+def read_key(uri: str, max_bytes: int, size: int | None = None) -> bytes | RowRefused:
     """A file on any file system, if it is not too large; `size`: its own, where a listing told it.
 
     Raises StorageError: it may be there, but the file system does not answer.
@@ -82,7 +80,7 @@ class _Downloads:
     def __init__(self, config: DownloadConfig, max_bytes: int):
         self.config, self.max_bytes = config, max_bytes
 
-    async def fetch(self, urls: Sequence[str]) -> list[bytes | FetchError]:
+    async def fetch(self, urls: Sequence[str]) -> list[bytes | RowRefused]:
         # Waiting for a turn must not count as the server's time: the limits are ours and not the connector's.
         self.turn = asyncio.Semaphore(self.config.connections)
         self.turns_of_host: dict[str, asyncio.Semaphore] = defaultdict(
@@ -96,7 +94,7 @@ class _Downloads:
         ) as self.session:
             return await asyncio.gather(*(self._fetch_patiently(url) for url in urls))
 
-    async def _fetch_patiently(self, url: str) -> bytes | FetchError:
+    async def _fetch_patiently(self, url: str) -> bytes | RowRefused:
         try:
             host = urlsplit(url).netloc
         except ValueError as error:

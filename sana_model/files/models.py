@@ -1,4 +1,8 @@
-"""Load and save the transformer and the autoencoder: our own layout, diffusers' and NVlabs', told apart by their content."""
+"""Load and save one model: the transformer, the autoencoder, the text encoder.
+
+The first two come in our own layout, diffusers' or NVlabs', told apart by their content; the text encoder comes in that of
+transformers.
+"""
 
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -6,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
 
 from sana_model.files import key_maps
 from sana_model.files.key_maps import KeyMap, from_ours, their_shape, to_ours, translate
@@ -20,7 +25,6 @@ from sana_model.files.published_configs import (
     transformer_config_from_nvlabs,
 )
 from sana_model.files.tensors import (
-    PIPELINE_INDEXES,
     WEIGHT_STEMS,
     read_json,
     read_safetensors,
@@ -31,10 +35,13 @@ from sana_model.files.tensors import (
     write_safetensors,
 )
 from sana_model.nn.autoencoder import DCAutoencoder
-from sana_model.nn.config import AutoencoderConfig, SanaConfig
+from sana_model.nn.config import DEFAULT_TEXT_ENCODER, NVLABS_PROMPTS, AutoencoderConfig, SanaConfig, TextEncoderConfig
+from sana_model.nn.text_encoder import TextEncoder
 from sana_model.nn.transformer import SanaTransformer
 
 Layout = Literal["sana", "diffusers", "nvlabs"]
+
+PIPELINE_INDEXES = ("pipeline.json", "model_index.json")  # of a whole pipeline's folder: ours, diffusers'
 
 NULL_CAPTION = "null_caption_embeds"
 NULL_CAPTION_FILE = f"{NULL_CAPTION}.safetensors"  # beside diffusers' files, which have no place for it
@@ -138,6 +145,44 @@ def save_autoencoder(model: DCAutoencoder, path: str | Path, *, layout: str = "s
     else:
         weights = _export(state, key_maps.AUTOENCODER_DIFFUSERS)
         _write_folder(path, "diffusion_pytorch_model", weights, diffusers_autoencoder_config(model.config))
+
+
+def load_text_encoder(
+    path: str | Path = DEFAULT_TEXT_ENCODER,
+    *,
+    config: TextEncoderConfig = NVLABS_PROMPTS,
+    dtype: torch.dtype | None = None,
+    tokenizer_path: str | Path | None = None,
+    attn_implementation: str | None = None,
+    variant: str | None = None,
+) -> TextEncoder:
+    """Load any decoder-only transformers model with its tokenizer; a causal LM without its head.
+
+    Args:
+        path: a local folder, a model id on the hub, or an hf://, zoo:// or fsspec URI.
+        config: how a caption becomes tokens; no checkpoint of a language model holds it.
+        dtype: None keeps the checkpoint's.
+        tokenizer_path: the tokenizer's folder if it is not the model's, as in a diffusers pipeline.
+        attn_implementation: None is transformers' default, as in diffusers: sdpa, which ignores Gemma-2's soft-capping of
+            attention logits; "eager" applies it.
+        variant: the one in the names of the weights' files ("bf16"); None: no variant.
+
+    Raises FileNotFoundError if nothing is at a URI, OSError (of transformers) if a folder or model id is not there.
+    """
+    options = {"dtype": dtype or "auto", "attn_implementation": attn_implementation, "variant": variant}
+    local, tokenizer_local = (resolve(p) if "://" in str(p) else p for p in (path, tokenizer_path or path))
+    model = AutoModel.from_pretrained(local, **options)
+    return TextEncoder(model, AutoTokenizer.from_pretrained(tokenizer_local), config)
+
+
+def save_text_encoder(text_encoder: TextEncoder, path: str | Path) -> None:
+    """Write the language model and its tokenizer into one folder, which transformers loads; the caller keeps `config`.
+
+    Raises ValueError for a URI.
+    """
+    folder = local_target(path)
+    text_encoder.model.save_pretrained(folder)
+    text_encoder.tokenizer.save_pretrained(folder)
 
 
 def _open(

@@ -1,4 +1,7 @@
-"""Where checkpoints lie (a local path, the Hugging Face hub, any fsspec URI) and how their files are read: nothing executes."""
+"""Read and write the files of a checkpoint: tensors (safetensors, torch.save) and JSON.
+
+Reading never runs code that a file holds. A file that is written appears whole or not at all.
+"""
 
 import json
 import os
@@ -15,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 WEIGHT_STEMS = ("model", "diffusion_pytorch_model")  # ours, transformers' and efficientvit's; diffusers'
-PIPELINE_INDEXES = ("pipeline.json", "model_index.json")  # ours, diffusers'
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -102,16 +102,16 @@ class DCAutoencoder(nn.Module):
     def from_pretrained(
         cls, path: str | Path, *, dtype: torch.dtype | None = None, scaling_factor: float | None = None
     ) -> "DCAutoencoder":
-        """Load our own, a diffusers or an efficientvit (mit-han-lab) checkpoint: see `weights.load_autoencoder`."""
-        from sana_model.files import models as weights
+        """Load our own, a diffusers or an efficientvit (mit-han-lab) checkpoint: see `files.models.load_autoencoder`."""
+        from sana_model.files.models import load_autoencoder
 
-        return weights.load_autoencoder(path, dtype=dtype, scaling_factor=scaling_factor)
+        return load_autoencoder(path, dtype=dtype, scaling_factor=scaling_factor)
 
     def save_pretrained(self, path: str | Path, *, layout: str = "sana") -> None:
-        """Write the weights as "sana", "diffusers" or "nvlabs" lays them out: see `weights.save_autoencoder`."""
-        from sana_model.files import models as weights
+        """Write the weights in the layout "sana", "diffusers" or "nvlabs": see `files.models.save_autoencoder`."""
+        from sana_model.files.models import save_autoencoder
 
-        weights.save_autoencoder(self, path, layout=layout)
+        save_autoencoder(self, path, layout=layout)
 
     @property
     def compression(self) -> int:

@@ -140,7 +140,7 @@ AUTOENCODER_PRESETS: dict[str, AutoencoderConfig] = {
 }
 
 
-DEFAULT_MODEL = "Efficient-Large-Model/gemma-2-2b-it"
+DEFAULT_TEXT_ENCODER = "Efficient-Large-Model/gemma-2-2b-it"
 # Complex human instruction: NVlabs, configs/sana_config/512ms/Sana_600M_img512.yaml, `chi_prompt`.
 COMPLEX_HUMAN_INSTRUCTION = (
     'Given a user prompt, generate an "Enhanced prompt" that provides detailed visual descriptions suitable for '

@@ -13,11 +13,10 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
-from sana_model.files.places import local_target, resolve
-from sana_model.nn.config import DEFAULT_MODEL, NVLABS_PROMPTS, TextEncoderConfig
+from sana_model.nn.config import DEFAULT_TEXT_ENCODER, NVLABS_PROMPTS, TextEncoderConfig
 
 MAX_PADDING = 1 / 8  # largest share of pad tokens in a batch
 MAX_FORWARD_TOKENS = 16_384  # computed in one forward, padding included
@@ -44,31 +43,31 @@ class TextEncoder(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        path: str | Path = DEFAULT_MODEL,
+        path: str | Path = DEFAULT_TEXT_ENCODER,
         *,
         config: TextEncoderConfig = NVLABS_PROMPTS,
         dtype: torch.dtype | None = None,
         tokenizer_path: str | Path | None = None,
         attn_implementation: str | None = None,
         variant: str | None = None,
-    ) -> Self:
-        """Load any decoder-only transformers model; of a causal LM, the decoder without its head.
+    ) -> "TextEncoder":
+        """Load a decoder-only transformers model with its tokenizer: see `files.models.load_text_encoder`."""
+        from sana_model.files.models import load_text_encoder
 
-        A diffusers pipeline keeps its tokenizer in another folder: `tokenizer_path`. `dtype=None` is the checkpoint's.
-        `attn_implementation=None` is transformers' default, as in diffusers: sdpa, which ignores Gemma-2's soft-capping
-        of attention logits; "eager" applies it. `variant` is the one of the weights' file name ("bf16").
-        `path` is a local folder, a model id on the hub, or an hf:// or fsspec URI.
-        """
-        options = {"dtype": dtype or "auto", "attn_implementation": attn_implementation, "variant": variant}
-        local, tokenizer_local = (resolve(p) if "://" in str(p) else p for p in (path, tokenizer_path or path))
-        model = AutoModel.from_pretrained(local, **options)
-        return cls(model, AutoTokenizer.from_pretrained(tokenizer_local), config)
+        return load_text_encoder(
+            path,
+            config=config,
+            dtype=dtype,
+            tokenizer_path=tokenizer_path,
+            attn_implementation=attn_implementation,
+            variant=variant,
+        )
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write model and tokenizer into one folder. `config` is left to the caller."""
-        folder = local_target(path)
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        """Write the language model and its tokenizer into one folder: see `files.models.save_text_encoder`."""
+        from sana_model.files.models import save_text_encoder
+
+        save_text_encoder(self, path)
 
     @property
     def device(self) -> torch.device:

@@ -79,16 +79,16 @@ class SanaTransformer(nn.Module):
     def from_pretrained(
         cls, path: str | Path, *, use_ema: bool = False, dtype: torch.dtype | None = None, **overrides: Any
     ) -> "SanaTransformer":
-        """Load our own, a diffusers or an NVlabs checkpoint: see `weights.load_transformer`."""
-        from sana_model.files import models as weights
+        """Load our own, a diffusers or an NVlabs checkpoint: see `files.models.load_transformer`."""
+        from sana_model.files.models import load_transformer
 
-        return weights.load_transformer(path, use_ema=use_ema, dtype=dtype, **overrides)
+        return load_transformer(path, use_ema=use_ema, dtype=dtype, **overrides)
 
     def save_pretrained(self, path: str | Path, *, layout: str = "sana") -> None:
-        """Write the weights as "sana", "diffusers" or "nvlabs" lays them out: see `weights.save_transformer`."""
-        from sana_model.files import models as weights
+        """Write the weights in the layout "sana", "diffusers" or "nvlabs": see `files.models.save_transformer`."""
+        from sana_model.files.models import save_transformer
 
-        weights.save_transformer(self, path, layout=layout)
+        save_transformer(self, path, layout=layout)
 
     def enable_gradient_checkpointing(self, every: int = 1) -> None:
         """Recompute every `every`-th block in the backward pass instead of keeping its activations; 0 turns it off.

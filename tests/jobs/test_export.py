@@ -19,7 +19,6 @@ from pipelines.train.record import write_config
 from pipelines.train.task import TrainTask
 from pipelines.train.worker import TrainWorker
 from sana_model.files import models
-from sana_model.files.pipeline import load_pipeline
 from sana_model.nn.transformer import SanaTransformer
 from sana_model.pipeline import TextToImage
 from tests.support.one_worker import one_worker
@@ -64,7 +63,7 @@ def ours(worker: TrainWorker, folder: Path, *, ema: bool) -> TextToImage:
     """A pipeline with the weights that the worker holds."""
     weights = worker.pipeline.gather_average() if ema else worker.engine.gather_weights()
     assert weights is not None
-    pipeline = load_pipeline(folder / "init")
+    pipeline = TextToImage.from_pretrained(folder / "init")
     if worker.config.lora is not None:
         weights = merge_lora(weights, worker.config.lora)
     pipeline.transformer = SanaTransformer(pipeline.transformer.config)
@@ -124,7 +123,7 @@ def test_other_layouts_adapters_and_one_checkpoint_of_several(tmp_path: Path, ta
     source = ["--source", str(tmp_path / "run")]
     assert main([*source, "--output", str(tmp_path / "sana"), "--layout", "sana"]) == 0
     assert main([*source, "--output", str(tmp_path / "model.pth"), "--layout", "nvlabs"]) == 0
-    exported = load_pipeline(tmp_path / "sana")
+    exported = TextToImage.from_pretrained(tmp_path / "sana")
     assert exported.flow_shift == 2.0 and exported.text_encoder.config.instruction == "User Prompt: "
     nvlabs = SanaTransformer.from_pretrained(tmp_path / "model.pth", num_cross_heads=4).state_dict()
     for name, weight in exported.transformer.state_dict().items():
@@ -134,7 +133,7 @@ def test_other_layouts_adapters_and_one_checkpoint_of_several(tmp_path: Path, ta
     first = tmp_path / "run" / "checkpoints" / "step-000002"
     source = ["--source", str(first), "--init", str(tmp_path / "moved")]
     assert main([*source, "--output", str(tmp_path / "first"), "--layout", "sana"]) == 0
-    changed = load_pipeline(tmp_path / "first").transformer.state_dict()
+    changed = TextToImage.from_pretrained(tmp_path / "first").transformer.state_dict()
     assert any(not torch.equal(weight, changed[name]) for name, weight in expected.items())
 
 

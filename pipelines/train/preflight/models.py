@@ -8,14 +8,22 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer, Gemma2Config
 
 from pipelines.train.config import TrainConfig
-from pipelines.train.models import _companions
+from pipelines.train.models import find_training_companions
+from sana_model.files.pipeline import Companions
 from sana_model.files.places import resolve
 from sana_model.nn.autoencoder import DCAutoencoder
-from sana_model.nn.config import AUTOENCODER_PRESETS, DEFAULT_MODEL, PRESETS, AutoencoderConfig, SanaConfig, TextEncoderConfig
+from sana_model.nn.config import (
+    AUTOENCODER_PRESETS,
+    DEFAULT_TEXT_ENCODER,
+    PRESETS,
+    AutoencoderConfig,
+    SanaConfig,
+    TextEncoderConfig,
+)
 from sana_model.nn.text_encoder import TextEncoder
 from sana_model.nn.transformer import SanaTransformer
 
-KNOWN_TEXT_ENCODERS = {DEFAULT_MODEL: Gemma2Config()}  # whose defaults are those of gemma-2-2b
+KNOWN_TEXT_ENCODERS = {DEFAULT_TEXT_ENCODER: Gemma2Config()}  # whose defaults are those of gemma-2-2b
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +47,9 @@ class ModelShapes:
 def find_shapes(training: TrainConfig, problems: list[str]) -> ModelShapes:
     """What is not known is added to `problems`. Raises FileNotFoundError or ValueError if it is the transformer."""
     folder = _local_pipeline(training, problems)
-    autoencoder_path, text_path, tokenizer_path, prompts = _companions(training, folder)
-    autoencoder = _find_autoencoder(autoencoder_path, problems)
-    text_encoder, counter = _find_text_encoder(text_path, tokenizer_path, prompts, problems)
+    companions = find_training_companions(training, folder)
+    autoencoder = _find_autoencoder(companions.autoencoder, problems)
+    text_encoder, counter = _find_text_encoder(companions, problems)
     text_size = 0
     if text_encoder is not None:
         with torch.device("meta"):
@@ -53,12 +61,12 @@ def find_shapes(training: TrainConfig, problems: list[str]) -> ModelShapes:
     return ModelShapes(
         transformer=_find_transformer(training, folder, autoencoder, text_encoder),
         autoencoder=autoencoder,
-        autoencoder_name=autoencoder_path,
+        autoencoder_name=companions.autoencoder,
         autoencoder_size=autoencoder_size,
         text_encoder=text_encoder,
-        text_encoder_path=text_path,
+        text_encoder_path=companions.text_encoder,
         text_encoder_size=text_size,
-        prompts=prompts,
+        prompts=companions.prompts,
         caption_counter=counter,
     )
 
@@ -102,9 +110,8 @@ def _find_autoencoder(path: str, problems: list[str]) -> AutoencoderConfig | Non
     return None
 
 
-def _find_text_encoder(
-    path: str, tokenizer_path: str, prompts: TextEncoderConfig, problems: list[str]
-) -> tuple[Any, TextEncoder | None]:
+def _find_text_encoder(companions: Companions, problems: list[str]) -> tuple[Any, TextEncoder | None]:
+    path, tokenizer_path = companions.text_encoder, companions.tokenizer or companions.text_encoder
     place = _if_here(path)
     try:
         config = AutoConfig.from_pretrained(place or path, local_files_only=True)
@@ -119,7 +126,7 @@ def _find_text_encoder(
         problems.append(f"the tokenizer of {path} is not here: captions are not counted, and taken to be the longest allowed")
         return config, None
     with torch.device("meta"):
-        return config, TextEncoder(AutoModel.from_config(config), tokenizer, prompts)
+        return config, TextEncoder(AutoModel.from_config(config), tokenizer, companions.prompts)
 
 
 def _if_here(path: str) -> Path | None:

@@ -12,8 +12,8 @@ import pytest
 from jobs import verify as job
 from pipelines.audit.seen_ids import SeenIds
 from pipelines.audit.verify import Violation, verify_dataset
-from pipelines.stages.contract import reject
 from pipelines.tables.identity import MANIFEST, Identity
+from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.schema import CAPTIONS, TABLE_SCHEMAS, Row
 from pipelines.tables.table import Table
 from tests.support.whole_dataset import make_dataset, write_table
@@ -125,7 +125,7 @@ def test_where_a_row_is_a_caption_an_id_may_come_once_for_each_captioner(
     for shard in scores.list_shards():
         ids = scores.read_shard(shard)["id"].to_pylist()
         rows = [{"id": row_id, "captioner": captioner} for row_id in ids for captioner in ("a", "b")]
-        shards[shard] = rows[1:], [reject(rows[0], "bad_embeds", "")]
+        shards[shard] = rows[1:], [reject(rows[0], RowRefused("bad_embeds", ""))]
     write_table(table, Identity("embed", {}, {}, {scores.path: scores.require().fingerprint}), shards)
     assert find(tables, table.path) == []
     rewrite(table, "00000", lambda rows: [*rows[:-1], rows[0]])
