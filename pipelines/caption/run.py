@@ -20,9 +20,9 @@ WORKERS: dict[str, Callable[[CaptionerConfig], ShardWorker]] = {"transformers": 
 
 
 def caption_identity(dataset_uri: str, config: CaptionerConfig, models: dict[str, str]) -> Identity:
-    """What the captions depend on: weights (`models`), prompt, engine and its settings, and the faults that are looked for."""
+    """Everything that the captions depend on: prompt, engine, checks, model versions (`models`) and images."""
     images = Table(dataset_uri, IMAGES_PATH, IMAGES).require()
-    own = {"vllm": config.vllm, "http": config.http}  # the settings of the other engine do not count
+    own = {"vllm": config.vllm, "http": config.http}  # settings of the other engines do not count
     settings = value_settings(config) | (value_settings(own[config.engine]) if config.engine in own else {})
     return Identity("caption", settings, models, {IMAGES_PATH: images.fingerprint})
 
@@ -32,7 +32,7 @@ def run_caption(
 ) -> StageResult:
     """Caption every image of a dataset into `captions/<name>`.
 
-    Raises as `run_shards` (StageError if the engine cannot go on), and MissingTableError if there are no images.
+    Raises MissingTableError if there are no images, and as `run_shards` (StageError if the engine cannot continue).
     """
     pinned, models = find_models(config)
     images = Table(dataset_uri, IMAGES_PATH, IMAGES)

@@ -37,7 +37,7 @@ from pipelines.workers.prepare import prepare_ahead
 ROW_ERRORS = (ValueError, RuntimeError, LookupError, TypeError, StopIteration)
 FAILURES = (OUT_OF_MEMORY, "caption_failed")
 MANY_ROWS = 8
-"""Where so many rows of a shard fail, and no other is captioned, the rows are not at fault."""
+"""If this many rows of a shard fail and none is captioned, the rows are not at fault."""
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class TransformersCaptioner:
         return self.judge.judge(source, _all_told(outcomes, self.config.model))
 
     def answer(self, questions: list[Question]) -> list[Outcome]:
-        """An outcome for each question. What fails together is tried in halves, down to one: only that row is lost."""
+        """An outcome for each question. A batch that fails is halved: only a row that fails alone is lost."""
         return run_halving(self._answer_together, questions, refuse=self._refuse)
 
     def _refuse(self, error: Exception, size: int) -> RowRefused | None:
@@ -179,7 +179,7 @@ class Gumbel(LogitsProcessor):
 
 
 def _context_length(config: Any) -> int | None:
-    """Of a model's configuration: positions of its language model."""
+    """The number of positions of the language model, from the model's configuration."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 

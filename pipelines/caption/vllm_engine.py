@@ -31,7 +31,7 @@ from pipelines.tables.table import Table
 from pipelines.workers.models import pretrained
 
 ERROR = "__inference_error__"
-"""ray.data.llm's column: a row that has something in it passes by the engine."""
+"""Column of ray.data.llm: rows that have a value in it skip the engine."""
 ASKED = ("shard", "place", "shard_rows", "id", "source_uri", "caption", "reason", "detail")
 INSTALL = 'pip install "sana-on-ray[vllm]"'
 ANSWERED = ("generated_text", "generated_tokens", ERROR)
@@ -63,7 +63,7 @@ def run_vllm(
 
 
 def make_request(row: Row, config: CaptionerConfig) -> Row:
-    """A row of `images` as plain strings; one whose image cannot be decoded will pass by the engine, with the reason."""
+    """A row of `images` as plain strings. If its image cannot be decoded, the engine skips it, and the row has the reason."""
     kept = {name: row.get(name) or "" for name in ("id", "source_uri", "caption")}
     try:
         question = make_question(row, config)
@@ -74,7 +74,7 @@ def make_request(row: Row, config: CaptionerConfig) -> Row:
 
 
 def ask(row: Row, config: CaptionerConfig) -> Row:
-    """What ray.data.llm's stages read."""
+    """The columns that the stages of ray.data.llm read."""
     if row[ERROR]:
         return {}
     sampling = config.sampling
@@ -136,12 +136,12 @@ def _has_vllm() -> bool:
 
 
 def keep_answer(row: Row) -> Row:
-    """Without the image, so that the driver never sees it."""
+    """Keep the answer and drop the image, so that it never reaches the driver."""
     return {name: row.get(name) for name in ASKED + ANSWERED}
 
 
 class AnswerReader:
-    """Reads what came back from the engine, and judges it."""
+    """Reads the answers of the engine and judges them."""
 
     def __init__(self, config: CaptionerConfig):
         self.judge = CaptionJudge(config)
@@ -161,7 +161,7 @@ class AnswerReader:
 
 
 def stop_tokens(config: CaptionerConfig) -> set[int]:
-    """Ids that end a caption, as vLLM knows them: of the tokenizer and of the generation settings."""
+    """The token ids that end a caption, as vLLM has them: from the tokenizer and the generation settings."""
     model, pinned = pretrained(config.model, config.revision)
     options: dict[str, Any] = dict(pinned)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=config.trust_remote_code, **options)

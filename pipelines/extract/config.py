@@ -17,7 +17,7 @@ PUBLISHED_INTERPOLATION: dict[int, Interpolation] = {2048: "lanczos"}
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFilter:
-    """Which scores of an image scorer let an image in: from `min` to `max`, both included; None: no limit."""
+    """The scores of an image scorer that admit an image: from `min` to `max`, both included; None: no limit."""
 
     min: float | None = None
     max: float | None = None
@@ -27,7 +27,7 @@ class ImageFilter:
             raise ValueError("an image filter needs min, max or both, such as {min: 5.0}")
 
     def admits(self, score: float | None) -> bool:
-        """An image without a score is not let in."""
+        """Whether a score is within the limits. An image without a score is not admitted."""
         if score is None:
             return False
         return (self.min is None or score >= self.min) and (self.max is None or score <= self.max)
@@ -106,7 +106,7 @@ class ExtractConfig:
         return self.interpolation or PUBLISHED_INTERPOLATION.get(self.resolution, "bicubic")
 
     def at(self, resolution: int) -> "ExtractConfig":
-        """The same for another resolution: batches of about as many pixels."""
+        """The same configuration for another resolution, with batches of about as many pixels."""
         batch_size = max(1, round(self.batch_size * (self.resolution / resolution) ** 2))
         return replace(self, resolution=resolution, batch_size=batch_size)
 

@@ -1,4 +1,4 @@
-"""The embed_captions stage, which training can do without: every caption of an image to the text encoder's output, once.
+"""The embed_captions stage (optional): compute the text encoder's output of every caption once.
 
 Only real tokens are kept. With Gemma-2-2B that is still 0.7 MB for a caption of 150 tokens: ingest into shards of a few
 hundred images for it, since a shard is held in memory whole.
@@ -27,7 +27,7 @@ from sana_model.nn.text_encoder import TextEncoder
 
 
 def embed_identity(dataset_uri: str, config: EmbedConfig, models: dict[str, str]) -> Identity:
-    """What the embeddings depend on."""
+    """Everything that the embeddings depend on; `models`: the version of the text encoder."""
     settings = value_settings(config)
     del settings["prompts"]  # a long text: its hash stands for it
     settings |= prompt_settings(config.prompts)
@@ -37,7 +37,7 @@ def embed_identity(dataset_uri: str, config: EmbedConfig, models: dict[str, str]
 
 
 def prompt_settings(prompts: TextEncoderConfig) -> dict[str, Any]:
-    """How captions become tokens, for a fingerprint. Of the instruction, which is long, the hash."""
+    """How captions become tokens, for an identity; the instruction, which is long, by its hash."""
     return {
         "instruction": f"sha256:{hashlib.sha256(prompts.instruction.encode()).hexdigest()[:32]}",
         "max_tokens": prompts.max_tokens,

@@ -19,12 +19,12 @@ from pipelines.tables.table import Table
 from pipelines.workers.models import find_model
 
 SHARD = b"shard"
-"""Of the schema's metadata of what the actor gets: which shard it is."""
+"""Key in the metadata of the actor's input for the name of the shard."""
 NAMED_SCORE = pa.struct([("scorer", pa.string()), ("score", pa.float32())])
 
 
 def extract_identity(dataset_uri: str, config: ExtractConfig, models: dict[str, str]) -> Identity:
-    """What the latents depend on."""
+    """Everything that the latents depend on; `models`: the version of the autoencoder."""
     images, scores, *image_scores = _input_tables(dataset_uri, config)
     inputs = {table.path: table.require().fingerprint for table in (images, scores, *image_scores)}
     settings = value_settings(config) | {"interpolation": config.resolved_interpolation}
@@ -42,8 +42,8 @@ def run_extract(
     """Encode every scored image of a dataset into `latents/<name>-<resolution>`.
 
     Args:
-        also: other resolutions. Where this one lacks a shard and another does too, both are made from one decode; what is
-            missing of the others then is theirs to make, each by a call of its own.
+        also: other resolutions. A shard that is missing here and there is made for both from one decode. The shards that the
+            others then still miss are made by a call for each.
 
     Raises as `run_shards`, and MissingTableError if images or scores are not there.
     """
@@ -75,7 +75,7 @@ def _input_tables(dataset_uri: str, config: ExtractConfig) -> list[Table]:
 
 @dataclass(frozen=True)
 class SideTable:
-    """A table of another resolution, and which of its shards are still to be made."""
+    """The table of another resolution, and its missing shards."""
 
     resolution: int
     table: Table
@@ -106,7 +106,7 @@ def read_scored_images(images: Table, scores: Table, image_scores: dict[str, Tab
 
 
 def read_image_scores(table: Table, shard: str) -> dict[str, float]:
-    """What an image scorer says of a shard's images, by id."""
+    """The scores of a shard's images by one image scorer, by id."""
     rows = table.read_shard(shard, ["id", "score"])
     return dict(zip(rows["id"].to_pylist(), rows["score"].to_pylist(), strict=True))
 

@@ -42,13 +42,13 @@ def run_ingest(
     on_progress: OnProgress = lambda progress: None,
     leases: Leases | None = None,
 ) -> StageResult:
-    """Make the shards of `images` that are absent, of the source's present files and of those that were there before.
+    """Make the missing shards of `images` from the source's files, those of earlier runs included.
 
     Rejects: the reasons of `images.decode` and of `readers.read_parts`, and "duplicate".
 
     Raises:
         ValueError: the source holds nothing to ingest, or files of several kinds.
-        StaleTableError, TooManyRejectsError: see `stage.run_shards`.
+        StaleTableError, TooManyRejectsError: see `stages.run.run_shards`.
     """
     images = Table(absolute_uri(dataset_uri), IMAGES_PATH, IMAGES)
     with shared(leases) as held:
@@ -80,7 +80,7 @@ class IngestWorker:
         self.limits = limits
 
     def process(self, table: pa.Table) -> ShardOutput:
-        """What `ShardReader` reads of a shard -> IMAGES rows and rejects."""
+        """Rows of a `ShardReader` -> IMAGES rows and rejects."""
         rows: list[Row] = []
         rejects: list[Row] = []
         seen: dict[str, str] = {}
@@ -150,7 +150,7 @@ def _digests(table: pa.Table) -> np.ndarray:
 
 
 def _open_ledger(images: Table, plan: Plan, done: set[str]) -> ActorHandle | None:
-    """With the ids of the shards that are `done`; without those that were refused for coming from others."""
+    """Start the ledger with the ids of the shards that are `done`, without those refused as duplicates."""
     missing = [int(shard) for shard in plan.shards if shard not in done]
     if not missing or len(plan.shards) == 1:
         return None
@@ -168,7 +168,7 @@ def _open_ledger(images: Table, plan: Plan, done: set[str]) -> ActorHandle | Non
 
 
 def _identity(config: IngestConfig, source: Source, plan: Plan) -> Identity:
-    """What the images depend on. The sizes of shards count too: all other tables are aligned to these shards."""
+    """Everything that the images depend on. The sizes of shards count too: all other tables are aligned to these shards."""
     settings = value_settings(config)
     settings |= settings.pop("download")
     settings |= {"source": source.uri, "source_kind": source.kind, "first_listing": plan.first_listing}

@@ -1,4 +1,4 @@
-"""The score stage: CLIP says how well each of an image's captions fits it. Raw scores are kept; selection comes later."""
+"""The score stage: CLIP scores each caption against its image. Raw scores are stored; selection comes later."""
 
 import math
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ Prepared = tuple[Row, PreparedImage]
 
 
 def score_identity(dataset_uri: str, config: ScorerConfig, models: dict[str, str]) -> Identity:
-    """What the scores depend on."""
+    """Everything that the scores depend on; `models`: the version of the CLIP."""
     tables = [Table(dataset_uri, IMAGES_PATH, IMAGES), *_caption_tables(dataset_uri, config)]
     inputs = {table.path: table.require().fingerprint for table in tables}
     return Identity("score", value_settings(config), models, inputs)
@@ -100,7 +100,7 @@ class CaptionScorer:
         return ShardOutput(rows, rejects, {"captions": self.num_captions, "long_captions": self.num_long})
 
     def _prepared_batches(self, table: pa.Table, rejects: list[Row]) -> Iterator[list[Prepared]]:
-        """Images decoded and resized in threads, while the model has the batch before."""
+        """Decode and resize images in threads while the model runs the batch before."""
         batch: list[Prepared] = []
         size = self.config.batch_size
         rows = prepare_ahead(iter_rows(table), self._prepare, num_ahead=size, num_threads=self.config.prepare_threads)
@@ -139,7 +139,7 @@ class CaptionScorer:
         ]
 
     def _parts(self, tokens: list[int]) -> list[list[int]]:
-        """What the model sees of a caption: its beginning, or all of it in as few and as equal parts as there can be."""
+        """The parts of a caption that the model sees: its beginning, or all of it in the fewest parts of equal length."""
         limit = self.clip.max_tokens
         if self.config.long_captions == "cut":
             return [tokens[:limit]]

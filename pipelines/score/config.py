@@ -14,10 +14,10 @@ POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 @dataclass(frozen=True, kw_only=True)
 class DuplicatesConfig:
-    """What counts as looking alike.
+    """Which images count as near duplicates.
 
     Args:
-        max_distance: of 64 bits, from 0 (the same hash) to 7. A copy that was scaled or compressed anew is mostly within 4.
+        max_distance: of 64 bits, from 0 (the same hash) to 7. A copy that was scaled or compressed again is mostly within 4.
         resources: of the actors that write; they compute nothing.
     """
 

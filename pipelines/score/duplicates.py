@@ -46,7 +46,7 @@ MIX = np.uint64(0x9E3779B97F4A7C15)  # odd: times this, the high bits depend on 
 
 @dataclass(frozen=True)
 class Hashes:
-    """What is known of many images; a row's position is shard number * 2^32 + row."""
+    """Hashes and sizes of many images; a position is shard number * 2^32 + row."""
 
     positions: np.ndarray  # (N,) uint64
     hashes: np.ndarray  # (N,) uint64
@@ -66,7 +66,7 @@ class Verdicts:
 def run_duplicates(
     dataset_uri: str, config: DuplicatesConfig, *, on_progress: OnProgress = lambda _: None, leases: Leases | None = None
 ) -> StageResult:
-    """Say of every image which other image, if any, stands for it, into `image_scores/near_duplicates`.
+    """Find for every image the image that stands for it, if any, and write `image_scores/near_duplicates`.
 
     Raises as `run_shards`, and MissingTableError if there are no images.
     """
@@ -74,7 +74,7 @@ def run_duplicates(
     output = Table(dataset_uri, image_scores_path(NEAR_DUPLICATES), IMAGE_SCORES)
     identity = Identity("duplicates", value_settings(config), models={}, inputs={IMAGES_PATH: images.require().fingerprint})
     with shared(leases) as held:
-        held.take(output.uri)  # what a run decides about is noted before its shards are made
+        held.take(output.uri)  # before the run notes which shards it decides about
         output.claim(identity)
         generations = _plan_generations(images, output)
         found = set(output.list_shards())
@@ -105,14 +105,14 @@ def run_duplicates(
 
 
 class DuplicatesWorker:
-    """Passes on what was decided, and counts it."""
+    """Passes the verdicts on and counts them."""
 
     def process(self, table: pa.Table) -> ShardOutput:
         return ShardOutput(table, [], {"duplicates": float(table.num_rows - table["detail"].null_count)})
 
 
 def decide(known: Hashes, max_distance: int, pairs: Iterator[tuple[np.ndarray, np.ndarray]] | None = None) -> Verdicts:
-    """Which images are duplicates, and of which.
+    """Decide which images are duplicates, and of which image.
 
     Args:
         pairs: of unique hashes at most `max_distance` apart, as `near_pairs` gives them; sought here unless given.
@@ -162,7 +162,7 @@ def near_pairs(unique: np.ndarray, max_distance: int) -> Iterator[tuple[np.ndarr
 def _pairs_of_band(
     unique: np.ndarray, rows: np.ndarray, band: int, max_distance: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Of the hashes in `rows`: those pairs that agree in this band and in none before it."""
+    """The pairs of hashes in `rows` that agree in this band and in none before it."""
     masks = band_masks(max_distance + 1)
     keys = unique[rows] & masks[band]
     order = np.argsort(keys, kind="stable")

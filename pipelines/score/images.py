@@ -63,12 +63,12 @@ def run_image_scores(
 
 
 class ImageModel(Protocol):
-    """What gives each image one number; `processor`, of transformers, makes an RGB image ready for it."""
+    """A model that gives each image one number; its transformers `processor` prepares an RGB image for it."""
 
     processor: Any
 
     def score(self, pixels: Tensor) -> Tensor:
-        """What the processor made of images (B, 3, H, W) -> scores (B,), float32 on the CPU."""
+        """Prepared images (B, 3, H, W) -> scores (B,), float32 on the CPU."""
         ...
 
 
@@ -80,7 +80,7 @@ class ImageScorer:
         self.model: ImageModel = ClipHead(config) if config.head else Classifier(config)
 
     def process(self, table: pa.Table) -> ShardOutput:
-        """A score for each image, or a reject. Images are made ready in threads, while the model has the batch before."""
+        """A score for each image, or a reject. Threads prepare images while the model runs the batch before."""
         rows: list[Row] = []
         rejects: list[Row] = []
         ready = prepare_ahead(
@@ -129,7 +129,7 @@ class Classifier:
 
     @torch.inference_mode()
     def score(self, pixels: Tensor) -> Tensor:
-        """What the processor made of images (B, 3, H, W) -> scores (B,), float32 on the CPU."""
+        """Prepared images (B, 3, H, W) -> scores (B,), float32 on the CPU."""
         logits = self.model(pixel_values=pixels.to(self.device, self.model.dtype)).logits
         return logits.float().softmax(-1)[:, self.label].cpu()
 
@@ -165,7 +165,7 @@ class ClipHead:
 
     @torch.inference_mode()
     def score(self, pixels: Tensor) -> Tensor:
-        """What the processor made of images (B, 3, H, W) -> scores (B,), float32 on the CPU."""
+        """Prepared images (B, 3, H, W) -> scores (B,), float32 on the CPU."""
         embeds = self.model(pixel_values=pixels.to(self.device, self.dtype)).image_embeds.float()
         hidden = F.normalize(embeds, dim=-1)
         for weight, bias in self.layers:

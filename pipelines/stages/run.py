@@ -1,4 +1,4 @@
-"""What the data stages share: the shards that are absent go through Ray Data, refused rows become rejects, all is counted."""
+"""Run a data stage: the missing shards go through Ray Data, refused rows become rejects, and everything is counted."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ DIED = (
 
 
 Stream = Callable[[list[str], Ticket], Iterator[Outcome]]
-"""Makes shards, and gives the outcome of each when it is written, which the ticket allows."""
+"""Makes shards, checking the ticket before each write, and yields the outcome of each shard when it is written."""
 
 
 def run_shards(
@@ -75,11 +75,11 @@ def run_stream(
         leases: of the calling job; None: the lease of `output` is held for this call alone.
 
     Raises:
-        StaleTableError: `output` was made in another way.
-        TooManyRejectsError: over `max_reject_share` of the rows were refused. The shards made until then stay.
-        StorageError: the storage refused, or gave no answer for long.
-        StageError: a worker found that no shard can be made as things are.
-        LeaseHeldError, LeaseLostError: another writer is at work on `output`, or has taken it over.
+        StaleTableError: `output` was made with another identity.
+        TooManyRejectsError: over `max_reject_share` of the rows were refused. The shards made so far stay.
+        StorageError: the storage refused, or did not answer for long.
+        StageError: a worker found that no shard can be made now.
+        LeaseHeldError, LeaseLostError: another writer holds `output`, or has taken it over.
     """
     with shared(leases) as held:
         return _run(output, identity, shards, stream, held.take(output.uri), max_reject_share, on_progress)
@@ -123,7 +123,7 @@ def _run(
 
 
 def _make_shards(job: ShardJob, missing: list[str]) -> Iterator[Outcome]:
-    """The outcome of each shard as it is written. What failed is tried once more, by new actors, when all others are done.
+    """Yield the outcome of each shard when it is written. Failed shards are tried once more, by new actors, after all others.
 
     Raises StorageError, StageError, LeaseLostError, ShardError.
     """
@@ -160,7 +160,7 @@ def _describe_failures(output: Table, failed: dict[str, str]) -> str:
 
 
 def _complete(output: Table, progress: Progress, start: float) -> StageResult:
-    """Write what was counted into the manifest."""
+    """Write the counts into the manifest."""
     manifest = output.require()
     figures = {f"{name}.mean": sum(values) / len(values) for name, values in progress.figures.items()}
     figures |= {f"{name}.min": min(values) for name, values in progress.figures.items()}
@@ -195,7 +195,7 @@ def _result_of(output: Table, manifest: Manifest, found_shards: int, seconds: fl
 
 
 def _count_found(output: Table, found: list[str], progress: Progress) -> None:
-    """Count the shards that are there, by the footers of their files alone."""
+    """Count the existing shards, reading only the footers of their files."""
     rejects = output.rejects()
 
     def read(shard: str) -> tuple[ShardFacts, ShardFacts]:

@@ -36,11 +36,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class LeaseConfig:
-    """How a job keeps other writers from its tables.
+    """Settings of the leases that keep other writers from a job's tables.
 
     Args:
-        owner: a job that is started again under the same name goes on at once. None: the submission id of the Ray job.
-        seconds: after so many without renewal (the writer died) the next writer takes over.
+        owner: a job that is restarted under the same name continues at once. None: the submission id of the Ray job.
+        seconds: without renewal for this long (the writer died), the next writer takes over.
     """
 
     owner: str | None = None
@@ -56,7 +56,7 @@ DEFAULT_LEASE = LeaseConfig()
 
 @dataclass(frozen=True, kw_only=True)
 class LeaseRecord:
-    """What `_lease.json` holds. `host_id` and `process_start` tell a process from its namesakes; times are UTC."""
+    """The content of `_lease.json`. `host_id` and `process_start` identify a process among those with its id; times are UTC."""
 
     token: str
     owner: str
@@ -74,7 +74,7 @@ class LeaseRecord:
         return self.renewed + self.seconds
 
     def is_alive(self) -> bool:
-        """As far as the record tells: it has not expired, and its process is not known to be gone."""
+        """Whether the lease has not expired and its process is not known to be gone."""
         return time.time() < self.expires and not self.is_gone()
 
     def describe(self) -> str:
@@ -82,7 +82,7 @@ class LeaseRecord:
         return f"{self.owner} (process {self.pid} on {self.host}) since {self.since}; its lease runs until {until}"
 
     def is_gone(self) -> bool:
-        """Whether the holder ran on this host and is no more."""
+        """Whether the holder ran on this host and has ended."""
         return self.host_id == host_id() and process_start(self.pid) != self.process_start
 
     def is_running_here(self) -> bool:
@@ -93,7 +93,7 @@ class LeaseRecord:
 
 
 def parse_lease(content: bytes | None) -> LeaseRecord | None:
-    """None for no file, and for one that no version of this wrote whole: nobody holds that."""
+    """The record in a lease file; None if there is no file, or if it is damaged: nobody holds that."""
     try:
         return LeaseRecord(**json.loads(content)) if content else None
     except (ValueError, TypeError):
@@ -101,13 +101,13 @@ def parse_lease(content: bytes | None) -> LeaseRecord | None:
 
 
 def read_lease(uri: str) -> LeaseRecord | None:
-    """Who holds the table at `uri`, or held it and died. Raises StorageError."""
+    """The lease of the table at `uri`, whose holder may have died. Raises StorageError."""
     return parse_lease(read_if_there(f"{uri}/{LEASE}"))
 
 
 @cache
 def host_id() -> str:
-    """Differs between hosts, containers and boots, where process ids begin anew."""
+    """An id of this host, container and boot: process ids are unique within it."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
@@ -116,7 +116,7 @@ def host_id() -> str:
 
 
 def process_start(pid: int) -> str:
-    """When a process began, in the kernel's ticks; "" if there is none (or it waits to be buried)."""
+    """Start time of a process in the kernel's ticks; "" if there is no such process (or it is a zombie)."""
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
         return "" if state == "Z" else rest[18]
@@ -133,13 +133,13 @@ def process_start(pid: int) -> str:
 
 @dataclass(frozen=True)
 class Ticket:
-    """A lease as the tasks know it that write under it, on any host."""
+    """What tasks on any host need to check the lease under which they write."""
 
     uri: str
     token: str
 
     def check(self) -> None:
-        """Raises LeaseLostError if it is another's now."""
+        """Raises LeaseLostError if another writer holds the lease now."""
         record = read_lease(self.uri)
         if record is None or record.token != self.token:
             raise _lost(self.uri, record)
@@ -167,7 +167,7 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises LeaseLostError if another writer has the table now, or may have it: the lease could not be renewed in time."""
+        """Raises LeaseLostError if another writer holds the table, or may hold it because the lease was not renewed in time."""
         if not self.lost and time.monotonic() - self.renewed > self.record.seconds:
             self._renew()  # this process slept, or the store did: whoever renews first has it
         if self.lost:
@@ -301,7 +301,7 @@ def _new_record(config: LeaseConfig) -> LeaseRecord:
 
 
 def submission_id() -> str | None:
-    """Of the Ray job whose entrypoint this process is; None outside one."""
+    """The submission id of the Ray job whose entrypoint is this process; None if it is not one."""
     try:
         return json.loads(os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"])["metadata"]["job_submission_id"]
     except (KeyError, ValueError, TypeError):

@@ -1,4 +1,4 @@
-"""What made a table: the identity that its fingerprint is computed from, and the manifest that records it."""
+"""The identity of a table, from which its fingerprint is computed, and the manifest that records it."""
 
 import hashlib
 import json
@@ -23,9 +23,9 @@ class Identity:
     stage: str
     config: Mapping[str, Any]
     models: Mapping[str, str]
-    """Each model's revision or hash of weights."""
+    """The revision or the hash of the weights, by model."""
     inputs: Mapping[str, str]
-    """Path and fingerprint of the tables that were read."""
+    """The fingerprints of the input tables, by path."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -36,7 +36,7 @@ class Identity:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """`_manifest.json` of a table. Counts are those of the last run that ended; `complete` says that none was missing then."""
+    """`_manifest.json` of a table. Counts are those of the last finished run; `complete`: no shard was missing then."""
 
     fingerprint: str
     stage: str
@@ -52,9 +52,9 @@ class Manifest:
     figures: dict[str, float] = field(default_factory=dict)
     """"<figure>.mean" and "<figure>.min" over the shards."""
     versions: dict[str, str] = field(default_factory=dict)
-    """Of the software that began the table. They change no fingerprint."""
+    """Versions of the software that began the table. They do not change the fingerprint."""
     license: str | None = None
-    """Of the images, as it was given to ingest. It changes no fingerprint."""
+    """License of the images, as given to ingest. It does not change the fingerprint."""
     begun: str = ""
     updated: str = ""
 
@@ -112,7 +112,7 @@ def _shorten(value: object, limit: int = 80) -> str:
 
 
 def software_versions() -> dict[str, str]:
-    """Python's, and those of the packages that are installed of PACKAGES."""
+    """The versions of Python and of those PACKAGES that are installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

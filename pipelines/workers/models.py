@@ -1,4 +1,4 @@
-"""Which models a stage uses: where they lie, and what tells one version from another.
+"""Find the models of a stage: where they are, and their versions.
 
 A stage finds each of its models once, in the driver, by `find_model`. The version that it finds goes into the table's identity,
 and the configuration that its workers get names that very version: a hub that moves on meanwhile changes nothing.
@@ -25,7 +25,7 @@ NOT_HASHED = (".lock", ".md", ".gitattributes", ".gitignore")
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether a model's path is an id of the Hugging Face hub (owner/name) rather than a place. Raises FileNotFoundError."""
+    """Whether a model's path is a hub id (owner/name). Raises FileNotFoundError if it is neither that nor an existing place."""
     if "://" in path or Path(path).exists():
         return False
     if not HUB_ID.fullmatch(path):
@@ -77,7 +77,7 @@ def _with_commit(address: str, place: Path) -> str:
 
 
 def pretrained(address: str, revision: str | None = None) -> tuple[str, dict[str, Any]]:
-    """What transformers' `from_pretrained` takes on this host: a hub id with its revision, or a local folder.
+    """The arguments of transformers' `from_pretrained` on this host: a hub id and its revision, or a local folder.
 
     Anything but a hub id is fetched to a local folder. `address` may also be that of a `FoundModel`.
     """
@@ -90,9 +90,9 @@ def pretrained(address: str, revision: str | None = None) -> tuple[str, dict[str
 
 
 def pick_device(device: str | None) -> torch.device:
-    """The configured device; unless there is one, the first GPU that Ray gave this actor, or else the CPU.
+    """The configured device; if None, the first GPU that Ray gave this actor, or else the CPU.
 
-    Ray does not hide the GPUs of a node from who reserved none: they belong to others.
+    Ray does not hide a node's GPUs from an actor that reserved none; they belong to other actors.
     """
     if device is not None:
         return torch.device(device)
@@ -102,7 +102,7 @@ def pick_device(device: str | None) -> torch.device:
 
 
 def model_version(path: str, revision: str | None = None) -> str:
-    """The version of a model that this caller does not load; see `FoundModel`. Raises as `find_model`."""
+    """The version of a model: `FoundModel.version`. Raises as `find_model`."""
     return find_model(path, revision).version
 
 
@@ -116,16 +116,16 @@ def _hash_files(place: Path) -> str:
 
 
 def _files_of(folder: Path) -> list[Path]:
-    """Sorted; without notes for people, and what caches and version control keep there."""
+    """The files of a folder, sorted, without notes for people and the files of caches and version control."""
     files = (file for file in folder.rglob("*") if file.is_file() and file.suffix not in NOT_HASHED)
     hidden = ("__pycache__", ".git", ".cache")
     return sorted(file for file in files if not set(file.relative_to(folder).parts) & set(hidden))
 
 
 def hub_commit(model: str, revision: str | None) -> str:
-    """The commit that a revision (None: "main") of a hub id means; where the hub cannot be asked, that of the local cache.
+    """The commit of a revision (None: "main") of a hub id; if the hub cannot be reached, the one in the local cache.
 
-    Raises ValueError if neither tells it.
+    Raises ValueError if neither knows it.
     """
     revision = revision or "main"
     if COMMIT.fullmatch(revision):
