@@ -1,12 +1,12 @@
 """The lease of a table: `_lease.json` in its folder says who writes it, and keeps a second writer away.
 
-The holder renews it from a thread. One that is killed stops renewing, and its lease expires: the next writer waits for that,
-or takes over at once where it can tell that the holder is gone (same host, no such process) or is the same owner (the
-restarted job). Expiry is a matter of seconds on clocks of several hosts; they must agree to within half of `seconds`.
+A thread of the holder renews the lease. If the holder is killed, the lease expires after `seconds`. The next writer waits for
+that, or takes over at once if it can tell that the holder is gone (its process on this host has ended) or is the same owner
+(the job was restarted). The clocks of all hosts must agree to within half of `seconds`.
 
-A holder that finds its lease lost stops. The tasks that write its shards look before each one, so what can still slip
-through is a single write that was under way while its holder slept for longer than the lease: a whole shard, of the same
-content unless the table was rebuilt otherwise within that moment. `jobs.verify` would show it.
+A holder that finds its lease lost stops. The tasks that write its shards check the lease before each shard. So only one write
+can still come too late: one that was under way while its holder slept for longer than the lease. It writes a whole shard, of
+the same content unless the table was rebuilt with other settings in that moment; `jobs.verify` would show that.
 """
 
 import json
@@ -39,7 +39,7 @@ class LeaseConfig:
     """Settings of the leases that keep other writers from a job's tables.
 
     Args:
-        owner: a job that is restarted under the same name continues at once. None: the submission id of the Ray job.
+        owner: a job that is restarted under the same name resumes at once. None: the submission id of the Ray job.
         seconds: without renewal for this long (the writer died), the next writer takes over.
     """
 
@@ -56,7 +56,7 @@ DEFAULT_LEASE = LeaseConfig()
 
 @dataclass(frozen=True, kw_only=True)
 class LeaseRecord:
-    """The content of `_lease.json`. `host_id` and `process_start` identify a process among those with its id; times are UTC."""
+    """The content of `_lease.json`. `host_id` and `process_start` tell a process from others of the same id; times are UTC."""
 
     token: str
     owner: str
@@ -74,7 +74,7 @@ class LeaseRecord:
         return self.renewed + self.seconds
 
     def is_alive(self) -> bool:
-        """Whether the lease has not expired and its process is not known to be gone."""
+        """Whether the holder may be at work: the lease has not expired, and its process is not known to have ended."""
         return time.time() < self.expires and not self.is_gone()
 
     def describe(self) -> str:
@@ -86,6 +86,7 @@ class LeaseRecord:
         return self.host_id == host_id() and process_start(self.pid) != self.process_start
 
     def is_running_here(self) -> bool:
+        """Whether the holder is a process of this host that is still running."""
         return self.host_id == host_id() and process_start(self.pid) == self.process_start
 
     def to_bytes(self) -> bytes:
@@ -93,7 +94,7 @@ class LeaseRecord:
 
 
 def parse_lease(content: bytes | None) -> LeaseRecord | None:
-    """The record in a lease file; None if there is no file, or if it is damaged: nobody holds that."""
+    """Read the content of `_lease.json`. None if there is no file, or it is not a whole record: nobody holds the lease then."""
     try:
         return LeaseRecord(**json.loads(content)) if content else None
     except (ValueError, TypeError):
@@ -101,13 +102,13 @@ def parse_lease(content: bytes | None) -> LeaseRecord | None:
 
 
 def read_lease(uri: str) -> LeaseRecord | None:
-    """The lease of the table at `uri`, whose holder may have died. Raises StorageError."""
+    """Read the lease of the table at `uri`, which its holder may have left by dying. Raises StorageError."""
     return parse_lease(read_if_there(f"{uri}/{LEASE}"))
 
 
 @cache
 def host_id() -> str:
-    """An id of this host, container and boot: process ids are unique within it."""
+    """Identify the host, container and boot: process ids begin anew in each of them."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
@@ -116,7 +117,7 @@ def host_id() -> str:
 
 
 def process_start(pid: int) -> str:
-    """Start time of a process in the kernel's ticks; "" if there is no such process (or it is a zombie)."""
+    """The time at which a process started, in the kernel's ticks; "" if no such process runs (a zombie does not)."""
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
         return "" if state == "Z" else rest[18]
@@ -133,13 +134,13 @@ def process_start(pid: int) -> str:
 
 @dataclass(frozen=True)
 class Ticket:
-    """What tasks on any host need to check the lease under which they write."""
+    """A reference to a lease, for the tasks on any host that write under it."""
 
     uri: str
     token: str
 
     def check(self) -> None:
-        """Raises LeaseLostError if another writer holds the lease now."""
+        """Raises LeaseLostError if another writer has the lease now."""
         record = read_lease(self.uri)
         if record is None or record.token != self.token:
             raise _lost(self.uri, record)
@@ -167,7 +168,7 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises LeaseLostError if another writer holds the table, or may hold it because the lease was not renewed in time."""
+        """Raises LeaseLostError if another writer has the table now, or may have it: the lease could not be renewed in time."""
         if not self.lost and time.monotonic() - self.renewed > self.record.seconds:
             self._renew()  # this process slept, or the store did: whoever renews first has it
         if self.lost:
@@ -225,8 +226,11 @@ def hold(uri: str, config: LeaseConfig = DEFAULT_LEASE) -> Iterator[Lease]:
 
 
 class Leases:
-    """The leases that one job holds. The job hands them to what it calls, which takes from them the lease of the table that it
-    writes, and they are released together, at the end of the job's block: nobody else gets at a table between two steps."""
+    """The leases that one job holds, released together at the end of the job's `with` block.
+
+    The job passes them to its stage, which takes the lease of the table that it writes from them: the deletion of a stale
+    table and its rebuilding, for example, happen under one lease, so no other writer comes in between.
+    """
 
     def __init__(self, config: LeaseConfig = DEFAULT_LEASE):
         self.config = config
@@ -250,7 +254,7 @@ class Leases:
 
 @contextmanager
 def shared(leases: Leases | None) -> Iterator[Leases]:
-    """The leases that the caller hands in; or, for a caller that has none, new ones that are released at the end."""
+    """The given leases; if there are none, new ones, which are released at the end of the block."""
     if leases is not None:
         yield leases
         return
