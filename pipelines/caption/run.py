@@ -34,8 +34,9 @@ def run_caption(
 
     Raises MissingTableError if there are no images, and as `run_shards` (StageError if the engine cannot continue).
     """
-    pinned, models = find_models(config)
     images = Table(dataset_uri, IMAGES_PATH, IMAGES)
+    images.require()  # before any weights are fetched or hashed
+    pinned, models = find_models(config)
     output = Table(dataset_uri, captions_path(config.name), CAPTIONS)
     identity = caption_identity(dataset_uri, config, models)
     if config.engine == "vllm":

@@ -28,9 +28,9 @@ def run_evaluate(
 
     Raises MissingTableError if there are no such pictures, and what `run_shards` raises.
     """
-    model = find_model(config.model, config.revision)
     samples = Table(dataset_uri, samples_path(config.name), SAMPLES)
     inputs = {samples.path: samples.require().fingerprint}
+    model = find_model(config.model, config.revision)
     identity = Identity("evaluate", value_settings(config), {"clip": model.version}, inputs)
     return run_shards(
         Table(dataset_uri, evaluations_path(config.name), EVALUATIONS),

@@ -52,9 +52,10 @@ def run_embed_captions(
 
     Raises as `run_shards`, and MissingTableError if there are no scores.
     """
+    scores = Table(dataset_uri, scores_path(config.scorer), SCORES)
+    scores.require()  # before any weights are fetched or hashed
     encoder = find_model(config.text_encoder)
     identity = embed_identity(dataset_uri, config, {config.name: encoder.version})
-    scores = Table(dataset_uri, scores_path(config.scorer), SCORES)
     return run_shards(
         Table(dataset_uri, config.path, CAPTION_EMBEDS),
         identity,

@@ -47,10 +47,12 @@ def run_extract(
 
     Raises as `run_shards`, and MissingTableError if images or scores are not there.
     """
+    images, scores, *image_scores = _input_tables(dataset_uri, config)
+    for table in (images, scores, *image_scores):
+        table.require()  # before any weights are fetched or hashed
     autoencoder = find_model(config.autoencoder)
     models = {config.name: autoencoder.version}
     identity = extract_identity(dataset_uri, config, models)
-    images, scores, *image_scores = _input_tables(dataset_uri, config)
     shards = set(images.list_shards()).intersection(*(table.list_shards() for table in (scores, *image_scores)))
     with shared(leases) as held:
         sides = [_claim_side(dataset_uri, config.at(resolution), models, shards, held) for resolution in also]

@@ -41,9 +41,11 @@ def run_score(
 
     Raises as `run_shards`, and MissingTableError if images or a captioner's captions are not there.
     """
+    images, captions = Table(dataset_uri, IMAGES_PATH, IMAGES), _caption_tables(dataset_uri, config)
+    for table in (images, *captions):
+        table.require()  # before any weights are fetched or hashed
     model = find_model(config.model, config.revision)
     identity = score_identity(dataset_uri, config, {config.name: model.version})
-    images, captions = Table(dataset_uri, IMAGES_PATH, IMAGES), _caption_tables(dataset_uri, config)
     shards = set(images.list_shards()).intersection(*(table.list_shards() for table in captions))
     return run_shards(
         Table(dataset_uri, scores_path(config.name), SCORES),
