@@ -51,6 +51,8 @@ def run_ingest(
         StaleTableError, TooManyRejectsError: see `stages.run.run_shards`.
     """
     images = Table(absolute_uri(dataset_uri), IMAGES_PATH, IMAGES)
+    if absolute_uri(os.path.expanduser(config.source)) == images.dataset_uri:
+        raise ValueError(f"source={config.source!r} is the dataset itself: give the dataset a folder of its own")
     with shared(leases) as held:
         held.take(images.uri)  # before the plan of the sources is made
         source, plan = _plan_sources(images, config)
@@ -179,8 +181,6 @@ def _plan_sources(images: Table, config: IngestConfig) -> tuple[Source, Plan]:
     """Find the source, extend the plan of its shards by new files, and write the plan before it is used."""
     plan = read_plan(images)
     exclude = images.dataset_uri
-    if absolute_uri(os.path.expanduser(config.source)) == exclude:
-        raise ValueError(f"source={config.source!r} is the dataset itself: give the dataset a folder of its own")
     source = find_source(
         config.source,
         plan.kind if plan and config.source_kind == "auto" else config.source_kind,

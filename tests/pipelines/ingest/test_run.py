@@ -19,6 +19,8 @@ from pipelines.ingest.plan import ShardSize, SharedPlan, pack
 from pipelines.ingest.readers import SOURCE_ROWS
 from pipelines.ingest.run import IngestWorker, ShardReader, image_id, run_ingest
 from pipelines.ingest.sources import Part, find_source, list_parts
+from pipelines.storage.lease import LEASE
+from pipelines.storage.swap import LOCK_SUFFIX
 from pipelines.tables.errors import StaleTableError, TooManyRejectsError
 from pipelines.tables.schema import IMAGES, IMAGES_PATH
 from pipelines.tables.table import Table
@@ -213,7 +215,8 @@ def test_refused_before_anything_is_written(tmp_path):
         run_ingest(str(tmp_path / "photos"), IngestConfig(source=str(tmp_path / "photos")))
     with pytest.raises(ValueError, match="holds nothing to ingest"):
         run_ingest(str(tmp_path / "dataset"), IngestConfig(source=str(tmp_path / "photos"), source_kind="webdataset"))
-    assert not (tmp_path / "dataset").exists()
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["notes.md"]
+    assert {path.name for path in (tmp_path / "dataset").rglob("*") if path.is_file()} <= {f"{LEASE}{LOCK_SUFFIX}"}
 
 
 def test_a_task_is_not_sent_the_whole_plan(local_ray):
