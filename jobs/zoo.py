@@ -7,7 +7,7 @@ from pathlib import Path
 from jsonargparse import auto_cli
 
 from pipelines.zoo.autoencoder import train_autoencoder
-from pipelines.zoo.captioners import train_captioner
+from pipelines.zoo.captioner_training import train_captioner
 from pipelines.zoo.clip import train_clip
 from pipelines.zoo.gates import GATES, measure_zoo
 from pipelines.zoo.text_encoder import train_text_encoder
