@@ -132,14 +132,14 @@ class Cluster:
     def alive(self) -> list[str]:
         """The addresses of the hosts that Ray considers alive; empty while the head does not answer."""
         try:
-            nodes = self.ask("/api/v0/nodes?limit=1000")["data"]["result"]["result"]
+            nodes = self._ask("/api/v0/nodes?limit=1000")["data"]["result"]["result"]
         except (OSError, KeyError, ValueError):
             return []
         return sorted(node["node_ip"] for node in nodes if node["state"] == "ALIVE")
 
-    def ask(self, path: str, *, token: bool = True) -> Any:
+    def _ask(self, path: str) -> Any:
         """Get the JSON answer of a path of the dashboard. Raises OSError, or ValueError if it is not JSON."""
-        headers = {"Authorization": f"Bearer {self.token}"} if token else {}
+        headers = {"Authorization": f"Bearer {self.token}"}
         with urllib.request.urlopen(urllib.request.Request(self.dashboard + path, headers=headers), timeout=20) as answer:
             return json.loads(answer.read())
 
@@ -164,9 +164,9 @@ class Cluster:
             command += ["--submission-id", submission_id]
         return [*command, "--", *entrypoint]
 
-    def submit(self, entrypoint: Sequence[str], *, submission_id: str | None = None) -> int:
+    def submit(self, entrypoint: Sequence[str]) -> int:
         """Submit a job, wait for its end and return its exit code."""
-        command = self.submit_command(entrypoint, submission_id=submission_id)
+        command = self.submit_command(entrypoint)
         return subprocess.run(command, env={**os.environ, **self.environment()}, check=False).returncode
 
     @property
