@@ -24,7 +24,8 @@ class EmbedJob(JobConfig):
 
 
 def run(job: EmbedJob) -> StageResult:
-    """The stage in an MLflow run, on the Ray that is there."""
+    """Run the stage in an MLflow run, on the Ray that is connected."""
+
     return track_stage(
         job,
         "embed_captions",
@@ -34,9 +35,7 @@ def run(job: EmbedJob) -> StageResult:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_job(
-        EmbedJob, run, argv, prog="python -m jobs.embed_captions", description="Captions -> the text encoder's output."
-    )
+    return run_job(EmbedJob, run, argv, name="embed_captions")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from pipelines.tables.table import Table
 LINEAGE_VERSION = 1  # of the schema of lineage.json
 JSON_FILE, MARKDOWN_FILE = "lineage.json", "lineage.md"
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # of CLIP scores
-DEFAULT_SHARDS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +56,7 @@ class Lineage:
     software: dict[str, str]
 
 
-def write_lineage(dataset_uri: str, *, max_shards: int = DEFAULT_SHARDS) -> Lineage:
+def write_lineage(dataset_uri: str, *, max_shards: int) -> Lineage:
     """Make the card and write both its files to the dataset's folder. Raises ValueError if there is no dataset."""
     lineage = make_lineage(dataset_uri, max_shards=max_shards)
     content = json.dumps({"version": LINEAGE_VERSION, **asdict(lineage)}, indent=2, ensure_ascii=False) + "\n"
@@ -66,7 +65,7 @@ def write_lineage(dataset_uri: str, *, max_shards: int = DEFAULT_SHARDS) -> Line
     return lineage
 
 
-def make_lineage(dataset_uri: str, *, max_shards: int = DEFAULT_SHARDS) -> Lineage:
+def make_lineage(dataset_uri: str, *, max_shards: int) -> Lineage:
     """The card of a dataset in its present state. Raises ValueError if there is no dataset."""
     status = dataset_status(dataset_uri, count_rows=True)
     manifests = {found.path: found.manifest for found in find_tables(dataset_uri) if found.manifest is not None}

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.ingest.plan import read_plan
-from pipelines.stages.run import NUM_THREADS
-from pipelines.storage.files import find_files, list_folder, read_file
+from pipelines.storage.files import NUM_THREADS, find_files, list_folder, read_file
 from pipelines.storage.lease import read_lease
 from pipelines.tables.identity import Manifest
 from pipelines.tables.schema import IMAGES_PATH, SCHEMA_VERSION, TABLE_SCHEMAS

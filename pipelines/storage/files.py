@@ -28,6 +28,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.storage.errors import StorageError
 
+NUM_THREADS = 32  # that wait for the storage side by side, wherever many small files are read
 ATTEMPTS = 8
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds; doubled after each attempt: about a minute in all
 

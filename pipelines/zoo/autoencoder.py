@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipelines.zoo.training import LoopConfig, fit
+from pipelines.zoo.config import TinyAutoencoderConfig
+from pipelines.zoo.training import fit
 from pipelines.zoo.world import HELD_OUT, World, load_world
 from sana_model.nn.autoencoder import DCAutoencoder
 
@@ -17,21 +18,14 @@ LATENT_NOISE = 0.15
 """Standard deviation of the noise added to latents in training, so that the decoder tolerates inexact latents of a DiT."""
 LATENT_PENALTY = 0.02
 """Weight of the penalty on a mean square of latents above 1. Without it their scale grows until the noise has no effect."""
-DEFAULT_LOOP = LoopConfig(num_steps=20_000, micro_batch_size=16, lr=1e-3, weight_decay=1e-3, minutes=40)
 
 
-def train_autoencoder(
-    output_dir: str, *, cache_dir: str = "outputs/zoo/cache", loop: LoopConfig = DEFAULT_LOOP
-) -> dict[str, float]:
-    """Train encoder and decoder together, measure the scale of the latents, and write the weights to `output_dir`.
+def train_autoencoder(config: TinyAutoencoderConfig) -> dict[str, float]:
+    """Train encoder and decoder together, measure the scale of the latents, and write the weights.
 
     Returns the last figures of `fit`.
-
-    Args:
-        output_dir: the folder for config and weights.
-        cache_dir: where drawn images are kept for the next training.
-        loop: the training.
     """
+    loop, cache_dir = config.loop, config.cache_dir
     torch.set_num_threads(loop.num_threads)
     torch.manual_seed(loop.seed)
     model = DCAutoencoder.from_preset("tiny", widths=WIDTHS)
@@ -46,7 +40,7 @@ def train_autoencoder(
 
     def save() -> None:
         scaled = with_measured_scale(model, held_out)
-        scaled.to(torch.bfloat16).save_pretrained(output_dir)
+        scaled.to(torch.bfloat16).save_pretrained(config.output_dir)
 
     return fit(
         model.parameters(),

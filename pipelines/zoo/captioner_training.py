@@ -18,59 +18,35 @@ from pipelines.zoo.captioners import (
     PROMPTS,
     TILE_SIZE,
     USER,
-    Kind,
     chat,
     load_captioner,
     make_captioner,
     measure_captioner,
     save_captioner,
 )
-from pipelines.zoo.training import LoopConfig, fit
-from pipelines.zoo.world import EOS, HELD_OUT, NUM_ROWS, UNKNOWN, VALIDATION, load_world
+from pipelines.zoo.config import CAPTIONER_LOOPS, Kind, TinyCaptionerConfig
+from pipelines.zoo.training import fit
+from pipelines.zoo.world import EOS, HELD_OUT, UNKNOWN, VALIDATION, load_world
 
 UNKNOWN_SHARE = 0.1  # of a prompt's words are replaced by <unk>
 PHRASINGS: dict[Kind, tuple[int, int]] = {"llava": (0, 1), "llava-next": (2, 3)}
 """The phrasings that each captioner writes, so that their captions of an image differ in more than their errors."""
-DEFAULT_LOOPS: dict[Kind, LoopConfig] = {
-    "llava": LoopConfig(num_steps=5000, micro_batch_size=64, lr=1e-3, minutes=35),
-    "llava-next": LoopConfig(num_steps=8000, micro_batch_size=64, lr=1e-3, minutes=35, eval_every=100, seed=1),
-}
 
 
-def train_captioner(
-    output_dir: str,
-    *,
-    kind: Kind,
-    clip_dir: str | None = None,
-    cache_dir: str = "outputs/zoo/cache",
-    loop: LoopConfig | None = None,
-    stop_at: float | None = None,
-    num_rows: int = NUM_ROWS,
-    num_measured: int = 300,
-) -> dict[str, float]:
-    """Train a captioner on the Shapes world and write model and processor to `output_dir`.
+def train_captioner(config: TinyCaptionerConfig) -> dict[str, float]:
+    """Train a captioner on the Shapes world and write model and processor.
 
-    Returns `measure_captioner` of the saved weights on held-out rows. Raises ValueError if `clip_dir` does not suit `kind`.
-
-    Args:
-        output_dir: the folder for model and processor.
-        kind: the architecture.
-        clip_dir: the folder of the CLIP whose vision tower "llava" begins with; only for "llava".
-        cache_dir: where drawn images are kept for the next training.
-        loop: the training; DEFAULT_LOOPS unless given.
-        stop_at: stop when the share of exact captions, measured on validation rows every `eval_every` steps, reaches this.
-        num_rows, num_measured: rows to train on, and to measure on.
+    Returns `measure_captioner` of the saved weights on held-out rows.
     """
-    loop = loop or DEFAULT_LOOPS[kind]
-    if (kind == "llava") != (clip_dir is not None):
-        raise ValueError(f"clip_dir={clip_dir!r}, kind={kind!r}: give the folder of a CLIP for llava, and none for llava-next")
+    loop, kind, cache_dir = config.loop or CAPTIONER_LOOPS[config.kind], config.kind, config.cache_dir
+    torch.set_num_threads(loop.num_threads)
     torch.manual_seed(loop.seed)
-    clip = None if clip_dir is None else CLIPModel.from_pretrained(clip_dir, dtype=torch.float32)
+    clip = None if config.clip_dir is None else CLIPModel.from_pretrained(config.clip_dir, dtype=torch.float32)
     model, processor = make_captioner(kind, clip)
     model.train()
     model.set_attn_implementation("eager")  # on a CPU the backward of fused attention takes longer than all the rest
-    world = load_world(num_rows, cache_dir=cache_dir)
-    validation = load_world(num_measured, first=VALIDATION, cache_dir=cache_dir)
+    world = load_world(config.num_rows, cache_dir=cache_dir)
+    validation = load_world(config.num_measured, first=VALIDATION, cache_dir=cache_dir)
     make_batch = batch_maker(kind, processor)
 
     def compute_loss(rows: np.ndarray, rng: np.random.Generator, progress: float) -> Tensor:
@@ -82,11 +58,12 @@ def train_captioner(
         compute_loss,
         num_rows=len(world.scenes),
         config=loop,
-        save=lambda: save_captioner(model, processor, output_dir),
+        save=lambda: save_captioner(model, processor, config.output_dir),
         evaluate=lambda: measure_captioner(model, processor, validation),
-        is_good_enough=lambda figures: stop_at is not None and figures["exact"] >= stop_at,
+        is_good_enough=lambda figures: config.stop_at is not None and figures["exact"] >= config.stop_at,
     )
-    return measure_captioner(*load_captioner(output_dir), load_world(num_measured, first=HELD_OUT, cache_dir=cache_dir))
+    held_out = load_world(config.num_measured, first=HELD_OUT, cache_dir=cache_dir)
+    return measure_captioner(*load_captioner(config.output_dir), held_out)
 
 
 MakeBatch = Callable[[Sequence[Scene], Tensor, np.random.Generator], dict[str, Tensor]]

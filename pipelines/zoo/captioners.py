@@ -9,7 +9,7 @@ import copy
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,9 +38,8 @@ from transformers import (
 )
 
 from pipelines.shapes.grammar import parse
+from pipelines.zoo.config import Kind
 from pipelines.zoo.world import World, word_tokenizer
-
-Kind = Literal["llava", "llava-next"]
 
 PROMPTS = (
     "Describe the image.",

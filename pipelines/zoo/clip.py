@@ -11,7 +11,8 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProce
 
 from pipelines.shapes.grammar import phrasings, sample_caption, write_caption
 from pipelines.shapes.scenes import BACKGROUNDS, POSITIONS, RELATIONS, SHAPES, SIZES, VALUES, Scene, hard_negatives, regrouped
-from pipelines.zoo.training import LoopConfig, fit
+from pipelines.zoo.config import TinyClipConfig
+from pipelines.zoo.training import fit
 from pipelines.zoo.world import HELD_OUT, World, load_world, word_tokenizer
 
 WIDTH = 128
@@ -21,7 +22,6 @@ SHORT_SHARE = 0.15  # of the captions leave attributes out
 VISION_SHARE = 0.35  # of the training, at its start, learns attributes only: without text, it sees twice the images a second
 ATTRIBUTE_WEIGHT = 0.3  # weight of the attribute loss after that
 HEAD_SCALE = 10.0  # factor on unit vectors, so that the classifiers' probabilities can come near 1
-DEFAULT_LOOP = LoopConfig(num_steps=6000, micro_batch_size=64, lr=1e-3, minutes=40)
 
 
 def make_clip(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
@@ -58,23 +58,9 @@ def clip_tokenizer() -> PreTrainedTokenizerFast:
     return word_tokenizer(eos=True, model_max_length=MAX_TOKENS)
 
 
-def train_clip(
-    output_dir: str,
-    *,
-    init_dir: str | None = None,
-    cache_dir: str = "outputs/zoo/cache",
-    loop: LoopConfig = DEFAULT_LOOP,
-) -> dict[str, float]:
-    """Train on the Shapes world and write model, tokenizer and image processor to `output_dir`.
-
-    Returns the last figures of `fit`.
-
-    Args:
-        output_dir: the folder for the checkpoint.
-        init_dir: a CLIP to train further; it learns captions from the start.
-        cache_dir: where drawn images are kept for the next training.
-        loop: the training.
-    """
+def train_clip(config: TinyClipConfig) -> dict[str, float]:
+    """Train on the Shapes world and write model, tokenizer and image processor. Returns the last figures of `fit`."""
+    loop, init_dir, cache_dir = config.loop, config.init_dir, config.cache_dir
     torch.set_num_threads(loop.num_threads)
     torch.manual_seed(loop.seed)
     tokenizer = clip_tokenizer()
@@ -93,7 +79,7 @@ def train_clip(
         return contrast(model, tokenizer, images, scenes, rng) + ATTRIBUTE_WEIGHT * attributes
 
     def save() -> None:
-        save_clip(model, tokenizer, output_dir)
+        save_clip(model, tokenizer, config.output_dir)
 
     return fit(
         [*model.parameters(), *heads.parameters()],

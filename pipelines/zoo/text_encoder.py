@@ -8,7 +8,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFas
 
 from pipelines.shapes.grammar import sample_caption
 from pipelines.shapes.scenes import sample_scene
-from pipelines.zoo.training import LoopConfig, fit
+from pipelines.zoo.config import TinyTextEncoderConfig
+from pipelines.zoo.training import fit
 from pipelines.zoo.world import HELD_OUT, word_tokenizer
 from sana_model.nn.config import TextEncoderConfig
 from sana_model.nn.text_encoder import TextEncoder
@@ -22,7 +23,6 @@ PROMPTS = TextEncoderConfig(instruction=INSTRUCTION, max_tokens=64, lowercase=Tr
 MEMORY = 4
 """Each hidden state also learns to predict its own token and those before it, this many in all. A model this small would
 otherwise keep only what helps to predict the next word, and forget colors: the same words follow after each of them."""
-DEFAULT_LOOP = LoopConfig(num_steps=1500, micro_batch_size=64, lr=2e-3, minutes=8)
 SHORT_SHARE = 0.3  # of the captions leave attributes out
 
 
@@ -52,15 +52,12 @@ def make_gemma(tokenizer: PreTrainedTokenizerFast) -> Gemma2ForCausalLM:
     return Gemma2ForCausalLM(config)
 
 
-def train_text_encoder(output_dir: str, *, loop: LoopConfig = DEFAULT_LOOP) -> dict[str, float]:
-    """Train on captions, half of them after the instruction, and write decoder and tokenizer to `output_dir`.
+def train_text_encoder(config: TinyTextEncoderConfig) -> dict[str, float]:
+    """Train on captions, half of them after the instruction, and write decoder and tokenizer.
 
     Returns the last figures of `fit`.
-
-    Args:
-        output_dir: the folder for the checkpoint.
-        loop: the training.
     """
+    loop = config.loop
     torch.set_num_threads(loop.num_threads)
     torch.manual_seed(loop.seed)
     tokenizer = text_tokenizer()
@@ -78,8 +75,8 @@ def train_text_encoder(output_dir: str, *, loop: LoopConfig = DEFAULT_LOOP) -> d
         return {"held_out_loss": float(next_token), "held_out_memory_loss": float(remembered)}
 
     def save() -> None:
-        model.model.to(torch.bfloat16).save_pretrained(output_dir)
-        tokenizer.save_pretrained(output_dir)
+        model.model.to(torch.bfloat16).save_pretrained(config.output_dir)
+        tokenizer.save_pretrained(config.output_dir)
         model.float()
 
     return fit(

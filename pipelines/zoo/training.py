@@ -2,44 +2,13 @@
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-
-@dataclass(frozen=True, kw_only=True)
-class LoopConfig:
-    """A training on a CPU, which ends after `num_steps` or `minutes`, whichever comes first.
-
-    Args:
-        num_steps: optimizer steps, at most.
-        micro_batch_size: rows a step.
-        lr: learning rate after the warm-up; it falls to 2 % along a cosine.
-        weight_decay: of AdamW.
-        warmup_steps: steps over which the learning rate rises linearly.
-        clip: largest norm of the gradients.
-        minutes: wall-clock limit; the learning rate follows the clock where that is ahead of the steps.
-        eval_every: steps from one evaluation and save to the next.
-        seed: of weights and batches.
-        num_threads: of torch.
-        bf16: compute matrix products in bfloat16 (autocast); weights and optimizer stay in float32.
-    """
-
-    num_steps: int
-    micro_batch_size: int
-    lr: float
-    weight_decay: float = 0.01
-    warmup_steps: int = 50
-    clip: float = 1.0
-    minutes: float = 60.0
-    eval_every: int = 500
-    seed: int = 0
-    num_threads: int = 1
-    bf16: bool = True
-
+from pipelines.zoo.config import LoopConfig
 
 Figures = dict[str, float]
 ComputeLoss = Callable[[np.ndarray, np.random.Generator, float], Tensor]

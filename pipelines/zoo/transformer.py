@@ -15,8 +15,9 @@ from pipelines.shapes.scenes import KNOWN_COLORS, Scene, ShapesConfig, sample_sc
 from pipelines.workers.clip import ClipModel
 from pipelines.workers.images import image_grid
 from pipelines.zoo.autoencoder import load_autoencoder
+from pipelines.zoo.config import TinyTransformerConfig
 from pipelines.zoo.text_encoder import SHORT_SHARE, load_text_encoder
-from pipelines.zoo.training import ComputeLoss, LoopConfig, fit
+from pipelines.zoo.training import ComputeLoss, fit
 from pipelines.zoo.world import VALIDATION, World, load_world
 from sana_model.flow import flow_loss, sample_sigmas
 from sana_model.nn.autoencoder import DCAutoencoder
@@ -29,46 +30,29 @@ CAPTION_DROPOUT = 0.1
 PAIRS_KEPT = 3  # one in this many scenes with two objects is kept: such a small model first has to learn to draw one
 EMA_DECAY = 0.999
 GUIDANCE_SCALES = (1.5, 2.5, 4.0)  # that are tried
-DEFAULT_LOOP = LoopConfig(num_steps=20_000, micro_batch_size=48, lr=1e-3, weight_decay=0.0, minutes=60, bf16=False)
 
 
-def train_transformer(
-    output_dir: str,
-    *,
-    autoencoder_dir: str,
-    text_encoder_dir: str,
-    clip_dir: str,
-    init_dir: str | None = None,
-    cache_dir: str = "outputs/zoo/cache",
-    loop: LoopConfig = DEFAULT_LOOP,
-) -> dict[str, float]:
-    """Train on the latents of drawn scenes and write the whole pipeline, with averaged weights, to `output_dir`.
+def train_transformer(config: TinyTransformerConfig) -> dict[str, float]:
+    """Train on the latents of drawn scenes and write the whole pipeline, with averaged weights.
 
     Returns the last figures of `fit`.
-
-    Args:
-        output_dir: the folder for the pipeline.
-        autoencoder_dir, text_encoder_dir: checkpoints of the pipeline's other parts.
-        clip_dir: the CLIP that judges drawn pictures.
-        init_dir: a pipeline whose transformer is trained further.
-        cache_dir: where drawn images are kept for the next training.
-        loop: the training.
     """
+    loop = config.loop
     torch.set_num_threads(loop.num_threads)
     torch.manual_seed(loop.seed)
-    autoencoder, text_encoder = load_autoencoder(autoencoder_dir), load_text_encoder(text_encoder_dir)
-    world = known_scenes(load_world(cache_dir=cache_dir))
+    autoencoder, text_encoder = load_autoencoder(config.autoencoder_dir), load_text_encoder(config.text_encoder_dir)
+    world = known_scenes(load_world(cache_dir=config.cache_dir))
     latents = encode_world(autoencoder, world)
-    judge = AttributeJudge(ClipModel(clip_dir))
+    judge = AttributeJudge(ClipModel(config.clip_dir))
     model = SanaTransformer.from_preset("shapes")
-    if init_dir is not None:
-        model.load_state_dict(SanaTransformer.from_pretrained(Path(init_dir), dtype=torch.float32).state_dict())
+    if config.init_dir is not None:
+        model.load_state_dict(SanaTransformer.from_pretrained(Path(config.init_dir), dtype=torch.float32).state_dict())
     average = copy.deepcopy(model).requires_grad_(False)
     pipeline = TextToImage(average, autoencoder, text_encoder, flow_shift=FLOW_SHIFT)
     updates = itertools.count(1)
 
     def save() -> None:
-        copy.deepcopy(pipeline).to(torch.bfloat16).save_pretrained(output_dir)
+        copy.deepcopy(pipeline).to(torch.bfloat16).save_pretrained(config.output_dir)
 
     return fit(
         model.parameters(),
@@ -76,7 +60,7 @@ def train_transformer(
         num_rows=len(world.scenes),
         config=loop,
         save=save,
-        evaluate=lambda: measure_guidance(pipeline, judge, Path(output_dir)),
+        evaluate=lambda: measure_guidance(pipeline, judge, Path(config.output_dir)),
         after_step=lambda: update_average(average, model, next(updates)),
     )
 

@@ -16,12 +16,12 @@ from transformers import PreTrainedTokenizerFast
 from pipelines.shapes.drawing import draw_row
 from pipelines.shapes.grammar import vocabulary
 from pipelines.shapes.scenes import Scene, ShapesConfig, sample_scene
+from pipelines.zoo.config import NUM_ROWS
 
 HELD_OUT = 10_000_000
 """First row of those that are never trained on; gates are measured on them."""
 VALIDATION = 20_000_000
 """First row of those that choose settings, such as the guidance scale."""
-NUM_ROWS = 60_000  # to train on
 CONFIG = ShapesConfig()
 
 PAD, UNKNOWN, BOS, EOS = "<pad>", "<unk>", "<s>", "</s>"

@@ -49,7 +49,7 @@ def test_a_whole_dataset_is_clean_wherever_it_lies(tables: Tables, tmp_path: Pat
     assert find(tables) == []
     remote = make_dataset(f"memory://{tmp_path.name}")
     assert find(remote) == []
-    assert job.main([tables["images"].dataset_uri, "--threads", "3"]) == 0
+    assert job.main(["--dataset_uri", tables["images"].dataset_uri, "--threads", "3"]) == 0
     assert "10 shards, 196 rows read" in capsys.readouterr().out
 
 
@@ -195,13 +195,13 @@ def test_a_stale_table_is_told_and_not_compared(tables: Tables) -> None:
 def test_the_command_tells_each_violation_and_fails(tables: Tables, capsys: pytest.CaptureFixture[str]) -> None:
     rewrite(tables["captions/a"], "00000", lambda rows: rows[1:])
     uri = tables["images"].dataset_uri
-    assert job.main([uri]) == 1
+    assert job.main(["--dataset_uri", uri]) == 1
     told = capsys.readouterr().out.splitlines()
     assert told[0].startswith("captions/a/00000.parquet: lacks 1 id") and told[-1].endswith("2 violations")
-    assert job.main([uri, "--table", "captions/b", "--table", "images"]) == 0
-    assert job.main([uri, "--table", "captions/none"]) == 1
+    assert job.main(["--dataset_uri", uri, "--tables", "[captions/b, images]"]) == 0
+    assert job.main(["--dataset_uri", uri, "--tables", "[captions/none]"]) == 1
     assert "no table 'captions/none'" in capsys.readouterr().err
-    assert job.main([f"{uri}/nothing"]) == 1
+    assert job.main(["--dataset_uri", f"{uri}/nothing"]) == 1
 
 
 def test_ids_come_twice_in_many() -> None:
