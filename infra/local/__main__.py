@@ -40,10 +40,30 @@ def make_parser() -> argparse.ArgumentParser:
         return command
 
     add("check", lambda options: check_rights(), "say whether hosts can be made on this machine, and what to do if not")
-    up = add("up", _up, "make the hosts, an S3, an MLflow server, and a Ray cluster on the hosts")
+    _add_up_options(add("up", _up, "make the hosts, an S3, an MLflow server, and a Ray cluster on the hosts"))
+    add("down", _down, "remove everything except the logs")
+    add("status", _status, "say which hosts and servers run, and where")
+    add("environment", _environment, "print the exports that commands on this machine need to reach the cluster")
+    submit = add("submit", _submit, "submit a job from this machine by ray job submit, with the working tree")
+    submit.add_argument(
+        "entrypoint", nargs="+", metavar="-- command", help="the command to run, such as -- python -m jobs.ingest ..."
+    )
+    for name, run, summary in (
+        ("power_off", _power_off, "switch a host off without warning, as if its plug were pulled"),
+        ("cut", _cut, "cut a host's network link"),
+        ("restore", _restore, "mend a host's link, and switch the host on if it is off"),
+    ):
+        command = add(name, run, summary)
+        command.add_argument("host", type=int, help="the host's number; 0 is the head")
+        if name == "cut":
+            command.add_argument("--seconds", type=float, help="time until the link is mended; without it, the link stays cut")
+    return parser
+
+
+def _add_up_options(up: argparse.ArgumentParser) -> None:
+    health = HealthConfig()
     up.add_argument("--hosts", type=int, default=4, help="number of hosts, including the head (default: 4)")
     up.add_argument("--cpus", type=int, default=4, help="logical CPUs of every host but the head (default: 4)")
-    health = HealthConfig()
     up.add_argument(
         "--health_timeout_ms", type=int, default=health.timeout_ms, help="timeout of one health check (default: %(default)s)"
     )
@@ -53,31 +73,6 @@ def make_parser() -> argparse.ArgumentParser:
         default=health.threshold,
         help="failed checks in a row until a host counts as dead (default: %(default)s)",
     )
-    add("down", _down, "remove everything except the logs")
-    add("status", _status, "say which hosts and servers run, and where")
-    add("environment", _environment, "print the exports that commands on this machine need to reach the cluster")
-    submit = add("submit", _submit, "submit a job from this machine by ray job submit, with the working tree")
-    submit.add_argument(
-        "entrypoint", nargs="+", metavar="-- command", help="the command to run, such as -- python -m jobs.ingest ..."
-    )
-    for name, run, summary in (
-        (
-            "power_off",
-            lambda options: _load(options).power_off(options.host),
-            "switch a host off without warning, as if its plug were pulled",
-        ),
-        ("cut", _cut, "cut a host's network link"),
-        (
-            "restore",
-            lambda options: _load(options).restore(options.host),
-            "mend a host's link, and switch the host on if it is off",
-        ),
-    ):
-        command = add(name, run, summary)
-        command.add_argument("host", type=int, help="the host's number; 0 is the head")
-        if name == "cut":
-            command.add_argument("--seconds", type=float, help="time until the link is mended; without it, the link stays cut")
-    return parser
 
 
 def _load(options: argparse.Namespace) -> Cluster:
@@ -117,12 +112,20 @@ def _submit(options: argparse.Namespace) -> int:
     return _load(options).submit(options.entrypoint)
 
 
+def _power_off(options: argparse.Namespace) -> None:
+    _load(options).power_off(options.host)
+
+
 def _cut(options: argparse.Namespace) -> None:
     cluster = _load(options)
     if options.seconds is None:
         cluster.cut(options.host)
     else:
         cut_for(cluster, options.host, options.seconds)
+
+
+def _restore(options: argparse.Namespace) -> None:
+    _load(options).restore(options.host)
 
 
 if __name__ == "__main__":
