@@ -232,7 +232,7 @@ class Cluster:
 
 
 def cut_for(cluster: Cluster, host: int, seconds: float) -> None:
-    """Cut a host's link and mend it after so many seconds, also if it is interrupted."""
+    """Cut a host's link and mend it after `seconds`, or at once if this is interrupted."""
     cluster.cut(host)
     try:
         time.sleep(seconds)

@@ -68,7 +68,7 @@ class Network:
         ip("link", "set", self.namespace(host), "up")
 
     def delete(self, num_hosts: int) -> None:
-        """Remove the namespaces of so many hosts, and the bridge, as far as they exist."""
+        """Remove the namespaces of hosts 0 to `num_hosts` - 1, and the bridge, as far as they exist."""
         for host in range(num_hosts):
             ip("netns", "del", self.namespace(host), missing_ok=True)
             ip("link", "del", self.namespace(host), missing_ok=True)

@@ -58,6 +58,7 @@ class Process:
             return []
 
     def is_running(self) -> bool:
+        """Whether the process itself runs."""
         return bool(self.family())
 
     def kill(self) -> None:
@@ -81,7 +82,7 @@ def as_user(user: struct_passwd | None) -> dict[str, Any]:
 
 
 def wait_until(condition: Callable[[], object], problem: str, *, seconds: float) -> None:
-    """Wait until a condition holds. After so many seconds, raises TimeoutError with `problem` as its message."""
+    """Wait until a condition holds. Raises TimeoutError with `problem` in its message after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

@@ -35,6 +35,7 @@ def one_conditional_write_at_a_time(application: WSGIApplication) -> WSGIApplica
 
 
 def main() -> None:
+    """Serve until the process is ended."""
     parser = argparse.ArgumentParser(
         prog="python -m infra.local.s3", description="Serve an S3 that keeps everything in memory."
     )

@@ -24,10 +24,12 @@ class Servers:
 
     @property
     def s3_endpoint(self) -> str:
+        """The URL of the S3."""
         return f"http://{self.address}:{S3_PORT}"
 
     @property
     def mlflow_uri(self) -> str:
+        """The URL of the MLflow server."""
         return f"http://{self.address}:{MLFLOW_PORT}"
 
     def environment(self) -> dict[str, str]:

@@ -113,6 +113,7 @@ def make_captioner(kind: Kind, clip: CLIPModel | None = None) -> tuple[PreTraine
 def make_llava(
     tokenizer: PreTrainedTokenizerFast, decoder: dict[str, Any], clip: CLIPModel
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Make "llava" with the vision tower of `clip`. `decoder` holds the settings of the language model."""
     # CLIP's tower without its last layer, as in the published Llava: CLIP does not train that layer's patch outputs.
     tower: Any = clip.config.vision_config
     vision_config: Any = CLIPVisionConfig(**{**tower.to_dict(), "num_hidden_layers": tower.num_hidden_layers - 1})
@@ -143,6 +144,7 @@ def make_llava(
 
 
 def make_llava_next(tokenizer: PreTrainedTokenizerFast, decoder: dict[str, Any]) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Make "llava-next", untrained. `decoder` holds the settings of the language model."""
     vision_config = SiglipVisionConfig(
         hidden_size=128,
         intermediate_size=512,
