@@ -36,7 +36,7 @@ def test_hub_addresses_name_owner_revision_and_folder(tmp_path, monkeypatch):
 
 
 class UnstampedFileSystem(MemoryFileSystem):
-    """As https: it does not tell when a file changed."""
+    """Does not tell when a file changed, like https."""
 
     protocol = "unstamped"
 
@@ -55,7 +55,7 @@ def test_a_uri_that_tells_no_time_is_fetched_anew(tmp_path, monkeypatch):
 
 
 class CountingFileSystem(MemoryFileSystem):
-    """Slow, and notes what is fetched."""
+    """Is slow, and notes which files are fetched."""
 
     protocol = "counting"
     fetched: ClassVar[list[str]] = []
