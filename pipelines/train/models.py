@@ -1,4 +1,4 @@
-"""What a training starts from: its models, loaded and found to fit together."""
+"""The models that a training starts from, loaded and checked to fit together."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,11 +19,13 @@ from sana_model.pipeline import Caption, TextToImage
 
 @dataclass(frozen=True, kw_only=True)
 class TrainModels:
-    """All but the transformer that is trained.
+    """The models beside the transformer that is trained, as one rank holds them.
 
-    transformer_config: without adapters. shift: of the noise levels. null: the null caption, on the training's device.
-    text_encoder: there too; or, where captions were embedded before, on the CPU of rank 0, and None elsewhere.
-    autoencoder: on the device of rank 0, for pictures.
+    transformer_config: shape of the transformer, without adapters.
+    shift: shift of the noise levels.
+    text_encoder: on the training's device; with stored embeddings on the CPU of rank 0, and None on other ranks.
+    null: the encoded null caption, on the training's device.
+    autoencoder: on the device of rank 0, where pictures are drawn; None on other ranks.
     """
 
     transformer_config: SanaConfig
@@ -34,10 +36,10 @@ class TrainModels:
 
     @classmethod
     def load(cls, config: TrainConfig, *, device: torch.device, rank: int) -> tuple[SanaTransformer, "TrainModels"]:
-        """The transformer to train, adapters and all, on the CPU, and the others. Raises as `load_start`."""
+        """Return the transformer to train, with its adapters, on the CPU, and the other models. Raises like `load_start`."""
         start = load_start(config)
         transformer, transformer_config = start.transformer, start.transformer.config
-        # Of Gemma's activations some are beyond what float16 holds.
+        # Some of Gemma's activations are too large for float16.
         dtype = torch.bfloat16 if config.engine.dtype == "fp16" else config.engine.torch_dtype
         text_encoder: TextEncoder | None
         if config.caption_embeds is None:
@@ -59,9 +61,9 @@ class TrainModels:
 
 
 def load_start(config: TrainConfig) -> TextToImage:
-    """The pipeline that training starts from: the transformer in float32, the others as they are stored.
+    """Load the pipeline that training starts from: the transformer in float32, the other models in their stored dtype.
 
-    Raises FileNotFoundError or ValueError, naming what does not fit.
+    Raises FileNotFoundError if a model does not exist, and ValueError, naming what differs, if models do not fit together.
     """
     if config.init is not None:
         pipeline = TextToImage.from_pretrained(
@@ -94,7 +96,7 @@ def load_start(config: TrainConfig) -> TextToImage:
 
 
 def check_shape(found: SanaConfig, preset: str) -> None:
-    """Raises ValueError if a transformer's weights have not the shapes of a preset's."""
+    """Raise ValueError if a transformer's weights do not have the shapes of a preset."""
     expected = PRESETS[preset]
     for name in ("dim", "depth", "ffn_dim", "num_cross_heads", "patch_size", "in_channels", "caption_dim", "qk_norm"):
         if getattr(found, name) != getattr(expected, name):
@@ -105,16 +107,19 @@ def check_shape(found: SanaConfig, preset: str) -> None:
 
 
 def find_text_encoder(training: TrainConfig) -> tuple[str, TextEncoderConfig]:
-    """Path of the training's text encoder, and how captions become tokens. Raises FileNotFoundError if `init` is not there."""
+    """Return the path of the training's text encoder, and how captions become tokens.
+
+    Raises FileNotFoundError if `init` does not exist.
+    """
     folder = resolve(training.init) if training.init is not None else None
     companions = find_training_companions(training, folder)
     return companions.text_encoder, companions.prompts
 
 
 def find_training_companions(training: TrainConfig, init: Path | None) -> Companions:
-    """The companions of the pipeline at `init` (None: the published ones), with what the training names in their place.
+    """Find the models beside the transformer: those that the training's configuration names, the others as `init` has them.
 
-    Raises as `find_companions`.
+    `init`: folder of the pipeline on this machine; None: take the published models. Raises like `find_companions`.
     """
     found = find_companions(init)
     if training.text_encoder is not None:

@@ -44,18 +44,24 @@ Layout = Literal["sana", "diffusers", "nvlabs"]
 PIPELINE_INDEXES = ("pipeline.json", "model_index.json")  # of a whole pipeline's folder: ours, diffusers'
 
 NULL_CAPTION = "null_caption_embeds"
-NULL_CAPTION_FILE = f"{NULL_CAPTION}.safetensors"  # beside diffusers' files, which have no place for it
+NULL_CAPTION_FILE = f"{NULL_CAPTION}.safetensors"  # beside diffusers' files, whose layout has no place for it
 
 
 def load_transformer(
     path: str | Path, *, use_ema: bool = False, dtype: torch.dtype | None = None, **overrides: Any
 ) -> SanaTransformer:
-    """A linear DiT in eval mode from a folder (ours or diffusers'), a weights file (NVlabs' `.pth`), or a URI of one.
+    """Load a linear DiT, in eval mode. The layout is recognised by the content.
 
-    Width, depth and QK norm are read from the weights. `overrides` are `SanaConfig` fields for what a file does not tell
-    (`num_cross_heads` of an unpublished width in a `.pth`). `use_ema` takes `state_dict_ema` of a `.pth`.
+    Args:
+        path: a folder (ours or diffusers'; of a pipeline, its transformer), or a weights file (NVlabs' `.pth`, or a safetensors
+            file with its config.json beside it); local, or an hf://, zoo:// or fsspec URI.
+        use_ema: take the averaged weights of a `.pth` (`state_dict_ema`).
+        dtype: None keeps that of the file.
+        overrides: fields of `SanaConfig` that replace what the file says. A `.pth` does not hold `num_cross_heads`: it is known
+            for the published widths, and must be given for others.
 
-    Raises FileNotFoundError, or ValueError that names a tensor that is missing, extra or misshapen, or a damaged file.
+    Raises FileNotFoundError if nothing is there. Raises ValueError if the weights are another model's or an unsupported
+    variant, if a file is damaged, or if tensors are missing, extra or misshapen; the message names them.
     """
     source, settings, state = _open(path, ("transformer",), use_ema)
     key_map: KeyMap = {}
@@ -85,10 +91,11 @@ def load_transformer(
 def save_transformer(
     model: SanaTransformer, path: str | Path, *, layout: str = "sana", null_caption_embeds: Tensor | None = None
 ) -> None:
-    """Write a folder ("sana", "diffusers") or a `.pth` file ("nvlabs"), each file whole or not at all.
+    """Write a folder ("sana", "diffusers") or a `.pth` file ("nvlabs"); each file whole or not at all.
 
-    `null_caption_embeds` (tokens, caption_dim) go along where the model has none.
-    Raises ValueError for another layout or a URI.
+    `null_caption_embeds` (tokens, caption_dim) are written too, unless the model has its own.
+
+    Raises ValueError for another layout, a URI, or the folder of a whole pipeline.
     """
     path, state, config = local_target(path), model.state_dict(), model.config
     null_caption = null_caption_embeds if model.null_caption_embeds is None else model.null_caption_embeds
@@ -109,10 +116,12 @@ def save_transformer(
 def load_autoencoder(
     path: str | Path, *, dtype: torch.dtype | None = None, scaling_factor: float | None = None
 ) -> DCAutoencoder:
-    """A DC-AE in eval mode from a folder (ours, diffusers' or efficientvit's), a weights file, or a URI of one.
+    """Load a DC-AE, in eval mode, from a folder (ours, diffusers' or efficientvit's), a weights file, or a URI of one.
 
-    Bare efficientvit weights do not hold the scale of the latents, and two published families ("in" and "mix") share each
-    shape: `scaling_factor` decides. Raises as `load_transformer` does, and ValueError if the scale is not known.
+    `scaling_factor` replaces the scale of the latents that the files give. Bare efficientvit weights give none, and published
+    autoencoders of one shape differ in it ("in" and "mix"): for those it must be given.
+
+    Raises FileNotFoundError and ValueError as `load_transformer` does, and ValueError if the scale is not known.
     """
     source, settings, state = _open(path, ("autoencoder", "vae"))
     key_map: KeyMap = {}
@@ -133,9 +142,9 @@ def load_autoencoder(
 
 
 def save_autoencoder(model: DCAutoencoder, path: str | Path, *, layout: str = "sana") -> None:
-    """Write a folder ("sana", "diffusers") or a `.pth` file ("nvlabs", efficientvit's names), each file whole or not at all.
+    """Write a folder ("sana", "diffusers") or a `.pth` file with efficientvit's names ("nvlabs"); files whole or not at all.
 
-    Raises ValueError for another layout or a URI.
+    Raises ValueError for another layout, a URI, or the folder of a whole pipeline.
     """
     path, state = local_target(path), model.state_dict()
     if check_layout(layout) == "nvlabs":
@@ -188,9 +197,9 @@ def save_text_encoder(text_encoder: TextEncoder, path: str | Path) -> None:
 def _open(
     path: str | Path, subfolders: tuple[str, ...], use_ema: bool = False
 ) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
-    """Where the weights are, the config.json that lies with them ({} if none does), and the tensors.
+    """Find and read a model: the place of its weights, the content of its config.json ({} if it has none), and its tensors.
 
-    `subfolders`: where a pipeline keeps such a model.
+    `subfolders`: names of the folders in which a pipeline keeps such a model.
     """
     local = resolve(path)
     if local.is_file():
@@ -206,7 +215,10 @@ def _open(
 
 
 def _fill(model: nn.Module, state: dict[str, Tensor], key_map: KeyMap, source: Path, dtype: torch.dtype | None) -> None:
-    """Give `model`, made on the meta device, exactly the tensors of `state`; every tensor that does not fit is named."""
+    """Give `model`, made on the meta device, exactly the tensors of `state`.
+
+    Raises ValueError that names the tensors that are missing, extra or misshapen.
+    """
     ours: dict[str, Tensor] = {}
     problems, used = [], set()
     for key, expected in model.state_dict().items():
@@ -232,6 +244,7 @@ def _fill(model: nn.Module, state: dict[str, Tensor], key_map: KeyMap, source: P
 
 
 def _export(state: dict[str, Tensor], key_map: KeyMap) -> dict[str, Tensor]:
+    """Our tensors under the names, and in the form, of another layout."""
     exported: dict[str, Tensor] = {}
     for key, tensor in state.items():
         exported |= from_ours(translate(key, key_map), tensor)
@@ -239,9 +252,9 @@ def _export(state: dict[str, Tensor], key_map: KeyMap) -> dict[str, Tensor]:
 
 
 def _write_folder(folder: Path, stem: str, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Weights, then config.json; what an earlier save in another layout or in shards left there is removed.
+    """Write the weights, then config.json, and remove what an earlier save in another layout or in shards left there.
 
-    Raises ValueError for the folder of a whole pipeline, from which a load would take the old model in the subfolder.
+    Raises ValueError for the folder of a whole pipeline: loading from there would take the old model in the subfolder.
     """
     if any((folder / index).exists() for index in PIPELINE_INDEXES):
         raise ValueError(f"{folder} holds a whole pipeline: save one model into its subfolder, or the pipeline over it")
@@ -260,7 +273,7 @@ def _write_pth(path: Path, weights: dict[str, Tensor]) -> None:
 
 
 def check_layout(layout: str) -> str:
-    """`layout`. Raises ValueError if there is none of that name."""
+    """Return `layout`. Raises ValueError if there is no layout of that name."""
     if layout not in get_args(Layout):
         raise ValueError(f"unknown layout {layout!r}: choose one of {', '.join(get_args(Layout))}")
     return layout

@@ -24,11 +24,9 @@ from sana_model.files.published_configs import DIFFUSERS_VERSION
 from sana_model.files.tensors import find_variant, read_json, write_json
 from sana_model.flow import DEFAULT_FLOW_SHIFT
 from sana_model.nn.autoencoder import DCAutoencoder
-from sana_model.nn.config import DEFAULT_TEXT_ENCODER, DIFFUSERS_PROMPTS, NVLABS_PROMPTS, TextEncoderConfig
+from sana_model.nn.config import DEFAULT_AUTOENCODER, DEFAULT_TEXT_ENCODER, DIFFUSERS_PROMPTS, NVLABS_PROMPTS, TextEncoderConfig
 from sana_model.nn.text_encoder import TextEncoder
 from sana_model.nn.transformer import SanaTransformer
-
-DEFAULT_AUTOENCODER = "hf://mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,6 @@ from mlflow.entities import Run
 from infra.local.cluster import Cluster
 from pipelines.storage.files import open_filesystem
 from pipelines.tables.table import Table
-from pipelines.train.outputs import read_drawn
 from pipelines.train.record import TrainingRecord
 from tests.support.cluster.faults import FAULTS, Fault, Jobs, longest_pause, wait_for_middle
 from tests.support.cluster.sockets import listeners, unguarded
@@ -33,6 +32,7 @@ from tests.support.cluster.stages import (
     Stage,
     last_stages,
 )
+from tests.support.drawn import read_drawn
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 

@@ -19,6 +19,7 @@ from pipelines.train.engine.checkpoints import (
     remove_checkpoint,
     write_part,
 )
+from pipelines.train.engine.collective import from_rank_zero, gather_objects
 from pipelines.train.engine.deepspeed import Engine
 
 MAX_FAILED_WRITES = 3
@@ -123,7 +124,7 @@ class CheckpointStore:
         Raises BadCheckpointError if no checkpoint is whole and at least one was damaged after it was finished, or if `fallback`
         is not whole; ValueError if the checkpoint is that of another model.
         """
-        candidates = _from_rank_zero(lambda: list_checkpoints(self.root_uri))
+        candidates = from_rank_zero(lambda: list_checkpoints(self.root_uri))
         damaged: list[str] = []
         for index, uri in enumerate(candidates):
             reader, problems = self._open(uri, engine)
@@ -176,16 +177,3 @@ def best_of(checkpoints: Sequence[Checkpoint], metric: str) -> set[str]:
         if metric in checkpoint.states[0].get("metrics", {})
     }
     return {min(values, key=values.__getitem__)} if values else set()
-
-
-def _from_rank_zero(make: Callable[[], Any]) -> Any:
-    value = [make() if torch.distributed.get_rank() == 0 else None]
-    torch.distributed.broadcast_object_list(value)
-    return value[0]
-
-
-def gather_objects(value: Any) -> list[Any]:
-    """Return the values of all ranks, in the order of the ranks. Collective call."""
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How DeepSpeed distributes and computes the training.
+    """Settings of DeepSpeed: how the training is distributed and computed.
 
     Args:
         zero_stage: what is divided among the workers: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too.

@@ -140,7 +140,7 @@ class Engine:
 
     @property
     def layout(self) -> str:
-        """How weights are divided among the ranks: in two trainings of the same layout, equal ranks hold equal fragments."""
+        """Name of the division of weights among the ranks: with the same layout, the same rank holds the same fragments."""
         if self.config.zero_stage == 0:
             return WHOLE
         return f"ZeRO {self.config.zero_stage} {self.config.dtype} on {torch.distributed.get_world_size()}"

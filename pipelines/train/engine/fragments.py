@@ -1,4 +1,4 @@
-"""Which elements of which parameter this rank's master weights hold.
+"""The map from this rank's master weights to the elements of parameters that they hold.
 
 ZeRO stages differ in this, and only this file knows how. Checkpoints use it to store parameters by name, so that any world size
 and ZeRO stage can read what another one wrote.

@@ -15,7 +15,7 @@ from sana_model.files.key_maps import TRANSFORMER_DIFFUSERS, translate
 from sana_model.files.tensors import write_safetensors
 from sana_model.nn.transformer import SanaTransformer
 
-LORA_FILE = "pytorch_lora_weights.safetensors"  # what diffusers' load_lora_weights looks for in a folder
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers' load_lora_weights looks for in a folder
 TARGETS = (
     "attention.qkv",
     "attention.proj",

@@ -12,7 +12,7 @@ UNIT = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class StreamConfig:
-    """Which samples are drawn, and with which captions.
+    """Settings of the stream: which samples are drawn, and with which captions.
 
     Args:
         selection: policy that picks one of a sample's captions, anew in each epoch.
@@ -58,7 +58,7 @@ class FlowConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
-    """Which samples the validation loss is measured on, and when.
+    """Settings of the validation: on which samples the loss is measured, and when.
 
     Args:
         latents: path of a table in the training's dataset. None: the samples of the training's own tables that

@@ -30,7 +30,7 @@ class Source:
 
     @property
     def num_passes(self) -> int:
-        """How often each shard is read in an epoch: `weight` rounded up. The n-th pass makes the n-th draw of each sample."""
+        """Number of times that an epoch reads each shard: `weight` rounded up. The n-th pass makes a sample's n-th draw."""
         return -(-self._units // UNIT)
 
     def draws(self, sample_id: str, *, epoch: int, seed: int) -> range:
