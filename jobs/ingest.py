@@ -15,7 +15,7 @@ from pipelines.tables.table import absolute_uri
 
 @dataclass(frozen=True, kw_only=True)
 class IngestJob(JobConfig):
-    """Read images from a folder, tars or Parquet into a dataset.
+    """Configuration of reading raw images into a dataset.
 
     Args:
         ingest: what to read, and what to refuse.

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainJob(JobConfig):
-    """Train the linear DiT on a latents table, by Ray Train and DeepSpeed.
+    """Configuration of a training job.
 
     Args:
-        train: on what, from where, and how.
-        name: of the folder of the dataset that holds the training: its checkpoints, pictures and pipeline.
+        train: the training.
+        name: name of the training's folder in the dataset, which holds its checkpoints, pictures and pipeline.
         dry_run: print what it will take (weights, memory, steps, the dataset against the batch), and start nothing.
         device_gib: memory of each GPU in GiB, for `dry_run` to compare with.
     """

@@ -1,4 +1,4 @@
-"""The whole way on a small world, as the command line runs it: once, again, and with a changed prompt."""
+"""The full pipeline on a small world, as the command line runs it: once, again, and with a changed prompt."""
 
 import os
 import re
