@@ -86,7 +86,7 @@ def run_captioner(job: CaptionJob) -> StageResult:
     return track_stage(
         job,
         f"caption {captioner.name}",
-        lambda on_progress: run_caption(job.dataset_uri, captioner, on_progress=on_progress),
+        lambda on_progress, leases: run_caption(job.dataset_uri, captioner, on_progress=on_progress, leases=leases),
         make_report=lambda: captions_report(job.dataset_uri, captioner.name),
     )
 

@@ -29,7 +29,7 @@ def run(job: DuplicatesJob) -> StageResult:
     return track_stage(
         job,
         "duplicates",
-        lambda on_progress: run_duplicates(job.dataset_uri, job.duplicates, on_progress=on_progress),
+        lambda on_progress, leases: run_duplicates(job.dataset_uri, job.duplicates, on_progress=on_progress, leases=leases),
         make_report=lambda: duplicates_report(job.dataset_uri),
     )
 

@@ -29,7 +29,7 @@ def run(job: EmbedJob) -> StageResult:
     return track_stage(
         job,
         "embed_captions",
-        lambda on_progress: run_embed_captions(job.dataset_uri, job.embed, on_progress=on_progress),
+        lambda on_progress, leases: run_embed_captions(job.dataset_uri, job.embed, on_progress=on_progress, leases=leases),
         make_report=lambda: caption_embeds_report(job.dataset_uri, job.embed.path),
     )
 

@@ -40,7 +40,7 @@ def run(job: EvaluateJob) -> StageResult:
     result = track_stage(
         job,
         f"evaluate {job.evaluate.name}",
-        lambda on_progress: run_evaluate(job.dataset_uri, job.evaluate, on_progress=on_progress),
+        lambda on_progress, leases: run_evaluate(job.dataset_uri, job.evaluate, on_progress=on_progress, leases=leases),
         log=log_metrics,
     )
     print("  ".join(f"{name} {value:.3g}" for name, value in summarize(result.table).items()), flush=True)

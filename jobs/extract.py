@@ -57,7 +57,7 @@ def _run_one(job: ExtractJob, config: ExtractConfig, *, also: Sequence[int]) -> 
     return track_stage(
         replace(job, extract=config),
         f"extract {config.resolution}" if job.resolutions else "extract",
-        lambda on_progress: run_extract(job.dataset_uri, config, also=also, on_progress=on_progress),
+        lambda on_progress, leases: run_extract(job.dataset_uri, config, also=also, on_progress=on_progress, leases=leases),
         make_report=make_report,
         is_due=manifest is not None and not manifest.complete,
     )

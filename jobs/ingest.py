@@ -8,9 +8,6 @@ from jobs.common.job import JobConfig, run_job
 from jobs.common.stage_job import track_stage
 from pipelines.ingest.config import IngestConfig
 from pipelines.stages.contract import StageResult
-from pipelines.storage.lease import hold
-from pipelines.tables.schema import IMAGES_PATH
-from pipelines.tables.table import absolute_uri
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,17 +22,16 @@ class IngestJob(JobConfig):
 
 
 def run(job: IngestJob) -> StageResult:
-    """Run the stage in an MLflow run, on the Ray that is connected. The lease is taken before the plan of sources is made."""
+    """Run the stage in an MLflow run, on the Ray that is connected."""
     from pipelines.ingest.run import run_ingest
     from pipelines.reports.images import images_report
 
-    with hold(f"{absolute_uri(job.dataset_uri)}/{IMAGES_PATH}"):
-        return track_stage(
-            job,
-            "ingest",
-            lambda on_progress: run_ingest(job.dataset_uri, job.ingest, on_progress=on_progress),
-            make_report=lambda: images_report(job.dataset_uri),
-        )
+    return track_stage(
+        job,
+        "ingest",
+        lambda on_progress, leases: run_ingest(job.dataset_uri, job.ingest, on_progress=on_progress, leases=leases),
+        make_report=lambda: images_report(job.dataset_uri),
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -42,7 +42,7 @@ def run(job: SampleJob) -> StageResult:
     return track_stage(
         job,
         f"sample {job.sample.name}",
-        lambda on_progress: run_sample(job.dataset_uri, job.sample, on_progress=on_progress),
+        lambda on_progress, leases: run_sample(job.dataset_uri, job.sample, on_progress=on_progress, leases=leases),
         log=log_grid,
     )
 

@@ -31,7 +31,7 @@ def run(job: ScoreJob) -> StageResult:
     return track_stage(
         job,
         "score",
-        lambda on_progress: run_score(job.dataset_uri, job.scorer, on_progress=on_progress),
+        lambda on_progress, leases: run_score(job.dataset_uri, job.scorer, on_progress=on_progress, leases=leases),
         make_report=lambda: scores_report(job.dataset_uri, job.scorer.name, job.selection),
     )
 

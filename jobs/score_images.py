@@ -29,7 +29,7 @@ def run(job: ScoreImagesJob) -> StageResult:
     return track_stage(
         job,
         f"score images {job.scorer.name}",
-        lambda on_progress: run_image_scores(job.dataset_uri, job.scorer, on_progress=on_progress),
+        lambda on_progress, leases: run_image_scores(job.dataset_uri, job.scorer, on_progress=on_progress, leases=leases),
         make_report=lambda: image_scores_report(job.dataset_uri, job.scorer.name),
     )
 

@@ -67,6 +67,7 @@ def run(job: TrainJob) -> "TrainResult":
         job.train,
         output_dir=output_uri,
         plan=plan,
+        lease=job.lease,
         on_progress=show,
         on_notice=lambda notice: line.say(f"{job.name:<22} {notice}"),
     )

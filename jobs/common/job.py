@@ -10,7 +10,7 @@ from jobs.common.commands import COMMANDS, program
 from jobs.common.config import parse_config
 from jobs.common.exit_codes import ExitCode, exit_code, is_expected
 from jobs.common.ray import JobStopped, RayConfig, start_ray
-from pipelines.storage.lease import LeaseConfig, lease_settings
+from pipelines.storage.lease import LeaseConfig
 from pipelines.tables.table import absolute_uri
 from pipelines.tracking.config import TrackingConfig
 
@@ -59,7 +59,7 @@ def run_job(
     job = replace(job, dataset_uri=absolute_uri(job.dataset_uri))
     try:
         if not look_first(job):
-            with start_ray(job.ray), lease_settings(job.lease):
+            with start_ray(job.ray):
                 run(job)
     except JobStopped:
         return ExitCode.STOPPED

@@ -9,7 +9,7 @@ from jobs.common.job import JobConfig
 from jobs.common.status_line import StatusLine, describe_progress, describe_result
 from pipelines.stages.contract import OnProgress, Progress, StageResult
 from pipelines.storage.files import list_folder
-from pipelines.storage.lease import hold
+from pipelines.storage.lease import Leases
 from pipelines.tables.errors import StaleTableError
 from pipelines.tables.table import REPORT
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def track_stage(
     job: JobConfig,
     name: str,
-    run_stage: Callable[[OnProgress], StageResult],
+    run_stage: Callable[[OnProgress, Leases], StageResult],
     *,
     make_report: Callable[[], str] | None = None,
     log: "Callable[[TrackedRun, StageResult], None] | None" = None,
@@ -53,7 +53,7 @@ def track_stage(
             metrics.update(progress)
             line.show(describe_progress(name, progress))
 
-        result = _run_rebuilding(job, name, lambda: run_stage(on_progress), line)
+        result = _run_rebuilding(job, name, lambda leases: run_stage(on_progress, leases), line)
         html: str | None = None
         if make_report is not None and (run is not None or _lacks_report(result)):
             html = make_report()
@@ -73,15 +73,18 @@ def _lacks_report(result: StageResult) -> bool:
     return result.num_shards > 0 and REPORT not in list_folder(result.table.uri)
 
 
-def _run_rebuilding(job: JobConfig, name: str, run_stage: Callable[[], StageResult], line: StatusLine) -> StageResult:
-    """Run the stage; delete the stale tables that it names, where the job may. Their leases are held until it has ended."""
+def _run_rebuilding(job: JobConfig, name: str, run_stage: Callable[[Leases], StageResult], line: StatusLine) -> StageResult:
+    """Run the stage; where the job may, delete each stale table that it names, and run it again.
+
+    The leases are held all the while: nobody else gets at a table between its deletion and its making.
+    """
     from pipelines.audit.rebuild import delete_table
 
     deleted: set[str] = set()
-    with ExitStack() as leases:
+    with Leases(job.lease) as leases:
         while True:
             try:
-                return run_stage()
+                return run_stage(leases)
             except StaleTableError as error:
                 table = error.table
                 if table is None or table.uri in deleted or not (job.on_stale == "rebuild" or table.deletion_begun()):
@@ -89,8 +92,7 @@ def _run_rebuilding(job: JobConfig, name: str, run_stage: Callable[[], StageResu
                 line.clear()
                 differing = [field for field in str(error).splitlines() if field.startswith("  ")]
                 print("\n".join([f"{name:<22} {table.path} is stale: deleting it, to make it anew", *differing]), flush=True)
-                leases.enter_context(hold(table.uri))
-                delete_table(table)
+                delete_table(table, leases)
                 deleted.add(table.uri)
 
 

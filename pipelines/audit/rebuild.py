@@ -8,7 +8,7 @@ shards as an input. Other tables are not touched: those made from this one becom
 from pipelines.audit.status import find_tables
 from pipelines.storage.errors import LeaseHeldError
 from pipelines.storage.files import find_files, remove_files
-from pipelines.storage.lease import LEASE, hold, read_lease
+from pipelines.storage.lease import LEASE, Leases, read_lease, shared
 from pipelines.storage.swap import LOCK_SUFFIX
 from pipelines.tables.identity import MANIFEST
 from pipelines.tables.table import REBUILD, Table
@@ -17,14 +17,18 @@ KEPT = (REBUILD, LEASE, LEASE + LOCK_SUFFIX)
 """Files that stay while the others are deleted: the mark, and the lease that this deletion holds."""
 
 
-def delete_table(table: Table) -> None:
+def delete_table(table: Table, leases: Leases | None = None) -> None:
     """Delete a table with its rejects, report and plan, or resume a deletion that was interrupted.
+
+    Args:
+        leases: of the job that will make the table again; None: the table's lease is held for this call alone.
 
     Raises:
         LeaseHeldError: the table is being written; or a table made from it is, whose stage reads what would be deleted.
         StorageError: a file could not be deleted.
     """
-    with hold(table.uri):
+    with shared(leases) as held:
+        held.take(table.uri)
         _refuse_while_read(table)
         if not table.deletion_begun():
             table.write_file(REBUILD, b"{}\n")

@@ -1,7 +1,7 @@
 """Configuration of the sample stage, which draws pictures."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pipelines.stages.contract import Resources
 
@@ -22,6 +22,8 @@ class DrawConfig:
         device: "cpu" or "cuda"; None picks the first GPU that Ray gave the actor, otherwise the CPU.
         resources: what Ray reserves for the stage's actors.
     """
+
+    NO_VALUE: ClassVar = ("batch_size", "device", "resources")
 
     height: int | None = None
     width: int | None = None
@@ -46,6 +48,8 @@ class SampleConfig:
         prompts: the prompts, or the path of a text file with one on each line.
         draw: how the pipeline draws.
     """
+
+    NO_VALUE: ClassVar = ("name",)
 
     name: str
     pipeline: str

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -13,11 +14,12 @@ from PIL import Image
 from pipelines.draw.config import SampleConfig
 from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
-from pipelines.tables.identity import Identity
+from pipelines.storage.lease import Leases
+from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.schema import SAMPLES, Row, samples_path
 from pipelines.tables.table import Table
 from pipelines.workers.images import to_png
-from pipelines.workers.models import model_version, pick_device
+from pipelines.workers.models import find_model, pick_device
 from sana_model.pipeline import TextToImage
 
 
@@ -35,27 +37,31 @@ def read_prompts(prompts: list[str] | str) -> list[str]:
     return found
 
 
-def sample_identity(config: SampleConfig, prompts: Sequence[str]) -> Identity:
+def sample_identity(config: SampleConfig, prompts: Sequence[str], models: dict[str, str]) -> Identity:
     """Everything that the pictures depend on."""
-    names = ("height", "width", "num_steps", "guidance_scale", "solver", "seed", "rows_per_shard", "dtype")
-    settings = {"pipeline": config.pipeline} | {name: getattr(config.draw, name) for name in names}
+    settings = value_settings(config)
+    settings |= settings.pop("draw")
     settings["prompts"] = f"{len(prompts)}, sha256 {hashlib.sha256(repr(prompts).encode()).hexdigest()[:16]}"
-    return Identity("sample", settings, {"pipeline": model_version(config.pipeline)}, {})
+    return Identity("sample", settings, models, {})
 
 
-def run_sample(dataset_uri: str, config: SampleConfig, *, on_progress: OnProgress = lambda _: None) -> StageResult:
+def run_sample(
+    dataset_uri: str, config: SampleConfig, *, on_progress: OnProgress = lambda _: None, leases: Leases | None = None
+) -> StageResult:
     """Draw a picture for each prompt and write it to `samples/<name>`. Raises what `read_prompts` and `run_shards` raise."""
     prompts = read_prompts(config.prompts)
+    pipeline = find_model(config.pipeline)
     size = config.draw.rows_per_shard
     return run_shards(
         Table(dataset_uri, samples_path(config.name), SAMPLES),
-        sample_identity(config, prompts),
+        sample_identity(config, prompts, {"pipeline": pipeline.version}),
         [f"{number:05d}" for number in range(-(-len(prompts) // size))],
         read_shard=partial(_read_prompts_shard, prompts, config.draw.seed, size),
-        make_worker=partial(Sampler, config),
+        make_worker=partial(Sampler, replace(config, pipeline=pipeline.path)),
         resources=config.draw.resources,
         max_reject_share=0.0,
         on_progress=on_progress,
+        leases=leases,
     )
 
 

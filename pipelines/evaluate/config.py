@@ -1,6 +1,7 @@
 """Configuration of the evaluate stage."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from pipelines.stages.contract import Resources
 
@@ -17,6 +18,8 @@ class EvaluateConfig:
         device: "cpu" or "cuda"; None picks the first GPU that Ray gave the actor, otherwise the CPU.
         resources: what Ray reserves for the stage's actors.
     """
+
+    NO_VALUE: ClassVar = ("name", "revision", "batch_size", "device", "resources")
 
     name: str
     model: str

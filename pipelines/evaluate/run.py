@@ -1,6 +1,7 @@
 """The evaluate stage: how well pictures show what their prompts ask for."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from io import BytesIO
 
@@ -12,32 +13,35 @@ from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.shapes import AttributeJudge, accuracy_figures, asks_for_color, asks_for_one_object
 from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
-from pipelines.tables.identity import Identity
+from pipelines.storage.lease import Leases
+from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.schema import EVALUATIONS, SAMPLES, Row, evaluations_path, samples_path
 from pipelines.tables.table import Table
 from pipelines.workers.clip import ClipModel
-from pipelines.workers.models import model_version, pinned
+from pipelines.workers.models import find_model
 
 
-def run_evaluate(dataset_uri: str, config: EvaluateConfig, *, on_progress: OnProgress = lambda _: None) -> StageResult:
+def run_evaluate(
+    dataset_uri: str, config: EvaluateConfig, *, on_progress: OnProgress = lambda _: None, leases: Leases | None = None
+) -> StageResult:
     """Judge the pictures of `samples/<name>` and write the judgements to `evaluations/<name>`.
 
     Raises MissingTableError if there are no such pictures, and what `run_shards` raises.
     """
-    config = pinned(config)
+    model = find_model(config.model, config.revision)
     samples = Table(dataset_uri, samples_path(config.name), SAMPLES)
     inputs = {samples.path: samples.require().fingerprint}
-    models = {"clip": model_version(config.model, config.revision)}
-    identity = Identity("evaluate", {"model": config.model}, models, inputs)
+    identity = Identity("evaluate", value_settings(config), {"clip": model.version}, inputs)
     return run_shards(
         Table(dataset_uri, evaluations_path(config.name), EVALUATIONS),
         identity,
         samples.list_shards(),
         read_shard=samples.read_shard,
-        make_worker=partial(PictureJudge, config),
+        make_worker=partial(PictureJudge, replace(config, model=model.path, revision=model.revision)),
         resources=config.resources,
         max_reject_share=0.0,
         on_progress=on_progress,
+        leases=leases,
     )
 
 

@@ -23,7 +23,7 @@ from pipelines.workers.prepare import iter_rows, prepare_ahead
 from sana_model.nn.autoencoder import DCAutoencoder
 
 MAX_WAITING_BYTES = 2**31
-"""Of prepared images that wait for a batch of their bucket; beyond it the fullest bucket goes as it is."""
+"""Most bytes of prepared images that wait for a batch of their bucket; beyond it the fullest bucket is encoded."""
 SMALLEST_ERROR = 1e-6  # mean square, of 255 steps: a perfect reconstruction has 108 dB
 
 
@@ -36,7 +36,7 @@ class Cropped:
 
 
 Fitted = Mapping[int, Cropped | RowRefused]
-"""What becomes of an image at each resolution."""
+"""An image cropped, or refused, at each resolution."""
 
 
 class LatentEncoder:
@@ -55,7 +55,7 @@ class LatentEncoder:
         return self.process_all(table, [self.config.resolution])[self.config.resolution]
 
     def process_all(self, table: pa.Table, resolutions: Sequence[int]) -> dict[int, ShardOutput]:
-        """The same for several resolutions; each image is decoded once."""
+        """As `process`, for several resolutions; each image is decoded once."""
         ids = table["id"].to_pylist()
         checked = {ids[index] for index in spread(len(ids), self.config.check_rows)}
         shards = {resolution: _Shard(self, self.configs[resolution], checked) for resolution in resolutions}
@@ -104,7 +104,7 @@ class LatentEncoder:
 
 @dataclass
 class _Shard:
-    """A shard of one resolution in the making."""
+    """A shard of one resolution that is being made."""
 
     encoder: LatentEncoder
     config: ExtractConfig
@@ -160,7 +160,7 @@ class _Shard:
             self._measure(good)
 
     def _measure(self, pairs: list[tuple[Cropped, torch.Tensor]]) -> None:
-        """What is lost between images and their stored latents."""
+        """Measure the PSNR between images and their decoded latents."""
         decoded = run_halving(self.encoder.decode, [latents for _, latents in pairs])
         for (image, _), again in zip(pairs, decoded, strict=True):
             if not isinstance(again, RowRefused):
@@ -180,7 +180,7 @@ def check_scores(row: Row, config: ExtractConfig) -> None:
 
 
 def find_fault(latents: torch.Tensor, max_latent: float) -> RowRefused | None:
-    """What is wrong with the latents of an image: values that are not finite, or far out."""
+    """The refusal of latents with values that are not finite or too large; None if they are good."""
     bad = int((~torch.isfinite(latents)).sum())
     if bad:
         return RowRefused("bad_latents", f"{bad} of {latents.numel()} values are not finite")

@@ -1,7 +1,7 @@
 """Configuration of the ingest stage."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pipelines.stages.contract import Resources
 from pipelines.workers.images import ImageLimits
@@ -24,6 +24,16 @@ class DownloadConfig:
         user_agent: what servers see. Say who you are, and where you can be reached.
         obey_robots_tag: leave out images whose server answers with "X-Robots-Tag" noai, noimageai, noindex or noimageindex.
     """
+
+    NO_VALUE: ClassVar = (
+        "connections",
+        "connections_per_host",
+        "timeout",
+        "attempts",
+        "first_wait",
+        "max_redirects",
+        "user_agent",
+    )
 
     connections: int = 64
     connections_per_host: int = 8
@@ -64,6 +74,8 @@ class IngestConfig:
         max_reject_share: the job fails if a larger share of the images is refused.
         resources: of the actors that decode.
     """
+
+    NO_VALUE: ClassVar = ("retry_rejects", "license", "max_reject_share", "resources")
 
     source: str
     source_kind: Kind | Literal["auto"] = "auto"

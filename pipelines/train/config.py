@@ -1,7 +1,7 @@
 """Training configuration."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pipelines.train.engine.config import EmaConfig, EngineConfig, LoraConfig, OptimConfig
 from pipelines.train.stream.config import FlowConfig, StreamConfig, ValidationConfig, WeightedTable
@@ -128,6 +128,12 @@ class TrainConfig:
         max_failures: how often lost workers are replaced, from the last checkpoint, before the training fails.
         seed: seed of the order of samples, of captions, noise and adapters, and of a new transformer.
     """
+
+    # May change while a training goes on: no weight changes beyond rounding.
+    NO_VALUE: ClassVar = (
+        *("num_workers", "micro_batch_size", "resources", "max_failures", "grid", "log_every", "record_samples"),
+        *("checkpoint_every", "keep_checkpoints", "keep_every", "keep_best", "validation"),
+    )
 
     latents: str | list[WeightedTable]
     caption_embeds: str | None = None

@@ -5,7 +5,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from ray.train import FailureConfig, Result, RunConfig, ScalingConfig, TrainingF
 from ray.train.torch import TorchTrainer
 
 from pipelines.storage.files import list_folder
-from pipelines.storage.lease import hold
+from pipelines.storage.lease import DEFAULT_LEASE, LeaseConfig, hold
 from pipelines.tables.errors import TrainingError, TrainingStopped
-from pipelines.tables.identity import Identity
+from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.table import absolute_uri
 from pipelines.tracking.runs import RunEnd, RunPlan, TrackedRun, end_status
 from pipelines.train.config import TrainConfig
@@ -31,16 +31,6 @@ from pipelines.train.task import TrainTask
 from pipelines.train.trained_pipeline import PIPELINE_DIR
 from pipelines.train.worker import train_worker
 from pipelines.workers.models import model_version
-
-NOT_IN_IDENTITY = {
-    "": (
-        *("num_workers", "micro_batch_size", "resources", "max_failures", "grid", "log_every", "record_samples"),
-        *("checkpoint_every", "keep_checkpoints", "keep_every", "keep_best", "validation"),
-    ),
-    "data": ("prefetch",),
-    "engine": ("zero_stage", "reduce_dtype", "offload_optimizer", "offload_weights", "checkpoint_blocks", "compile_blocks"),
-}
-"""Settings by part of the configuration that may change when a training is resumed: they change weights by rounding at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +70,7 @@ def train_identity(dataset_uri: str, config: TrainConfig) -> Identity:
     Raises MissingTableError if a table does not exist, or ValueError if one is not complete.
     """
     inputs = _inputs(dataset_uri, config.sources(dataset_uri))
-    settings = asdict(config)
-    for part, names in NOT_IN_IDENTITY.items():
-        for name in names:
-            del (settings[part] if part else settings)[name]
+    settings = value_settings(config)
     paths = {name: settings.pop(name) for name in ("init", "text_encoder", "autoencoder")}
     models = {name: model_version(path) for name, path in paths.items() if path is not None}
     return Identity("train", settings, models, inputs)
@@ -107,6 +94,7 @@ def run_train(
     *,
     output_dir: str,
     plan: RunPlan | None = None,
+    lease: LeaseConfig = DEFAULT_LEASE,
     on_progress: OnTrainProgress = lambda progress: None,
     on_notice: OnNotice = lambda notice: None,
 ) -> TrainResult:
@@ -117,6 +105,7 @@ def run_train(
         config: the training.
         output_dir: any fsspec URI, or a folder that all nodes see.
         plan: the MLflow run that the workers log to; None: no MLflow.
+        lease: how other trainings are kept from `output_dir`.
         on_progress: called from another thread with each report.
         on_notice: called from another thread with messages for a person.
 
@@ -132,7 +121,7 @@ def run_train(
     config = _with_absolute_paths(config)
     dataset_uri, output_uri = absolute_uri(dataset_uri), absolute_uri(output_dir)
     identity = train_identity(dataset_uri, config)
-    with hold(output_uri):
+    with hold(output_uri, lease):
         record = TrainingRecord.claim(output_uri, identity)
         if record.result is not None and list_folder(f"{output_uri}/{PIPELINE_DIR}"):
             return _to_result(record, was_done=True)

@@ -15,7 +15,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from pipelines.tables.rejects import RowRefused
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
-"""What may be decoded, as Pillow names it. Not all that Pillow knows: some (EPS) start other programs."""
+"""Formats that are decoded, by Pillow's names. Pillow knows more, but some (EPS) start other programs."""
 REFUSED_EXTENSIONS = (".heic", ".heif", ".svg", ".psd", ".eps", ".ico", ".tga", ".pcx", ".jxl")
 # fmt: off
 EXTENSIONS = (
@@ -23,7 +23,7 @@ EXTENSIONS = (
     ".pgm", *REFUSED_EXTENSIONS,
 )
 # fmt: on
-"""What is taken for an image by its name. Those that cannot be decoded are refused, rather than passed over."""
+"""File names that count as images. Those that cannot be decoded are refused, not passed over."""
 PILLOW_MAX_PIXELS = 2 * 89_478_485
 """Pillow refuses larger images by itself."""
 MAX_JPEG_SCANS = 200
@@ -56,13 +56,13 @@ TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What undoes each EXIF orientation."""
+"""The transposition that undoes each EXIF orientation."""
 HASH_SIDE, HASH_SAMPLES = 8, 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageLimits:
-    """Which images are let in, judged by the header, before anything is decoded.
+    """Limits of images, checked on the header before anything is decoded.
 
     Args:
         min_size: of the shorter side, pixels.
@@ -139,7 +139,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def _decoding() -> Iterator[None]:
-    """Turns what a decoder raises into RowRefused. Hostile bytes make Pillow raise errors of nearly every type."""
+    """Turn errors of a decoder into RowRefused. Hostile bytes make Pillow raise errors of nearly every type."""
     try:
         yield
     except UnidentifiedImageError:
@@ -213,7 +213,7 @@ def _check_limits(width: int, height: int, limits: ImageLimits) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """1, upright, where the EXIF data is absent or broken."""
+    """The EXIF orientation; 1 (upright) if the EXIF data is missing or broken."""
     try:
         with _decoding():
             return image.getexif().get(ORIENTATION_TAG, 1)

@@ -164,6 +164,7 @@ def load_text_encoder(
     tokenizer_path: str | Path | None = None,
     attn_implementation: str | None = None,
     variant: str | None = None,
+    revision: str | None = None,
 ) -> TextEncoder:
     """Load any decoder-only transformers model with its tokenizer; a causal LM without its head.
 
@@ -175,13 +176,15 @@ def load_text_encoder(
         attn_implementation: None is transformers' default, as in diffusers: sdpa, which ignores Gemma-2's soft-capping of
             attention logits; "eager" applies it.
         variant: the one in the names of the weights' files ("bf16"); None: no variant.
+        revision: of a model id on the hub; None: "main".
 
     Raises FileNotFoundError if nothing is at a URI, OSError (of transformers) if a folder or model id is not there.
     """
     options = {"dtype": dtype or "auto", "attn_implementation": attn_implementation, "variant": variant}
     local, tokenizer_local = (resolve(p) if "://" in str(p) else p for p in (path, tokenizer_path or path))
-    model = AutoModel.from_pretrained(local, **options)
-    return TextEncoder(model, AutoTokenizer.from_pretrained(tokenizer_local), config)
+    pinned = {"revision": revision} if revision else {}
+    model = AutoModel.from_pretrained(local, **options, **pinned)
+    return TextEncoder(model, AutoTokenizer.from_pretrained(tokenizer_local, **pinned), config)
 
 
 def save_text_encoder(text_encoder: TextEncoder, path: str | Path) -> None:

@@ -50,6 +50,7 @@ class TextEncoder(nn.Module):
         tokenizer_path: str | Path | None = None,
         attn_implementation: str | None = None,
         variant: str | None = None,
+        revision: str | None = None,
     ) -> "TextEncoder":
         """Load a decoder-only transformers model with its tokenizer: see `files.models.load_text_encoder`."""
         from sana_model.files.models import load_text_encoder
@@ -61,6 +62,7 @@ class TextEncoder(nn.Module):
             tokenizer_path=tokenizer_path,
             attn_implementation=attn_implementation,
             variant=variant,
+            revision=revision,
         )
 
     def save_pretrained(self, path: str | Path) -> None:

@@ -1,7 +1,7 @@
 """Configuration of the training engine: DeepSpeed, optimizer, average of the weights, adapters."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +19,15 @@ class EngineConfig:
         checkpoint_blocks: recompute the activations of every n-th block in the backward pass: 1 all, 0 none.
         compile_blocks: compile each block with torch.compile; worthwhile if there are few different shapes.
     """
+
+    NO_VALUE: ClassVar = (
+        "zero_stage",
+        "reduce_dtype",
+        "offload_optimizer",
+        "offload_weights",
+        "checkpoint_blocks",
+        "compile_blocks",
+    )
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"

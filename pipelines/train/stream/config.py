@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pipelines.score.config import SelectionConfig
 
@@ -21,6 +21,8 @@ class StreamConfig:
         shuffle_shards: number of shards that are held in memory together and shuffled row by row.
         prefetch: number of micro-batches prepared ahead; changes no value.
     """
+
+    NO_VALUE: ClassVar = ("prefetch",)
 
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     caption_dropout: float = 0.1

@@ -240,11 +240,11 @@ def test_what_changes_captions_is_in_the_identity_and_the_rest_is_not(tmp_path: 
         "quality": QualityConfig(cut_off="reject"),
         "vllm": VllmConfig(engine_args={"quantization": "fp8"}),
     }
-    fingerprint = caption_identity(dataset, config).fingerprint
+    fingerprint = caption_identity(dataset, config, {}).fingerprint
     for name, value in same.items():
-        assert caption_identity(dataset, replace(config, **{name: value})).fingerprint == fingerprint, name
+        assert caption_identity(dataset, replace(config, **{name: value}), {}).fingerprint == fingerprint, name
     for name, value in other.items():
-        assert caption_identity(dataset, replace(config, **{name: value})).fingerprint != fingerprint, name
+        assert caption_identity(dataset, replace(config, **{name: value}), {}).fingerprint != fingerprint, name
 
 
 def test_engines_settings_that_make_no_sense() -> None:

@@ -53,3 +53,16 @@ def test_a_real_allocation_that_cannot_be_had() -> None:
 def test_other_errors_pass() -> None:
     with pytest.raises(RuntimeError, match="illegal memory access"):
         run_halving(Model(RuntimeError, "CUDA error: an illegal memory access was encountered"), [11])
+
+
+def test_a_caller_may_say_which_other_errors_are_an_items_own() -> None:
+    sizes = []
+
+    def refuse(error: Exception, size: int) -> RowRefused | None:
+        sizes.append(size)
+        return RowRefused("odd", str(error)) if isinstance(error, LookupError) else None
+
+    found = run_halving(Model(KeyError, "no such image"), [1, 2, 99, 4], refuse=refuse)
+    assert [getattr(value, "reason", value) for value in found] == [2, 4, "odd", 8] and sizes == [4, 2, 1]
+    with pytest.raises(TypeError, match="a bug"):
+        run_halving(Model(TypeError, "a bug"), [99], refuse=refuse)
