@@ -4,20 +4,21 @@ A failure is a value and not an exception: a short code that becomes the row's r
 """
 
 import asyncio
-import random
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import aiohttp
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
 
 from pipelines.ingest.config import DownloadConfig
 from pipelines.storage.errors import StorageError
-from pipelines.storage.files import call, is_transient, open_filesystem
+from pipelines.storage.retry import call
+from sana_model.files.filesystems import open_filesystem
+from sana_model.files.retry import TRANSIENT_STATUS, Backoff, is_transient, parse_retry_after
 
-TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
-TRANSIENT_REASONS = ("download_failed", "timeout", *(f"http_{status}" for status in TRANSIENT_STATUS))
+TRANSIENT_REASONS = {"download_failed", "timeout", *(f"http_{status}" for status in TRANSIENT_STATUS)}
 """Reject reasons that another try at another time may undo."""
 
 NUM_THREADS = 16
@@ -26,11 +27,11 @@ CHUNK = 2**16
 
 
 class FetchError(Exception):
-    """`reason` is a short code, `detail` for people; `wait`: seconds that the server asks to wait."""
+    """`reason` is a short code, `detail` is for people. `retry_after`: seconds that the server asks to wait, if it does."""
 
-    def __init__(self, reason: str, detail: str, wait: float = 0.0):
+    def __init__(self, reason: str, detail: str, retry_after: float | None = None):
         super().__init__(reason, detail)
-        self.reason, self.detail, self.wait = reason, detail, wait
+        self.reason, self.detail, self.retry_after = reason, detail, retry_after
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}"
@@ -101,17 +102,20 @@ class _Downloads:
             host = urlsplit(url).netloc
         except ValueError as error:
             return FetchError("bad_url", str(error))
-        for attempt in range(1, self.config.attempts + 1):
-            async with self.turns_of_host[host], self.turn:
-                try:
-                    return await self._fetch_once(url)
-                except FetchError as error:
-                    failure = error
-            if failure.reason not in TRANSIENT_REASONS or attempt == self.config.attempts:
-                break
-            wait = self.config.first_wait * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)
-            await asyncio.sleep(min(max(wait, failure.wait), LONGEST_WAIT))
-        return failure
+        retrying = AsyncRetrying(
+            retry=retry_if_exception(lambda error: isinstance(error, FetchError) and error.reason in TRANSIENT_REASONS),
+            stop=stop_after_attempt(self.config.attempts),
+            wait=Backoff(first=self.config.first_wait, longest=LONGEST_WAIT),
+            reraise=True,
+        )
+        try:
+            return await retrying(self._fetch_in_turn, url, host)
+        except FetchError as error:
+            return error
+
+    async def _fetch_in_turn(self, url: str, host: str) -> bytes:
+        async with self.turns_of_host[host], self.turn:
+            return await self._fetch_once(url)
 
     async def _fetch_once(self, url: str) -> bytes:
         try:
@@ -134,8 +138,8 @@ class _Downloads:
 
     def _check(self, response: aiohttp.ClientResponse) -> None:
         if response.status != 200:
-            wait = response.headers.get("Retry-After", "")
-            raise FetchError(f"http_{response.status}", f"{response.reason}", float(wait) if wait.isdecimal() else 0.0)
+            retry_after = parse_retry_after(response.headers.get("Retry-After"))
+            raise FetchError(f"http_{response.status}", f"{response.reason}", retry_after)
         if self.config.obey_robots_tag:
             tags = {tag.strip().lower() for value in response.headers.getall("X-Robots-Tag", []) for tag in value.split(",")}
             if forbidden := tags & {"noai", "noimageai", "noindex", "noimageindex"}:

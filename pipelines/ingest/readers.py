@@ -28,10 +28,11 @@ from pipelines.ingest.sources import (
     is_binary,
 )
 from pipelines.storage.errors import StorageError
-from pipelines.storage.files import is_transient, open_file
+from pipelines.storage.files import open_file
 from pipelines.tables.schema import Row
 from pipelines.tables.text import clean
 from pipelines.workers.images import EXTENSIONS, too_many_bytes
+from sana_model.files.retry import is_transient
 
 SOURCE_ROWS = pa.schema(
     [

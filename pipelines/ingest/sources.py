@@ -10,9 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.ingest.config import DownloadConfig, Kind
-from pipelines.storage.files import find_files, open_file, open_filesystem
+from pipelines.storage.files import find_files, open_file
+from pipelines.storage.retry import call
 from pipelines.tables.table import absolute_uri
 from pipelines.workers.images import EXTENSIONS, ImageLimits
+from sana_model.files.filesystems import open_filesystem
 
 TEXT_LISTS = (".csv", ".tsv", ".jsonl", ".ndjson")
 ENDINGS: dict[Kind, tuple[str, ...]] = {
@@ -103,7 +105,8 @@ def find_source(
     """
     root, name = absolute_uri(os.path.expanduser(uri)), None
     filesystem, path = open_filesystem(root)
-    if path.lower().endswith(sum(ENDINGS.values(), ())) and not filesystem.isdir(path):
+    is_named_as_file = path.lower().endswith(sum(ENDINGS.values(), ()))
+    if is_named_as_file and not call(lambda: filesystem.isdir(path), "read", uri):
         root, _, name = root.rpartition("/")
     if kind == "auto":
         kind = _tell_kind(root, _list_files(root, name, exclude), uri, url_column)
@@ -188,11 +191,8 @@ def is_binary(kind: pa.DataType) -> bool:
 
 def _list_files(root: str, name: str | None, exclude: str | None) -> dict[str, int]:
     """Relative path and size of every file that is not hidden."""
-    filesystem, path = open_filesystem(root)
-    if name is None:
-        found = find_files(root)
-    else:
-        found = {name: filesystem.size(f"{path}/{name}") or 0} if filesystem.exists(f"{path}/{name}") else {}
+    _, path = open_filesystem(root)
+    found = find_files(root) if name is None else _find_file(root, name)
     excluded = f"{open_filesystem(exclude)[1]}/" if exclude else None
     if excluded and f"{path}/".startswith(excluded):  # a folder inside the dataset, given by name, is meant
         excluded = None
@@ -202,3 +202,12 @@ def _list_files(root: str, name: str | None, exclude: str | None) -> dict[str, i
         if not any(part.startswith(".") for part in relative.split("/"))
         and not (excluded and f"{path}/{relative}".startswith(excluded))
     }
+
+
+def _find_file(root: str, name: str) -> dict[str, int]:
+    """Name and size of one file; empty if it is not there."""
+    filesystem, path = open_filesystem(f"{root}/{name}")
+    try:
+        return {name: call(lambda: filesystem.size(path), "read", f"{root}/{name}") or 0}
+    except FileNotFoundError:
+        return {}

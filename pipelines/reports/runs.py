@@ -1,19 +1,21 @@
 """Reports of runs: the page of a training, and the front page of the whole way."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import fsspec
-
 from pipelines.reports.charts import curve
 from pipelines.reports.page import page_head
-from pipelines.reports.pictures import Picture, thumbnail
+from pipelines.reports.pictures import Picture, no_picture, thumbnail
 from pipelines.reports.templates import render
+from pipelines.storage.files import read_file
 from pipelines.tables.schema import IMAGES, IMAGES_PATH, LATENTS, Row
 from pipelines.tables.table import Table
 
 GRID_SIDE = 1600  # px
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +103,13 @@ def demo_report(
 
 
 def _grid(uri: str | Path, alt: str) -> Picture:
-    with fsspec.open(str(uri)) as file:
-        return thumbnail(file.read(), alt, GRID_SIDE)
+    """A grid of pictures, or why there is none: a page is made without a picture that cannot be read."""
+    try:
+        content = read_file(str(uri))
+    except OSError as error:
+        logger.warning("the report is without a picture: %s", error)
+        return no_picture(f"{uri} could not be read")
+    return thumbnail(content, alt, GRID_SIDE)
 
 
 def _loaded(sections: Sequence[Section]) -> list[Row]:

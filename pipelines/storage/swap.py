@@ -6,22 +6,27 @@ them, is read again `SETTLE_SECONDS` after the write: two writers that came with
 """
 
 import fcntl
-import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from fsspec import AbstractFileSystem
+from tenacity import Retrying, retry_if_result, stop_after_attempt
 
 from pipelines.storage.errors import StorageError
-from pipelines.storage.files import call, is_local, open_filesystem, read_file, remove_file, write_file
+from pipelines.storage.files import is_local, read_file, remove_file, write_file
+from pipelines.storage.retry import call
+from sana_model.files.filesystems import open_filesystem
+from sana_model.files.retry import Backoff
 
 SETTLE_SECONDS = 1.0
 LOCK_SUFFIX = ".lock"
 CONFLICT = "ConditionalRequestConflict"  # says nothing of the condition: AWS wants it tried again
-CONFLICT_WAITS = (0.2, 0.5, 1.0, 2.0)  # seconds after each such answer
+CONFLICTS = 4  # such answers, before a swap gives up
+CONFLICT_BACKOFF = Backoff(first=0.25, longest=2.0)
 CONDITION_FAILED = {"PreconditionFailed", "NoSuchKey", CONFLICT}
 NO_CONDITIONS = {"NotImplemented", "InvalidArgument", "MethodNotAllowed"}
 
@@ -82,14 +87,23 @@ def _locked(uri: str) -> Iterator[None]:
 
 
 def _swap_on_s3(uri: str, expected: bytes | None, content: bytes | None) -> bool:
-    for wait in CONFLICT_WAITS:
-        swapped = _try_on_s3(uri, expected, content)
-        if swapped is not None:
-            return swapped
-        time.sleep(wait * random.uniform(0.5, 1.0))
-        if read_if_there(uri) == content:  # the write was in conflict with itself, repeated because its answer was late
+    conflicts = count()
+
+    def attempt() -> bool | None:
+        number = next(conflicts)
+        if number > 0 and read_if_there(uri) == content:  # the write conflicted with itself, repeated since its answer was late
             return True
-    raise StorageError(f"cannot write {uri}: other writes were in conflict with it {len(CONFLICT_WAITS)} times")
+        return _try_on_s3(uri, expected, content) if number < CONFLICTS else None
+
+    swapped = Retrying(
+        retry=retry_if_result(lambda swapped: swapped is None),
+        stop=stop_after_attempt(CONFLICTS + 1),  # the last one only looks
+        wait=CONFLICT_BACKOFF,
+        retry_error_callback=lambda state: None,
+    )(attempt)
+    if swapped is None:
+        raise StorageError(f"cannot write {uri}: other writes were in conflict with it {CONFLICTS} times")
+    return swapped
 
 
 def _try_on_s3(uri: str, expected: bytes | None, content: bytes | None) -> bool | None:

@@ -8,10 +8,13 @@ from typing import Any
 
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from PIL import Image
+from tenacity import RetryCallState, Retrying
 
 from pipelines.tracking.runs import RunPlan, TrackedRun
+from sana_model.files.retry import Backoff
 
-RETRY_SECONDS = 5.0
+BACKOFF = Backoff(first=2.0, longest=30.0)
+CLOSING_WAIT = 1.0  # seconds between attempts while the run is closed
 CLOSE_SECONDS = 60.0
 
 Entry = tuple[int, Mapping[str, float]]
@@ -84,20 +87,33 @@ class PatientRun:
                 if not self._waiting:
                     return
                 step, what = self._waiting[0]
+            retrying = Retrying(
+                stop=lambda state: time.monotonic() > self._deadline,
+                wait=BACKOFF,
+                sleep=self._pause,
+                after=self._say_why,
+                reraise=True,
+            )
             try:
-                self._send(step, what)
-            except Exception as error:  # of MLflow, its server, its database, the network: no training ends for it
-                if not self._said:
-                    self._said = True
-                    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-                    self._say(f"MLflow at {self._plan.uri} cannot be reached, figures wait and are sent later: {reason}")
-                if self._closing.wait(RETRY_SECONDS):
-                    if time.monotonic() > self._deadline:
-                        return
-                    time.sleep(1.0)
-                continue
+                retrying(self._send, step, what)
+            except Exception:  # of MLflow, its server, its database, the network: no training ends for it
+                return
             with self._wake:
                 self._waiting.popleft()
+
+    def _pause(self, seconds: float) -> None:
+        if self._closing.wait(seconds):
+            time.sleep(CLOSING_WAIT)
+
+    def _say_why(self, state: RetryCallState) -> None:
+        """Say once that MLflow cannot be reached, until it can be reached again."""
+        if self._said:
+            return
+        self._said = True
+        assert state.outcome is not None
+        error = state.outcome.exception()
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        self._say(f"MLflow at {self._plan.uri} cannot be reached, figures wait and are sent later: {reason}")
 
     def _send(self, step: int | None, what: Any) -> None:
         if self._run is None:
