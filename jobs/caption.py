@@ -11,8 +11,6 @@ from jobs.common.job import JobConfig, run_job
 from jobs.common.stage_job import track_stage
 from jobs.common.text_table import format_table
 from pipelines.caption.config import CaptionerConfig
-from pipelines.caption.run import run_caption
-from pipelines.reports.captions import captions_report, write_captioners_report
 from pipelines.stages.contract import StageResult
 from pipelines.tables.errors import StageError
 
@@ -50,7 +48,7 @@ class CaptionJob(JobConfig):
 
 
 def run(job: CaptionJob) -> None:
-    """Each captioner in turn. Raises StageError at the end if any of several failed; of a single one what it raised."""
+    """Run each captioner in turn. Raises what a single one raises, and StageError at the end if any of several failed."""
     chosen = [captioner for captioner in job.all if job.only in (None, captioner.name)]
     if len(chosen) == 1:
         run_captioner(job.single(chosen[0]))
@@ -61,7 +59,7 @@ def run(job: CaptionJob) -> None:
         try:
             result = run_captioner(job.single(captioner))
             told[captioner.name] = ["done", str(result.num_rows), str(result.num_rejects), f"{result.seconds:.0f}", ""]
-        except Exception as error:  # whatever it is, it must not stop the others; nothing of it is swallowed
+        except Exception as error:  # whatever it is, it must not stop the others; it is shown in full
             if not is_expected(error):
                 traceback.print_exc()
             print(f"error: captioner {captioner.name}: {error}", file=sys.stderr, flush=True)
@@ -71,13 +69,18 @@ def run(job: CaptionJob) -> None:
     print(format_table(columns, [[name, *cells] for name, cells in told.items()]), flush=True)
     done = [name for name in told if name not in failed]
     if len(done) > 1:
+        from pipelines.reports.captions import write_captioners_report
+
         print(f"side by side: {write_captioners_report(job.dataset_uri, done)}", flush=True)
     if failed:
         raise StageError(f"{len(failed)} of {len(chosen)} captioners failed: {', '.join(failed)}")
 
 
 def run_captioner(job: CaptionJob) -> StageResult:
-    """`job.captioner`'s stage in an MLflow run, on the Ray that is there."""
+    """Run the stage of `job.captioner` in an MLflow run, on the Ray that is connected."""
+    from pipelines.caption.run import run_caption
+    from pipelines.reports.captions import captions_report
+
     captioner = job.captioner
     assert captioner is not None
     return track_stage(
@@ -89,7 +92,7 @@ def run_captioner(job: CaptionJob) -> StageResult:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_job(CaptionJob, run, argv, prog="python -m jobs.caption", description="Images -> the captions of VLMs.")
+    return run_job(CaptionJob, run, argv, name="caption")
 
 
 if __name__ == "__main__":

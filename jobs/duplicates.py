@@ -6,9 +6,7 @@ from dataclasses import dataclass, field
 
 from jobs.common.job import JobConfig, run_job
 from jobs.common.stage_job import track_stage
-from pipelines.reports.images import duplicates_report
 from pipelines.score.config import DuplicatesConfig
-from pipelines.score.duplicates import run_duplicates
 from pipelines.stages.contract import StageResult
 
 
@@ -24,7 +22,10 @@ class DuplicatesJob(JobConfig):
 
 
 def run(job: DuplicatesJob) -> StageResult:
-    """The stage in an MLflow run, on the Ray that is there."""
+    """Run the stage in an MLflow run, on the Ray that is connected."""
+    from pipelines.reports.image_scores import duplicates_report
+    from pipelines.score.duplicates import run_duplicates
+
     return track_stage(
         job,
         "duplicates",
@@ -34,9 +35,7 @@ def run(job: DuplicatesJob) -> StageResult:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_job(
-        DuplicatesJob, run, argv, prog="python -m jobs.duplicates", description="Images -> which of them look alike."
-    )
+    return run_job(DuplicatesJob, run, argv, name="duplicates")
 
 
 if __name__ == "__main__":

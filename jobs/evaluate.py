@@ -4,13 +4,15 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from jobs.common.job import JobConfig, run_job
 from jobs.common.stage_job import track_stage
 from pipelines.evaluate.config import EvaluateConfig
-from pipelines.evaluate.run import run_evaluate, summarize
 from pipelines.stages.contract import StageResult
-from pipelines.tracking.runs import TrackedRun
+
+if TYPE_CHECKING:
+    from pipelines.tracking.runs import TrackedRun
 
 METRICS = "metrics.json"
 
@@ -27,9 +29,10 @@ class EvaluateJob(JobConfig):
 
 
 def run(job: EvaluateJob) -> StageResult:
-    """The stage in an MLflow run, on the Ray that is there; the table gets `metrics.json`."""
+    """Run the stage in an MLflow run, on the Ray that is connected; the table gets `metrics.json`."""
+    from pipelines.evaluate.run import run_evaluate, summarize
 
-    def log_metrics(run: TrackedRun, result: StageResult) -> None:
+    def log_metrics(run: "TrackedRun", result: StageResult) -> None:
         metrics = summarize(result.table)
         result.table.write_file(METRICS, (json.dumps(metrics, indent=2) + "\n").encode())
         run.log_metrics(metrics)
@@ -45,7 +48,7 @@ def run(job: EvaluateJob) -> StageResult:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_job(EvaluateJob, run, argv, prog="python -m jobs.evaluate", description="Judge pictures by CLIP.")
+    return run_job(EvaluateJob, run, argv, name="evaluate")
 
 
 if __name__ == "__main__":

@@ -4,22 +4,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
-
-import numpy as np
-import ray
-import torch
-from PIL import Image
+from typing import TYPE_CHECKING, Any
 
 from jobs.common.job import JobConfig, run_job
 from jobs.common.stage_job import track_stage
 from pipelines.extract.config import ExtractConfig
-from pipelines.extract.encode import LatentEncoder
-from pipelines.extract.run import run_extract
-from pipelines.reports.latents import DecodeLatents, latents_report
 from pipelines.stages.contract import StageResult
 from pipelines.tables.schema import LATENTS
 from pipelines.tables.table import Table
+
+if TYPE_CHECKING:
+    from pipelines.reports.latents import DecodeLatents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +36,7 @@ class ExtractJob(JobConfig):
 
 
 def run(job: ExtractJob) -> StageResult:
-    """The stage, for each resolution in an MLflow run of its own, on the Ray that is there; returns the first one's result."""
+    """Run the stage for each resolution, in an MLflow run of its own, on the Ray that is connected; the first one's result."""
     resolutions = job.resolutions or (job.extract.resolution,)
     results = [
         _run_one(job, job.extract.at(resolution), also=resolutions[index + 1 :]) for index, resolution in enumerate(resolutions)
@@ -50,7 +45,11 @@ def run(job: ExtractJob) -> StageResult:
 
 
 def _run_one(job: ExtractJob, config: ExtractConfig, *, also: Sequence[int]) -> StageResult:
+    from pipelines.extract.run import run_extract
+
     def make_report() -> str:
+        from pipelines.reports.latents import latents_report
+
         with remote_decoder(config) as decode:
             return latents_report(job.dataset_uri, config.path, decode)
 
@@ -65,8 +64,15 @@ def _run_one(job: ExtractJob, config: ExtractConfig, *, also: Sequence[int]) -> 
 
 
 @contextmanager
-def remote_decoder(config: ExtractConfig) -> Iterator[DecodeLatents]:
-    """Turns latents into images where the stage's actors ran: the driver may be a machine that computes nothing."""
+def remote_decoder(config: ExtractConfig) -> "Iterator[DecodeLatents]":
+    """Turn latents into images where the stage's actors ran: the driver may be a machine that computes nothing."""
+    import numpy as np
+    import ray
+    import torch
+    from PIL import Image
+
+    from pipelines.extract.encode import LatentEncoder
+
     resources = config.resources
     options = {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus or None, "resources": resources.custom or None}
     actor: Any = ray.remote(LatentEncoder).options(**options).remote(config)
@@ -82,7 +88,7 @@ def remote_decoder(config: ExtractConfig) -> Iterator[DecodeLatents]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_job(ExtractJob, run, argv, prog="python -m jobs.extract", description="Images and scores -> DC-AE latents.")
+    return run_job(ExtractJob, run, argv, name="extract")
 
 
 if __name__ == "__main__":

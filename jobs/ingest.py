@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from jobs.common.job import JobConfig, run_job
 from jobs.common.stage_job import track_stage
 from pipelines.ingest.config import IngestConfig
-from pipelines.ingest.run import run_ingest
-from pipelines.reports.images import images_report
 from pipelines.stages.contract import StageResult
 from pipelines.storage.lease import hold
 from pipelines.tables.schema import IMAGES_PATH
@@ -27,7 +25,10 @@ class IngestJob(JobConfig):
 
 
 def run(job: IngestJob) -> StageResult:
-    """The stage in an MLflow run, on the Ray that is there. The lease is held from before the plan of sources is made."""
+    """Run the stage in an MLflow run, on the Ray that is connected. The lease is taken before the plan of sources is made."""
+    from pipelines.ingest.run import run_ingest
+    from pipelines.reports.images import images_report
+
     with hold(f"{absolute_uri(job.dataset_uri)}/{IMAGES_PATH}"):
         return track_stage(
             job,
@@ -38,7 +39,7 @@ def run(job: IngestJob) -> StageResult:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_job(IngestJob, run, argv, prog="python -m jobs.ingest", description="Raw images -> the images table.")
+    return run_job(IngestJob, run, argv, name="ingest")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jobs.common.config import parse_config
+from jobs.common.job import parse_command
 from jobs.common.text_table import format_table
 
 RATES = Path(__file__).parent / "configs/plan.yaml"
@@ -215,8 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not any(argument.split("=")[0] == "--config" for argument in arguments):
         arguments = ["--config", str(RATES), *arguments]
-    description = "What a dataset of some size takes."
-    config = parse_config(PlanConfig, arguments, prog="python -m jobs.plan", description=description)
+    config = parse_command(PlanConfig, arguments, name="plan")
     print_plan(config, make_plan(config))
     return 0
 

@@ -3,14 +3,15 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from jobs.common.job import JobConfig, run_job
 from jobs.common.stage_job import track_stage
 from pipelines.draw.config import SampleConfig
-from pipelines.draw.sample import read_pictures, run_sample
 from pipelines.stages.contract import StageResult
-from pipelines.tracking.runs import TrackedRun
-from pipelines.workers.images import image_grid, to_png
+
+if TYPE_CHECKING:
+    from pipelines.tracking.runs import TrackedRun
 
 GRID = "grid.png"
 
@@ -29,9 +30,11 @@ class SampleJob(JobConfig):
 
 
 def run(job: SampleJob) -> StageResult:
-    """The stage in an MLflow run, on the Ray that is there; the table gets a grid of the first pictures."""
+    """Run the stage in an MLflow run, on the Ray that is connected; the table gets a grid of the first pictures."""
+    from pipelines.draw.sample import read_pictures, run_sample
+    from pipelines.workers.images import image_grid, to_png
 
-    def log_grid(run: TrackedRun, result: StageResult) -> None:
+    def log_grid(run: "TrackedRun", result: StageResult) -> None:
         grid = image_grid(read_pictures(result.table)[1])
         result.table.write_file(GRID, to_png(grid))
         run.log_image(grid, "samples", job.step)
@@ -45,7 +48,7 @@ def run(job: SampleJob) -> StageResult:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_job(SampleJob, run, argv, prog="python -m jobs.sample", description="Prompts -> pictures and a grid.")
+    return run_job(SampleJob, run, argv, name="sample")
 
 
 if __name__ == "__main__":

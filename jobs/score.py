@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 
 from jobs.common.job import JobConfig, run_job
 from jobs.common.stage_job import track_stage
-from pipelines.reports.scores import scores_report
-from pipelines.score.captions import run_score
 from pipelines.score.config import ScorerConfig, SelectionConfig
 from pipelines.stages.contract import StageResult
 
@@ -26,7 +24,10 @@ class ScoreJob(JobConfig):
 
 
 def run(job: ScoreJob) -> StageResult:
-    """The stage in an MLflow run, on the Ray that is there."""
+    """Run the stage in an MLflow run, on the Ray that is connected."""
+    from pipelines.reports.scores import scores_report
+    from pipelines.score.captions import run_score
+
     return track_stage(
         job,
         "score",
@@ -36,7 +37,7 @@ def run(job: ScoreJob) -> StageResult:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_job(ScoreJob, run, argv, prog="python -m jobs.score", description="Images and captions -> CLIP scores.")
+    return run_job(ScoreJob, run, argv, name="score")
 
 
 if __name__ == "__main__":

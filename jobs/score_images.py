@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 from jobs.common.job import JobConfig, run_job
 from jobs.common.stage_job import track_stage
-from pipelines.reports.images import image_scores_report
 from pipelines.score.config import ImageScorerConfig
-from pipelines.score.images import run_image_scores
 from pipelines.stages.contract import StageResult
 
 
@@ -24,7 +22,10 @@ class ScoreImagesJob(JobConfig):
 
 
 def run(job: ScoreImagesJob) -> StageResult:
-    """The stage in an MLflow run, on the Ray that is there."""
+    """Run the stage in an MLflow run, on the Ray that is connected."""
+    from pipelines.reports.image_scores import image_scores_report
+    from pipelines.score.images import run_image_scores
+
     return track_stage(
         job,
         f"score images {job.scorer.name}",
@@ -34,9 +35,7 @@ def run(job: ScoreImagesJob) -> StageResult:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_job(
-        ScoreImagesJob, run, argv, prog="python -m jobs.score_images", description="Images -> scores of the images alone."
-    )
+    return run_job(ScoreImagesJob, run, argv, name="score_images")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-import ray
-import ray.data  # sets up its loggers
-
 STOPPED = b"\nstopped: all shards and checkpoints written so far stay; run the same command again to go on from there\n"
 
 
@@ -35,6 +32,9 @@ class RayConfig:
 @contextmanager
 def start_ray(config: RayConfig) -> Iterator[None]:
     """Connect to the cluster, or start a local Ray and stop it at the end."""
+    import ray
+    import ray.data  # sets up its loggers
+
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ side writes to this process's own stderr
     if os.environ.get("RAY_ADDRESS"):

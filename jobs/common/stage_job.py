@@ -2,36 +2,19 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from jobs.common.config import to_dict
 from jobs.common.job import JobConfig
-from jobs.common.prometheus import StageMetrics
-from jobs.common.status_line import StatusLine
-from pipelines.audit.rebuild import delete_table
+from jobs.common.status_line import StatusLine, describe_progress, describe_result
 from pipelines.stages.contract import OnProgress, Progress, StageResult
 from pipelines.storage.files import list_folder
 from pipelines.storage.lease import hold
 from pipelines.tables.errors import StaleTableError
 from pipelines.tables.table import REPORT
-from pipelines.tracking.runs import TrackedRun, start_run
 
-
-def describe_progress(name: str, progress: Progress) -> str:
-    return (
-        f"{name:<22} {progress.done_shards}/{progress.num_shards} shards  {progress.num_rows} rows  "
-        f"{progress.rows_per_second:.1f} rows/s  {progress.num_rejects} rejects"
-    )
-
-
-def describe(name: str, result: StageResult, *, is_due: bool = False) -> str:
-    """One line on what a stage did; `is_due` as in `track_stage`."""
-    counts = f"{result.num_rows} rows, {result.num_rejects} rejects in {result.num_shards} shards"
-    if result.num_shards == 0:
-        return f"{name:<22} nothing to do: no shard of its inputs is ready"
-    if result.was_done:
-        return f"{name:<22} {counts}: {'made along with another' if is_due else 'all there already, nothing to do'}"
-    found = f" ({result.found_shards} were there already)" if result.found_shards else ""
-    return f"{name:<22} {counts}{found}, {result.seconds:.0f} s, {result.rows_per_second:.1f} rows/s"
+if TYPE_CHECKING:
+    from pipelines.tracking.runs import TrackedRun
 
 
 def track_stage(
@@ -40,7 +23,7 @@ def track_stage(
     run_stage: Callable[[OnProgress], StageResult],
     *,
     make_report: Callable[[], str] | None = None,
-    log: Callable[[TrackedRun, StageResult], None] | None = None,
+    log: "Callable[[TrackedRun, StageResult], None] | None" = None,
     is_due: bool = False,
 ) -> StageResult:
     """Run one stage in an MLflow run of its own, and put its report into its table and into the run.
@@ -49,6 +32,9 @@ def track_stage(
     another's. A table that lacks its report gets it all the same: its job was killed at the very end. `log` adds to the run
     what is the stage's own.
     """
+    from jobs.common.prometheus import StageMetrics
+    from pipelines.tracking.runs import start_run
+
     line = StatusLine()
     metrics = StageMetrics(job.dataset_uri, name)
     with ExitStack() as stack:
@@ -74,7 +60,7 @@ def track_stage(
             if log is not None:
                 log(run, result)
     line.clear()
-    print(describe(name, result, is_due=is_due), flush=True)
+    print(describe_result(name, result, is_due=is_due), flush=True)
     return result
 
 
@@ -83,7 +69,9 @@ def _lacks_report(result: StageResult) -> bool:
 
 
 def _run_rebuilding(job: JobConfig, name: str, run_stage: Callable[[], StageResult], line: StatusLine) -> StageResult:
-    """Run it, and delete what stale tables it names on the way, where the job may; nobody else gets at them in between."""
+    """Run the stage; delete the stale tables that it names, where the job may. Their leases are held until it has ended."""
+    from pipelines.audit.rebuild import delete_table
+
     deleted: set[str] = set()
     with ExitStack() as leases:
         while True:
@@ -101,7 +89,7 @@ def _run_rebuilding(job: JobConfig, name: str, run_stage: Callable[[], StageResu
                 deleted.add(table.uri)
 
 
-def log_result(run: TrackedRun, result: StageResult) -> None:
+def log_result(run: "TrackedRun", result: StageResult) -> None:
     run.log_metrics(
         {
             "rows": result.num_rows,

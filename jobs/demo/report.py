@@ -17,7 +17,7 @@ from pipelines.train.run import TrainResult
 
 NONSENSE = (
     "These are your own images. The tiny models of this demo have only ever seen drawn shapes: their captions of photographs, "
-    "the scores and the pictures they draw are nonsense. What is real here is the way that the data took."
+    "the scores and the pictures they draw are nonsense. What is real here is the path of the data."
 )
 
 

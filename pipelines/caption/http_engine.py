@@ -22,7 +22,6 @@ from pipelines.caption.rows import (
     CaptionJudge,
     Outcome,
     Question,
-    Refusal,
     data_uri,
     make_question,
     message,
@@ -32,8 +31,8 @@ from pipelines.caption.rows import (
 from pipelines.stages.contract import ShardOutput
 from pipelines.tables.chance import row_seed
 from pipelines.tables.errors import StageError
+from pipelines.tables.rejects import RowRefused
 from pipelines.tables.schema import Row
-from pipelines.workers.images import BadImageError
 from sana_model.files.retry import TRANSIENT_STATUS, Backoff, parse_retry_after
 
 ROW_STATUS = {400, 413, 415, 422}
@@ -81,8 +80,8 @@ class HttpCaptioner:
     def _describe(self, row: Row) -> Outcome:
         try:
             question = make_question(row, self.config)
-        except BadImageError as error:
-            return Refusal(error.reason, error.detail)
+        except RowRefused as error:
+            return error.bare()
         return self.answer(question)
 
     def answer(self, question: Question) -> Outcome:
@@ -98,7 +97,7 @@ class HttpCaptioner:
         assert not isinstance(told, Trouble)
         return told
 
-    def _give_up(self, told: Trouble) -> Refusal:
+    def _give_up(self, told: Trouble) -> RowRefused:
         """Refuse the row if the server answers something else. Raises StageError if it does not, or is busy."""
         if told.is_busy:
             raise StageError(f"{self.url} is busy for {self.options.patience:g} s: {told.detail}. {AGAIN}")
@@ -106,7 +105,7 @@ class HttpCaptioner:
         if isinstance(self._ask(self._body(trial) | {"max_tokens": 1}), Trouble):
             attempts = f"{self.options.max_attempts} attempts at a request"
             raise StageError(f"{self.url} gave up after {attempts}: {told.detail}. {AGAIN}")
-        return Refusal("server_error", f"the server answers others, but not this row: {told.detail}"[:500])
+        return RowRefused("server_error", f"the server answers others, but not this row: {told.detail}"[:500])
 
     def _ask(self, body: Row) -> Outcome | Trouble:
         """One attempt. Raises StageError for what no attempt can change."""
@@ -141,7 +140,7 @@ class HttpCaptioner:
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             return Trouble(f"200 with what is no chat completion ({type(error).__name__}): {response.text[:200]!r}")
         if reason == "content_filter" or choice["message"].get("refusal"):
-            return Refusal("refusal", f"the server refused: {choice['message'].get('refusal') or reason}"[:500])
+            return RowRefused("refusal", f"the server refused: {choice['message'].get('refusal') or reason}"[:500])
         caption = caption if isinstance(caption, str) else ""
         ended = reason != "length"
         # The token that ends a caption is counted by servers; one that counts none is helped out by words.

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 
 from pipelines.caption.config import ORIGINAL, CaptionerConfig, QualityConfig
 from pipelines.caption.faults import find_faults, find_same_captions, strip_boilerplate
-from pipelines.stages.contract import ShardOutput, reject
+from pipelines.stages.contract import ShardOutput
+from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.schema import Row
 from pipelines.tables.text import clean
 from pipelines.workers.images import decode
@@ -45,19 +46,11 @@ class Answer:
     finish_reason: str
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """No caption for this row: `reason` is a short code, `detail` for people."""
-
-    reason: str
-    detail: str
-
-
-Outcome = Answer | Refusal
+Outcome = Answer | RowRefused
 
 
 def make_question(row: Row, config: CaptionerConfig) -> Question:
-    """Of a row of `images`. Raises BadImageError."""
+    """Of a row of `images`. Raises RowRefused."""
     image = decode(row["image_bytes"])
     image.thumbnail((config.max_image_size,) * 2)
     return Question(row["id"], image, fill_prompt(config.prompt, row))
@@ -102,27 +95,27 @@ class CaptionJudge:
         rows: list[Row] = []
         rejects: list[Row] = []
         for row, answer in zip(source, answers, strict=True):
-            if isinstance(answer, Refusal):
-                rejects.append(reject(row, answer.reason, answer.detail))
+            if isinstance(answer, RowRefused):
+                rejects.append(reject(row, answer))
                 continue
             flags, refusal = self._faults(row, answer, repeated)
             if refusal is not None:
-                rejects.append(reject(row, refusal.reason, refusal.detail))
+                rejects.append(reject(row, refusal))
                 continue
             rows.append({"id": row["id"], **vars(answer), "flags": flags})
         return ShardOutput(rows, rejects, self._figures(rows))
 
     def _clean(self, outcome: Outcome) -> Outcome:
-        if isinstance(outcome, Refusal):
+        if isinstance(outcome, RowRefused):
             return outcome
         caption = clean(outcome.caption) or ""  # a server may send half a character of UTF-16
         if self.quality.boilerplate == "strip":
             caption = strip_boilerplate(caption)
         if not caption:
-            return Refusal("empty_caption", f"{self.config.model} answered with nothing")
+            return RowRefused("empty_caption", f"{self.config.model} answered with nothing")
         return Answer(caption, outcome.num_tokens, outcome.finish_reason)
 
-    def _faults(self, row: Row, answer: Answer, repeated: Mapping[str, int]) -> tuple[list[str], Refusal | None]:
+    def _faults(self, row: Row, answer: Answer, repeated: Mapping[str, int]) -> tuple[list[str], RowRefused | None]:
         """Flags, and the first fault for which the policy is to reject."""
         policies = self.quality.policies()
         budgeted = answer.num_tokens if self.count_tokens is None else self.count_tokens(answer.caption)
@@ -143,7 +136,7 @@ class CaptionJudge:
             if name not in faults:
                 continue
             if policy == "reject":
-                return [], Refusal(name, f"{faults[name]}: {answer.caption[:200]!r}")
+                return [], RowRefused(name, f"{faults[name]}: {answer.caption[:200]!r}")
             flags.append(name)
         return flags, None
 
@@ -161,8 +154,8 @@ def source_rows(table: pa.Table) -> list[Row]:
     return table.drop_columns(["image_bytes"]).to_pylist()
 
 
-def refusal_of(error: str) -> Refusal:
+def refusal_of(error: str) -> RowRefused:
     """What an engine's or a server's complaint about one row amounts to."""
     if error.startswith(ENGINE_DIED):
-        return Refusal(ENGINE_DIED, error.removeprefix(f"{ENGINE_DIED}: "))
-    return Refusal("prompt_too_long" if TOO_LONG.search(error) else "caption_failed", error[:500])
+        return RowRefused(ENGINE_DIED, error.removeprefix(f"{ENGINE_DIED}: "))
+    return RowRefused("prompt_too_long" if TOO_LONG.search(error) else "caption_failed", error[:500])

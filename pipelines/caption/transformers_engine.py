@@ -22,14 +22,13 @@ from pipelines.caption.rows import (
     CaptionJudge,
     Outcome,
     Question,
-    Refusal,
     make_question,
     source_rows,
 )
 from pipelines.stages.contract import ShardOutput
 from pipelines.tables.chance import row_seed
 from pipelines.tables.errors import StageError
-from pipelines.workers.images import BadImageError
+from pipelines.tables.rejects import RowRefused
 from pipelines.workers.models import local_model, pick_device
 from pipelines.workers.prepare import prepare_ahead
 
@@ -72,8 +71,8 @@ class TransformersCaptioner:
             num_threads=min(8, os.cpu_count() or 1),
         )
         for place, (_, question) in enumerate(ahead):
-            if isinstance(question, BadImageError):
-                outcomes[place] = Refusal(question.reason, question.detail)
+            if isinstance(question, RowRefused):
+                outcomes[place] = question
             else:
                 places.append(place)
                 questions.append(question)
@@ -88,11 +87,11 @@ class TransformersCaptioner:
         try:
             return self._answer_together(questions)
         except torch.OutOfMemoryError as error:
-            failure = Refusal("out_of_memory", _first_line(error))
+            failure = RowRefused("out_of_memory", _first_line(error))
         except torch.AcceleratorError:  # the device is lost to this process: no half of it fares better
             raise
         except ROW_ERRORS as error:
-            failure = Refusal("caption_failed", f"{type(error).__name__}: {_first_line(error)}")
+            failure = RowRefused("caption_failed", f"{type(error).__name__}: {_first_line(error)}")
         # Out here nothing holds the failed batch's tensors any more.
         if failure.reason == "out_of_memory" and self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -114,7 +113,7 @@ class TransformersCaptioner:
         if min(rooms) < wanted and len(questions) > 1:  # those with less room go alone, so that they shorten no other's caption
             return self._answer_apart(questions, [room < wanted for room in rooms])
         if rooms[0] < 1:
-            return [Refusal("prompt_too_long", f"{limit - rooms[0]} tokens, and the context has {limit}")]  # type: ignore[operator]
+            return [RowRefused("prompt_too_long", f"{limit - rooms[0]} tokens, and the context has {limit}")]  # type: ignore[operator]
         inputs = inputs.to(self.device)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
@@ -187,7 +186,7 @@ def _context_length(config: Any) -> int | None:
 def _all_told(outcomes: list[Outcome | None], model: str) -> list[Outcome]:
     told = [outcome for outcome in outcomes if outcome is not None]
     assert len(told) == len(outcomes)
-    failed = [outcome for outcome in told if isinstance(outcome, Refusal) and outcome.reason in FAILURES]
+    failed = [outcome for outcome in told if isinstance(outcome, RowRefused) and outcome.reason in FAILURES]
     if len(failed) >= MANY_ROWS and not any(isinstance(outcome, Answer) for outcome in told):
         raise StageError(f"{model} failed with each of {len(failed)} images alone, at last by {failed[-1].detail}")
     return told

@@ -12,7 +12,6 @@ from pipelines.caption.rows import (
     Answer,
     CaptionJudge,
     Outcome,
-    Refusal,
     data_uri,
     make_question,
     message,
@@ -25,9 +24,9 @@ from pipelines.stages.shards import LIGHT
 from pipelines.tables.chance import row_seed
 from pipelines.tables.errors import StageError
 from pipelines.tables.identity import Identity
+from pipelines.tables.rejects import RowRefused
 from pipelines.tables.schema import Row
 from pipelines.tables.table import Table
-from pipelines.workers.images import BadImageError
 from pipelines.workers.models import local_model
 
 ERROR = "__inference_error__"
@@ -61,7 +60,7 @@ def make_request(row: Row, config: CaptionerConfig) -> Row:
     kept = {name: row.get(name) or "" for name in ("id", "source_uri", "caption")}
     try:
         question = make_question(row, config)
-    except BadImageError as error:
+    except RowRefused as error:
         return {**kept, "reason": error.reason, "detail": error.detail, ERROR: error.reason, "question": "", "image_uri": ""}
     uri = data_uri(question.image, "png")
     return {**kept, "reason": "", "detail": "", ERROR: "", "question": question.prompt, "image_uri": uri}
@@ -146,7 +145,7 @@ class AnswerReader:
 
     def _read(self, row: Row) -> Outcome:
         if row["reason"]:
-            return Refusal(row["reason"], row["detail"])
+            return RowRefused(row["reason"], row["detail"])
         if row[ERROR]:
             return refusal_of(row[ERROR])
         tokens = list(row["generated_tokens"])

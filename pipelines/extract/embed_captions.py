@@ -12,13 +12,13 @@ import pyarrow as pa
 import torch
 
 from pipelines.extract.config import EmbedConfig
-from pipelines.stages.contract import OnProgress, ShardOutput, StageResult, reject
+from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
 from pipelines.tables.identity import Identity
+from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.schema import CAPTION_EMBEDS, SCORES, Row, scores_path
 from pipelines.tables.table import Table
 from pipelines.workers.halving import run_halving
-from pipelines.workers.images import BadImageError
 from pipelines.workers.models import local_model, model_version, pick_device
 from sana_model.nn.config import TextEncoderConfig
 from sana_model.nn.text_encoder import TextEncoder
@@ -84,10 +84,11 @@ class CaptionEmbedder:
             texts = [entry["caption"] for entry in batch]
             num_cut += sum(count > self.config.prompts.max_tokens for count in self.encoder.count_tokens(texts))
             for entry, embeds in zip(batch, run_halving(self._embed, texts), strict=True):
-                if isinstance(embeds, BadImageError):
-                    rejects.append(reject(entry, embeds.reason, f"{entry['captioner']}: {embeds.detail}"))
-                elif not embeds.isfinite().all():
-                    rejects.append(reject(entry, "bad_embeds", f"{entry['captioner']}: values that are not finite"))
+                if not isinstance(embeds, RowRefused) and not embeds.isfinite().all():
+                    embeds = RowRefused("bad_embeds", "values that are not finite")
+                if isinstance(embeds, RowRefused):
+                    refused = RowRefused(embeds.reason, f"{entry['captioner']}: {embeds.detail}")
+                    rejects.append(reject(entry, refused))
                 else:
                     rows.append(_embeds_row(entry, embeds))
         return ShardOutput(rows, rejects, {"captions": len(captions), "cut_captions": num_cut})

@@ -15,6 +15,7 @@ from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
 from pipelines.ingest.config import DownloadConfig
 from pipelines.storage.errors import StorageError
 from pipelines.storage.retry import call
+from pipelines.tables.rejects import RowRefused
 from sana_model.files.filesystems import open_filesystem
 from sana_model.files.retry import TRANSIENT_STATUS, Backoff, is_transient, parse_retry_after
 
@@ -26,18 +27,15 @@ LONGEST_WAIT = 60.0  # seconds between two attempts, whatever the server asks fo
 CHUNK = 2**16
 
 
-class FetchError(Exception):
-    """`reason` is a short code, `detail` is for people. `retry_after`: seconds that the server asks to wait, if it does."""
+class FetchError(RowRefused):
+    """`retry_after`: seconds that the server asks to wait before it is asked again. None: it names no time."""
 
     def __init__(self, reason: str, detail: str, retry_after: float | None = None):
         super().__init__(reason, detail)
-        self.reason, self.detail, self.retry_after = reason, detail, retry_after
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}"
+        self.retry_after = retry_after
 
 
-def fetch_all(uris: Sequence[str], config: DownloadConfig, max_bytes: int) -> list[bytes | FetchError]:
+def fetch_all(uris: Sequence[str], config: DownloadConfig, max_bytes: int) -> list[bytes | RowRefused]:
     """The content at each URI, or why there is none, in the same order.
 
     Reasons: http_<status>, timeout, download_failed, too_many_redirects, too_many_bytes, robots_tag, bad_url; for keys of a
@@ -54,7 +52,7 @@ def fetch_all(uris: Sequence[str], config: DownloadConfig, max_bytes: int) -> li
     return [found[uri] for uri in uris]
 
 
-def read_key(uri: str, max_bytes: int, size: int | None = None) -> bytes | FetchError:
+def read_key(uri: str, max_bytes: int, size: int | None = None) -> bytes | RowRefused:
     """A file on any file system, if it is not too large; `size`: its own, where a listing told it.
 
     Raises StorageError: it may be there, but the file system does not answer.
@@ -83,7 +81,7 @@ class _Downloads:
     def __init__(self, config: DownloadConfig, max_bytes: int):
         self.config, self.max_bytes = config, max_bytes
 
-    async def fetch(self, urls: Sequence[str]) -> list[bytes | FetchError]:
+    async def fetch(self, urls: Sequence[str]) -> list[bytes | RowRefused]:
         # Waiting for a turn must not count as the server's time: the limits are ours and not the connector's.
         self.turn = asyncio.Semaphore(self.config.connections)
         self.turns_of_host: dict[str, asyncio.Semaphore] = defaultdict(
@@ -97,7 +95,7 @@ class _Downloads:
         ) as self.session:
             return await asyncio.gather(*(self._fetch_patiently(url) for url in urls))
 
-    async def _fetch_patiently(self, url: str) -> bytes | FetchError:
+    async def _fetch_patiently(self, url: str) -> bytes | RowRefused:
         try:
             host = urlsplit(url).netloc
         except ValueError as error:

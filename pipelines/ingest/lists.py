@@ -15,11 +15,12 @@ from itertools import chain, islice
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.ingest.download import FetchError, fetch_all
+from pipelines.ingest.download import fetch_all
 from pipelines.ingest.sidecars import to_json
 from pipelines.ingest.sources import CAPTION_COLUMNS, URL_COLUMNS, Part, Source, find_column, holds_text, is_binary
 from pipelines.storage.errors import StorageError
 from pipelines.storage.files import open_file, read_file, write_file
+from pipelines.tables.rejects import RowRefused
 from pipelines.tables.schema import Row
 from pipelines.tables.text import clean
 
@@ -67,7 +68,7 @@ def read_listed(source: Source, parts: Iterable[Part]) -> Iterator[Row]:
             yield found | {"source_uri": uri, "error": "no_url", "detail": f"row {index} of the list names no image"}
             continue
         found["source_uri"], content = next(contents)
-        if isinstance(content, FetchError):
+        if isinstance(content, RowRefused):
             yield found | {"error": content.reason, "detail": content.detail}
         else:
             yield found | {"image_bytes": content}

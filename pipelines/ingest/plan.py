@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-import ray
-
 from pipelines.ingest.config import Kind
 from pipelines.ingest.download import TRANSIENT_REASONS
 from pipelines.ingest.lists import slice_lists
@@ -54,12 +52,16 @@ class SharedPlan:
     """
 
     def __init__(self, shards: Mapping[str, list[Part]]):
+        import ray
+
         pieces: defaultdict[int, dict[str, bytes]] = defaultdict(dict)
         for shard, parts in shards.items():
             pieces[int(shard) // SHARDS_PER_PIECE][shard] = pickle.dumps(parts)
         self.pieces = {number: ray.put(piece) for number, piece in pieces.items()}
 
     def __call__(self, shard: str) -> list[Part]:
+        import ray
+
         return pickle.loads(ray.get(self.pieces[int(shard) // SHARDS_PER_PIECE])[shard])
 
 

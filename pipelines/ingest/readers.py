@@ -13,7 +13,7 @@ from posixpath import splitext
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.ingest.download import FetchError, fetch_all, read_key
+from pipelines.ingest.download import fetch_all, read_key
 from pipelines.ingest.lists import copy_list, read_listed
 from pipelines.ingest.sidecars import read_sidecars, to_json
 from pipelines.ingest.sources import (
@@ -29,6 +29,7 @@ from pipelines.ingest.sources import (
 )
 from pipelines.storage.errors import StorageError
 from pipelines.storage.files import open_file
+from pipelines.tables.rejects import RowRefused
 from pipelines.tables.schema import Row
 from pipelines.tables.text import clean
 from pipelines.workers.images import EXTENSIONS, too_many_bytes
@@ -120,14 +121,14 @@ def _failed(uri: str, error: Exception) -> Row:
     return {"source_uri": uri, "error": code, "detail": f"{type(error).__name__}: {error}"}
 
 
-def _refused(uri: str, error: FetchError) -> Row:
-    return {"source_uri": uri, "error": error.reason, "detail": error.detail}
+def _refused(uri: str, refused: RowRefused) -> Row:
+    return {"source_uri": uri, "error": refused.reason, "detail": refused.detail}
 
 
 def _read_image_file(source: Source, part: Part) -> Row:
     uri = source.uri_of(part.path)
     content = read_key(uri, source.max_bytes, part.size)
-    if isinstance(content, FetchError):
+    if isinstance(content, RowRefused):
         if content.reason in ("bad_url", "download_failed"):  # the folder was listed: it can be opened, if not now
             raise StorageError(f"cannot read {uri}: {content.detail}")
         return _refused(uri, content)
@@ -141,8 +142,7 @@ def _read_tar(source: Source, part: Part) -> Iterator[Row]:
         for member in images[part.start : part.stop]:
             uri = f"{source.uri_of(part.path)}#{member.name}"
             if member.size > source.max_bytes:
-                refusal = too_many_bytes(member.size, source.max_bytes)
-                yield {"source_uri": uri, "error": refusal.reason, "detail": refusal.detail}
+                yield _refused(uri, too_many_bytes(member.size, source.max_bytes))
                 continue
             beside = {ending: texts.get(splitext(member.name)[0] + ending) for ending in SIDECARS}
             contents = _extract(archive, {"": member} | {ending: text for ending, text in beside.items() if text})
@@ -202,19 +202,19 @@ def _read_parquet(source: Source, part: Part) -> Iterator[Row]:
             for index, (row, content) in enumerate(zip(batch, contents, strict=True), first):
                 caption = clean(row.pop(caption_column)) if caption_column else None
                 found = {"caption": caption, "metadata": to_json(row)}
-                if isinstance(content, FetchError):
+                if isinstance(content, RowRefused):
                     yield found | _refused(f"{uri}#{index}", content)
                 else:
                     yield found | {"image_bytes": content, "source_uri": f"{uri}#{index}"}
 
 
-def _image_contents(source: Source, path: str, values: list[bytes | Row | None]) -> list[bytes | FetchError]:
+def _image_contents(source: Source, path: str, values: list[bytes | Row | None]) -> list[bytes | RowRefused]:
     """Bytes as they are, or of `datasets`' struct of bytes and path, where there may be only the path."""
     wrapped: list[Row] = [value if isinstance(value, dict) else {"bytes": value} for value in values]
     keys = {value["path"]: None for value in wrapped if value["bytes"] is None and value.get("path")}
     fetched = fetch_all([source.resolve(path, key) for key in keys], source.download, source.max_bytes) if keys else []
     by_key = dict(zip(keys, fetched, strict=True))
-    nothing = FetchError("unreadable", "the row holds neither bytes nor a path")
+    nothing = RowRefused("unreadable", "the row holds neither bytes nor a path")
     return [by_key.get(value.get("path"), nothing) if value["bytes"] is None else value["bytes"] for value in wrapped]
 
 

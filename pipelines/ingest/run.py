@@ -22,13 +22,14 @@ from pipelines.ingest.ledger import UNSEEN, claim, skipping, start_ledger, to_di
 from pipelines.ingest.plan import Plan, ShardSize, SharedPlan, extend_plan, plan_retries, read_plan, write_plan
 from pipelines.ingest.readers import NUM_THREADS, read_parts
 from pipelines.ingest.sources import ACCEPTED, Part, Source, find_source
-from pipelines.stages.contract import OnProgress, ShardOutput, StageResult, reject
+from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
 from pipelines.storage.lease import hold
 from pipelines.tables.identity import Identity
+from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.schema import IMAGES, IMAGES_PATH, Row
 from pipelines.tables.table import Table, absolute_uri
-from pipelines.workers.images import BadImageError, ImageLimits, open_image, perceptual_hash, to_rgb
+from pipelines.workers.images import ImageLimits, open_image, perceptual_hash, to_rgb
 
 STAGE = "ingest"
 COPIES = "_lists"
@@ -78,15 +79,15 @@ class IngestWorker:
         seen: dict[str, str] = {}
         for row in table.to_pylist():
             if row["error"]:
-                rejects.append(reject(row, row["error"], row["detail"]))
+                rejects.append(reject(row, RowRefused(row["error"], row["detail"])))
             elif row["id"] in seen:
-                rejects.append(reject(row, DUPLICATE, _same_as(seen[row["id"]])))
+                rejects.append(reject(row, RowRefused(DUPLICATE, _same_as(seen[row["id"]]))))
             else:
                 seen[row["id"]] = row["source_uri"]
                 try:
                     rows.append(self._describe(row))
-                except BadImageError as error:
-                    rejects.append(reject(row, error.reason, error.detail))
+                except RowRefused as error:
+                    rejects.append(reject(row, error))
         return ShardOutput(rows, rejects)
 
     def _describe(self, row: Row) -> Row:

@@ -10,14 +10,15 @@ import pyarrow as pa
 import torch
 
 from pipelines.score.config import ScorerConfig
-from pipelines.stages.contract import OnProgress, ShardOutput, StageResult, reject
+from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
 from pipelines.tables.identity import Identity
+from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.schema import CAPTIONS, IMAGES, IMAGES_PATH, ORIGINAL_CAPTIONER, SCORES, Row, captions_path, scores_path
 from pipelines.tables.table import Table
 from pipelines.workers.clip import ClipModel, PreparedImage
 from pipelines.workers.halving import run_halving
-from pipelines.workers.images import BadImageError, decode
+from pipelines.workers.images import decode
 from pipelines.workers.models import model_version, pinned
 from pipelines.workers.prepare import iter_rows, prepare_ahead
 
@@ -87,10 +88,11 @@ class CaptionScorer:
         self.num_captions = self.num_long = 0
         for batch in self._prepared_batches(table, rejects):
             for (row, _), found in zip(batch, run_halving(self._score, batch), strict=True):
-                if isinstance(found, BadImageError):
-                    rejects.append(reject(row, found.reason, found.detail))
+                if isinstance(found, RowRefused):
+                    rejects.append(reject(row, found))
                 elif not all(math.isfinite(caption["clip_score"]) for caption in found["captions"]):
-                    rejects.append(reject(row, "bad_score", f"{self.config.model} gives a score that is not finite"))
+                    refused = RowRefused("bad_score", f"{self.config.model} gives a score that is not finite")
+                    rejects.append(reject(row, refused))
                 else:
                     rows.append(found)
         return ShardOutput(rows, rejects, {"captions": self.num_captions, "long_captions": self.num_long})
@@ -101,8 +103,8 @@ class CaptionScorer:
         size = self.config.batch_size
         rows = prepare_ahead(iter_rows(table), self._prepare, num_ahead=size, num_threads=self.config.prepare_threads)
         for row, ready in rows:
-            if isinstance(ready, BadImageError):
-                rejects.append(reject(row, ready.reason, ready.detail))
+            if isinstance(ready, RowRefused):
+                rejects.append(reject(row, ready))
                 continue
             batch.append((row, ready))
             if len(batch) == size:
@@ -113,7 +115,7 @@ class CaptionScorer:
 
     def _prepare(self, row: Row) -> PreparedImage:
         if not row["candidates"]:
-            raise BadImageError("no_caption", "no captioner had a caption for it, and none came with it")
+            raise RowRefused("no_caption", "no captioner had a caption for it, and none came with it")
         return self.clip.prepare_image(decode(row["image_bytes"]))
 
     def _score(self, batch: list[Prepared]) -> list[Row]:

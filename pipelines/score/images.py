@@ -20,13 +20,14 @@ from transformers import AutoModelForImageClassification, CLIPVisionModelWithPro
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the top-level name wants torchvision
 
 from pipelines.score.config import ImageScorerConfig
-from pipelines.stages.contract import OnProgress, ShardOutput, StageResult, reject
+from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
 from pipelines.tables.identity import Identity
+from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.schema import IMAGE_SCORES, IMAGES, IMAGES_PATH, Row, image_scores_path
 from pipelines.tables.table import Table
 from pipelines.workers.halving import run_halving
-from pipelines.workers.images import BadImageError, decode
+from pipelines.workers.images import decode
 from pipelines.workers.models import local_model, model_version, pick_device, pinned
 from pipelines.workers.prepare import iter_rows, prepare_ahead
 from sana_model.files.places import resolve
@@ -84,14 +85,15 @@ class ImageScorer:
             iter_rows(table), self._prepare, num_ahead=self.config.batch_size, num_threads=self.config.prepare_threads
         )
         for batch in iter(lambda: list(islice(ready, self.config.batch_size)), []):
-            images = [pixels for _, pixels in batch if not isinstance(pixels, BadImageError)]
+            images = [pixels for _, pixels in batch if not isinstance(pixels, RowRefused)]
             scores = iter(run_halving(self._score, images) if images else [])
             for row, pixels in batch:
-                score = pixels if isinstance(pixels, BadImageError) else next(scores)
-                if isinstance(score, BadImageError):
-                    rejects.append(reject(row, score.reason, score.detail))
+                score = pixels if isinstance(pixels, RowRefused) else next(scores)
+                if isinstance(score, RowRefused):
+                    rejects.append(reject(row, score))
                 elif not math.isfinite(score):
-                    rejects.append(reject(row, "bad_score", f"{self.config.model} gives a score that is not finite"))
+                    refused = RowRefused("bad_score", f"{self.config.model} gives a score that is not finite")
+                    rejects.append(reject(row, refused))
                 else:
                     rows.append({"id": row["id"], "score": score})
         return ShardOutput(rows, rejects)

@@ -34,8 +34,8 @@ class Resources:
 class ShardOutput(NamedTuple):
     """What a worker makes of a shard.
 
-    `rows` are of the output table's schema, `rejects` as `stage.reject` makes them. `figures` are facts about the shard, such
-    as a PSNR: they stay in its file's footer, their mean and minimum over all shards in the manifest.
+    `rows` have the output table's schema; `rejects` are made by `pipelines.tables.rejects.reject`. `figures` are facts about
+    the shard, such as a PSNR: the shard's file keeps them in its footer, the manifest their mean and minimum over all shards.
     """
 
     rows: list[Row] | pa.Table
@@ -115,9 +115,3 @@ class StageResult:
     @property
     def was_done(self) -> bool:
         return self.found_shards == self.num_shards
-
-
-def reject(row: Row, reason: str, detail: str) -> Row:
-    """A row of the rejects table for a row that has (some of) id and source_uri."""
-    detail = detail.encode(errors="backslashreplace").decode()  # a server's complaint, or a file's name, may be no Unicode
-    return {"id": row.get("id"), "source_uri": row.get("source_uri"), "reject_reason": reason, "detail": detail}

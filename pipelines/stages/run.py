@@ -9,13 +9,12 @@ from ray.exceptions import RayError, RayTaskError
 
 from pipelines.stages.contract import OnProgress, Outcome, Progress, ReadShard, Resources, ShardWorker, StageResult
 from pipelines.stages.shards import MAX_FAILED_SHARDS, RETRIES, STOPS, ShardJob, stream_shards
-from pipelines.storage.files import remove_leftovers
+from pipelines.storage.files import NUM_THREADS, remove_leftovers
 from pipelines.storage.lease import Lease, Ticket, hold
 from pipelines.tables.errors import ShardError, TooManyRejectsError
 from pipelines.tables.identity import Identity, Manifest
 from pipelines.tables.table import ShardFacts, Table
 
-NUM_THREADS = 32  # that wait for the storage
 DIED = (
     f"its process died {RETRIES + 1} times, and again when it was tried alone. Did it run out of memory? Ray's logs say more "
     "(ray logs, or /tmp/ray/session_latest/logs)."

@@ -13,6 +13,8 @@ from pipelines.storage.retry import call
 from sana_model.files.atomic import write_atomically
 from sana_model.files.filesystems import open_filesystem
 
+NUM_THREADS = 32  # that wait for the storage side by side, wherever many small files are read
+
 
 def is_local(uri: str) -> bool:
     return "://" not in uri or uri.startswith(("file://", "local://"))

@@ -5,14 +5,14 @@ from typing import TypeVar
 
 import torch
 
-from pipelines.workers.images import BadImageError
+from pipelines.tables.rejects import RowRefused
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def run_halving(model: Callable[[list[Item]], Sequence[Result]], batch: list[Item]) -> list[Result | BadImageError]:
-    """What `model` makes of each item of a batch, in order; a BadImageError for one that is too much even alone.
+def run_halving(model: Callable[[list[Item]], Sequence[Result]], batch: list[Item]) -> list[Result | RowRefused]:
+    """What `model` makes of each item of a batch, in order; a RowRefused for one that is too much even alone.
 
     Raises what the model raises, unless it is out of memory (of a GPU or of the host).
     """
@@ -26,7 +26,7 @@ def run_halving(model: Callable[[list[Item]], Sequence[Result]], batch: list[Ite
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if len(batch) == 1:
-        return [BadImageError("out_of_memory", detail)]
+        return [RowRefused("out_of_memory", detail)]
     middle = len(batch) // 2
     return run_halving(model, batch[:middle]) + run_halving(model, batch[middle:])
 

@@ -12,6 +12,8 @@ from io import BytesIO
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
+from pipelines.tables.rejects import RowRefused
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 """What may be decoded, as Pillow names it. Not all that Pillow knows: some (EPS) start other programs."""
 REFUSED_EXTENSIONS = (".heic", ".heif", ".svg", ".psd", ".eps", ".ico", ".tga", ".pcx", ".jxl")
@@ -58,17 +60,6 @@ TRANSPOSE = {
 HASH_SIDE, HASH_SAMPLES = 8, 32
 
 
-class BadImageError(ValueError):
-    """An image that will not be used: `reason` is a short code, `detail` for people."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}"
-
-
 @dataclass(frozen=True, kw_only=True)
 class ImageLimits:
     """Which images are let in, judged by the header, before anything is decoded.
@@ -106,7 +97,7 @@ def decode(image_bytes: bytes, limits: ImageLimits | None = None) -> Image.Image
         limits: None for images that `ingest` let in.
 
     Raises:
-        BadImageError: not_an_image, unsupported_format, too_many_bytes, too_large, too_small, extreme_aspect_ratio, truncated,
+        RowRefused: not_an_image, unsupported_format, too_many_bytes, too_large, too_small, extreme_aspect_ratio, truncated,
             corrupt or unsupported_pixels.
     """
     return to_rgb(open_image(image_bytes, limits))
@@ -124,12 +115,12 @@ def open_image(image_bytes: bytes, limits: ImageLimits | None = None) -> Image.I
     if limits is not None:
         _check_limits(*image.size, limits)
     if image.format in ("JPEG", "MPO") and (scans := image_bytes.count(b"\xff\xda")) > MAX_JPEG_SCANS:
-        raise BadImageError("too_large", f"{scans} scans: a JPEG made to be slow, over {MAX_JPEG_SCANS}")
+        raise RowRefused("too_large", f"{scans} scans: a JPEG made to be slow, over {MAX_JPEG_SCANS}")
     return image
 
 
-def too_many_bytes(size: int, max_bytes: int) -> BadImageError:
-    return BadImageError("too_many_bytes", f"{size} bytes, over max_bytes={max_bytes}")
+def too_many_bytes(size: int, max_bytes: int) -> RowRefused:
+    return RowRefused("too_many_bytes", f"{size} bytes, over max_bytes={max_bytes}")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -142,38 +133,38 @@ def to_rgb(image: Image.Image) -> Image.Image:
     try:
         rgb = _onto_white(image, profile) if image.has_transparency_data else _to_srgb(image, profile)
     except ValueError as error:
-        raise BadImageError("unsupported_pixels", f"mode {image.mode} ({error})") from error
+        raise RowRefused("unsupported_pixels", f"mode {image.mode} ({error})") from error
     return rgb if transpose is None else rgb.transpose(transpose)
 
 
 @contextmanager
 def _decoding() -> Iterator[None]:
-    """Turns what a decoder raises into BadImageError. Hostile bytes make Pillow raise errors of nearly every type."""
+    """Turns what a decoder raises into RowRefused. Hostile bytes make Pillow raise errors of nearly every type."""
     try:
         yield
     except UnidentifiedImageError:
         raise
     except (Image.DecompressionBombError, MemoryError) as error:
-        raise BadImageError("too_large", str(error) or "out of memory") from error
+        raise RowRefused("too_large", str(error) or "out of memory") from error
     except Exception as error:
         text = str(error) or type(error).__name__
         lower = text.lower()
         if "decompressed data too large" in lower or "too much memory" in lower:  # text chunks of PNG
-            raise BadImageError("too_large", text) from error
+            raise RowRefused("too_large", text) from error
         cut_off = isinstance(error, EOFError) or any(word in lower for word in ("truncated", "unexpected end", "eof"))
-        raise BadImageError("truncated" if cut_off else "corrupt", text) from error
+        raise RowRefused("truncated" if cut_off else "corrupt", text) from error
 
 
-def _unidentified(image_bytes: bytes) -> BadImageError:
+def _unidentified(image_bytes: bytes) -> RowRefused:
     for offset, signature, name in SIGNATURES:
         if image_bytes.startswith(signature, offset):
-            return BadImageError("unsupported_format", f"{name}: convert it to JPEG, PNG or WebP")
+            return RowRefused("unsupported_format", f"{name}: convert it to JPEG, PNG or WebP")
     head = image_bytes[:HEAD].lower()
     for word, name in TEXT_SIGNATURES:
         if word in head and b"<html" not in head:
-            return BadImageError("unsupported_format", f"{name}: draw it into a PNG")
+            return RowRefused("unsupported_format", f"{name}: draw it into a PNG")
     detail = f"{len(image_bytes)} bytes that begin with {image_bytes[:12]!r}" if image_bytes else "no bytes"
-    return BadImageError("not_an_image", detail)
+    return RowRefused("not_an_image", detail)
 
 
 def resize_and_crop(
@@ -212,13 +203,13 @@ def _low_cosines() -> np.ndarray:
 
 def _check_limits(width: int, height: int, limits: ImageLimits) -> None:
     if width * height > limits.max_pixels:
-        raise BadImageError("too_large", f"{width}x{height} has more than max_pixels={limits.max_pixels}")
+        raise RowRefused("too_large", f"{width}x{height} has more than max_pixels={limits.max_pixels}")
     short, long = sorted((width, height))
     if short < limits.min_size:
-        raise BadImageError("too_small", f"{width}x{height} has a side under min_size={limits.min_size}")
+        raise RowRefused("too_small", f"{width}x{height} has a side under min_size={limits.min_size}")
     if long > short * limits.max_aspect_ratio:
         detail = f"{width}x{height} is longer than max_aspect_ratio={limits.max_aspect_ratio:g}"
-        raise BadImageError("extreme_aspect_ratio", detail)
+        raise RowRefused("extreme_aspect_ratio", detail)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -226,7 +217,7 @@ def _orientation(image: Image.Image) -> int:
     try:
         with _decoding():
             return image.getexif().get(ORIENTATION_TAG, 1)
-    except BadImageError:
+    except RowRefused:
         return 1
 
 
@@ -239,7 +230,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= white):  # NaN too
         detail = f"mode {image.mode} with values from {low} to {high}: they must lie in 0 to {white:g}"
-        raise BadImageError("unsupported_pixels", detail)
+        raise RowRefused("unsupported_pixels", detail)
     return Image.fromarray((values.astype(np.float32) * np.float32(255 / white)).round().astype(np.uint8))
 
 

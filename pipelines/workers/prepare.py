@@ -8,8 +8,8 @@ from typing import TypeVar
 
 import pyarrow as pa
 
+from pipelines.tables.rejects import RowRefused
 from pipelines.tables.schema import Row
-from pipelines.workers.images import BadImageError
 
 Prepared = TypeVar("Prepared")
 
@@ -22,8 +22,8 @@ def iter_rows(table: pa.Table) -> Iterator[Row]:
 
 def prepare_ahead(
     rows: Iterable[Row], prepare: Callable[[Row], Prepared], *, num_ahead: int, num_threads: int
-) -> Iterator[tuple[Row, Prepared | BadImageError]]:
-    """Each row with what `prepare` makes of it, in order; with the BadImageError where it raises one.
+) -> Iterator[tuple[Row, Prepared | RowRefused]]:
+    """Each row with what `prepare` makes of it, in order; with the RowRefused where it raises one.
 
     Pillow and torch release Python's lock, so the threads work while the caller's model does.
 
@@ -50,9 +50,9 @@ def prepare_ahead(
             wait([future])
             refill()  # before the caller's model takes its time
             try:
-                ready: Prepared | BadImageError = future.result()
-            except BadImageError as error:
-                ready = error
+                ready: Prepared | RowRefused = future.result()
+            except RowRefused as error:
+                ready = error.bare()
             yield row, ready
     finally:
         pool.shutdown(cancel_futures=True)

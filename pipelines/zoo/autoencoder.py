@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipelines.zoo.training import LoopConfig, fit
+from pipelines.zoo.config import TinyAutoencoderConfig
+from pipelines.zoo.training import fit
 from pipelines.zoo.world import HELD_OUT, World, load_world
 from sana_model.nn.autoencoder import DCAutoencoder
 
@@ -17,13 +18,11 @@ LATENT_NOISE = 0.15
 """Standard deviation of the noise on latents in training: a decoder that forgives it is easier to draw for."""
 LATENT_PENALTY = 0.02
 """Holds the mean square of latents near 1: their scale is otherwise free, and grows to drown the noise."""
-DEFAULT_LOOP = LoopConfig(num_steps=20_000, micro_batch_size=16, lr=1e-3, weight_decay=1e-3, minutes=40)
 
 
-def train_autoencoder(
-    output_dir: str, *, cache_dir: str = "outputs/zoo/cache", loop: LoopConfig = DEFAULT_LOOP
-) -> dict[str, float]:
-    """Train encoder and decoder together, measure the scale of the latents, and write the weights to `output_dir`."""
+def train_autoencoder(config: TinyAutoencoderConfig) -> dict[str, float]:
+    """Train encoder and decoder together, measure the scale of the latents, and write the weights."""
+    loop, cache_dir = config.loop, config.cache_dir
     torch.set_num_threads(loop.num_threads)
     torch.manual_seed(loop.seed)
     model = DCAutoencoder.from_preset("tiny", widths=WIDTHS)
@@ -38,7 +37,7 @@ def train_autoencoder(
 
     def save() -> None:
         scaled = with_measured_scale(model, held_out)
-        scaled.to(torch.bfloat16).save_pretrained(output_dir)
+        scaled.to(torch.bfloat16).save_pretrained(config.output_dir)
 
     return fit(
         model.parameters(),

@@ -8,7 +8,7 @@ import copy
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,10 +41,9 @@ from transformers import (
 
 from pipelines.shapes.grammar import parse, phrasings, write_caption
 from pipelines.shapes.scenes import Scene
-from pipelines.zoo.training import LoopConfig, fit
-from pipelines.zoo.world import EOS, HELD_OUT, NUM_ROWS, UNKNOWN, VALIDATION, World, load_world, word_tokenizer
-
-Kind = Literal["llava", "llava-next"]
+from pipelines.zoo.config import CAPTIONER_LOOPS, Kind, TinyCaptionerConfig
+from pipelines.zoo.training import fit
+from pipelines.zoo.world import EOS, HELD_OUT, UNKNOWN, VALIDATION, World, load_world, word_tokenizer
 
 PROMPTS = (
     "Describe the image.",
@@ -92,11 +91,6 @@ CHAT_TEMPLATE = """\
 {{- '<|assistant|>' -}}
 {%- endif -%}
 """
-
-DEFAULT_LOOPS: dict[Kind, LoopConfig] = {
-    "llava": LoopConfig(num_steps=5000, micro_batch_size=64, lr=1e-3, minutes=35),
-    "llava-next": LoopConfig(num_steps=8000, micro_batch_size=64, lr=1e-3, minutes=35, eval_every=100, seed=1),
-}
 
 
 def captioner_tokenizer() -> PreTrainedTokenizerFast:
@@ -196,33 +190,20 @@ def make_llava_next(tokenizer: PreTrainedTokenizerFast, decoder: dict[str, Any])
     return model, processor
 
 
-def train_captioner(
-    output_dir: str,
-    *,
-    kind: Kind,
-    clip_dir: str | None = None,
-    cache_dir: str = "outputs/zoo/cache",
-    loop: LoopConfig | None = None,
-    stop_at: float | None = None,
-    num_rows: int = NUM_ROWS,
-    num_measured: int = 300,
-) -> dict[str, float]:
-    """Train on the Shapes world and write model and processor to `output_dir`.
+def train_captioner(config: TinyCaptionerConfig) -> dict[str, float]:
+    """Train on the Shapes world and write model and processor. Returns the figures of the saved weights on held-out rows.
 
-    `clip_dir` holds the CLIP that "llava" begins with. Stops early when the share of exact captions, looked at every
-    `eval_every` steps on rows for validation, reaches `stop_at`. Returns the figures of the saved weights on held-out rows.
+    Stops early when the share of exact captions, measured every `eval_every` steps on validation rows, reaches `stop_at`.
     """
-    loop = loop or DEFAULT_LOOPS[kind]
-    if (kind == "llava") != (clip_dir is not None):
-        raise ValueError(f"clip_dir={clip_dir!r}, kind={kind!r}: llava needs the directory of a CLIP, llava-next takes none")
+    loop, kind, cache_dir = config.loop or CAPTIONER_LOOPS[config.kind], config.kind, config.cache_dir
     torch.set_num_threads(loop.num_threads)
     torch.manual_seed(loop.seed)
-    clip = None if clip_dir is None else CLIPModel.from_pretrained(clip_dir, dtype=torch.float32)
+    clip = None if config.clip_dir is None else CLIPModel.from_pretrained(config.clip_dir, dtype=torch.float32)
     model, processor = make_captioner(kind, clip)
     model.train()
     model.set_attn_implementation("eager")  # on a CPU the backward of fused attention takes longer than all the rest
-    world = load_world(num_rows, cache_dir=cache_dir)
-    validation = load_world(num_measured, first=VALIDATION, cache_dir=cache_dir)
+    world = load_world(config.num_rows, cache_dir=cache_dir)
+    validation = load_world(config.num_measured, first=VALIDATION, cache_dir=cache_dir)
     make_batch = batch_maker(kind, processor)
 
     def compute_loss(rows: np.ndarray, rng: np.random.Generator, progress: float) -> Tensor:
@@ -230,21 +211,21 @@ def train_captioner(
         return model(**batch, use_cache=False).loss
 
     def save() -> None:
-        save_captioner(model, processor, output_dir)
+        save_captioner(model, processor, config.output_dir)
 
     def evaluate() -> dict[str, float]:
         figures = measure_captioner(model, processor, validation)
-        if stop_at is not None and figures["exact"] >= stop_at:
+        if config.stop_at is not None and figures["exact"] >= config.stop_at:
             raise TargetReached(figures)
         return figures
 
     try:
         fit(model.parameters(), compute_loss, num_rows=len(world.scenes), config=loop, save=save, evaluate=evaluate)
     except TargetReached as reached:
-        tqdm.write(f"stop_at={stop_at} reached: {reached.figures}")
+        tqdm.write(f"stop_at={config.stop_at} reached: {reached.figures}")
         save()
-    model, processor = load_captioner(output_dir)
-    return measure_captioner(model, processor, load_world(num_measured, first=HELD_OUT, cache_dir=cache_dir))
+    model, processor = load_captioner(config.output_dir)
+    return measure_captioner(model, processor, load_world(config.num_measured, first=HELD_OUT, cache_dir=cache_dir))
 
 
 class TargetReached(Exception):

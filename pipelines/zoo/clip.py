@@ -11,7 +11,8 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProce
 
 from pipelines.shapes.grammar import phrasings, sample_caption, write_caption
 from pipelines.shapes.scenes import BACKGROUNDS, POSITIONS, RELATIONS, SHAPES, SIZES, VALUES, Scene, hard_negatives, regrouped
-from pipelines.zoo.training import LoopConfig, fit
+from pipelines.zoo.config import TinyClipConfig
+from pipelines.zoo.training import fit
 from pipelines.zoo.world import HELD_OUT, World, load_world, word_tokenizer
 
 NUM_NEGATIVES = 3  # for each image of a batch
@@ -19,7 +20,6 @@ VISION_SHARE = 0.35  # of the training, at its start, is spent on attributes alo
 HEAD_SCALE = 10.0  # of unit vectors, so that the classifiers can be sure
 ATTRIBUTE_WEIGHT = 0.3  # of the attributes' loss in the rest
 MAX_TOKENS = 77
-DEFAULT_LOOP = LoopConfig(num_steps=6000, micro_batch_size=64, lr=1e-3, minutes=40)
 
 
 def make_clip(tokenizer: PreTrainedTokenizerFast, *, width: int = 128) -> CLIPModel:
@@ -55,17 +55,9 @@ def clip_tokenizer() -> PreTrainedTokenizerFast:
     return word_tokenizer(eos=True, model_max_length=MAX_TOKENS)
 
 
-def train_clip(
-    output_dir: str,
-    *,
-    init_dir: str | None = None,
-    cache_dir: str = "outputs/zoo/cache",
-    loop: LoopConfig = DEFAULT_LOOP,
-) -> dict[str, float]:
-    """Train on the Shapes world and write model, tokenizer and image processor to `output_dir`.
-
-    `init_dir`: go on from there, with captions from the start.
-    """
+def train_clip(config: TinyClipConfig) -> dict[str, float]:
+    """Train on the Shapes world and write model, tokenizer and image processor."""
+    loop, init_dir, cache_dir = config.loop, config.init_dir, config.cache_dir
     torch.set_num_threads(loop.num_threads)
     torch.manual_seed(loop.seed)
     tokenizer = clip_tokenizer()
@@ -102,7 +94,7 @@ def train_clip(
         return 0.7 * F.cross_entropy(logits, targets) + 0.3 * F.cross_entropy(logits[:, : len(scenes)].T, targets)
 
     def save() -> None:
-        save_clip(model, tokenizer, output_dir)
+        save_clip(model, tokenizer, config.output_dir)
 
     return fit(
         [*model.parameters(), *heads.parameters()],

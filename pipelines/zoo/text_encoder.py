@@ -8,7 +8,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFas
 
 from pipelines.shapes.grammar import sample_caption
 from pipelines.shapes.scenes import sample_scene
-from pipelines.zoo.training import LoopConfig, fit
+from pipelines.zoo.config import TinyTextEncoderConfig
+from pipelines.zoo.training import fit
 from pipelines.zoo.world import HELD_OUT, word_tokenizer
 from sana_model.nn.config import TextEncoderConfig
 from sana_model.nn.text_encoder import TextEncoder
@@ -22,7 +23,6 @@ PROMPTS = TextEncoderConfig(instruction=INSTRUCTION, max_tokens=64, lowercase=Tr
 MEMORY = 4
 """Each hidden state is trained to tell its own token and those before it, up to so many: a model this small would otherwise
 keep only what helps to guess the next word, and of colors, after any of which the same words follow, nothing."""
-DEFAULT_LOOP = LoopConfig(num_steps=1500, micro_batch_size=64, lr=2e-3, minutes=8)
 SHORT_SHARE = 0.3
 
 
@@ -51,8 +51,9 @@ def make_gemma(tokenizer: PreTrainedTokenizerFast) -> Gemma2ForCausalLM:
     return Gemma2ForCausalLM(config)
 
 
-def train_text_encoder(output_dir: str, *, loop: LoopConfig = DEFAULT_LOOP) -> dict[str, float]:
-    """Train on captions, with and without the instruction before them, and write decoder and tokenizer to `output_dir`."""
+def train_text_encoder(config: TinyTextEncoderConfig) -> dict[str, float]:
+    """Train on captions, with and without the instruction before them, and write decoder and tokenizer."""
+    loop = config.loop
     torch.set_num_threads(loop.num_threads)
     torch.manual_seed(loop.seed)
     tokenizer = text_tokenizer()
@@ -70,8 +71,8 @@ def train_text_encoder(output_dir: str, *, loop: LoopConfig = DEFAULT_LOOP) -> d
         return {"held_out_loss": float(next_token), "held_out_memory_loss": float(remembered)}
 
     def save() -> None:
-        model.model.to(torch.bfloat16).save_pretrained(output_dir)
-        tokenizer.save_pretrained(output_dir)
+        model.model.to(torch.bfloat16).save_pretrained(config.output_dir)
+        tokenizer.save_pretrained(config.output_dir)
         model.float()
 
     return fit(

@@ -2,31 +2,13 @@
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-
-@dataclass(frozen=True, kw_only=True)
-class LoopConfig:
-    """One training on a CPU. `minutes` caps it: the schedule follows the clock or the steps, whichever ends first."""
-
-    num_steps: int
-    micro_batch_size: int
-    lr: float
-    weight_decay: float = 0.01
-    warmup_steps: int = 50
-    clip: float = 1.0
-    minutes: float = 60.0
-    eval_every: int = 500
-    seed: int = 0
-    num_threads: int = 1
-    bf16: bool = True
-    """Matrix products in bfloat16 (autocast); weights and optimizer stay in float32."""
-
+from pipelines.zoo.config import LoopConfig
 
 ComputeLoss = Callable[[np.ndarray, np.random.Generator, float], Tensor]
 """(indices of rows, generator, progress in [0, 1]) -> scalar loss."""

@@ -14,8 +14,9 @@ from pipelines.shapes.scenes import KNOWN_COLORS, Scene, ShapesConfig, sample_sc
 from pipelines.workers.clip import ClipModel
 from pipelines.workers.images import image_grid
 from pipelines.zoo.autoencoder import load_autoencoder
+from pipelines.zoo.config import TinyTransformerConfig
 from pipelines.zoo.text_encoder import SHORT_SHARE, load_text_encoder
-from pipelines.zoo.training import LoopConfig, fit
+from pipelines.zoo.training import fit
 from pipelines.zoo.world import VALIDATION, World, load_world
 from sana_model.flow import flow_loss, sample_sigmas
 from sana_model.nn.autoencoder import DCAutoencoder
@@ -27,31 +28,19 @@ CAPTION_DROPOUT = 0.1
 PAIRS_KEPT = 3  # one in so many: a model this small learns to draw one object in the time there is
 EMA_DECAY = 0.999
 GUIDANCE_SCALES = (1.5, 2.5, 4.0)
-DEFAULT_LOOP = LoopConfig(num_steps=20_000, micro_batch_size=48, lr=1e-3, weight_decay=0.0, minutes=60, bf16=False)
 
 
-def train_transformer(
-    output_dir: str,
-    *,
-    autoencoder_dir: str,
-    text_encoder_dir: str,
-    clip_dir: str,
-    init_dir: str | None = None,
-    cache_dir: str = "outputs/zoo/cache",
-    loop: LoopConfig = DEFAULT_LOOP,
-) -> dict[str, float]:
-    """Train on the latents of drawn scenes and write the whole pipeline, with averaged weights, to `output_dir`.
-
-    `init_dir`: the pipeline to go on from.
-    """
+def train_transformer(config: TinyTransformerConfig) -> dict[str, float]:
+    """Train on the latents of drawn scenes and write the whole pipeline, with averaged weights."""
+    loop = config.loop
     torch.set_num_threads(loop.num_threads)
     torch.manual_seed(loop.seed)
-    autoencoder, text_encoder = load_autoencoder(autoencoder_dir), load_text_encoder(text_encoder_dir)
-    latents, scenes = encode_world(autoencoder, known_scenes(load_world(cache_dir=cache_dir)))
-    judge = AttributeJudge(ClipModel(clip_dir))
+    autoencoder, text_encoder = load_autoencoder(config.autoencoder_dir), load_text_encoder(config.text_encoder_dir)
+    latents, scenes = encode_world(autoencoder, known_scenes(load_world(cache_dir=config.cache_dir)))
+    judge = AttributeJudge(ClipModel(config.clip_dir))
     model = SanaTransformer.from_preset("shapes")
-    if init_dir is not None:
-        model.load_state_dict(SanaTransformer.from_pretrained(Path(init_dir), dtype=torch.float32).state_dict())
+    if config.init_dir is not None:
+        model.load_state_dict(SanaTransformer.from_pretrained(Path(config.init_dir), dtype=torch.float32).state_dict())
     average = copy.deepcopy(model).requires_grad_(False)
     pipeline = TextToImage(average, autoencoder, text_encoder, flow_shift=FLOW_SHIFT)
     null_embeds, _ = text_encoder.null()
@@ -77,7 +66,7 @@ def train_transformer(
                 averaged.lerp_(current, 1 - decay)
 
     def save() -> None:
-        copy.deepcopy(pipeline).to(torch.bfloat16).save_pretrained(output_dir)
+        copy.deepcopy(pipeline).to(torch.bfloat16).save_pretrained(config.output_dir)
 
     return fit(
         model.parameters(),
@@ -85,7 +74,7 @@ def train_transformer(
         num_rows=len(scenes),
         config=loop,
         save=save,
-        evaluate=lambda: measure_guidance(pipeline, judge, Path(output_dir)),
+        evaluate=lambda: measure_guidance(pipeline, judge, Path(config.output_dir)),
         after_step=update_average,
     )
 

@@ -16,12 +16,12 @@ from transformers import PreTrainedTokenizerFast
 from pipelines.shapes.drawing import draw_row
 from pipelines.shapes.grammar import vocabulary
 from pipelines.shapes.scenes import Scene, ShapesConfig, sample_scene
+from pipelines.zoo.config import NUM_ROWS
 
 HELD_OUT = 10_000_000
 """Rows from here on are never trained on: the gates are measured there."""
 VALIDATION = 20_000_000
 """Rows from here on choose settings, such as the guidance scale."""
-NUM_ROWS = 60_000
 
 PAD, UNKNOWN, BOS, EOS = "<pad>", "<unk>", "<s>", "</s>"
 

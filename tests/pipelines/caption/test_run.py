@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from pipelines.caption.config import CaptionerConfig, HttpConfig, QualityConfig, SamplingConfig, VllmConfig
-from pipelines.caption.rows import Refusal, fill_prompt, make_question
+from pipelines.caption.rows import fill_prompt, make_question
 from pipelines.caption.run import caption_identity, run_caption
 from pipelines.caption.transformers_engine import Gumbel, TransformersCaptioner
 from pipelines.shapes.drawing import draw_row
@@ -22,6 +22,7 @@ from pipelines.shapes.grammar import parse
 from pipelines.shapes.scenes import ShapesConfig
 from pipelines.stages.contract import Progress, Resources
 from pipelines.tables.errors import StageError
+from pipelines.tables.rejects import RowRefused
 from pipelines.workers.images import decode
 from tests.support.caption_world import FIRST, TOO_LONG, captions, image_row, png, scene, write_images
 
@@ -172,7 +173,7 @@ def test_a_prompt_that_the_processor_refuses_costs_its_row(scenes: pa.Table) -> 
     questions = [make_question(row, CONFIG) for row in scenes.slice(0, 3).to_pylist()]
     questions[1] = replace(questions[1], prompt="<image> What?")
     first, second, third = captioner.answer(questions)
-    assert isinstance(second, Refusal) and second.reason == "caption_failed"
+    assert isinstance(second, RowRefused) and second.reason == "caption_failed"
     assert [first, third] == captioner.answer([questions[0], questions[2]])
 
 

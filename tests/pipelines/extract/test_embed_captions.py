@@ -9,7 +9,7 @@ import torch
 
 from pipelines.extract.config import EmbedConfig
 from pipelines.extract.embed_captions import CaptionEmbedder, embed_identity
-from pipelines.reports.latents import embeds_report
+from pipelines.reports.caption_embeds import caption_embeds_report
 from pipelines.tables.errors import MissingTableError
 from pipelines.tables.identity import Identity
 from pipelines.tables.schema import CAPTION_EMBEDS, SCORES
@@ -76,12 +76,12 @@ def test_the_report_counts_captions_and_cuts(embedder: CaptionEmbedder, tmp_path
     Table(str(tmp_path), "scores/clip", SCORES).claim(Identity("score", {}, {}, {}))
     table = Table(str(tmp_path), "caption_embeds/gemma", CAPTION_EMBEDS)
     manifest = table.claim(embed_identity(str(tmp_path), CONFIG))
-    assert "The table is empty" in check_page(embeds_report(str(tmp_path), table.path)).text
+    assert "The table is empty" in check_page(caption_embeds_report(str(tmp_path), table.path)).text
     rows, _, figures = embedder.process(scores_table())
     table.write_shard("00000", pa.Table.from_pylist(list(rows), CAPTION_EMBEDS))
     means = {f"{name}.mean": value for name, value in figures.items()}
     table.write_manifest(replace(manifest, complete=True, num_shards=1, num_rows=5, figures=means))
-    page = check_page(embeds_report(str(tmp_path), table.path), table)
+    page = check_page(caption_embeds_report(str(tmp_path), table.path), table)
     assert "About 1 captions were longer than 12 tokens" in page.text
     assert "a 2 40.0%" in page.text and "original 1 20.0%" in page.text
 

@@ -24,9 +24,9 @@ from pipelines.reports.scores import scores_report
 from pipelines.score.config import SelectionConfig
 from pipelines.shapes.drawing import draw_row
 from pipelines.shapes.grammar import sample_caption
-from pipelines.stages.contract import reject
 from pipelines.tables.errors import MissingTableError
 from pipelines.tables.identity import Identity
+from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.sampling import ReportScope
 from pipelines.tables.schema import CAPTIONS, IMAGES, IMAGES_PATH, LATENTS, REJECTS, SCORES, Row
 from pipelines.tables.table import Table
@@ -113,10 +113,10 @@ def make_dataset(folder: Path, num_shards: int = 3, shard_rows: int = 10) -> str
     (folder / "cut.jpg").write_bytes(encode(noise, "JPEG")[:20000])
     (folder / "zeros.png").write_bytes(bytes(100))
     refused = [
-        reject({"source_uri": str(folder / "notes.jpg")}, "not_an_image", "41 bytes"),
-        reject({"source_uri": str(folder / "cut.jpg")}, "truncated", "image file is truncated"),
-        reject({"source_uri": str(folder / "zeros.png")}, "not_an_image", "100 bytes"),
-        reject({"source_uri": "s3-gone://bucket/x.jpg"}, "unreadable", "no such file"),
+        reject({"source_uri": str(folder / "notes.jpg")}, RowRefused("not_an_image", "41 bytes")),
+        reject({"source_uri": str(folder / "cut.jpg")}, RowRefused("truncated", "image file is truncated")),
+        reject({"source_uri": str(folder / "zeros.png")}, RowRefused("not_an_image", "100 bytes")),
+        reject({"source_uri": "s3-gone://bucket/x.jpg"}, RowRefused("unreadable", "no such file")),
     ]
     count = num_shards * shard_rows
     images = [image_row(index) for index in range(count)]
@@ -137,7 +137,8 @@ def make_dataset(folder: Path, num_shards: int = 3, shard_rows: int = 10) -> str
             for index, row in enumerate(images)
             for text in [text_of(captioner, index)]
         ]
-        make_table(uri, f"captions/{captioner}", CAPTIONS, cut(rows), [reject(images[0], "empty_caption", "it said nothing")])
+        refused = reject(images[0], RowRefused("empty_caption", "it said nothing"))
+        make_table(uri, f"captions/{captioner}", CAPTIONS, cut(rows), [refused])
     scores = [{"id": row["id"], "captions": competing(index, row)} for index, row in enumerate(images)]
     make_table(uri, "scores/clip", SCORES, cut(scores))
     latents = [latents_row(index, row) for index, row in enumerate(images)]
@@ -182,8 +183,8 @@ def test_rejects_show_members_of_a_local_tar(tmp_path: Path) -> None:
         member = tarfile.TarInfo("folder/x.jpg")
         member.size = 14
         archive.addfile(member, BytesIO(b"no picture but"))
-    refused = reject({"source_uri": f"{tmp_path}/a.tar#folder/x.jpg"}, "not_an_image", "14 bytes")
-    gone = reject({"source_uri": f"{tmp_path}/a.tar#folder/y.jpg"}, "not_an_image", "14 bytes")
+    refused = reject({"source_uri": f"{tmp_path}/a.tar#folder/x.jpg"}, RowRefused("not_an_image", "14 bytes"))
+    gone = reject({"source_uri": f"{tmp_path}/a.tar#folder/y.jpg"}, RowRefused("not_an_image", "14 bytes"))
     make_table(str(tmp_path), "images", IMAGES, [[image_row(0)]], [refused, gone])
     page = check_page(images_report(str(tmp_path)))
     assert "no picture but" in page.text and page.text.count("bytes not at hand") == 1
@@ -285,7 +286,7 @@ def test_training_and_demo_reports(dataset: str, tmp_path: Path) -> None:
     table = Section(
         title="Results", columns=("stage", "rows"), rows=[("ingest", 1234), (HOSTILE, None)], pictures=[("after", grid)]
     )
-    links = [Link(name="Images", href="dataset/images/report.html", text="what it is made from")]
+    links = [Link(name="Images", href="dataset/images/report.html")]
     html = demo_report(dataset, [table], links=links, notice="captions are nonsense on photos")
     page = check_page(html)
     assert page.all("a") == [{"href": "dataset/images/report.html"}]
@@ -350,7 +351,7 @@ def test_a_list_brings_no_file_of_this_host_onto_a_page(tmp_path: Path, kind: st
     (tmp_path / "passwd").write_text("root:x:0")
     images = Table(str(tmp_path / "data"), IMAGES_PATH, IMAGES)
     images.claim(Identity("ingest", {"source_kind": kind}, {}, {}))
-    refused = reject({"source_uri": str(tmp_path / "passwd")}, "not_an_image", "no image")
+    refused = reject({"source_uri": str(tmp_path / "passwd")}, RowRefused("not_an_image", "no image"))
     images.rejects().write_shard("00000", pa.Table.from_pylist([refused], REJECTS))
     [shown] = read_rejects(images, ReportScope()).samples
     assert (shown.excerpt, shown.picture.src) == (excerpt, "")

@@ -21,7 +21,7 @@ from pipelines.train.engine.config import EngineConfig, OptimConfig
 from pipelines.train.run import TrainResult, run_train
 from pipelines.train.stream.captions import encode_captions
 from pipelines.train.stream.config import FlowConfig
-from sana_model.files.pipeline import load_pipeline
+from sana_model.pipeline import TextToImage
 from tests.support.training_world import PATH, make_pipeline, make_shards, make_table
 
 
@@ -91,7 +91,7 @@ def straight(world: World) -> TrainResult:
 
 
 def weights(result: TrainResult) -> dict[str, torch.Tensor]:
-    return load_pipeline(result.pipeline).transformer.state_dict()
+    return TextToImage.from_pretrained(result.pipeline).transformer.state_dict()
 
 
 def test_learns(world: World, straight: TrainResult) -> None:
@@ -119,7 +119,7 @@ def test_says_in_mlflow_what_it_is(world: World, straight: TrainResult) -> None:
 
 
 def test_ends_in_a_pipeline_with_the_average_weights(world: World, straight: TrainResult) -> None:
-    pipeline = load_pipeline(straight.pipeline)
+    pipeline = TextToImage.from_pretrained(straight.pipeline)
     assert pipeline.flow_shift == 2.0 and pipeline.text_encoder.config.instruction == "User Prompt: "
     assert all(weight.dtype == torch.float32 for weight in pipeline.transformer.parameters())
     assert isinstance(pipeline(["a red square"], num_steps=2)[0], Image.Image)
@@ -176,7 +176,7 @@ def test_goes_on_exactly_where_it_was_killed(world: World, straight: TrainResult
 
 
 def test_what_fails_in_a_worker_is_one_message(world: World, tmp_path: Path) -> None:
-    pipeline = load_pipeline(str(world.config.init))
+    pipeline = TextToImage.from_pretrained(str(world.config.init))
     preset = replace(world.config, init=None, preset="tiny", text_encoder=str(tmp_path / "t"), autoencoder=str(tmp_path / "a"))
     pipeline.text_encoder.save_pretrained(tmp_path / "t")
     narrow = replace(pipeline.autoencoder.config, latent_channels=4)
@@ -208,7 +208,7 @@ def test_what_the_driver_can_tell_at_once(world: World, tmp_path: Path) -> None:
 
 
 def test_null_captions_among_others(world: World) -> None:
-    encoder = load_pipeline(str(world.config.init)).text_encoder
+    encoder = TextToImage.from_pretrained(str(world.config.init)).text_encoder
     null = encoder.null()
     embeds, mask = encode_captions(encoder, ["a red square", None, "blue"], null)
     told, told_mask = encoder.encode(["a red square", "blue"])
