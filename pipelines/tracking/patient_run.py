@@ -10,7 +10,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from PIL import Image
 from tenacity import RetryCallState, Retrying
 
-from pipelines.tracking.runs import RunPlan, TrackedRun
+from pipelines.tracking.runs import RunRequest, TrackedRun
 from sana_model.files.retry import Backoff
 
 BACKOFF = Backoff(first=2.0, longest=30.0)
@@ -27,13 +27,13 @@ class PatientRun:
     What the run knows already of a step is not sent again: steps that come again after a restart appear once.
 
     Args:
-        plan: the run.
+        run_request: the run.
         say: takes what a person should know.
         waiting: metrics that a checkpoint kept, to be sent first.
     """
 
-    def __init__(self, plan: RunPlan, *, say: Callable[[str], None], waiting: Sequence[Entry] = ()):
-        self._plan = plan
+    def __init__(self, run_request: RunRequest, *, say: Callable[[str], None], waiting: Sequence[Entry] = ()):
+        self._request = run_request
         self._say = say
         self._run: TrackedRun | None = None
         self._monitor: SystemMetricsMonitor | None = None
@@ -73,7 +73,7 @@ class PatientRun:
         if self._monitor is not None:
             self._monitor.finish()
         if self._waiting:
-            self._say(f"{len(self._waiting)} entries could not be sent to MLflow at {self._plan.uri}")
+            self._say(f"{len(self._waiting)} entries could not be sent to MLflow at {self._request.uri}")
 
     def _put(self, step: int | None, what: Any) -> None:
         with self._wake:
@@ -113,11 +113,11 @@ class PatientRun:
         assert state.outcome is not None
         error = state.outcome.exception()
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        self._say(f"MLflow at {self._plan.uri} cannot be reached, figures wait and are sent later: {reason}")
+        self._say(f"MLflow at {self._request.uri} cannot be reached, figures wait and are sent later: {reason}")
 
     def _send(self, step: int | None, what: Any) -> None:
         if self._run is None:
-            run = self._plan.connect()
+            run = self._request.connect()
             self._last_step = run.last_step("loss")
             self._run = run
         self._keep_monitoring(self._run)
@@ -129,7 +129,7 @@ class PatientRun:
             what(self._run)
         if self._said:
             self._said = False
-            self._say(f"MLflow at {self._plan.uri} can be reached again")
+            self._say(f"MLflow at {self._request.uri} can be reached again")
 
     def _keep_monitoring(self, run: TrackedRun) -> None:
         """MLflow's own monitor ends with the first answer that fails: then another one goes on."""

@@ -106,7 +106,7 @@ def _naming_the_database(uri: str) -> Iterator[None]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunPlan:
+class RunRequest:
     """A run to be made or gone on with, by the first process that reaches MLflow. It may be sent to other processes.
 
     Args:
@@ -130,7 +130,7 @@ class RunPlan:
     @classmethod
     def make(
         cls, name: str, config: Mapping[str, Any], *, tracking: TrackingConfig, output_dir: str | Path, key: str
-    ) -> "RunPlan":
+    ) -> "RunRequest":
         uri = tracking_uri(tracking, output_dir)
         artifacts = f"{_local_folder(output_dir).as_uri()}/mlartifacts" if uri.startswith("sqlite") else None
         return cls(
