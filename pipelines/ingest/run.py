@@ -1,7 +1,7 @@
-"""Ingest: raw images of any source -> the `images` table, every one of them decoded once to see that it can be.
+"""Ingest: raw images from a source -> the `images` table. Every image is decoded once to see whether it is whole.
 
-Which samples belong to which shard is planned before any shard is made (`plan`), and of equal images the first in that order
-stays (`ledger`): the others are refused, whether or not the first was let in itself. The id is the hash of the bytes.
+Before any shard is made, `plan` decides which samples belong to which shard. Of equal images the first in that order stays
+(`ledger`), and the others are refused, even if the first was refused itself. An image's id is the hash of its bytes.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ DUPLICATE = "duplicate"
 
 
 def run_ingest(dataset_uri: str, config: IngestConfig, on_progress: OnProgress = lambda progress: None) -> StageResult:
-    """Make the shards of `images` that are absent, of the source's present files and of those that were there before.
+    """Make the missing shards of `images`, from the source's files of today and those that were planned before.
 
     Rejects: the reasons of `images.decode` and of `readers.read_parts`, and "duplicate".
 
@@ -67,13 +67,13 @@ def run_ingest(dataset_uri: str, config: IngestConfig, on_progress: OnProgress =
 
 
 class IngestWorker:
-    """Rows of a source -> rows of `images`; each image is decoded, to see that it can be."""
+    """Rows of a source -> rows of `images`. Each image is decoded once to see whether it is whole."""
 
     def __init__(self, limits: ImageLimits):
         self.limits = limits
 
     def process(self, table: pa.Table) -> ShardOutput:
-        """What `ShardReader` reads of a shard -> IMAGES rows and rejects."""
+        """Turn the table that `ShardReader` reads for a shard into IMAGES rows and rejects."""
         rows: list[Row] = []
         rejects: list[Row] = []
         seen: dict[str, str] = {}
@@ -107,9 +107,9 @@ def _same_as(source_uri: str) -> str:
 
 @dataclass(frozen=True)
 class ShardReader:
-    """Reads the raw rows of a shard, on any machine: SOURCE_ROWS with an `id`, null where there are no bytes.
+    """Reads the raw rows of a shard, on any machine: SOURCE_ROWS with an `id`, which is null if the image could not be read.
 
-    `parts_of`: what a shard holds; `ledger`: None where there is but one.
+    `parts_of` gives the parts of a shard. `ledger` is None if there is only one shard.
     """
 
     source: Source
@@ -143,7 +143,7 @@ def _digests(table: pa.Table) -> np.ndarray:
 
 
 def _open_ledger(images: Table, plan: Plan, done: set[str]) -> ActorHandle | None:
-    """With the ids of the shards that are `done`; without those that were refused for coming from others."""
+    """Start a ledger that knows the images of the `done` shards, without those refused as duplicates. None: no need."""
     missing = [int(shard) for shard in plan.shards if shard not in done]
     if not missing or len(plan.shards) == 1:
         return None
@@ -161,8 +161,8 @@ def _open_ledger(images: Table, plan: Plan, done: set[str]) -> ActorHandle | Non
 
 
 def _identity(config: IngestConfig, source: Source, plan: Plan) -> Identity:
-    """Resources and how patiently URLs are fetched change no value; the sizes of shards do, for the other tables are aligned to
-    them."""
+    """All settings that can change a value. Resources and attempts at URLs cannot; the sizes of shards can, since other tables
+    are aligned to the shards."""
     names = ("image_column", "caption_column", "url_column", "base_uri", "rows_per_shard", "bytes_per_shard")
     settings = {name: getattr(config, name) for name in names} | {"obey_robots_tag": config.download.obey_robots_tag}
     settings |= {"source": source.uri, "source_kind": source.kind, "first_listing": plan.first_listing}
@@ -170,7 +170,7 @@ def _identity(config: IngestConfig, source: Source, plan: Plan) -> Identity:
 
 
 def _plan_sources(images: Table, config: IngestConfig) -> tuple[Source, Plan]:
-    """The source, and the plan of all its shards, extended by what is new; it is written before it is used."""
+    """Find the source, extend the plan of its shards by new files, and write the plan before it is used."""
     plan = read_plan(images)
     exclude = images.dataset_uri
     if absolute_uri(os.path.expanduser(config.source)) == exclude:

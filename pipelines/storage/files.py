@@ -1,4 +1,4 @@
-"""Files at any fsspec URI: read, listed and written with patience for failures that pass, and clear errors for the rest."""
+"""Read, list and write files at any fsspec URI. Failures that may pass are tried again; others raise a clear error."""
 
 import io
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from pipelines.storage.retry import call
 from sana_model.files.atomic import write_atomically
 from sana_model.files.filesystems import open_filesystem
 
-NUM_THREADS = 32  # that wait for the storage side by side, wherever many small files are read
+NUM_THREADS = 32  # threads of a pool that reads many small files: they mostly wait for the storage
 
 
 def is_local(uri: str) -> bool:
@@ -21,15 +21,15 @@ def is_local(uri: str) -> bool:
 
 
 def read_file(uri: str) -> bytes:
-    """All of a file. Raises FileNotFoundError, StorageError."""
+    """Read a whole file. Raises FileNotFoundError, StorageError."""
     filesystem, path = open_filesystem(uri)
     return call(lambda: filesystem.cat_file(path), "read", uri)
 
 
 def open_file(uri: str, *, buffer_size: int = 2**20) -> BinaryIO:
-    """A file to read anywhere in it: of a remote one only what is asked for is fetched, `buffer_size` bytes at least.
+    """Open a file for reading and seeking. Of a remote file only the ranges that are read are fetched, `buffer_size` at least.
 
-    Raises FileNotFoundError, StorageError, here and from every read.
+    Both this call and every read raise FileNotFoundError or StorageError.
     """
     filesystem, path = open_filesystem(uri)
     if is_local(uri):
@@ -38,7 +38,7 @@ def open_file(uri: str, *, buffer_size: int = 2**20) -> BinaryIO:
 
 
 class _RemoteFile(io.RawIOBase):
-    """Reads ranges of a remote file, each with the patience of `call`."""
+    """Reads ranges of a remote file. Each range is fetched by `call`, and fetched again if it came cut short."""
 
     def __init__(self, filesystem: AbstractFileSystem, path: str, uri: str):
         self.filesystem, self.path, self.uri = filesystem, path, uri
@@ -74,7 +74,7 @@ class _RemoteFile(io.RawIOBase):
 
 
 def list_folder(uri: str, *, with_files: bool = True) -> list[str]:
-    """Names of what lies in a folder, sorted; empty if there is no such folder. Raises StorageError."""
+    """Names of the files (if wanted) and folders in a folder, sorted; empty if it does not exist. Raises StorageError."""
     filesystem, root = open_filesystem(uri)
 
     def names() -> list[str]:
@@ -90,7 +90,7 @@ def list_folder(uri: str, *, with_files: bool = True) -> list[str]:
 
 
 def find_files(uri: str) -> dict[str, int]:
-    """Path under the folder, and size in bytes, of every file at any depth. Raises StorageError."""
+    """Find every file below a folder, at any depth: path relative to it -> size in bytes. Raises StorageError."""
     filesystem, root = open_filesystem(uri)
 
     def files() -> dict[str, int]:
@@ -102,9 +102,9 @@ def find_files(uri: str) -> dict[str, int]:
 
 
 def write_file(uri: str, content: bytes) -> None:
-    """Put a file there, with its folders: readers see the old one or the whole new one, whatever dies meanwhile.
+    """Write a file, and make its folders. Readers see the old file or the whole new one, even if the writer dies.
 
-    Raises StorageError, and leaves nothing of the new file then.
+    Raises StorageError; nothing of the new file is left then.
     """
     filesystem, path = open_filesystem(uri)
     if is_local(uri):
@@ -117,14 +117,14 @@ def write_file(uri: str, content: bytes) -> None:
 
 
 def upload_folder(folder: str | Path, uri: str) -> None:
-    """Put every file under a local folder below a URI. Raises StorageError."""
+    """Copy every file in a local folder, at any depth, below a URI. Raises StorageError."""
     for path in sorted(Path(folder).rglob("*")):
         if path.is_file():
             write_file(f"{uri}/{path.relative_to(folder).as_posix()}", path.read_bytes())
 
 
 def remove_file(uri: str) -> None:
-    """Nothing happens if it is not there. Raises StorageError."""
+    """Delete a file, if it exists. Raises StorageError."""
     filesystem, path = open_filesystem(uri)
 
     def remove() -> None:
@@ -137,7 +137,7 @@ def remove_file(uri: str) -> None:
 
 
 def remove_files(uris: Sequence[str]) -> None:
-    """Those that are there; of an object store a thousand with each request. Raises StorageError."""
+    """Delete those of some files that exist; from an object store a thousand with each request. Raises StorageError."""
     if not uris:
         return
     if is_local(uris[0]):
@@ -150,7 +150,7 @@ def remove_files(uris: Sequence[str]) -> None:
     def remove() -> None:
         try:
             filesystem.rm(paths)
-        except FileNotFoundError:  # one at least: a store that deletes one by one stops there
+        except FileNotFoundError:  # at least one is missing, and a store that deletes one by one stops there
             for path in paths:
                 if filesystem.exists(path):
                     filesystem.rm_file(path)
@@ -159,7 +159,7 @@ def remove_files(uris: Sequence[str]) -> None:
 
 
 def remove_leftovers(uri: str) -> None:
-    """Delete what killed processes left half-written in a local folder. Nobody else may be writing there."""
+    """Delete the temporary files of killed writers from a local folder. Nobody else may be writing there."""
     if not is_local(uri):
         return
     _, root = open_filesystem(uri)

@@ -1,12 +1,12 @@
 """The lease of a table: `_lease.json` in its folder says who writes it, and keeps a second writer away.
 
-The holder renews it from a thread. One that is killed stops renewing, and its lease expires: the next writer waits for that,
-or takes over at once where it can tell that the holder is gone (same host, no such process) or is the same owner (the
-restarted job). Expiry is a matter of seconds on clocks of several hosts; they must agree to within half of `seconds`.
+A thread of the holder renews the lease. If the holder is killed, the lease expires after `seconds`. The next writer waits for
+that, or takes over at once if it can tell that the holder is gone (its process on this host has ended) or is the same owner
+(the job was restarted). The clocks of all hosts must agree to within half of `seconds`.
 
-A holder that finds its lease lost stops. The tasks that write its shards look before each one, so what can still slip
-through is a single write that was under way while its holder slept for longer than the lease: a whole shard, of the same
-content unless the table was rebuilt otherwise within that moment. `jobs.verify` would show it.
+A holder that finds its lease lost stops. The tasks that write its shards check the lease before each shard. So only one write
+can still come too late: one that was under way while its holder slept for longer than the lease. It writes a whole shard, of
+the same content unless the table was rebuilt with other settings in that moment; `jobs.verify` would show that.
 """
 
 import json
@@ -53,7 +53,7 @@ class LeaseConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LeaseRecord:
-    """What `_lease.json` holds. `host_id` and `process_start` tell a process from its namesakes; times are UTC."""
+    """The content of `_lease.json`. `host_id` and `process_start` tell a process from others of the same id; times are UTC."""
 
     token: str
     owner: str
@@ -71,7 +71,7 @@ class LeaseRecord:
         return self.renewed + self.seconds
 
     def is_alive(self) -> bool:
-        """As far as the record tells: it has not expired, and its process is not known to be gone."""
+        """Whether the holder may be at work: the lease has not expired, and its process is not known to have ended."""
         return time.time() < self.expires and not self.is_gone()
 
     def describe(self) -> str:
@@ -79,10 +79,11 @@ class LeaseRecord:
         return f"{self.owner} (process {self.pid} on {self.host}) since {self.since}; its lease runs until {until}"
 
     def is_gone(self) -> bool:
-        """Whether the holder ran on this host and is no more."""
+        """Whether the holder ran on this host and has ended."""
         return self.host_id == host_id() and process_start(self.pid) != self.process_start
 
     def is_running_here(self) -> bool:
+        """Whether the holder is a process of this host that is still running."""
         return self.host_id == host_id() and process_start(self.pid) == self.process_start
 
     def to_bytes(self) -> bytes:
@@ -90,7 +91,7 @@ class LeaseRecord:
 
 
 def parse_lease(content: bytes | None) -> LeaseRecord | None:
-    """None for no file, and for one that no version of this wrote whole: nobody holds that."""
+    """Read the content of `_lease.json`. None if there is no file, or it is not a whole record: nobody holds the lease then."""
     try:
         return LeaseRecord(**json.loads(content)) if content else None
     except (ValueError, TypeError):
@@ -98,13 +99,13 @@ def parse_lease(content: bytes | None) -> LeaseRecord | None:
 
 
 def read_lease(uri: str) -> LeaseRecord | None:
-    """Who holds the table at `uri`, or held it and died. Raises StorageError."""
+    """Read the lease of the table at `uri`, which its holder may have left by dying. Raises StorageError."""
     return parse_lease(read_if_there(f"{uri}/{LEASE}"))
 
 
 @cache
 def host_id() -> str:
-    """Differs between hosts, containers and boots, where process ids begin anew."""
+    """Identify the host, container and boot: process ids begin anew in each of them."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
@@ -113,7 +114,7 @@ def host_id() -> str:
 
 
 def process_start(pid: int) -> str:
-    """When a process began, in the kernel's ticks; "" if there is none (or it waits to be buried)."""
+    """The time at which a process started, in the kernel's ticks; "" if no such process runs (a zombie does not)."""
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
         return "" if state == "Z" else rest[18]
@@ -130,13 +131,13 @@ def process_start(pid: int) -> str:
 
 @dataclass(frozen=True)
 class Ticket:
-    """A lease as the tasks know it that write under it, on any host."""
+    """A reference to a lease, for the tasks on any host that write under it."""
 
     uri: str
     token: str
 
     def check(self) -> None:
-        """Raises LeaseLostError if it is another's now."""
+        """Raises LeaseLostError if another writer has the lease now."""
         record = read_lease(self.uri)
         if record is None or record.token != self.token:
             raise _lost(self.uri, record)

@@ -1,6 +1,6 @@
-"""Patience for operations on storage, and a clear error for those that fail for good.
+"""Run an operation on storage: try again if its failure may pass, and raise a clear error if it fails for good.
 
-Which failures pass, how often and after which waits they are tried again: `sana_model.files.retry` says it, for all of us.
+`sana_model.files.retry` says which failures may pass, how often they are tried again, and how long the waits are.
 """
 
 import errno
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 def call(operation: Callable[[], T], action: str, uri: str) -> T:
-    """Return the operation's result. Failures that may pass are tried again, after longer and longer waits.
+    """Run an operation and return its result. Failures that may pass are tried again, after longer and longer waits.
 
     Args:
         operation: safe to repeat.
