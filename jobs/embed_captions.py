@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from jobs.common.job import JobConfig, run_job
 from jobs.common.stage_job import track_stage
 from pipelines.extract.config import EmbedConfig
-from pipelines.extract.embed_captions import run_embed_captions
-from pipelines.reports.caption_embeds import caption_embeds_report
 from pipelines.stages.contract import StageResult
 
 

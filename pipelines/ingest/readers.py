@@ -157,7 +157,7 @@ def _read_tar(source: Source, part: Part) -> Iterator[Row]:
 
 
 def _scan_tar(archive: tarfile.TarFile) -> tuple[list[tarfile.TarInfo], dict[str, tarfile.TarInfo], EOFError | None]:
-    """List the images in order, the captions by name, and the error if the archive is cut off, which `tarfile` may not notice."""
+    """List the images in order, captions by name, and the error if the archive is cut off, which `tarfile` may not notice."""
     images, texts = [], {}
     try:
         for member in archive:

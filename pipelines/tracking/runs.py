@@ -43,15 +43,9 @@ def _local_folder(output_dir: str | Path) -> Path:
 
 @contextmanager
 def start_run(
-    name: str,
-    config: Mapping[str, Any],
-    *,
-    tracking: TrackingConfig,
-    output_dir: str | Path,
-    tags: Mapping[str, str] | None = None,
-    run_id: str | None = None,
+    name: str, config: Mapping[str, Any], *, tracking: TrackingConfig, output_dir: str | Path
 ) -> Iterator["TrackedRun"]:
-    """Start an MLflow run, or continue the run `run_id`. It ends as FAILED if the body raises, as KILLED if it was stopped.
+    """Start an MLflow run. It ends as FAILED if the body raises, as KILLED if it was stopped.
 
     Raises StorageError if MLflow cannot store it.
     """
@@ -64,12 +58,11 @@ def start_run(
             artifacts = f"{_local_folder(output_dir).as_uri()}/mlartifacts" if uri.startswith("sqlite") else None
             mlflow.create_experiment(tracking.experiment, artifact_location=artifacts)
         mlflow.set_experiment(tracking.experiment)
-        started = mlflow.start_run(run_id=run_id, run_name=name)
+        started = mlflow.start_run(run_name=name)
     with started as run:
-        if run_id is None:
-            mlflow.log_params({key: str(value)[:6000] for key, value in flatten(config).items()})
-            mlflow.log_text(yaml.safe_dump(dict(config), sort_keys=False), "config.yaml")
-        mlflow.set_tags({"stage": name, **code_tags(), **(tags or {})})
+        mlflow.log_params({key: str(value)[:6000] for key, value in flatten(config).items()})
+        mlflow.log_text(yaml.safe_dump(dict(config), sort_keys=False), "config.yaml")
+        mlflow.set_tags({"stage": name, **code_tags()})
         try:
             yield TrackedRun(run.info.run_id, uri)
         except BaseException as error:
