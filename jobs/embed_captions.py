@@ -23,6 +23,8 @@ class EmbedJob(JobConfig):
 
 def run(job: EmbedJob) -> StageResult:
     """Run the stage in an MLflow run, on the Ray that is connected."""
+    from pipelines.extract.embed_captions import run_embed_captions
+    from pipelines.reports.caption_embeds import caption_embeds_report
 
     return track_stage(
         job,
