@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipelines.tables.errors import MissingTableError, StaleTableError, TrainingError, TrainingStopped
 from pipelines.tracking.config import TrackingConfig
-from pipelines.tracking.runs import RunPlan
+from pipelines.tracking.runs import RunRequest
 from pipelines.train.config import GridConfig, TrainConfig
 from pipelines.train.desk import OnNotice, OnTrainProgress, TrainProgress
 from pipelines.train.engine.checkpoints import read_weights
@@ -44,7 +44,7 @@ class World:
             str(self.folder / "dataset"),
             config or self.config,
             output_dir=str(self.folder / name),
-            plan=RunPlan.make(name, {"seed": 0}, tracking=tracking, output_dir=self.folder, key=name),
+            run_request=RunRequest.make(name, {"seed": 0}, tracking=tracking, output_dir=self.folder, key=name),
             on_progress=on_progress,
             on_notice=on_notice,
         )
