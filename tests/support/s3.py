@@ -1,4 +1,4 @@
-"""A real HTTP S3 for tests (the local cluster's, in its own process), and a proxy before it that spoils some of its answers."""
+"""Start a real HTTP S3 (the local cluster's, in its own process), and a proxy in front of it that spoils some answers."""
 
 import http.client
 import os
@@ -34,7 +34,7 @@ BUCKET = "bucket"
 
 
 def s3_environment(endpoint: str) -> dict[str, str]:
-    """What a process must find in its environment to reach the server."""
+    """Return the environment variables by which a process reaches the server."""
     return {
         "AWS_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": "test",
@@ -45,7 +45,7 @@ def s3_environment(endpoint: str) -> dict[str, str]:
 
 @contextmanager
 def serve_s3() -> Iterator[str]:
-    """The endpoint of a server with an empty bucket `BUCKET`."""
+    """Start a server with an empty bucket `BUCKET`, and yield its endpoint."""
     port = free_port()
     command = [sys.executable, "-m", "infra.local.s3", "--port", str(port)]
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -141,7 +141,7 @@ class ProxyHandler(Handler):
 
 @contextmanager
 def environment(values: dict[str, str]) -> Iterator[None]:
-    """These variables, for as long as it lasts."""
+    """Set environment variables inside the `with` block."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

@@ -1,4 +1,4 @@
-"""The training's own workers in plain processes over gloo, without Ray: many trainings in seconds."""
+"""Run the training's own workers in plain processes over gloo, without Ray: many trainings in seconds."""
 
 import multiprocessing
 import os
@@ -23,7 +23,7 @@ BUCKETS = ("64x64", "64x64", "32x128")
 
 
 def tiny_config(init: str) -> TrainConfig:
-    """One worker, steps of 4 samples, every one of them reported."""
+    """Configure one worker with steps of 4 samples, each of which is reported."""
     return TrainConfig(
         latents=PATH,
         init=init,
@@ -38,7 +38,7 @@ def tiny_config(init: str) -> TrainConfig:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training gave on rank 0: its losses by step, its error, its last metrics, and how long it waited for data."""
+    """The result of a training on rank 0: losses by step, error, last metrics, and share of time spent waiting for data."""
 
     losses: dict[int, float]
     error: str | None
@@ -55,7 +55,7 @@ def train_on_ranks(
     output_root: str | None = None,
     tracking: TrackingConfig | None = None,
 ) -> dict[str, Trained]:
-    """Train each (name, config) in `output_root/name`, one after the other; all of one number of workers.
+    """Train each (name, config) in `output_root/name`, one after another; all have the same number of workers.
 
     Args:
         output_root: the folder itself unless given.
