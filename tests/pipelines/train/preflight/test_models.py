@@ -7,8 +7,8 @@ import pytest
 
 from pipelines.train.config import PositionConfig, TrainConfig
 from pipelines.train.preflight.models import find_shapes
-from sana_model.files.pipeline import load_pipeline
 from sana_model.nn.config import AUTOENCODER_PRESETS, PRESETS
+from sana_model.pipeline import TextToImage
 from tests.support.training_world import PATH, make_pipeline
 
 
@@ -21,7 +21,7 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 def test_the_shapes_are_those_of_the_pipeline_that_lies_there(training: TrainConfig) -> None:
     problems: list[str] = []
     shapes = find_shapes(training, problems)
-    pipeline = load_pipeline(str(training.init))
+    pipeline = TextToImage.from_pretrained(str(training.init))
     assert problems == []
     assert shapes.transformer == pipeline.transformer.config and shapes.autoencoder == pipeline.autoencoder.config
     assert shapes.autoencoder_size == sum(weight.numel() for weight in pipeline.autoencoder.parameters())
@@ -43,10 +43,10 @@ def test_published_models_are_known_by_name_and_others_are_reported(training: Tr
     shapes = find_shapes(preset, problems)
     assert shapes.autoencoder == config and shapes.transformer.in_channels == config.latent_channels
     assert (shapes.text_encoder, shapes.text_encoder_size, shapes.caption_counter) == (None, 0, None)
-    assert problems == ["the text encoder no/model is not here: it is not counted"]
+    assert problems == ["the text encoder no/model is not on this machine: its memory is not counted"]
     problems.clear()
     assert find_shapes(replace(preset, autoencoder="hf://someone/else"), problems).autoencoder is None
-    assert "the autoencoder hf://someone/else is not here: it is not counted" in problems
+    assert "the autoencoder hf://someone/else is not on this machine: its memory is not counted" in problems
 
 
 def test_an_init_that_is_not_there_yet_takes_its_shape_from_the_preset(training: TrainConfig, tmp_path: Path) -> None:
