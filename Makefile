@@ -12,7 +12,7 @@ DEMO_IMAGES = $(if $(IMAGES),--images "$(abspath $(IMAGES))" --dataset_uri "outp
 .PHONY: help install demo test test-cluster lint format benchmark lock clean
 
 help:
-	@echo "make demo          set up $(VENV), then go the whole way once: raw images -> a trained model -> its pictures"
+	@echo "make demo          set up $(VENV), then run the full pipeline once: raw images -> a trained model -> its pictures"
 	@echo "                   IMAGES=folder takes your own images, OPTIONS='--world.num_images 200' changes the configuration"
 	@echo "make test          set up $(VENV), check style and types, run the tests (not those marked slow or gpu)"
 	@echo "make test-cluster  as root on Linux: jobs on four hosts (network namespaces), some of which are lost on the way"

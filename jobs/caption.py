@@ -17,12 +17,12 @@ from pipelines.tables.errors import StageError
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionJob(JobConfig):
-    """Have VLMs describe every image of a dataset; each makes a table of its own, in an MLflow run of its own.
+    """Configuration of captioning. Each captioner writes a table of its own, in an MLflow run of its own.
 
     Args:
         captioner: one VLM, its prompt and its sampling.
-        captioners: several. Where one fails, the others go on.
-        only: the name of the one of them to run.
+        captioners: several, run one after another; if one fails, the others still run.
+        only: the name of a captioner: run this one alone.
     """
 
     captioner: CaptionerConfig | None = None
@@ -43,7 +43,7 @@ class CaptionJob(JobConfig):
         return [*([self.captioner] if self.captioner else []), *self.captioners]
 
     def single(self, captioner: CaptionerConfig) -> "CaptionJob":
-        """The job with this captioner alone."""
+        """This job with one captioner."""
         return replace(self, captioner=captioner, captioners=[], only=None)
 
 

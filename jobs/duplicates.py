@@ -12,7 +12,7 @@ from pipelines.stages.contract import StageResult
 
 @dataclass(frozen=True, kw_only=True)
 class DuplicatesJob(JobConfig):
-    """Find the images of a dataset that look alike.
+    """Configuration of the search for images that look alike.
 
     Args:
         duplicates: what counts as looking alike.

@@ -12,7 +12,7 @@ from pipelines.stages.contract import StageResult
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedJob(JobConfig):
-    """Embed every caption of a dataset, so that training need not.
+    """Configuration of the text embeddings.
 
     Args:
         embed: the text encoder, and whose captions it reads.

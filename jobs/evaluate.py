@@ -19,10 +19,10 @@ METRICS = "metrics.json"
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateJob(JobConfig):
-    """Judge the pictures of a samples table.
+    """Configuration of the judgement of a samples table.
 
     Args:
-        evaluate: whose pictures, and the judge.
+        evaluate: the samples table, and the judge.
     """
 
     evaluate: EvaluateConfig

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractJob(JobConfig):
-    """Encode every scored image of a dataset.
+    """Configuration of the extraction of latents.
 
     Args:
         extract: the autoencoder, the resolution and the scores to take along.
-        resolutions: several of them, each a table of its own, from one decode of every image; `extract.batch_size` is that
-            of `extract.resolution`, the others' are of about as many pixels. Empty: `extract.resolution` alone.
+        resolutions: several resolutions, each a table of its own, from one decode of every image; `extract.batch_size` is
+            the batch of `extract.resolution`, the others have about as many pixels. Empty: `extract.resolution` alone.
     """
 
     extract: ExtractConfig
@@ -36,7 +36,7 @@ class ExtractJob(JobConfig):
 
 
 def run(job: ExtractJob) -> StageResult:
-    """Run the stage for each resolution, in an MLflow run of its own, on the Ray that is connected; the first one's result."""
+    """Run the stage for each resolution in an MLflow run of its own, on the Ray that is connected. Returns the first result."""
     resolutions = job.resolutions or (job.extract.resolution,)
     results = [
         _run_one(job, job.extract.at(resolution), also=resolutions[index + 1 :]) for index, resolution in enumerate(resolutions)
@@ -65,7 +65,7 @@ def _run_one(job: ExtractJob, config: ExtractConfig, *, also: Sequence[int]) -> 
 
 @contextmanager
 def remote_decoder(config: ExtractConfig) -> "Iterator[DecodeLatents]":
-    """Turn latents into images where the stage's actors ran: the driver may be a machine that computes nothing."""
+    """A function that decodes latents in an actor with the stage's resources; the driver may be a small CPU machine."""
     import numpy as np
     import ray
     import torch

@@ -12,7 +12,7 @@ from pipelines.stages.contract import StageResult
 
 @dataclass(frozen=True, kw_only=True)
 class IngestJob(JobConfig):
-    """Read images from a folder, tars or Parquet into a dataset.
+    """Configuration of reading raw images into a dataset.
 
     Args:
         ingest: what to read, and what to refuse.

@@ -22,17 +22,17 @@ FIGURES = "learning.json"
 
 @dataclass(frozen=True, kw_only=True)
 class LearningJob(JobConfig):
-    """Draw captioned scenes, take them through ingest, score and extract, and train a fresh transformer on them.
+    """Configuration of a training from scratch on captioned drawn scenes, after ingest, score and extract.
 
     Args:
         shapes: which scenes there are.
         num_images: how many are drawn.
-        num_prompts: of each grid, about scenes that are not among the drawn ones; their pictures are judged.
+        num_prompts: prompts of each grid, about scenes that are not among the drawn ones; their pictures are judged.
         ingest: its source is the folder that the scenes are drawn into.
         scorer: the CLIP that scores the captions, and judges the pictures.
         extract: the autoencoder and the resolution.
         train: the training; its grids get the prompts.
-        name: of the training's folder.
+        name: name of the training's folder.
     """
 
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
@@ -72,7 +72,7 @@ def asked_scenes(job: LearningJob) -> list[Scene]:
 
 
 def judge_grids(folder: Path, asked: Sequence[Scene], clip: str, *, size: int, columns: int) -> dict[str, dict[str, float]]:
-    """By step: the share of pictures whose shape, color, background, and all three are right, as the CLIP reads them."""
+    """By step, the shares of pictures whose shape, color, background, and all three are right, as the CLIP reads them."""
     from PIL import Image
 
     from pipelines.evaluate.shapes import ATTRIBUTES, AttributeJudge, attribute_accuracy

@@ -28,14 +28,14 @@ Stage = TypeVar("Stage", bound=JobConfig)
 
 @dataclass(frozen=True, kw_only=True)
 class StagesJob(JobConfig):
-    """The configuration of every stage.
+    """Configuration of every stage.
 
     Args:
         ingest: what to read, and what to refuse.
         captioners: the VLMs, one after another.
         scorer: the CLIP, and whose captions compete. It judges the pictures too.
         extract: the autoencoder and the resolution.
-        train: on the latents that `extract` makes.
+        train: the training on the latents that `extract` makes.
         draw: how pictures are drawn.
     """
 
@@ -59,11 +59,11 @@ class StagesJob(JobConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineJob(StagesJob):
-    """All stages, as one job.
+    """Configuration of all stages as one job.
 
     Args:
-        prompts: of the pictures that the trained pipeline draws; or a text file with one on each line.
-        name: of the tables of these pictures and of their judgement.
+        prompts: what the trained pipeline draws at the end: a list, or a text file with one prompt on each line.
+        name: name of the tables of these pictures and of their judgement.
     """
 
     prompts: list[str] | str
@@ -116,7 +116,7 @@ def raise_first(failures: Mapping[str, Exception]) -> None:
 
 
 def train_pipeline(job: StagesJob, timings: Timings) -> "TrainResult":
-    """The train stage."""
+    """Run the train stage."""
     return timings.measure("train", lambda: train.run(_stage(train.TrainJob, job, train=job.train, on_stale="refuse")))
 
 

@@ -18,11 +18,11 @@ GRID = "grid.png"
 
 @dataclass(frozen=True, kw_only=True)
 class SampleJob(JobConfig):
-    """Draw pictures.
+    """Configuration of drawing pictures.
 
     Args:
         sample: the prompts, the pipeline and how it draws.
-        step: of the training that the pictures belong to; MLflow shows the grids of a run over it.
+        step: the training step that the pictures belong to; MLflow orders the grids of a run by it.
     """
 
     sample: SampleConfig

@@ -12,7 +12,7 @@ from pipelines.stages.contract import StageResult
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreJob(JobConfig):
-    """Score every caption of every image of a dataset with a CLIP.
+    """Configuration of scoring captions.
 
     Args:
         scorer: the CLIP, and whose captions compete.

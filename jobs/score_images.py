@@ -1,4 +1,4 @@
-"""`python -m jobs.score_images --config jobs/configs/score_images.yaml`: images -> one number for each, of one scorer."""
+"""`python -m jobs.score_images --config jobs/configs/score_images.yaml`: images -> one score for each."""
 
 import sys
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from pipelines.stages.contract import StageResult
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreImagesJob(JobConfig):
-    """Score every image of a dataset with one scorer.
+    """Configuration of scoring images alone.
 
     Args:
         scorer: the model, and which of its labels counts.

@@ -111,7 +111,7 @@ def _compare(dataset_uri: str, selection: SelectionConfig, config: SelectConfig)
 
 
 def describe(scorer: str, comparison: "Comparison", scope: "Scope", policies: Sequence[Policy]) -> str:
-    """Captioners, then policies, as tables for a terminal."""
+    """The captioners and the policies as tables for a terminal."""
     captioners = list(comparison.captioners)
     rows = [[name, f"{row.num_captions}", f"{row.mean_score:.2f}"] for name, row in comparison.captioners.items()]
     head = f"scores/{scorer}: {comparison.num_images} images in {len(scope.shards)} of {scope.total_shards} shards"

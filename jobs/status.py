@@ -99,7 +99,7 @@ def _indent(text: str, indent: str = "    ") -> list[str]:
 
 
 def format_bytes(count: float) -> str:
-    """In powers of 1000, as disks and object stores are sold."""
+    """A size for people, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"

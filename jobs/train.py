@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainJob(JobConfig):
-    """Train the linear DiT on a latents table, by Ray Train and DeepSpeed.
+    """Configuration of a training job.
 
     Args:
-        train: on what, from where, and how.
-        name: of the folder of the dataset that holds the training: its checkpoints, pictures and pipeline.
+        train: the training.
+        name: name of the training's folder in the dataset, which holds its checkpoints, pictures and pipeline.
         dry_run: print what it will take (weights, memory, steps, the dataset against the batch), and start nothing.
         device_gib: memory of each GPU in GiB, for `dry_run` to compare with.
     """
@@ -43,11 +43,11 @@ class TrainJob(JobConfig):
 def run(job: TrainJob) -> "TrainResult":
     """Train in one MLflow run, which a resumed training continues; the folder gets `report.html`."""
     from jobs.common.prometheus import TrainMetrics
-    from pipelines.tracking.runs import RunPlan
+    from pipelines.tracking.runs import RunRequest
     from pipelines.train.run import run_train
 
     output_uri = f"{absolute_uri(job.dataset_uri)}/{job.name}"
-    plan = RunPlan.make("train", to_dict(job), tracking=job.tracking, output_dir=job.dataset_uri, key=output_uri)
+    run_request = RunRequest.make("train", to_dict(job), tracking=job.tracking, output_dir=job.dataset_uri, key=output_uri)
     line = StatusLine()
     metrics = TrainMetrics(job.dataset_uri)
 
@@ -66,7 +66,7 @@ def run(job: TrainJob) -> "TrainResult":
         job.dataset_uri,
         job.train,
         output_dir=output_uri,
-        plan=plan,
+        run_request=run_request,
         lease=job.lease,
         on_progress=show,
         on_notice=lambda notice: line.say(f"{job.name:<22} {notice}"),
@@ -74,7 +74,7 @@ def run(job: TrainJob) -> "TrainResult":
     if not result.was_done:
         html = make_report(job, result)
         write_file(f"{output_uri}/{REPORT}", html.encode())
-        plan.try_to(lambda run: run.log_html(html, REPORT))
+        run_request.try_to(lambda run: run.log_html(html, REPORT))
     line.clear()
     print(describe_result(job.name, result), flush=True)
     return result

@@ -36,7 +36,7 @@ def make_text_encoder(config: TinyTextEncoderConfig) -> None:
 
 
 def make_captioner(config: TinyCaptionerConfig) -> None:
-    from pipelines.zoo.captioners import train_captioner
+    from pipelines.zoo.captioner_training import train_captioner
 
     train_captioner(config)
 

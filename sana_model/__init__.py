@@ -1,7 +1,8 @@
 """Sana in plain torch: linear DiT, DC-AE, text encoder, rectified flow and Flow-DPM-Solver.
 
 The folder needs nothing else of this repository; it needs torch, transformers, safetensors, numpy, pillow, fsspec, filelock,
-huggingface_hub and tqdm. `import sana_model` alone imports none of them: a module is imported when its names are asked for.
+huggingface_hub, tenacity and tqdm. `import sana_model` alone imports none of them: a module is imported when its names are
+asked for.
 """
 # ruff: noqa: F401  the imports below are for type checkers and editors
 

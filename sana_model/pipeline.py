@@ -171,24 +171,20 @@ class TextToImage(nn.Module):
 
         Args:
             prompts: list of str.
-            height, width: in pixels, multiples of the autoencoder's factor times the patch size; None: the size that the model
-                was made for.
+            height, width: in pixels, multiples of the autoencoder's factor times the patch size; None: the model's own size.
             num_steps: number of velocity predictions, each for the whole batch.
             guidance_scale: weight of classifier-free guidance; 1 turns it off and halves the cost.
             guidance_interval: (lo, hi) in sigma; guidance acts only there (see `classifier_free_guidance`).
             negative_prompt: text to guide away from, for all images; encoded without the instruction, as published.
-            seed: seed of the noise. A number: every image starts from this seed, so a prompt's image does not depend on its
-                batch. A sequence: one seed per image. None: new noise every time.
+            seed: of the noise. A number: of every image, so that an image does not depend on its batch. A sequence: one seed
+                per image. None: new noise every time.
             generator: draws the noise of the whole batch at once, as diffusers does; in place of `seed`.
             solver: "flow_dpm_solver" (14 to 20 steps) or "flow_euler" (28 to 50).
             integer_timesteps: give the model whole timesteps, as diffusers does, in place of exact ones.
             on_step: called after each step with (index, latents), e.g. for a progress bar.
 
-        Raises:
-            TypeError: prompts are not a list of str.
-            ValueError: no prompts, a size that is not a multiple, an unknown solver, num_steps below 1, a bad interval, seeds
-            that
-                do not match the prompts, or a seed and a generator.
+        Raises TypeError unless prompts are a list of str. Raises ValueError for no prompts, a size that is no multiple, an
+        unknown solver, num_steps below 1, a bad guidance_interval, a wrong number of seeds, or both a seed and a generator.
         """
         if solver not in SOLVERS:
             raise ValueError(f"unknown solver {solver!r}: choose one of {', '.join(SOLVERS)}")

@@ -1,10 +1,45 @@
-"""Settings that all tests share."""
+"""Settings and the local Ray that all tests share."""
 
 import os
+import time
+from collections.abc import Iterator
 
+import pytest
+import ray
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # One thread a process: the tiny models of the tests gain nothing from two, and threads that wait for a busy core lose much.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """One Ray for the whole run of pytest: starting one takes longer than most tests.
+
+    It has more logical CPUs than cores, so that an actor that waits does not hold up one that computes.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # how soon a checkpoint of Ray Train counts
+        ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+        yield
+        ray.shutdown()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--until", type=float, default=float("inf"), help="skip tests not begun at this time (seconds since 1970)")
+    parser.addoption("--begin-with", type=int, default=0, help="number of the test file to begin with, counted around")
+
+
+@pytest.hookimpl(trylast=True)  # after -m has taken away what is not asked for
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    files = list(dict.fromkeys(item.path for item in items))
+    if first := config.getoption("--begin-with") % max(len(files), 1):
+        order = {path: number for number, path in enumerate(files[first:] + files[:first])}
+        items.sort(key=lambda item: order[item.path])
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if time.time() > item.config.getoption("--until"):
+        pytest.skip(f"no time is left for {item.nodeid}")  # the summary shows one line for each reason

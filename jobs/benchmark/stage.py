@@ -1,4 +1,4 @@
-"""What a stage costs beside its model: time against the bare loop over the same calls, and memory as the rows get more."""
+"""A stage's overhead: its time compared with the bare loop over the same calls, and its memory as rows grow."""
 
 import tempfile
 import threading
@@ -49,7 +49,7 @@ def benchmark_stage(config: StageConfig) -> None:
 
 
 def _compare(folder: str, rows: int, seconds: float, rows_per_shard: int) -> None:
-    """Half of the bare loop before the stage and half after it, so that what disturbs the machine disturbs both."""
+    """Run half of the bare loop before the stage and half after it, so that a busy machine slows both."""
     source = _make_input(folder, "sleeping", rows, rows_per_shard)
     model = SleepingModel(seconds)
     shards = source.list_shards()
@@ -97,7 +97,7 @@ def _run(source: Table, make_worker: Callable[[], ShardWorker]) -> StageResult:
 
 @dataclass
 class _Peaks:
-    """Bytes; `address` is Ray's."""
+    """Peaks in bytes of the Ray at `address`, sampled by a thread."""
 
     address: str
     driver: int = 0

@@ -31,7 +31,7 @@ def benchmark_startup(config: StartupConfig) -> None:
 
 
 def time_in_turns(commands: Mapping[str, Sequence[str]], repeats: int) -> dict[str, float]:
-    """Medians by name, after one run of each that fills the file cache. All run in turns: a busy minute disturbs all alike."""
+    """Medians by name. All run in turns, so that a busy minute slows all alike; a first round fills the file cache."""
     taken: dict[str, list[float]] = {name: [] for name in commands}
     for number in tqdm(range(repeats + 1), desc="rounds", leave=False):
         for name, arguments in commands.items():

@@ -22,8 +22,8 @@ class Entry:
     dtype: torch.dtype
     repeats: int
     forward: tuple[Callable[[], object], Callable[[], object]] | None = None
-    """Of a training step, its forwards: the backward's operations count as twice theirs, since torch miscounts those of grouped
-    convolutions."""
+    """The forwards of a training step: its operations are counted as three times theirs, since torch miscounts the backward of
+    grouped convolutions."""
 
 
 @dataclass(frozen=True, kw_only=True)

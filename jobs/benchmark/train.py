@@ -1,6 +1,6 @@
-"""A training step of this system against the published recipe's way: images per second.
+"""A training step of this system compared with the published recipe's: images per second.
 
-Ours: latents were extracted before, the instruction's keys and values are kept, captions are computed at their length. The
+Ours: latents are extracted in advance, the instruction's keys and values are cached, captions are not padded. The
 recipe's: each step encodes its images with DC-AE and its captions over 540 padded tokens, by diffusers' modules. Both train a
 transformer of Sana-0.6B's width with the same optimizer, on the same batch.
 """
@@ -28,7 +28,7 @@ Run = Callable[[], object]
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A part of a step: ours (None: it is not done), the recipe's, and by how much each is cut in depth."""
+    """A part of a step: ours (None: not needed), the recipe's, and the factor by which the depth of both is cut."""
 
     name: str
     ours: Run | None

@@ -1,4 +1,4 @@
-"""The commands and a line on each, in the order in which data flows; and how a command line names one of them."""
+"""The list of all commands with a line on each, in the order in which data flows, and the choice of one by name."""
 
 import sys
 from collections.abc import Mapping, Sequence

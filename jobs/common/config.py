@@ -73,7 +73,7 @@ def _last_config(arguments: list[str]) -> int:
 
 
 def from_dict(config_class: type[T], values: Mapping[str, Any]) -> T:
-    """What `to_dict` was given, from what it returned. Raises ValueError, naming the key, for what does not fit."""
+    """The configuration that `to_dict` was called with, from its result. Raises ValueError with the key that does not fit."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(config_class, as_group=False)
     try:

@@ -23,9 +23,9 @@ class JobConfig:
         dataset_uri: the folder (any fsspec URI) that holds the dataset's tables.
         ray: the Ray to run on.
         tracking: where MLflow keeps the run.
-        lease: what keeps a second job from writing the same table.
-        on_stale: what to do with a table that was made in another way than it would be made now. rebuild: delete it with its
-            rejects and make it anew. What was made from it is not touched: it is stale then, for its own stage to rebuild.
+        lease: the lock that keeps a second job from writing the same table.
+        on_stale: what to do with a table that was made with other settings, models or inputs. refuse: stop with an error.
+            rebuild: delete it with its rejects and make it anew. Tables made from it stay; their own stages rebuild them.
     """
 
     dataset_uri: str
@@ -49,10 +49,10 @@ def run_job(
 ) -> int:
     """Parse the command line, start Ray, run the job; returns the exit code (see `ExitCode`).
 
-    What a user can put right is one message on stderr; anything else keeps its traceback.
+    An error that a user can fix is one message on stderr; any other keeps its traceback.
 
     Args:
-        name: of the command, as in `COMMANDS`.
+        name: the command's name in `COMMANDS`.
         look_first: called before Ray starts; if it returns True, the job is done.
     """
     job = parse_command(job_class, argv, name=name)
@@ -85,7 +85,7 @@ def parse_command(config_class: type[Config], argv: Sequence[str] | None, *, nam
 
 
 def report_error(error: Exception, *, expected: bool) -> ExitCode:
-    """Print why a command failed, with a traceback unless a user can put it right."""
+    """Print why a command failed, with a traceback unless the error is expected."""
     if not expected:
         traceback.print_exc()
         return ExitCode.FAULT

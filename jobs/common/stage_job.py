@@ -1,4 +1,4 @@
-"""What the stage jobs share: Ray, an MLflow run, progress in one line, the report, and an exit code."""
+"""Running a stage as a job: an MLflow run, progress in one line, rebuilding of stale tables, and the report."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -28,9 +28,14 @@ def track_stage(
 ) -> StageResult:
     """Run one stage in an MLflow run of its own, and put its report into its table and into the run.
 
-    A stage that has nothing to do leaves no run and no new report, unless it `is_due`: its shards were made along with
-    another's. A table that lacks its report gets it all the same: its job was killed at the very end. `log` adds to the run
-    what is the stage's own.
+    A stage that has nothing to do makes no run and no new report, unless `is_due`: its shards were made along with another
+    stage's. A table that lacks its report gets one in any case: its job was killed at the very end.
+
+    Args:
+        name: of the stage, for the run and the status line.
+        run_stage: runs the stage, and reports its progress.
+        make_report: returns the page of the finished table.
+        log: adds the stage's own figures to the run.
     """
     from jobs.common.prometheus import StageMetrics
     from pipelines.tracking.runs import start_run

@@ -10,7 +10,7 @@ PRINT_EVERY = 10.0  # seconds between progress lines in a log file
 
 
 class StatusLine:
-    """Shows how far something is: one line, rewritten on a terminal; in a log a line now and then."""
+    """A line of progress: rewritten in place on a terminal, printed every 10 seconds into a log file."""
 
     def __init__(self) -> None:
         self.printed = 0.0
@@ -25,12 +25,12 @@ class StatusLine:
         print(f"{start}{text}", end=end, file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         self.clear()
         print(text, file=sys.stderr, flush=True)
 
     def clear(self) -> None:
-        """Take the line away, where it can be."""
+        """Erase the line, on a terminal."""
         if self.is_terminal:
             print(CLEAR_LINE, end="", file=sys.stderr, flush=True)
 

@@ -177,7 +177,7 @@ def _table_status(
 
 
 def _problems(found: FoundTable, files: Mapping[str, int]) -> list[str]:
-    """What is wrong with a table apart from being stale."""
+    """The table's problems, apart from being stale."""
     if REBUILD in files:
         return ["its deletion was begun and not ended: start its stage again"]
     if found.problem:

@@ -63,7 +63,7 @@ class VerifyProgress:
 
 @dataclass
 class _Counts:
-    """What was counted in a table, to be compared with its manifest."""
+    """Counts of a table, to be compared with its manifest."""
 
     rows: int = 0
     reasons: Counter[str] = field(default_factory=Counter)

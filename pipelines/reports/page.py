@@ -1,4 +1,4 @@
-"""What the pages of several tables share: the head, the frame of a table's page, and the texts and colors of captions."""
+"""Parts that several pages share: the head, the frame of a table's page, and the texts and colors of captions."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence

@@ -4,10 +4,10 @@ import tarfile
 from collections import Counter
 from dataclasses import dataclass
 
-import fsspec
 import pyarrow as pa
 
 from pipelines.reports.pictures import Picture, no_picture, read_image_bytes, thumbnail
+from pipelines.storage.files import open_file
 from pipelines.tables.sampling import ReportScope, read_light, spread
 from pipelines.tables.schema import IMAGES, IMAGES_PATH, Row
 from pipelines.tables.table import Table
@@ -97,14 +97,16 @@ def _read_source(uri: str | None) -> bytes | None:
     if not uri or uri.startswith(("http://", "https://")):  # a report requests nothing from a server
         return None
     archive, _, member = uri.partition("#")
-    if member and archive.endswith(".tar"):
+    try:
+        if not (member and archive.endswith(".tar")):
+            with open_file(uri) as file:
+                return file.read(MAX_SOURCE_BYTES)
         if "://" in archive:  # a remote tar would have to be read from its beginning
             return None
-        uri = f"tar://{member}::{archive}"
-    try:
-        with fsspec.open(uri) as file:
-            return file.read(MAX_SOURCE_BYTES)
-    except (OSError, ValueError, ImportError, tarfile.TarError):  # gone, not a file, or its protocol is not installed
+        with tarfile.open(archive) as tar:
+            content = tar.extractfile(member)
+            return content.read(MAX_SOURCE_BYTES) if content else None
+    except (OSError, ValueError, KeyError, ImportError, tarfile.TarError):  # gone, no file, or its protocol is not installed
         return None
 
 

@@ -1,19 +1,21 @@
 """Pages that are not about one table: a training, and the front page of a run of the full pipeline."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import fsspec
-
 from pipelines.reports.charts import curve
 from pipelines.reports.page import page_head
-from pipelines.reports.pictures import Picture, thumbnail
+from pipelines.reports.pictures import Picture, no_picture, thumbnail
 from pipelines.reports.templates import render
+from pipelines.storage.files import read_file
 from pipelines.tables.schema import IMAGES, IMAGES_PATH, LATENTS, Row
 from pipelines.tables.table import Table
 
 GRID_SIDE = 1600  # px
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +64,7 @@ def training_report(
         config: the resolved configuration, shown at the end of the page.
         sections: parts that follow the pictures.
 
-    Raises:
-        MissingTableError: there is no such table.
-        OSError: a picture could not be read.
+    A picture that cannot be read is replaced by a line that says so. Raises MissingTableError if there is no such table.
     """
     table = Table(dataset_uri, path, LATENTS)
     manifest = table.require()
@@ -88,9 +88,7 @@ def demo_report(dataset_uri: str, sections: Sequence[Section], *, links: Sequenc
     Args:
         notice: a warning in the head.
 
-    Raises:
-        MissingTableError: the dataset has no images.
-        OSError: a picture could not be read.
+    A picture that cannot be read is replaced by a line that says so. Raises MissingTableError if the dataset has no images.
     """
     table = Table(dataset_uri, IMAGES_PATH, IMAGES)
     manifest = table.require()
@@ -107,8 +105,13 @@ def demo_report(dataset_uri: str, sections: Sequence[Section], *, links: Sequenc
 
 
 def _grid(uri: str | Path, alt: str) -> Picture:
-    with fsspec.open(str(uri)) as file:
-        return thumbnail(file.read(), alt, GRID_SIDE)
+    """Read a grid of pictures. If it cannot be read, the page says so in its place."""
+    try:
+        content = read_file(str(uri))
+    except OSError as error:
+        logger.warning("a picture is missing on the report's page: %s", error)
+        return no_picture(f"{uri} could not be read")
+    return thumbnail(content, alt, GRID_SIDE)
 
 
 def _loaded(sections: Sequence[Section]) -> list[Row]:

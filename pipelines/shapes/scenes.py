@@ -59,7 +59,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What an image shows: one object with a size and a position, or two objects and the relation of the first to the second.
+    """The content of an image: one object with a size and a position, or two and the relation of the first to the second.
 
     An attribute that does not apply, or that a parsed caption leaves out, is None. `relation` is "left of" or "above".
     """

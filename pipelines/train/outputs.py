@@ -46,8 +46,8 @@ class TrainOutputs:
         if self.rank == 0:
             if self._drawn is not None:
                 self._drawn.forget_after(step)
-            if self.task.plan is not None:
-                self.run = PatientRun(self.task.plan, say=self.tell_driver, waiting=waiting)
+            if self.task.run_request is not None:
+                self.run = PatientRun(self.task.run_request, say=self.tell_driver, waiting=waiting)
                 self.run.log_inputs(self.task.dataset_uri, self.task.inputs, "training")
         torch.distributed.barrier()
         if step:

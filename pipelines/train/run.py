@@ -18,7 +18,7 @@ from pipelines.storage.lease import DEFAULT_LEASE, LeaseConfig, hold
 from pipelines.tables.errors import TrainingError, TrainingStopped
 from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.table import absolute_uri
-from pipelines.tracking.runs import RunEnd, RunPlan, TrackedRun, end_status
+from pipelines.tracking.runs import RunEnd, RunRequest, TrackedRun, end_status
 from pipelines.train.config import TrainConfig
 from pipelines.train.desk import OnNotice, OnTrainProgress, open_desk
 from pipelines.train.models import find_text_encoder
@@ -93,7 +93,7 @@ def run_train(
     config: TrainConfig,
     *,
     output_dir: str,
-    plan: RunPlan | None = None,
+    run_request: RunRequest | None = None,
     lease: LeaseConfig = DEFAULT_LEASE,
     on_progress: OnTrainProgress = lambda progress: None,
     on_notice: OnNotice = lambda notice: None,
@@ -104,7 +104,7 @@ def run_train(
         dataset_uri: the dataset, any fsspec URI.
         config: the training.
         output_dir: any fsspec URI, or a folder that all nodes see.
-        plan: the MLflow run that the workers log to; None: no MLflow.
+        run_request: the MLflow run that the workers log to; None: no MLflow.
         lease: how other trainings are kept from `output_dir`.
         on_progress: called from another thread with each report.
         on_notice: called from another thread with messages for a person.
@@ -127,7 +127,7 @@ def run_train(
             return _to_result(record, was_done=True)
         write_config(output_uri, config)
         check_tables(dataset_uri, config)
-        return _train(record, config, dataset_uri, start, plan, on_progress, on_notice)
+        return _train(record, config, dataset_uri, start, run_request, on_progress, on_notice)
 
 
 def _train(
@@ -135,15 +135,17 @@ def _train(
     config: TrainConfig,
     dataset_uri: str,
     start: float,
-    plan: RunPlan | None,
+    run_request: RunRequest | None,
     on_progress: OnTrainProgress,
     on_notice: OnNotice,
 ) -> TrainResult:
     """Start or resume the training on its workers, and wait for its end. Raises TrainingStopped or TrainingError."""
-    output_uri, end_run = record.output_uri, partial(_end_run, plan, on_notice)
+    output_uri, end_run = record.output_uri, partial(_end_run, run_request, on_notice)
     with open_desk(on_progress, on_notice, on_stop=lambda: end_run("KILLED")) as desk:
         inputs = {**record.identity.inputs, **_inputs(dataset_uri, config.validation_sources(dataset_uri))}
-        task = TrainTask(config=config, dataset_uri=dataset_uri, inputs=inputs, output_uri=output_uri, plan=plan, desk=desk)
+        task = TrainTask(
+            config=config, dataset_uri=dataset_uri, inputs=inputs, output_uri=output_uri, run_request=run_request, desk=desk
+        )
         try:
             figures = _figures(_fit(task))
         except BaseException as error:
@@ -181,9 +183,9 @@ def _figures(ended: Result) -> dict[str, Any]:
     return figures
 
 
-def _end_run(plan: RunPlan | None, on_notice: OnNotice, status: RunEnd, result: TrainResult | None = None) -> None:
+def _end_run(run_request: RunRequest | None, on_notice: OnNotice, status: RunEnd, result: TrainResult | None = None) -> None:
     """End the MLflow run with the training's status and result; if MLflow cannot be reached, say so by `on_notice`."""
-    if plan is None:
+    if run_request is None:
         return
 
     def end(run: TrackedRun) -> None:
@@ -193,8 +195,8 @@ def _end_run(plan: RunPlan | None, on_notice: OnNotice, status: RunEnd, result: 
             run.tag_tables(result.inputs)
         run.end(status)
 
-    if (problem := plan.try_to(end)) is not None:
-        on_notice(f"MLflow at {plan.uri} cannot be reached, its run stays open: {problem}")
+    if (problem := run_request.try_to(end)) is not None:
+        on_notice(f"MLflow at {run_request.uri} cannot be reached, its run stays open: {problem}")
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:

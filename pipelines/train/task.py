@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.tracking.runs import RunPlan
+from pipelines.tracking.runs import RunRequest
 from pipelines.train.config import TrainConfig
 
 
@@ -16,7 +16,7 @@ class TrainTask:
     dataset_uri: the dataset.
     inputs: name -> fingerprint of the tables that are read.
     output_uri: output folder, any fsspec URI.
-    plan: the MLflow run to log to; None: no MLflow.
+    run_request: the MLflow run to log to; None: no MLflow.
     desk: handle of the desk (see `desk.py`); None: no driver listens.
     """
 
@@ -24,5 +24,5 @@ class TrainTask:
     dataset_uri: str
     inputs: Mapping[str, str]
     output_uri: str
-    plan: RunPlan | None = None
+    run_request: RunRequest | None = None
     desk: Any = None

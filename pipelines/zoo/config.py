@@ -11,20 +11,20 @@ CACHE_DIR = "outputs/zoo/cache"
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """One training on a CPU.
+    """A training on a CPU, which ends after `num_steps` or `minutes`, whichever comes first.
 
     Args:
-        num_steps: optimizer steps.
-        micro_batch_size: rows of a step.
-        lr: peak learning rate of AdamW, reached after the warm-up; it then follows a cosine.
+        num_steps: optimizer steps, at most.
+        micro_batch_size: rows in a step.
+        lr: learning rate of AdamW after the warm-up; it then falls to 2 % along a cosine.
         weight_decay: of AdamW.
-        warmup_steps: steps in which the learning rate grows to its peak.
+        warmup_steps: steps over which the learning rate rises linearly.
         clip: largest norm of the gradients.
-        minutes: caps the training: the schedule follows the clock or the steps, whichever ends first.
-        eval_every: steps between evaluations, each with a save.
+        minutes: wall-clock limit; the learning rate follows the clock where that is ahead of the steps.
+        eval_every: steps from one evaluation and save to the next.
         seed: of weights, rows and captions.
         num_threads: of torch.
-        bf16: matrix products in bfloat16 (autocast); weights and optimizer stay in float32.
+        bf16: compute matrix products in bfloat16 (autocast); weights and optimizer stay in float32.
     """
 
     num_steps: int
@@ -46,7 +46,7 @@ class TinyClipConfig:
 
     Args:
         output_dir: the folder to write.
-        init_dir: a checkpoint to resume from, with captions from the start.
+        init_dir: a CLIP to train further; it learns captions from the start.
         cache_dir: keeps the drawn scenes.
         loop: the training.
     """
@@ -97,8 +97,8 @@ class TinyCaptionerConfig:
 
     Args:
         output_dir: the folder to write.
-        kind: its architecture.
-        clip_dir: the CLIP that "llava" begins with.
+        kind: the architecture.
+        clip_dir: the folder of the CLIP whose vision tower "llava" begins with; only for "llava".
         cache_dir: keeps the drawn scenes.
         loop: the training; null: the one of `CAPTIONER_LOOPS`.
         stop_at: stop when this share of the captions of validation scenes is exact.
@@ -118,7 +118,7 @@ class TinyCaptionerConfig:
     def __post_init__(self) -> None:
         if (self.kind == "llava") != (self.clip_dir is not None):
             raise ValueError(
-                f"clip_dir={self.clip_dir!r}, kind={self.kind!r}: llava needs the directory of a CLIP, llava-next takes none"
+                f"clip_dir={self.clip_dir!r}, kind={self.kind!r}: give the folder of a CLIP for llava, none for llava-next"
             )
 
 
@@ -131,7 +131,7 @@ class TinyTransformerConfig:
         autoencoder_dir: the tiny DC-AE.
         text_encoder_dir: the tiny Gemma-2.
         clip_dir: the tiny CLIP, which judges the pictures.
-        init_dir: a pipeline to resume from.
+        init_dir: a pipeline whose transformer is trained further.
         cache_dir: keeps the drawn scenes.
         loop: the training.
     """

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from sana_model.files import key_maps
+from sana_model.files.atomic import write_atomically
 from sana_model.files.key_maps import KeyMap, from_ours, their_shape, to_ours, translate
 from sana_model.files.places import local_target, resolve
 from sana_model.files.published_configs import (
@@ -30,7 +31,6 @@ from sana_model.files.tensors import (
     read_safetensors,
     read_safetensors_folder,
     read_weights_file,
-    write_atomically,
     write_json,
     write_safetensors,
 )

@@ -31,10 +31,7 @@ from sana_model.nn.transformer import SanaTransformer
 
 @dataclass(frozen=True, kw_only=True)
 class Companions:
-    """What a transformer needs beside it to draw pictures: paths of the other models, and two settings.
-
-    The defaults are the published companions.
-    """
+    """The models that a transformer draws pictures with, as paths, and two settings. The defaults are the published ones."""
 
     autoencoder: str = DEFAULT_AUTOENCODER
     text_encoder: str = DEFAULT_TEXT_ENCODER

@@ -4,14 +4,18 @@ import hashlib
 import os
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-import fsspec
 from filelock import FileLock
+from fsspec import AbstractFileSystem
 from huggingface_hub import snapshot_download
 from tqdm import tqdm
+
+from sana_model.files.filesystems import open_filesystem
+from sana_model.files.retry import call_patiently
 
 ZOO_DIR = Path(__file__).parents[1] / "zoo"
 CACHE_DIR = Path(os.environ.get("SANA_CACHE", Path.home() / ".cache" / "sana_model"))  # of files copied from fsspec URIs
@@ -71,13 +75,13 @@ def _from_uri(uri: str) -> Path:
 
     Of several processes of a host one copies, and the others wait for it.
     """
-    filesystem, root = fsspec.url_to_fs(uri)
-    found = filesystem.find(root)
+    filesystem, root = open_filesystem(uri)
+    found = call_patiently(lambda: filesystem.find(root), f"list {uri}")
     if not found:
         raise FileNotFoundError(f"nothing at {uri!r}")
-    stamps = sorted((name, *_stamp(filesystem.info(name))) for name in found)
+    stamps = sorted((name, *_stamp(call_patiently(partial(filesystem.info, name), f"read {name}"))) for name in found)
     key = hashlib.sha256(repr((uri, stamps)).encode()).hexdigest()[:24]
-    is_file = filesystem.isfile(root)
+    is_file = call_patiently(lambda: filesystem.isfile(root), f"read {uri}")
     target = CACHE_DIR / key
     CACHE_DIR.mkdir(parents=True, exist_ok=True)
     with FileLock(CACHE_DIR / f"{key}.lock"):
@@ -86,18 +90,18 @@ def _from_uri(uri: str) -> Path:
     return target / Path(root).name if is_file else target
 
 
-def _fetch(filesystem: fsspec.AbstractFileSystem, files: list[str], root: str, target: Path, uri: str) -> None:
+def _fetch(filesystem: AbstractFileSystem, files: list[str], root: str, target: Path, uri: str) -> None:
     """Copy files below `root` (or this one file) to a folder, in place of what is there."""
-    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}."))
+    partial_copy = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}."))
     try:
         for name in tqdm(files, desc=f"fetching {uri}", unit="file", leave=False, disable=None):
             relative = Path(name).name if name == root else os.path.relpath(name, root)
-            (partial / relative).parent.mkdir(parents=True, exist_ok=True)
-            filesystem.get_file(name, str(partial / relative))
+            (partial_copy / relative).parent.mkdir(parents=True, exist_ok=True)
+            call_patiently(partial(filesystem.get_file, name, str(partial_copy / relative)), f"read {name}")
         shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
+        partial_copy.rename(target)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial_copy, ignore_errors=True)
 
 
 def _stamp(info: dict[str, Any]) -> tuple[str, str]:

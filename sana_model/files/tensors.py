@@ -4,11 +4,8 @@ Reading never runs code that a file holds. A file that is written appears whole 
 """
 
 import json
-import os
 import pickle
 import struct
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from sana_model.files.atomic import write_atomically
 
 # What a weights file's name begins with: ours, transformers' and efficientvit's; diffusers'.
 WEIGHT_STEMS = ("model", "diffusion_pytorch_model")
@@ -125,19 +124,6 @@ def _read_pth(path: Path, *, is_zip: bool, use_ema: bool) -> dict[str, Tensor]:
     if not_tensors:
         raise ValueError(f"{path}: these entries are not tensors: {', '.join(not_tensors[:5])}")
     return state
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` fill a temporary file beside `path`, then put it in place: readers see the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
-    try:
-        write(Path(temporary))
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -209,7 +209,7 @@ class TextEncoderConfig:
 
 
 NVLABS_PROMPTS = TextEncoderConfig()
-"""As NVlabs' code prepares captions, in training and in sampling."""
+"""NVlabs' code prepares captions so, in training and in sampling."""
 
 DIFFUSERS_PROMPTS = TextEncoderConfig(instruction=DIFFUSERS_HUMAN_INSTRUCTION, lowercase=True)
-"""As diffusers' `SanaPipeline` prepares prompts."""
+"""diffusers' `SanaPipeline` prepares prompts so."""

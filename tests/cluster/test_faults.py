@@ -13,9 +13,9 @@ import pytest
 from mlflow.entities import Run
 
 from infra.local.cluster import Cluster
-from pipelines.storage.files import open_filesystem
 from pipelines.tables.table import Table
 from pipelines.train.record import TrainingRecord
+from sana_model.files.filesystems import open_filesystem
 from tests.support.cluster.faults import FAULTS, Fault, Jobs, longest_pause, wait_for_middle
 from tests.support.cluster.sockets import listeners, unguarded
 from tests.support.cluster.stages import (

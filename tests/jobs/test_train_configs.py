@@ -53,12 +53,15 @@ def test_the_cascade_is_the_published_one(size: str) -> None:
         before = job.name
 
 
-def test_a_dry_run_starts_nothing_and_tells_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_starts_nothing_and_tells_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(ray, "init")  # whatever would start one fails
     config = ["--config", str(CONFIGS / "sana-1.6b-1024.yaml"), "--dataset_uri", str(tmp_path), "--dry_run"]
     assert main(config) == 0
     told = capsys.readouterr().out
     for line in ("1,604,462,752 weights", "activations", "total, forward and backward", "512 images = 64", "PROBLEMS"):
         assert line in told, told
-    assert not list(tmp_path.iterdir()) and not ray.is_initialized()
+    assert not list(tmp_path.iterdir())
     assert main([*config, "--train.init", "nowhere", "--train.preset", "null"]) == 1
     assert "no file or folder 'nowhere'" in capsys.readouterr().err

@@ -90,7 +90,7 @@ def test_an_unknown_name_is_an_attribute_error_as_of_any_module():
 
 @pytest.mark.parametrize("code", README_BLOCKS, ids=range(len(README_BLOCKS)))
 def test_the_readmes_examples_run(code, tmp_path, monkeypatch):
-    """Of an example that downloads published weights, only the imports."""
+    """Only the imports run of an example that downloads published weights."""
     monkeypatch.chdir(tmp_path)
     program = ast.parse(code)
     if "hf://" in code:

@@ -1,4 +1,4 @@
-"""Datasets of drawn scenes for the tests of captioning, and what stands in them afterwards."""
+"""Make datasets of drawn scenes for the tests of captioning, and read the captions back."""
 
 from io import BytesIO
 from pathlib import Path
@@ -37,7 +37,7 @@ def image_row(number: int, content: bytes, caption: str | None = None) -> Row:
 
 
 def write_images(folder: Path, rows: list[Row], rows_per_shard: int) -> str:
-    """The dataset's URI."""
+    """Write an images table; return the dataset's URI."""
     table = Table(str(folder), IMAGES_PATH, IMAGES)
     table.claim(Identity("ingest", {"source": "drawn"}, {}, {}))
     for shard, start in enumerate(range(0, len(rows), rows_per_shard)):
@@ -46,13 +46,13 @@ def write_images(folder: Path, rows: list[Row], rows_per_shard: int) -> str:
 
 
 def captions(dataset_uri: str, name: str) -> dict[str, list[Row]]:
-    """Rows by shard."""
+    """Read the rows of each shard."""
     table = Table(dataset_uri, captions_path(name), CAPTIONS)
     return {shard: table.read_shard(shard).to_pylist() for shard in table.list_shards()}
 
 
 def refused(dataset_uri: str, name: str) -> dict[str, str]:
-    """Reject reasons by id."""
+    """Read the reject reason of each refused id."""
     table = Table(dataset_uri, captions_path(name), CAPTIONS).rejects()
     rows = [row for shard in table.list_shards() for row in table.read_shard(shard).to_pylist()]
     return {row["id"]: row["reject_reason"] for row in rows}

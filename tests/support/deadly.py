@@ -1,4 +1,4 @@
-"""A part of vLLM's engine that ends the engine's process when it is asked about one certain prompt."""
+"""A logits processor for vLLM that ends the engine's process at one certain prompt."""
 
 import os
 
@@ -11,7 +11,7 @@ MAX_TOKENS = 150  # of the prompts of others
 
 class Deadly(LogitsProcessor):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool):
-        """It needs nothing of these."""
+        """Take what vLLM passes, and use none of it."""
 
     def is_argmax_invariant(self) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""Images that people's data really holds, and some that were made to do harm: each with what must become of it."""
+"""Images as real data holds them, and some made to do harm, each with the result that decoding must give."""
 
 import struct
 import zlib
@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageCms
 
 Pixels = Callable[[np.ndarray], bool]
-"""Whether decoded pixels, (H, W, 3) int64, are as they must be."""
+"""Tells whether decoded pixels, (H, W, 3) int64, are right."""
 
 CUT = ("truncated", "corrupt", "not_an_image")
 HEIGHT, WIDTH = 40, 60
@@ -18,7 +18,7 @@ HEIGHT, WIDTH = 40, 60
 
 @dataclass(frozen=True)
 class Hostile:
-    """A file, and what must become of it: a row of this format and size, or a reject with one of these reasons."""
+    """A file and its expected result: a row of this format and size, or a reject with one of these reasons."""
 
     name: str
     content: bytes
@@ -35,7 +35,7 @@ def encode(image: Image.Image, format: str, **options: object) -> bytes:
 
 
 def gradient(height: int = HEIGHT, width: int = WIDTH, blue: int = 90) -> Image.Image:
-    """Red grows to the right, green downwards."""
+    """Draw a picture in which red grows to the right and green downwards."""
     y, x = np.mgrid[:height, :width]
     red, green = x * 255 // max(width - 1, 1), y * 255 // max(height - 1, 1)
     return Image.fromarray(np.stack([red, green, 0 * x + blue], -1).astype(np.uint8))
@@ -46,7 +46,7 @@ def noise(height: int = 64, width: int = 64) -> Image.Image:
 
 
 def near(expected: Image.Image, tolerance: float) -> Pixels:
-    """Mean absolute difference, of 255."""
+    """Return the mean absolute difference, in levels of 255."""
     wanted = np.asarray(expected.convert("RGB"), dtype=np.int64)
     return lambda pixels: pixels.shape == wanted.shape and float(np.abs(pixels - wanted).mean()) <= tolerance
 
@@ -61,13 +61,13 @@ def png(width: int, height: int, *chunks: bytes, depth: int = 8, color: int = 2,
 
 
 def png_with(chunk: bytes) -> bytes:
-    """A good PNG with one more chunk after its header."""
+    """Insert one more chunk after the header of a good PNG."""
     content = encode(gradient(), "PNG")
     return content[:33] + chunk + content[33:]
 
 
 def interlaced_png() -> bytes:
-    """Adam7, which Pillow reads and does not write."""
+    """Write an interlaced PNG (Adam7), which Pillow can read but not write."""
     pixels = np.asarray(gradient())
     data = b""
     for x, y, dx, dy in ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)):
@@ -77,13 +77,13 @@ def interlaced_png() -> bytes:
 
 
 def tiff(tags: list[tuple[int, int, int, int]], data: bytes) -> bytes:
-    """Little-endian, one directory; `data` begins at byte 8. Tags: (tag, type, count, value)."""
+    """Write a little-endian TIFF with one directory; `data` begins at byte 8. Tags: (tag, type, count, value)."""
     directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
     return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory
 
 
 def lab_tiff() -> bytes:
-    """L 128 of 255, no colour: a middle gray."""
+    """Write a TIFF in Lab color with L = 128 of 255 and no color: a middle gray."""
     pixels = bytes([128, 0, 0]) * (WIDTH * HEIGHT)
     bits = struct.pack("<3H", 8, 8, 8)
     tags = [
@@ -101,13 +101,13 @@ def lab_tiff() -> bytes:
 
 
 def huge_tile_tiff() -> bytes:
-    """A small image that claims one tile of 65520 x 65520."""
+    """Write a small image that claims to hold one tile of 65520 x 65520."""
     numbers = [(256, 32), (257, 32), (258, 8), (259, 8), (262, 1), (277, 1), (322, 65520), (323, 65520), (324, 8), (325, 4)]
     return tiff([(tag, 4, 1, value) for tag, value in numbers], b"\0\0\0\0")
 
 
 def jpeg_segments(content: bytes) -> Iterator[int]:
-    """Where each marker begins, up to the scan."""
+    """Find where each JPEG marker begins, up to the scan."""
     position = 2
     while content[position + 1] != 0xDA:
         yield position
@@ -123,7 +123,7 @@ def png_chunks(content: bytes) -> Iterator[int]:
 
 
 def cut_files() -> Iterator[Hostile]:
-    """Each format cut at and within every part of its header, and in the middle of its pixels."""
+    """Cut each format at and within every part of its header, and in the middle of its pixels."""
     jpeg, webp, lossless = encode(noise(), "JPEG"), encode(noise(), "WEBP"), encode(noise(), "WEBP", lossless=True)
     gif, tiff_file, bmp = encode(noise(), "GIF"), encode(noise(), "TIFF"), encode(noise(), "BMP")
     progressive, image = encode(noise(), "JPEG", progressive=True), encode(noise(), "PNG")
@@ -144,7 +144,7 @@ def cut_files() -> Iterator[Hostile]:
 
 
 def turned() -> Iterator[Hostile]:
-    """EXIF in all eight orientations; the picture is the same upright gradient each time."""
+    """Write all eight EXIF orientations; the decoded picture is the same upright gradient each time."""
     upright = gradient()
     stored = {
         1: upright,
@@ -163,7 +163,7 @@ def turned() -> Iterator[Hostile]:
 
 
 def depths_and_colors() -> Iterator[Hostile]:
-    """What is a picture, though not one of 8-bit RGB."""
+    """Write pictures that are not 8-bit RGB."""
     picture = gradient()
     gray16 = np.linspace(0, 65535, WIDTH * HEIGHT).reshape(HEIGHT, WIDTH)
     gray = Image.fromarray((gray16 / 257).round().astype(np.uint8))
@@ -227,7 +227,7 @@ def depths_and_colors() -> Iterator[Hostile]:
 
 
 def cmyk_profile() -> bytes:
-    """The smallest CMYK profile of the output class that lcms takes: a 2^4 table from CMYK to XYZ, by 1 - ink - black."""
+    """Write the smallest CMYK output profile that lcms accepts: a 2^4 table from CMYK to XYZ, by 1 - ink - black."""
     corners = [(c, m, y, k) for c in (0, 1) for m in (0, 1) for y in (0, 1) for k in (0, 1)]
     to_xyz = np.array([[0.4361, 0.3851, 0.1431], [0.2225, 0.7169, 0.0606], [0.0139, 0.0971, 0.7141]])
     table = b""
@@ -250,7 +250,7 @@ def cmyk_profile() -> bytes:
 
 
 def bombs_and_shapes() -> Iterator[Hostile]:
-    """Small files that would unfold into much, and sizes beyond the limits."""
+    """Write small files that decode to a lot of memory, and images beyond the size limits."""
     pixels = png_chunk(b"IDAT", zlib.compress(bytes(1000)))
     text = b"Comment\0\1\0\0\0" + zlib.compress(b"x" * 200_000_000)
     jpeg = encode(gradient(), "JPEG")
@@ -280,7 +280,7 @@ def bombs_and_shapes() -> Iterator[Hostile]:
 
 
 def impostors() -> Iterator[Hostile]:
-    """What is not what its name says, and formats that are not decoded."""
+    """Write files that are not what their name says, and files in formats that are not decoded."""
     picture = gradient(blue=30)
     jpeg = encode(picture, "JPEG", quality=95)
     exif = Image.Exif()

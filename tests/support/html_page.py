@@ -1,4 +1,4 @@
-"""A page as a browser reads it, and what must hold for every page."""
+"""Parse a report page as a browser does, and check what must hold for every page."""
 
 from html.parser import HTMLParser
 
@@ -6,7 +6,7 @@ from pipelines.tables.table import Table
 
 
 class Page(HTMLParser):
-    """A page's elements and text; checks that every element is closed."""
+    """Collects a page's elements and text; checks that every element is closed."""
 
     VOID = ("meta", "img", "br")
 
@@ -38,7 +38,7 @@ class Page(HTMLParser):
 
 
 def check_page(html: str, table: Table | None = None) -> Page:
-    """What holds for every page."""
+    """Check what holds for every page; return the parsed page."""
     page = Page(html)
     assert "script" not in {tag for tag, _ in page.elements}
     for tag, attributes in page.elements:

@@ -1,4 +1,4 @@
-"""What the tests' HTTP servers share: they run in a thread, answer with a length, and say nothing."""
+"""Base classes of the tests' HTTP servers: they run in a thread, answer with a length, and log nothing."""
 
 import socket
 import sys
@@ -24,7 +24,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing: the tests' output is read by people."""
+        """Log nothing: people read the tests' output."""
 
 
 class Server(ThreadingHTTPServer):
@@ -50,6 +50,6 @@ class Server(ThreadingHTTPServer):
             thread.join()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that has gone away, or was killed, is none."""
+        """Ignore clients that went away or were killed."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)

@@ -1,4 +1,4 @@
-"""A real OpenAI-compatible server for the tests, and a proxy in front of it that answers wrongly when told to."""
+"""Start a real OpenAI-compatible server, and a proxy in front of it that answers wrongly when told to."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tests.support.http_server import Handler, Server, free_port
 
 @contextmanager
 def serving(command: list[str], port: int, log: Path, *, env: dict[str, str] | None = None) -> Iterator[str]:
-    """The base URL of a server that was started by `command` and answers at /health; it is stopped at the end."""
+    """Start a server by `command`, wait until it answers at /health, yield its base URL, and stop it at the end."""
     with log.open("wb") as output:
         server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | (env or {}))
     try:
@@ -41,7 +41,7 @@ def serving(command: list[str], port: int, log: Path, *, env: dict[str, str] | N
 
 @contextmanager
 def transformers_server(model: str, log: Path) -> Iterator[str]:
-    """`transformers serve` with one model."""
+    """Run `transformers serve` with one model."""
     port = free_port()
     command = [str(Path(sys.executable).with_name("transformers")), "serve", model, "--device", "cpu", "--dtype", "float32"]
     with serving([*command, "--host", "127.0.0.1", "--port", str(port)], port, log) as url:
@@ -73,7 +73,7 @@ class FaultyProxy(Server):
         return f"{super().url}/v1"
 
     def enter(self, headers: dict[str, str]) -> str | None:
-        """The fault of this request."""
+        """Return the fault of this request."""
         with self.lock:
             self.seen.append((time.monotonic(), headers))
             self.inside += 1

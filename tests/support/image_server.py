@@ -1,4 +1,4 @@
-"""A real HTTP server that behaves as the web does, for the tests of downloads."""
+"""A real HTTP server that misbehaves as web servers do, for the tests of downloads."""
 
 import threading
 import time
@@ -8,7 +8,7 @@ from tests.support.http_server import Handler, Server
 
 
 class ImageServer(Server):
-    """`images`: by path. Other paths misbehave as their first part says; `answers` counts requests by path."""
+    """Serves `images` by path. Other paths misbehave as their first part says. `answers` counts requests by path."""
 
     def __init__(self, images: dict[str, bytes]):
         super().__init__(ImageHandler)
@@ -62,7 +62,7 @@ class ImageHandler(Handler):
         return self.reply(200, content)
 
     def pause(self, seconds: float) -> None:
-        """Counts how many do so at once; before the answer, after which the client may ask again."""
+        """Wait, and count how many requests wait at once. It counts before the answer, after which the client may ask again."""
         with self.server.lock:
             self.server.at_once += 1
             self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)

@@ -1,4 +1,4 @@
-"""A stage in a process of its own, for tests that kill it: `python -m tests.support.kill_stages STAGE DATASET_URI SOURCE`."""
+"""A program that runs one stage, for tests that kill it: `python -m tests.support.kill_stages STAGE DATASET_URI SOURCE`."""
 
 import sys
 import time
@@ -38,7 +38,7 @@ TWO = Resources(num_actors=2, num_cpus=1)
 
 
 class Slow(Upper):
-    """`Upper` that takes a while for a shard, so that there is something to kill."""
+    """`Upper` that takes a second for a shard, so that there is something to kill."""
 
     def process(self, table: pa.Table) -> ShardOutput:
         time.sleep(1.0)
@@ -55,7 +55,7 @@ def stage_table(stage: str, dataset_uri: str) -> Table:
 
 
 def run_stage(stage: str, dataset_uri: str, source: str) -> StageResult:
-    """The models are imported only where they are needed: a start of the cheap stage is quick."""
+    """Run a stage. Each imports its models here, so that the cheap stage starts fast."""
     if stage == "cheap":
         return run_shards(
             stage_table(stage, dataset_uri),

@@ -1,4 +1,4 @@
-"""Kills a job at random moments and starts it again until it is done; what is killed is the driver, an actor, or a raylet."""
+"""Kill a job's driver, actors or raylet at random moments, and start it again until it is done."""
 
 import os
 import random
@@ -20,7 +20,7 @@ GONE_SECONDS = 30.0  # within which the processes of a killed Ray should be gone
 
 @dataclass(kw_only=True)
 class Kills:
-    """What was done to a job, and how often it had to be started."""
+    """Counts what was killed of a job, and how often it was started."""
 
     killed: Counter[str] = field(default_factory=Counter)
     starts: int = 0
@@ -46,7 +46,7 @@ def run_with_kills(
     environment: dict[str, str] | None = None,
     timeout: float = 600.0,
 ) -> Kills:
-    """Run a command to its end, and on the way kill each of `targets` in turn, then start the command again where it ended.
+    """Run a command to its end; on the way kill each of `targets` in turn, and start the command again when that ended it.
 
     Args:
         count_done: of what the job makes (shards, checkpoints), how many there are.
@@ -91,7 +91,7 @@ def run_with_kills(
 
 
 def _kill(job: subprocess.Popen[bytes], target: Target, kills: Kills) -> bool:
-    """Kill it if it is there; after a driver or raylet, wait until all of its Ray is gone."""
+    """Kill the target if it runs; after a driver or raylet, wait until all processes of its Ray are gone."""
     family = _family(job.pid)
     victims = _find(job.pid, target)
     if not victims:

@@ -1,4 +1,4 @@
-"""Rendered overlays, and strict schemas for every kind that they hold."""
+"""Render the overlays, and validate every document by a strict schema of its kind."""
 
 import os
 import shutil
@@ -36,7 +36,7 @@ def _render(overlay: str) -> str:
 
 
 def render(overlay: str) -> list[Document]:
-    """What `kubectl apply -k` would send."""
+    """Return the documents that `kubectl apply -k` would send."""
     return list(yaml.safe_load_all(_render(overlay)))
 
 
@@ -45,7 +45,7 @@ def find(documents: list[Document], kind: str) -> list[Document]:
 
 
 def walk(value: Any) -> Iterator[Document]:
-    """Every mapping within."""
+    """Yield every mapping inside a value."""
     if isinstance(value, dict):
         yield value
         for inner in value.values():
@@ -60,7 +60,7 @@ def pod_specs(document: Document) -> list[Document]:
 
 
 def check(document: Document) -> None:
-    """Validate against its kind's schema, which knows no other fields than the kind has.
+    """Validate a document by the schema of its kind, which allows no field that the kind does not have.
 
     Raises jsonschema.ValidationError or kubernetes_validate.ValidationError.
     """
@@ -78,7 +78,7 @@ def _validator(kind: str, *, is_ray: bool) -> jsonschema.Draft202012Validator:
 
 
 def _kuberay_schema(kind: str) -> Document:
-    """Of the published CRD, made strict. Skips the test where the CRDs are not at hand."""
+    """Return the published CRD's schema, made strict. Skip the test where the CRDs are not available."""
     path = CRDS / f"{kind.lower()}s.yaml"
     if not path.exists():
         pytest.skip(f"{path} is absent: set KUBERAY_CRDS_DIR to the folder with KubeRay's CRDs")
@@ -89,7 +89,7 @@ def _kuberay_schema(kind: str) -> Document:
 
 
 def _strict(schema: Any) -> Any:
-    """The schema of a CRD as JSON schema, in which unknown fields are errors, and defaulted ones may be absent."""
+    """Turn a CRD's schema into a JSON schema that refuses unknown fields and lets defaulted ones be absent."""
     if isinstance(schema, list):
         return [_strict(inner) for inner in schema]
     if not isinstance(schema, dict):
@@ -171,7 +171,7 @@ def _whole(kind: str) -> Document:
 
 
 def misspelt(document: Document) -> Iterator[tuple[str, Document]]:
-    """Copies of a document with a typo each: in a field at the top, in the spec, and in the deepest place of it."""
+    """Yield copies of a document with one typo each: in a field at the top, in the spec, and in its deepest place."""
     for path in (("metadata",), ("spec",), _deepest(document.get("spec", {}), ("spec",))):
         copy = deepcopy(document)
         place = copy
@@ -184,11 +184,11 @@ def misspelt(document: Document) -> Iterator[tuple[str, Document]]:
 
 
 FREE = ("labels", "annotations", "matchLabels", "nodeSelector", "limits", "requests", "data", "rayStartParams")
-"""Mappings whose keys are anybody's."""
+"""Mappings whose keys users choose freely."""
 
 
 def _deepest(value: Any, path: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The path to the field that lies deepest under fields that a schema names."""
+    """Find the path to the deepest field that a schema names."""
     best = path
     entries: list[tuple[Any, Any]] = []
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""A program: a real ingest with a bad image and a training's report, on a Ray of its own; prints what Prometheus would read."""
+"""A program that runs an ingest with a bad image and reports a training, on its own Ray; prints what Prometheus would read."""
 
 import sys
 import time

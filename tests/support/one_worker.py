@@ -1,4 +1,4 @@
-"""A process group of one, in this process, for tests of what DeepSpeed does."""
+"""Make this process a process group of one, for tests of DeepSpeed."""
 
 import socket
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def one_worker() -> Iterator[None]:
-    """A world of one, over gloo. It stays until the process ends: DeepSpeed remembers the first one that it met."""
+    """Set up a world of one, over gloo. It stays until the process ends, since DeepSpeed remembers its first world."""
     with socket.socket() as free, pytest.MonkeyPatch.context() as patch:
         free.bind(("127.0.0.1", 0))
         place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}

@@ -1,4 +1,4 @@
-"""Tiny models of ours beside the same shapes of diffusers', with weights that make every part count."""
+"""Pair tiny models of ours with diffusers' models of the same shapes, with weights that make every part count."""
 
 import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
@@ -10,7 +10,7 @@ TINY = SanaConfig(dim=64, depth=2, num_cross_heads=4, ffn_dim=160, in_channels=8
 
 
 def scramble(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Random values everywhere, norms, biases, modulations and batch statistics included: no default hides an error."""
+    """Randomize all values, also norms, biases, modulations and batch statistics, so that no default hides an error."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -44,7 +44,7 @@ def diffusers_transformer(config: SanaConfig, seed: int = 0) -> SanaTransformer2
 
 
 def shrink(config: AutoencoderConfig, channels: int = 16) -> AutoencoderConfig:
-    """A published family with narrow stages and at most one block each; factor and layout stay."""
+    """Shrink a published family to narrow stages of at most one block; compression factor and layout stay."""
     from dataclasses import replace
 
     narrow = tuple(
@@ -63,7 +63,7 @@ FAMILIES = {name: shrink(AUTOENCODER_PRESETS[name]) for name in AUTOENCODER_PRES
 
 
 def diffusers_autoencoder(config: AutoencoderConfig, seed: int = 0) -> AutoencoderDC:
-    """As `diffusers` documents each published family; written out, not taken from our own config translation."""
+    """Write out what `diffusers` documents of each published family, without our own config translation."""
     stages, family_in = len(config.widths), config.variant == "in"
     late = stages - 3
     scales = ((),) * stages if family_in else ((),) * 3 + ((5,),) * late
@@ -135,7 +135,7 @@ def assert_same_tensors(left: dict[str, torch.Tensor], right: dict[str, torch.Te
 
 
 def assert_close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-4) -> None:
-    """Largest difference within `tolerance` of the scale of `theirs`."""
+    """Check that the largest difference is within `tolerance` of the scale of `theirs`."""
     assert ours.shape == theirs.shape
     scale = theirs.abs().max().item()
     assert scale > 1e-3, f"the reference is all but zero ({scale:.1e}): the comparison would say nothing"

@@ -1,4 +1,4 @@
-"""A program: a training on a node that is drained, as infra/kuberay/base/drain.sh does it, and lost once a checkpoint is there.
+"""A program that trains on a node that is drained, as infra/kuberay/base/drain.sh does it, and lost once a checkpoint is there.
 
 Another node takes the training over. Prints the checkpoints that were there when the node went, and the reported steps.
 """
@@ -62,7 +62,7 @@ def main(folder: Path) -> dict[str, object]:
 
 
 def replace_node(cluster: Any, node: Any, folder: Path) -> list[str]:
-    """What happens to the node: notice, a checkpoint, the end; then a new node. Returns what checkpoints were there then."""
+    """Give the node notice, wait for a checkpoint, end the node, add a new one. Return the checkpoints at that moment."""
     reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
     deadline = time.time() + PATIENCE
     accepted, why = GcsClient(address=cluster.address).drain_node(

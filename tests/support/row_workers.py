@@ -1,4 +1,4 @@
-"""What the tests of the row stage hand to it, in a module that Ray's workers can import."""
+"""Functions for the tests of the row stage, in a module that Ray's workers can import."""
 
 import pyarrow as pa
 import ray
@@ -24,7 +24,7 @@ def make_row(row: Row) -> Row:
 
 
 def shuffle(dataset: ray.data.Dataset) -> ray.data.Dataset:
-    """A model that gives rows back in any order, across the shards."""
+    """Stand in for a model that returns rows in any order, across shards."""
     return dataset.random_shuffle(seed=0).map(capitals)
 
 

@@ -1,4 +1,4 @@
-"""A real HTTP S3 for tests (the local cluster's, in its own process), and a proxy before it that spoils some of its answers."""
+"""Start a real HTTP S3 (the local cluster's, in its own process), and a proxy in front of it that spoils some answers."""
 
 import http.client
 import os
@@ -15,8 +15,11 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 import boto3
+import pytest
 
 from infra.local.processes import ROOT
+from sana_model.files import filesystems, retry
+from sana_model.files.retry import Backoff
 from tests.support.http_server import Handler, Server, free_port
 
 Fault = Literal["403", "409", "500", "503", "reset", "cut", "slow"]
@@ -31,7 +34,7 @@ BUCKET = "bucket"
 
 
 def s3_environment(endpoint: str) -> dict[str, str]:
-    """What a process must find in its environment to reach the server."""
+    """Return the environment variables by which a process reaches the server."""
     return {
         "AWS_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": "test",
@@ -42,7 +45,7 @@ def s3_environment(endpoint: str) -> dict[str, str]:
 
 @contextmanager
 def serve_s3() -> Iterator[str]:
-    """The endpoint of a server with an empty bucket `BUCKET`."""
+    """Start a server with an empty bucket `BUCKET`, and yield its endpoint."""
     port = free_port()
     command = [sys.executable, "-m", "infra.local.s3", "--port", str(port)]
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -138,7 +141,7 @@ class ProxyHandler(Handler):
 
 @contextmanager
 def environment(values: dict[str, str]) -> Iterator[None]:
-    """These variables, for as long as it lasts."""
+    """Set environment variables inside the `with` block."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -149,3 +152,19 @@ def environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ.pop(name)
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def faulty_s3(endpoint: str) -> Iterator[FaultyProxy]:
+    """A proxy between this process and an S3 server, and short waits; it spoils nothing until it is told to."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        FaultyProxy(endpoint, delay=3.0).running() as proxy,
+        environment(s3_environment(proxy.url)),
+    ):
+        patch.setattr(retry, "STORAGE_BACKOFF", Backoff(first=0.01, longest=0.5))
+        # s3fs keeps one client for equal options: one of its own for each proxy.
+        options = {**filesystems.S3_OPTIONS, "endpoint_url": proxy.url}
+        config = {**options["config_kwargs"], "read_timeout": 2, "retries": {"mode": "standard", "total_max_attempts": 2}}
+        patch.setattr(filesystems, "S3_OPTIONS", {**options, "config_kwargs": config})
+        yield proxy

@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 import pyarrow as pa
-import torch
 
 from pipelines.stages.contract import ShardOutput
 from pipelines.tables.rejects import RowRefused, reject
@@ -52,14 +51,14 @@ class Dying(Upper):
 
 
 class Unborn(Upper):
-    """Ends its process before it can work."""
+    """Ends its process while it is constructed."""
 
     def __init__(self) -> None:
         os._exit(1)
 
 
 class WithoutDevice(Upper):
-    """Loses its device, for all that its process does from then on, once for each file in `lives`."""
+    """Loses its device for the rest of its process's life, once for each file in `lives`."""
 
     def __init__(self, lives: Path):
         super().__init__()
@@ -71,5 +70,7 @@ class WithoutDevice(Upper):
             spent.unlink()
             self.lost = True
         if self.lost:
+            import torch  # here alone: the actors of all other tests start without it
+
             raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
         return super().process(table)

@@ -1,4 +1,4 @@
-"""Tiny language models with random weights, and the tokenizers to go with them, all made on the spot."""
+"""Make tiny language models with random weights, and their tokenizers."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ CORPUS = [
 
 
 def tiny_tokenizer(kind: TokenizerKind = "bpe", *, bos: bool = True, vocab_size: int = 700) -> PreTrainedTokenizerFast:
-    """A fast tokenizer trained on `CORPUS`.
+    """Train a fast tokenizer on `CORPUS`.
 
     "bpe": byte-level, a word holds its leading space (so the instruction's trailing space merges with the caption).
     "merging": besides, ": A" is one token, that reaches far into the instruction. "word": one token per word.
@@ -54,7 +54,7 @@ def tiny_tokenizer(kind: TokenizerKind = "bpe", *, bos: bool = True, vocab_size:
 
 
 def _merge_first(tokenizer: Tokenizer, merges: list[list[str]]) -> Tokenizer:
-    """The same BPE with `merges` before all others."""
+    """Return the same BPE with `merges` before all others."""
     state = json.loads(tokenizer.to_str())
     model = state["model"]
     model["merges"] = merges + [merge for merge in model["merges"] if merge not in merges]
@@ -73,7 +73,7 @@ def tiny_gemma(
     bos: bool = True,
     seed: int = 0,
 ) -> tuple[Gemma2Model, PreTrainedTokenizerFast]:
-    """A random Gemma-2 in fp32, sliding and full layers in turn, and its tokenizer; saved to `path` if given.
+    """Make a random fp32 Gemma-2 with sliding and full layers in turn, and its tokenizer; save them to `path` if given.
 
     Weights are large enough for attention to matter.
     """

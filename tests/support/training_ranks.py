@@ -1,4 +1,4 @@
-"""The training's own workers in plain processes over gloo, without Ray: many trainings in seconds."""
+"""Run the training's own workers in plain processes over gloo, without Ray: many trainings in seconds."""
 
 import multiprocessing
 import os
@@ -12,7 +12,7 @@ import torch.multiprocessing
 
 from pipelines.tables.errors import TrainingError
 from pipelines.tracking.config import TrackingConfig
-from pipelines.tracking.runs import RunPlan
+from pipelines.tracking.runs import RunRequest
 from pipelines.train.config import TrainConfig
 from pipelines.train.engine.config import EngineConfig, OptimConfig
 from pipelines.train.task import TrainTask
@@ -23,7 +23,7 @@ BUCKETS = ("64x64", "64x64", "32x128")
 
 
 def tiny_config(init: str) -> TrainConfig:
-    """One worker, steps of 4 samples, every one of them reported."""
+    """Configure one worker with steps of 4 samples, each of which is reported."""
     return TrainConfig(
         latents=PATH,
         init=init,
@@ -38,7 +38,7 @@ def tiny_config(init: str) -> TrainConfig:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training gave on rank 0: its losses by step, its error, its last metrics, and how long it waited for data."""
+    """The result of a training on rank 0: losses by step, error, last metrics, and share of time spent waiting for data."""
 
     losses: dict[int, float]
     error: str | None
@@ -55,7 +55,7 @@ def train_on_ranks(
     output_root: str | None = None,
     tracking: TrackingConfig | None = None,
 ) -> dict[str, Trained]:
-    """Train each (name, config) in `output_root/name`, one after the other; all of one number of workers.
+    """Train each (name, config) in `output_root/name`, one after another; all have the same number of workers.
 
     Args:
         output_root: the folder itself unless given.
@@ -85,8 +85,12 @@ def _run_rank(
     os.environ.update(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
     torch.distributed.init_process_group("gloo")
     for name, config in configs:
-        plan = RunPlan.make(name, {}, tracking=tracking, output_dir=folder, key=name) if tracking is not None else None
-        task = TrainTask(config=config, dataset_uri=str(dataset), inputs={}, output_uri=f"{output_root}/{name}", plan=plan)
+        run_request = (
+            RunRequest.make(name, {}, tracking=tracking, output_dir=folder, key=name) if tracking is not None else None
+        )
+        task = TrainTask(
+            config=config, dataset_uri=str(dataset), inputs={}, output_uri=f"{output_root}/{name}", run_request=run_request
+        )
         trained = _train(task)
         if rank == 0:
             torch.save(trained, folder / f"{name}.pt")

@@ -1,4 +1,4 @@
-"""A small dataset and a tiny pipeline for tests of the training."""
+"""Make a small dataset and a tiny pipeline for tests of the training."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,6 +10,7 @@ import torch
 from pipelines.tables.identity import Identity
 from pipelines.tables.schema import LATENTS
 from pipelines.tables.table import Table
+from pipelines.train.stream.samples import MicroBatch
 from sana_model.nn.autoencoder import DCAutoencoder
 from sana_model.nn.config import TextEncoderConfig
 from sana_model.nn.text_encoder import TextEncoder
@@ -22,7 +23,7 @@ COLORS = ("red", "green", "blue", "yellow")
 
 
 def make_row(index: int, bucket: str = "64x64") -> dict[str, object]:
-    """Latents that their caption tells of, and noise that depends on `index`."""
+    """Make a row whose latents depend on its caption, with noise that depends on `index`."""
     height, width = (int(side) // 8 for side in bucket.split("x"))
     color = index % len(COLORS)
     noise = torch.randn(8, height, width, generator=torch.Generator().manual_seed(index))
@@ -49,7 +50,7 @@ def make_table(
     path: str = PATH,
     inputs: Mapping[str, str] | None = None,
 ) -> Table:
-    """`inputs`: path and fingerprint of the tables that it was made from."""
+    """Write a latents table. `inputs`: path and fingerprint of the tables that it was made from."""
     table = Table(str(folder), path, LATENTS)
     manifest = table.claim(Identity("extract", {"dtype": "float16", "seed": 0}, {}, dict(inputs or {})))
     for name, rows in shards.items():
@@ -61,7 +62,7 @@ def make_table(
 def make_shards(
     sizes: Sequence[int], buckets: Sequence[str] = ("64x64",), *, first: int = 0
 ) -> dict[str, list[dict[str, object]]]:
-    """Shards of the given numbers of rows, from that of index `first` on, whose buckets come by turns."""
+    """Make shards of `sizes` rows, beginning at row `first`; rows take `buckets` by turns."""
     starts = [first + sum(sizes[:index]) for index in range(len(sizes))]
     return {
         f"{number:05d}": [make_row(index, buckets[index % len(buckets)]) for index in range(start, start + size)]
@@ -70,7 +71,7 @@ def make_shards(
 
 
 def make_pipeline(folder: Path) -> str:
-    """A pipeline of random tiny parts; returns its path."""
+    """Save a pipeline of random tiny parts; return its path."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         prompts = TextEncoderConfig(instruction="User Prompt: ", max_tokens=32)
@@ -82,3 +83,8 @@ def make_pipeline(folder: Path) -> str:
         )
     pipeline.save_pretrained(folder)
     return str(folder)
+
+
+def assert_same(batch: MicroBatch, other: MicroBatch) -> None:
+    assert (batch.ids, batch.epochs, batch.captions, batch.bucket) == (other.ids, other.epochs, other.captions, other.bucket)
+    assert torch.equal(batch.latents, other.latents)

@@ -1,4 +1,4 @@
-"""A small finished dataset, made without any model: two shards of images, two captioners, scores and latents, with rejects."""
+"""Make a small finished dataset without any model: two shards of images, two captioners, scores, latents, and rejects."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ ROWS_PER_SHARD = 20
 
 
 def make_dataset(uri: str) -> dict[str, Table]:
-    """By path. Each image shard refused one row; captioner b, the scores and the latents refuse one more of shard 00001."""
+    """Return the tables by path. Each image shard has one reject; captioner b, scores and latents reject one more of 00001."""
     tables = {}
 
     def put(path: str, schema: pa.Schema, identity: Identity, shards: Mapping[str, tuple[list[Row], list[Row]]]) -> Manifest:
@@ -47,7 +47,7 @@ def make_dataset(uri: str) -> dict[str, Table]:
 
 
 def write_table(table: Table, identity: Identity, shards: Mapping[str, tuple[list[Row], list[Row]]]) -> Manifest:
-    """Shards of (rows, rejects), and the manifest of a stage that has ended."""
+    """Write shards of (rows, rejects), and the manifest of a finished stage."""
     manifest = table.claim(identity)
     reasons: dict[str, int] = {}
     for shard, (rows, rejects) in shards.items():
@@ -96,7 +96,7 @@ def latents_row(row: Row) -> Row:
 def _refuse_first(
     shards: Mapping[str, list[Row]], reason: str, where: str | None, make: Callable[[Row], Row]
 ) -> dict[str, tuple[list[Row], list[Row]]]:
-    """What `make` makes of the rows; the first one of the shard `where` is refused."""
+    """Apply `make` to the rows, and refuse the first row of the shard `where`."""
     made = {}
     for shard, rows in shards.items():
         refused = rows[: int(shard == where)]

@@ -22,9 +22,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipelines.storage.files import call, find_files, is_local, list_folder, open_filesystem, read_file, remove_file, write_file
+from pipelines.storage.files import find_files, is_local, list_folder, read_file, remove_file, write_file
+from pipelines.storage.retry import call
 from pipelines.train.engine.deepspeed import WHOLE, Engine
 from pipelines.train.engine.ema import EMA
+from sana_model.files.filesystems import open_filesystem
 
 WEIGHTS, AVERAGE, MOMENTS = "weights", "average", "moments"
 OPTIMIZER = "optimizer.pt"

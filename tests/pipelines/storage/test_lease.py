@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -204,32 +203,6 @@ def test_a_file_that_is_no_lease_is_nobody_s(uri: str) -> None:
     Path(uri, LEASE).write_text("{half")
     with hold(uri):
         assert read_lease(uri) is not None
-
-
-@pytest.mark.parametrize("where", ["local", "s3"])
-def test_of_many_writers_that_swap_at_once_one_succeeds(where: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    folder = str(tmp_path) if where == "local" else request.getfixturevalue("bucket_uri")
-    uri, expected = f"{folder}/file", None
-    for turn in range(3):
-        winners = []
-        barrier = threading.Barrier(6)
-
-        def compete(number: int, expected: bytes | None = expected, turn: int = turn, barrier: threading.Barrier = barrier,
-                    winners: list[bytes] = winners) -> None:  # fmt: skip
-            content = f"{turn} {number}".encode()
-            barrier.wait()
-            if swap(uri, expected, content):
-                winners.append(content)
-
-        threads = [threading.Thread(target=compete, args=(number,)) for number in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert winners == [read_if_there(uri)]
-        expected = winners[0]
-    assert not swap(uri, b"else", None) and read_if_there(uri) == expected
-    assert swap(uri, expected, None) and read_if_there(uri) is None
 
 
 def test_a_lease_on_s3_refuses_and_is_released(bucket_uri: str, start: type[Holder]) -> None:

@@ -1,6 +1,7 @@
 """The train stage, on a real local Ray: it learns, it goes on exactly where it was killed, it says what is wrong."""
 
 import os
+import re
 import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 
 from pipelines.tables.errors import MissingTableError, StaleTableError, TrainingError, TrainingStopped
 from pipelines.tracking.config import TrackingConfig
-from pipelines.tracking.runs import RunPlan
+from pipelines.tracking.runs import RunRequest
 from pipelines.train.config import GridConfig, TrainConfig
 from pipelines.train.desk import OnNotice, OnTrainProgress, TrainProgress
 from pipelines.train.engine.checkpoints import read_weights
@@ -44,7 +45,7 @@ class World:
             str(self.folder / "dataset"),
             config or self.config,
             output_dir=str(self.folder / name),
-            plan=RunPlan.make(name, {"seed": 0}, tracking=tracking, output_dir=self.folder, key=name),
+            run_request=RunRequest.make(name, {"seed": 0}, tracking=tracking, output_dir=self.folder, key=name),
             on_progress=on_progress,
             on_notice=on_notice,
         )
@@ -150,28 +151,91 @@ def test_other_settings_are_refused(world: World, straight: TrainResult) -> None
     assert "config.flow.shift: None -> 4.0\n  config.optim.lr: 0.002 -> 0.001\nGive" in str(error.value)
 
 
-def test_goes_on_exactly_where_it_was_killed(world: World, straight: TrainResult) -> None:
-    killed: list[TrainProgress] = []
+@dataclass(frozen=True)
+class Disturbed:
+    """A training in three starts: stopped by SIGTERM, then killed, then to its end; and what was seen on the way."""
+
+    stopped: TrainingStopped
+    stopped_status: str
+    killed: TrainingError
+    killed_status: str
+    checkpoints: list[set[str]]  # after each start
+    notices: list[str]  # of the last start
+    result: TrainResult
+
+
+def workers() -> list[psutil.Process]:
+    children = psutil.Process().children(recursive=True)
+    return [process for process in children if process.name().startswith("ray::RayTrainWo")]
+
+
+@pytest.fixture(scope="module")
+def disturbed(world: World) -> Disturbed:
+    """One training, so that each start of a worker (seconds of imports) shows more than one thing."""
+    config = replace(world.config, keep_checkpoints=20)
+    sent: list[int] = []
+
+    def terminate_driver(progress: TrainProgress) -> None:
+        if progress.step >= 30 and not sent:
+            sent.append(progress.step)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def kill_worker(progress: TrainProgress) -> None:
-        if progress.step >= 50 and not killed:
-            for process in psutil.Process().children(recursive=True):
-                if process.name().startswith("ray::RayTrainWo"):
-                    process.send_signal(signal.SIGKILL)
-                    killed.append(progress)
+        if progress.step >= 70:
+            for process in workers():
+                process.kill()
 
-    with pytest.raises(TrainingError, match="run it again to go on from the last checkpoint"):
-        world.train("killed", on_progress=kill_worker)
-    client, run_id = world.client("killed")
-    assert client.get_run(run_id).info.status == "FAILED"
-    assert killed and killed[0].step < 160
+    def terminate_worker(progress: TrainProgress) -> None:
+        if progress.step >= 100 and len(sent) == 1:
+            sent.append(progress.step)
+            for process in workers():
+                process.terminate()
+
+    def state() -> tuple[str, set[str]]:
+        client, run_id = world.client("disturbed")
+        return client.get_run(run_id).info.status, {path.name for path in (world.folder / "disturbed/checkpoints").iterdir()}
+
+    with pytest.raises(TrainingStopped) as stopped:
+        world.train("disturbed", config, on_progress=terminate_driver)
+    stopped_status, first = state()
+    with pytest.raises(TrainingError) as killed:
+        world.train("disturbed", config, on_progress=kill_worker)
+    killed_status, second = state()
     notices: list[str] = []
-    resumed = world.train("killed", on_notice=notices.append)
-    assert world.metric("killed", "loss") == pytest.approx(dict(straight.losses))  # one run, each step once
-    assert any(notice.startswith("goes on from the checkpoint of step ") for notice in notices)
-    assert resumed.losses == straight.losses
-    assert resumed.loss_start == straight.loss_start and resumed.loss_end == straight.loss_end
-    for name, weight in weights(resumed).items():
+    sparse = replace(config, checkpoint_every=1000)  # the only checkpoints are that of the notice and the last
+    result = world.train("disturbed", sparse, on_progress=terminate_worker, on_notice=notices.append)
+    assert len(sent) == 2
+    checkpoints = [first, second, state()[1]]
+    return Disturbed(stopped.value, stopped_status, killed.value, killed_status, checkpoints, notices, result)
+
+
+def test_sigterm_to_the_driver_ends_it_at_once_with_a_checkpoint(disturbed: Disturbed) -> None:
+    found = re.fullmatch(r"stopped at step (\d+), with a checkpoint.*", str(disturbed.stopped), re.DOTALL)
+    assert found is not None and 30 <= int(found[1]) < 160
+    assert f"step-{int(found[1]):06d}" in disturbed.checkpoints[0] and disturbed.stopped_status == "KILLED"
+
+
+def test_a_killed_worker_ends_it_and_the_next_start_resumes(disturbed: Disturbed) -> None:
+    assert "run it again to go on from the last checkpoint" in str(disturbed.killed) and disturbed.killed_status == "FAILED"
+    assert any(notice.startswith("goes on from the checkpoint of step ") for notice in disturbed.notices)
+
+
+def test_a_worker_that_will_be_killed_saves_first_and_goes_on(disturbed: Disturbed) -> None:
+    _, before, after = disturbed.checkpoints
+    noticed, last = sorted(after - before)
+    assert "step-000100" <= noticed < last == "step-000160"
+
+
+def test_whatever_disturbed_it_the_result_is_exactly_that_of_an_undisturbed_training(
+    world: World, straight: TrainResult, disturbed: Disturbed
+) -> None:
+    client, run_id = world.client("disturbed")
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert world.metric("disturbed", "loss") == pytest.approx(dict(straight.losses))  # one run, each step once
+    result = disturbed.result
+    assert result.losses == straight.losses
+    assert result.loss_start == straight.loss_start and result.loss_end == straight.loss_end
+    for name, weight in weights(result).items():
         assert torch.equal(weight, weights(straight)[name]), name
 
 
@@ -240,43 +304,3 @@ def test_lost_workers_are_replaced(world: World, zero_stage: int) -> None:
     assert result.losses == straight.losses
     for name, weight in weights(result).items():
         assert torch.equal(weight, weights(straight)[name]), name
-
-
-def test_sigterm_saves_and_the_next_start_goes_on(world: World, straight: TrainResult) -> None:
-    """To the driver: it ends at once, with a checkpoint. To a worker: it saves and goes on."""
-    sent: list[int] = []
-
-    def terminate(progress: TrainProgress) -> None:
-        if progress.step >= 30 and not sent:
-            sent.append(progress.step)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.raises(TrainingStopped, match=r"stopped at step \d+, with a checkpoint") as error:
-        world.train("stopped", on_progress=terminate)
-    stopped = int(str(error.value).split()[3].rstrip(","))
-    assert sent[0] <= stopped < 160
-    kept = {path.name for path in (world.folder / "stopped" / "checkpoints").iterdir()}
-    assert f"step-{stopped:06d}" in kept
-    client, run_id = world.client("stopped")
-    assert client.get_run(run_id).info.status == "KILLED"
-    resumed = world.train("stopped")
-    assert world.client("stopped")[1] == run_id and client.get_run(run_id).info.status == "FINISHED"
-    assert resumed.loss_end == straight.loss_end
-    for name, weight in weights(resumed).items():
-        assert torch.equal(weight, weights(straight)[name]), name
-
-
-def test_a_worker_that_will_be_killed_saves_first(world: World) -> None:
-    workers: list[psutil.Process] = []
-
-    def terminate(progress: TrainProgress) -> None:
-        if progress.step >= 10 and not workers:
-            children = psutil.Process().children(recursive=True)
-            workers.extend(process for process in children if process.name().startswith("ray::RayTrainWo"))
-            for process in workers:
-                process.send_signal(signal.SIGTERM)
-
-    config = replace(world.config, num_steps=60, checkpoint_every=1000, keep_checkpoints=5, grid=GridConfig())
-    world.train("noticed", config, on_progress=terminate)
-    steps = sorted(path.name for path in (world.folder / "noticed" / "checkpoints").iterdir())
-    assert workers and len(steps) == 2 and "step-000010" <= steps[0] < "step-000060"

@@ -14,6 +14,7 @@ from pipelines.workers.images import (
     TRANSPOSE,
     ImageLimits,
     decode,
+    image_grid,
     open_image,
     perceptual_hash,
     resize_and_crop,
@@ -211,3 +212,12 @@ def test_perceptual_hash_is_near_for_alike_and_far_for_others():
         assert all(distance(image, other) > 14 for other in blurred if other is not image)
     plain = [perceptual_hash(Image.new("RGB", (64, 64), color)) for color in ("white", "gray", "black")]
     assert all(int(one, 16).bit_count() <= 1 for one in plain)
+
+
+def test_a_grid_holds_every_picture() -> None:
+    images = [Image.new("RGB", (10, 8), color) for color in ("red", "green", "blue")]
+    grid = image_grid(images, columns=2)
+    assert grid.size == (22, 18)
+    assert [grid.getpixel(place) for place in ((0, 0), (12, 0), (0, 10))] == [(255, 0, 0), (0, 128, 0), (0, 0, 255)]
+    with pytest.raises(ValueError, match="empty"):
+        image_grid([])

@@ -12,18 +12,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from pipelines.zoo.captioner_training import batch_maker, encode_prompt, to_pixels, train_captioner
 from pipelines.zoo.captioners import (
     PROMPTS,
-    batch_maker,
     caption_images,
     chat,
-    encode_prompt,
     load_captioner,
     make_captioner,
     measure_captioner,
     save_captioner,
-    to_pixels,
-    train_captioner,
 )
 from pipelines.zoo.clip import clip_tokenizer, make_clip
 from pipelines.zoo.config import LoopConfig, TinyCaptionerConfig

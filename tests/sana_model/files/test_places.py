@@ -2,6 +2,7 @@
 
 import time
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
@@ -10,10 +11,12 @@ import huggingface_hub
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from pipelines.storage.files import upload_folder
 from sana_model.files import places
 from sana_model.nn.autoencoder import DCAutoencoder
 from sana_model.nn.transformer import SanaTransformer
 from tests.support.peers import TINY, assert_same_tensors, scramble
+from tests.support.s3 import BUCKET, FaultyProxy, faulty_s3, serve_s3
 
 
 def test_hub_addresses_name_owner_revision_and_folder(tmp_path, monkeypatch):
@@ -36,7 +39,7 @@ def test_hub_addresses_name_owner_revision_and_folder(tmp_path, monkeypatch):
 
 
 class UnstampedFileSystem(MemoryFileSystem):
-    """As https: it does not tell when a file changed."""
+    """Does not tell when a file changed, like https."""
 
     protocol = "unstamped"
 
@@ -55,7 +58,7 @@ def test_a_uri_that_tells_no_time_is_fetched_anew(tmp_path, monkeypatch):
 
 
 class CountingFileSystem(MemoryFileSystem):
-    """Slow, and notes what is fetched."""
+    """Is slow, and notes which files are fetched."""
 
     protocol = "counting"
     fetched: ClassVar[list[str]] = []
@@ -101,3 +104,23 @@ def test_saving_to_a_uri_is_refused(tmp_path, monkeypatch):
             with pytest.raises(ValueError, match="s3://bucket/x' is a URI"):
                 model.save_pretrained("s3://bucket/x", layout=layout)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def proxy() -> Iterator[FaultyProxy]:
+    with serve_s3() as endpoint, faulty_s3(endpoint) as proxy:
+        yield proxy
+
+
+def test_a_model_is_loaded_whole_from_a_storage_that_fails_now_and_then(proxy, tmp_path, monkeypatch):
+    model = scramble(SanaTransformer(TINY), 0)
+    model.save_pretrained(tmp_path / "model")
+    upload_folder(tmp_path / "model", f"s3://{BUCKET}/model")
+    proxy.share, proxy.faults = 0.4, ("503", "500", "reset", "cut")
+    for turn in range(4):
+        monkeypatch.setattr(places, "CACHE_DIR", tmp_path / f"cache{turn}")
+        assert_same_tensors(SanaTransformer.from_pretrained(f"s3://{BUCKET}/model").state_dict(), model.state_dict())
+    assert proxy.spoiled.total() > 5
+    proxy.share = 0.0
+    with pytest.raises(FileNotFoundError, match="nothing at 's3://bucket/none'"):
+        SanaTransformer.from_pretrained(f"s3://{BUCKET}/none")

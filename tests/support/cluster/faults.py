@@ -1,4 +1,4 @@
-"""Jobs on the cluster, and what is done to its hosts while they run."""
+"""Run jobs on the cluster, and disturb its hosts meanwhile."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from infra.local.cluster import Cluster, cut_for
-from pipelines.storage.files import open_filesystem
+from sana_model.files.filesystems import open_filesystem
 from tests.support.cluster.stages import Stage
 
 PATIENCE = 420.0  # seconds for one job, with a fault in it
@@ -23,7 +23,7 @@ CUT_SECONDS = 60.0
 
 @dataclass(kw_only=True)
 class Fault:
-    """What was done to a stage, for the closing table.
+    """One disturbance of a stage, as a line of the closing table.
 
     done: parts (shards, steps) of `num_parts` that were there when it came. undisturbed, seconds: what the job takes without
     it, and took with it: on a machine with other work the difference says little. pause: seconds in which no part came.
@@ -48,7 +48,7 @@ class Fault:
 
 
 def longest_pause(folder_uri: str) -> float:
-    """Seconds between two files of a folder of the S3, one written after the other."""
+    """Return the longest pause, in seconds, between two files written to a folder of the S3."""
     filesystem, root = open_filesystem(folder_uri)
     files = filesystem.find(root, detail=True).items()
     times = sorted(info["LastModified"].timestamp() for path, info in files if path.endswith((".parquet", ".jsonl")))
@@ -57,7 +57,7 @@ def longest_pause(folder_uri: str) -> float:
 
 @dataclass(kw_only=True)
 class Jobs:
-    """Submits jobs to a cluster; what they say is in files of `log_dir`."""
+    """Submits jobs to a cluster; their output goes to files in `log_dir`."""
 
     cluster: Cluster
     log_dir: Path
@@ -72,7 +72,7 @@ class Jobs:
             )
 
     def run(self, name: str, command: Sequence[str]) -> float:
-        """To its end, which must be a good one; the seconds that it took."""
+        """Run a job to its end, which must be a success; return the seconds that it took."""
         begin = time.monotonic()
         self.finish(name, self.start(name, command))
         return time.monotonic() - begin
@@ -97,7 +97,7 @@ class Jobs:
 
 
 def working_hosts(cluster: Cluster, process_name: str) -> list[int]:
-    """The hosts on which a process of this name runs."""
+    """Find the hosts on which a process of this name runs."""
     return [
         host for host, process in cluster.hosts.items() if any(process_name in _command_of(one) for one in process.family())
     ]
@@ -111,7 +111,7 @@ def _command_of(process: psutil.Process) -> str:
 
 
 def wait_for_middle(stage: Stage, dataset_uri: str, job: subprocess.Popen[bytes], cluster: Cluster) -> tuple[int, int]:
-    """Until some parts are there and the stage is at work on two hosts: how many are there, and the last of these hosts."""
+    """Wait until the stage has made some parts and works on two hosts; return the number of parts, and the last host."""
     deadline = time.monotonic() + PATIENCE
     while True:
         assert job.poll() is None, f"{stage.name} ended before a fault could come"
@@ -124,7 +124,7 @@ def wait_for_middle(stage: Stage, dataset_uri: str, job: subprocess.Popen[bytes]
 
 @contextmanager
 def powered_off(cluster: Cluster, host: int) -> Iterator[None]:
-    """Off until the end."""
+    """Switch the host off inside the `with` block."""
     cluster.power_off(host)
     try:
         yield

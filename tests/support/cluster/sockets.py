@@ -1,4 +1,4 @@
-"""What listens on a host, and whether it demands the cluster's token."""
+"""Find what listens on a host, and whether it demands the cluster's token."""
 
 import http.client
 import re
@@ -24,7 +24,7 @@ METHODS = (
     "/ray.rpc.CoreWorkerService/GetCoreWorkerStats",
     "/ray.rpc.RayletDriver/ClusterInfo",
 )
-"""One of each gRPC service of Ray that listens, and asks nothing of the caller but a token."""
+"""One method of each gRPC service of Ray that needs nothing from the caller but a token."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Listener:
 
 
 def listeners(cluster: Cluster, host: int) -> Iterator[Listener]:
-    """As the kernel tells it of the host's own network."""
+    """Read a host's listening sockets from the kernel."""
     family = cluster.hosts[host].family()
     owners = {inode: name for process in family for inode, name in _sockets_of(process)}
     for version, kind in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
@@ -61,7 +61,7 @@ def _sockets_of(process: psutil.Process) -> Iterator[tuple[str, str]]:
 
 
 def server_listeners(cluster: Cluster) -> dict[str, list[str]]:
-    """The addresses on which each server beside Ray listens, where it does."""
+    """Find the addresses on which each server other than Ray listens."""
     found = {
         name: [
             connection.laddr.ip
@@ -75,7 +75,7 @@ def server_listeners(cluster: Cluster) -> dict[str, list[str]]:
 
 
 def grpc_answers(address: str, port: int, token: str | None) -> dict[str, grpc.StatusCode]:
-    """What each method answers to an empty message; without those that the server does not have. {} if it speaks no gRPC."""
+    """Return each method's answer to an empty message, for the methods that the server has; {} if it speaks no gRPC."""
     metadata = (("authorization", f"Bearer {token}"),) if token else None
     answers = {}
     with grpc.insecure_channel(f"{address}:{port}") as channel:
@@ -94,7 +94,7 @@ def grpc_answers(address: str, port: int, token: str | None) -> dict[str, grpc.S
 
 
 def unguarded(cluster: Cluster, found: Iterable[Listener]) -> list[tuple[Listener, dict[str, grpc.StatusCode]]]:
-    """What listens on all interfaces and does not refuse who has no token, or a wrong one; with what it answers.
+    """Find what listens on all interfaces and accepts callers with no token or a wrong one; return it with its answers.
 
     All of Ray's doors on all interfaces are gRPC. That the token opens them is what every job on the cluster shows. Those
     who do not refuse are asked once more: who was about to end, or too busy to answer, is let off.
@@ -105,7 +105,7 @@ def unguarded(cluster: Cluster, found: Iterable[Listener]) -> list[tuple[Listene
 
 
 def _let_in(cluster: Cluster, one: Listener) -> dict[str, grpc.StatusCode] | None:
-    """What it answers to a caller whom it should refuse; None if it refuses."""
+    """Return the answer to a caller that must be refused; None if the server refuses it."""
     for token in (None, "0" * 64):
         answers = grpc_answers(cluster.network.address(one.host), one.port, token)
         if set(answers.values()) != {grpc.StatusCode.UNAUTHENTICATED}:
@@ -114,7 +114,7 @@ def _let_in(cluster: Cluster, one: Listener) -> dict[str, grpc.StatusCode] | Non
 
 
 def http_status(address: str, port: int) -> int | None:
-    """What a GET without a token is answered; None where nobody speaks HTTP."""
+    """Return the answer to a GET without a token; None where nobody speaks HTTP."""
     connection = http.client.HTTPConnection(address, port, timeout=20)
     try:
         connection.request("GET", "/api/v0/nodes")

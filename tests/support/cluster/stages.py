@@ -1,4 +1,4 @@
-"""The stages as Ray jobs: what is submitted for each, and what each makes."""
+"""The stages as Ray jobs: the command that is submitted for each, and what each makes."""
 
 import json
 import math
@@ -35,7 +35,7 @@ PROMPTS = ["a large red solid circle in the center of a black background", "a bl
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A job of the chain.
+    """One job of the chain.
 
     Args:
         name: of its MLflow run.
@@ -61,13 +61,13 @@ class Stage:
         return Table(dataset_uri, self.path, self.schema)
 
     def count_done(self, dataset_uri: str) -> int:
-        """Shards that are written, or steps of the training that are written down."""
+        """Count the shards that are written, or the training's logged steps."""
         if self.schema is None:
             return max((int(name.split("-")[2]) for name in list_folder(self.parts_uri(dataset_uri))), default=0)
         return len(self.table(dataset_uri).list_shards())
 
     def parts_uri(self, dataset_uri: str) -> str:
-        """The folder that they come to."""
+        """The folder that they are written to."""
         return f"{dataset_uri}/{self.path or 'train/drawn'}"
 
     @property
@@ -76,7 +76,7 @@ class Stage:
 
 
 def _actors(part: str, resource: str) -> dict[str, object]:
-    """Two actors on two hosts: no host has more than one of the resource."""
+    """Resources for two actors on two hosts: no host has more than one of the custom resource."""
     return {f"{part}.resources.num_actors": 2, f"{part}.resources.custom": json.dumps({resource: 1})}
 
 
@@ -146,7 +146,7 @@ DATA_STAGES = [INGEST, CAPTION, CAPTION_NEXT, SCORE, EXTRACT]
 
 
 def last_stages(dataset_uri: str) -> list[Stage]:
-    """Pictures of the trained pipeline, and how well they fit their prompts."""
+    """Return the stages that draw with the trained pipeline and judge the pictures."""
     sample = {
         "sample.name": "trained",
         "sample.pipeline": f"{dataset_uri}/train/pipeline",

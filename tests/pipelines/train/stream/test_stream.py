@@ -16,10 +16,9 @@ from pipelines.tables.schema import LATENTS
 from pipelines.tables.table import Table
 from pipelines.train.stream.config import StreamConfig
 from pipelines.train.stream.mixture import Source
-from pipelines.train.stream.prefetch import PrefetchedStream
-from pipelines.train.stream.samples import MicroBatch, is_held_out
+from pipelines.train.stream.samples import is_held_out
 from pipelines.train.stream.stream import TrainingStream, deal
-from tests.support.training_world import PATH, make_row, make_shards, make_table
+from tests.support.training_world import PATH, assert_same, make_row, make_shards, make_table
 
 BUCKETS = ("64x64", "64x64", "32x128", "64x64", "128x32")
 CONFIG = StreamConfig(shuffle_shards=2)
@@ -33,11 +32,6 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
 
 def make_stream(table: Table, config: StreamConfig = CONFIG, rank: int = 0, world_size: int = 1) -> TrainingStream:
     return TrainingStream([Source(table)], config, micro_batch_size=4, seed=3, rank=rank, world_size=world_size)
-
-
-def assert_same(batch: MicroBatch, other: MicroBatch) -> None:
-    assert (batch.ids, batch.epochs, batch.captions, batch.bucket) == (other.ids, other.epochs, other.captions, other.bucket)
-    assert torch.equal(batch.latents, other.latents)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
@@ -172,17 +166,6 @@ def test_skewed_buckets_on_two_ranks(tmp_path: Path) -> None:
     assert len(set(buckets)) == 20
 
 
-def test_reading_ahead_changes_nothing(table: Table) -> None:
-    plain, ahead = make_stream(table), PrefetchedStream(make_stream(table), depth=3)
-    for _ in range(9):
-        assert_same(next(ahead), next(plain))
-    resumed = make_stream(table)
-    resumed.load_state_dict(ahead.state_dict())
-    ahead.close()
-    for expected, batch in zip(islice(plain, 9), resumed, strict=False):
-        assert_same(batch, expected)
-
-
 def test_captions_depend_on_seed_epoch_and_id_alone(table: Table) -> None:
     config = StreamConfig(selection=SelectionConfig(policy="random"), caption_dropout=0.3)
     captions: dict[tuple[int, str], str | None] = {}
@@ -208,7 +191,7 @@ def test_tables_that_cannot_be_trained_on(tmp_path: Path, table: Table) -> None:
         make_stream(table, world_size=8)
     none_passes = StreamConfig(selection=SelectionConfig(min_best_score=99.0))
     with pytest.raises(ValueError, match="lets none pass"):
-        next(PrefetchedStream(make_stream(table, none_passes), depth=2))
+        next(make_stream(table, none_passes))
 
 
 def test_state_of_another_rank_is_refused(table: Table) -> None:
