@@ -12,7 +12,7 @@ DEMO_IMAGES = $(if $(IMAGES),--images "$(abspath $(IMAGES))" --dataset_uri "outp
 .PHONY: help install demo test test-cluster lint format benchmark lock clean
 
 help:
-	@echo "make demo          set up $(VENV), then go the whole way once: raw images -> a trained model -> its pictures"
+	@echo "make demo          set up $(VENV), then run the full pipeline once: raw images -> a trained model -> its pictures"
 	@echo "                   IMAGES=folder takes your own images, OPTIONS='--world.num_images 200' changes the configuration"
 	@echo "make test          set up $(VENV), check style and types, run the tests (not those marked slow or gpu)"
 	@echo "make test-cluster  as root on Linux: jobs on four hosts (network namespaces), some of which are lost on the way"
@@ -36,7 +36,7 @@ demo: install
 	$(BIN)/python -m jobs.demo --config jobs/configs/demo.yaml $(DEMO_IMAGES) $(OPTIONS)
 
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_OPTIONS)
 
 test-cluster: install
 	$(BIN)/python -m pytest -m cluster tests/cluster $(PYTEST_OPTIONS)

@@ -1,1 +1,5 @@
-"""One short script per stage, for `python -m jobs.<stage>` and `ray job submit --working-dir . -- python -m jobs.<stage>`."""
+"""One short script per command: `python -m jobs.<command>`, or `ray job submit --working-dir . -- python -m jobs.<command>`.
+
+`python -m jobs` lists them. A command's module imports `jobs.common` and its room's configuration; what is heavy (torch, ray,
+mlflow, transformers, reports) is imported in the function that does the work, so that `--help` answers at once.
+"""

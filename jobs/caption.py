@@ -11,20 +11,18 @@ from jobs.common.job import JobConfig, run_job
 from jobs.common.stage_job import track_stage
 from jobs.common.text_table import format_table
 from pipelines.caption.config import CaptionerConfig
-from pipelines.caption.run import run_caption
-from pipelines.reports.captions import captions_report, write_captioners_report
 from pipelines.stages.contract import StageResult
 from pipelines.tables.errors import StageError
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionJob(JobConfig):
-    """Have VLMs describe every image of a dataset; each makes a table of its own, in an MLflow run of its own.
+    """Configuration of captioning. Each captioner writes a table of its own, in an MLflow run of its own.
 
     Args:
         captioner: one VLM, its prompt and its sampling.
-        captioners: several. Where one fails, the others go on.
-        only: the name of the one of them to run.
+        captioners: several, run one after another; if one fails, the others still run.
+        only: the name of a captioner: run this one alone.
     """
 
     captioner: CaptionerConfig | None = None
@@ -45,12 +43,12 @@ class CaptionJob(JobConfig):
         return [*([self.captioner] if self.captioner else []), *self.captioners]
 
     def single(self, captioner: CaptionerConfig) -> "CaptionJob":
-        """The job with this captioner alone."""
+        """This job with one captioner."""
         return replace(self, captioner=captioner, captioners=[], only=None)
 
 
 def run(job: CaptionJob) -> None:
-    """Each captioner in turn. Raises StageError at the end if any of several failed; of a single one what it raised."""
+    """Run each captioner in turn. Raises what a single one raises, and StageError at the end if any of several failed."""
     chosen = [captioner for captioner in job.all if job.only in (None, captioner.name)]
     if len(chosen) == 1:
         run_captioner(job.single(chosen[0]))
@@ -61,7 +59,7 @@ def run(job: CaptionJob) -> None:
         try:
             result = run_captioner(job.single(captioner))
             told[captioner.name] = ["done", str(result.num_rows), str(result.num_rejects), f"{result.seconds:.0f}", ""]
-        except Exception as error:  # whatever it is, it must not stop the others; nothing of it is swallowed
+        except Exception as error:  # whatever it is, it must not stop the others; it is shown in full
             if not is_expected(error):
                 traceback.print_exc()
             print(f"error: captioner {captioner.name}: {error}", file=sys.stderr, flush=True)
@@ -71,25 +69,30 @@ def run(job: CaptionJob) -> None:
     print(format_table(columns, [[name, *cells] for name, cells in told.items()]), flush=True)
     done = [name for name in told if name not in failed]
     if len(done) > 1:
+        from pipelines.reports.captions import write_captioners_report
+
         print(f"side by side: {write_captioners_report(job.dataset_uri, done)}", flush=True)
     if failed:
         raise StageError(f"{len(failed)} of {len(chosen)} captioners failed: {', '.join(failed)}")
 
 
 def run_captioner(job: CaptionJob) -> StageResult:
-    """`job.captioner`'s stage in an MLflow run, on the Ray that is there."""
+    """Run the stage of `job.captioner` in an MLflow run, on the Ray that is connected."""
+    from pipelines.caption.run import run_caption
+    from pipelines.reports.captions import captions_report
+
     captioner = job.captioner
     assert captioner is not None
     return track_stage(
         job,
         f"caption {captioner.name}",
-        lambda on_progress: run_caption(job.dataset_uri, captioner, on_progress=on_progress),
+        lambda on_progress, leases: run_caption(job.dataset_uri, captioner, on_progress=on_progress, leases=leases),
         make_report=lambda: captions_report(job.dataset_uri, captioner.name),
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_job(CaptionJob, run, argv, prog="python -m jobs.caption", description="Images -> the captions of VLMs.")
+    return run_job(CaptionJob, run, argv, name="caption")
 
 
 if __name__ == "__main__":

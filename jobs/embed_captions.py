@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from jobs.common.job import JobConfig, run_job
 from jobs.common.stage_job import track_stage
 from pipelines.extract.config import EmbedConfig
-from pipelines.extract.embed_captions import run_embed_captions
-from pipelines.reports.latents import embeds_report
 from pipelines.stages.contract import StageResult
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedJob(JobConfig):
-    """Embed every caption of a dataset, so that training need not.
+    """Configuration of the text embeddings.
 
     Args:
         embed: the text encoder, and whose captions it reads.
@@ -24,19 +22,20 @@ class EmbedJob(JobConfig):
 
 
 def run(job: EmbedJob) -> StageResult:
-    """The stage in an MLflow run, on the Ray that is there."""
+    """Run the stage in an MLflow run, on the Ray that is connected."""
+    from pipelines.extract.embed_captions import run_embed_captions
+    from pipelines.reports.caption_embeds import caption_embeds_report
+
     return track_stage(
         job,
         "embed_captions",
-        lambda on_progress: run_embed_captions(job.dataset_uri, job.embed, on_progress=on_progress),
-        make_report=lambda: embeds_report(job.dataset_uri, job.embed.path),
+        lambda on_progress, leases: run_embed_captions(job.dataset_uri, job.embed, on_progress=on_progress, leases=leases),
+        make_report=lambda: caption_embeds_report(job.dataset_uri, job.embed.path),
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_job(
-        EmbedJob, run, argv, prog="python -m jobs.embed_captions", description="Captions -> the text encoder's output."
-    )
+    return run_job(EmbedJob, run, argv, name="embed_captions")
 
 
 if __name__ == "__main__":

@@ -4,32 +4,35 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from jobs.common.job import JobConfig, run_job
 from jobs.common.stage_job import track_stage
 from pipelines.evaluate.config import EvaluateConfig
-from pipelines.evaluate.run import run_evaluate, summarize
 from pipelines.stages.contract import StageResult
-from pipelines.tracking.runs import TrackedRun
+
+if TYPE_CHECKING:
+    from pipelines.tracking.runs import TrackedRun
 
 METRICS = "metrics.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateJob(JobConfig):
-    """Judge the pictures of a samples table.
+    """Configuration of the judgement of a samples table.
 
     Args:
-        evaluate: whose pictures, and the judge.
+        evaluate: the samples table, and the judge.
     """
 
     evaluate: EvaluateConfig
 
 
 def run(job: EvaluateJob) -> StageResult:
-    """The stage in an MLflow run, on the Ray that is there; the table gets `metrics.json`."""
+    """Run the stage in an MLflow run, on the Ray that is connected; the table gets `metrics.json`."""
+    from pipelines.evaluate.run import run_evaluate, summarize
 
-    def log_metrics(run: TrackedRun, result: StageResult) -> None:
+    def log_metrics(run: "TrackedRun", result: StageResult) -> None:
         metrics = summarize(result.table)
         result.table.write_file(METRICS, (json.dumps(metrics, indent=2) + "\n").encode())
         run.log_metrics(metrics)
@@ -37,7 +40,7 @@ def run(job: EvaluateJob) -> StageResult:
     result = track_stage(
         job,
         f"evaluate {job.evaluate.name}",
-        lambda on_progress: run_evaluate(job.dataset_uri, job.evaluate, on_progress=on_progress),
+        lambda on_progress, leases: run_evaluate(job.dataset_uri, job.evaluate, on_progress=on_progress, leases=leases),
         log=log_metrics,
     )
     print("  ".join(f"{name} {value:.3g}" for name, value in summarize(result.table).items()), flush=True)
@@ -45,7 +48,7 @@ def run(job: EvaluateJob) -> StageResult:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_job(EvaluateJob, run, argv, prog="python -m jobs.evaluate", description="Judge pictures by CLIP.")
+    return run_job(EvaluateJob, run, argv, name="evaluate")
 
 
 if __name__ == "__main__":

@@ -1,51 +1,77 @@
-"""`python -m jobs.export <training or checkpoint> <output>`: a training's weights, for diffusers, NVlabs' code or this one.
+"""`python -m jobs.export --source data/cats/train --output exported`: weights for diffusers, NVlabs or us.
 
 Starts no Ray, and needs no GPU. Reads checkpoints of any ZeRO stage and number of workers, from any storage.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from jobs.common.config import from_dict
-from pipelines.storage.errors import StorageError
+from jobs.common.job import run_command
 from pipelines.tables.table import absolute_uri
 from pipelines.train.config import TrainConfig
-from pipelines.train.engine.checkpoints import BadCheckpointError, Checkpoint, list_checkpoints, read_weights
-from pipelines.train.engine.lora import add_lora, merge_lora
-from pipelines.train.models import load_start
 from pipelines.train.record import CHECKPOINTS_DIR, read_config
-from sana_model.files.models import Layout
 from sana_model.nn.config import DIFFUSERS_PROMPTS
-from sana_model.nn.transformer import SanaTransformer
-from sana_model.pipeline import TextToImage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sana_model.nn.transformer import SanaTransformer
+    from sana_model.pipeline import TextToImage
+
+Layout = Literal["diffusers", "nvlabs", "sana"]  # sana_model.files.models has it too, and torch with it
 
 
-def export(source: str, output: str, *, layout: str = "diffusers", ema: bool = True, init: str | None = None) -> TextToImage:
-    """Write the pipeline of a checkpoint (or of the newest whole one of a training's folder) to `output`; adapters are merged.
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Configuration of an export.
 
     Args:
-        ema: the average of the weights; else those that are trained.
+        source: a training's folder (any fsspec URI), or one of its checkpoints.
+        output: the folder to write; for nvlabs, the .pth file.
+        layout: the code that is to read it.
+        ema: take the average of the weights; else the trained weights themselves.
         init: where the pipeline that the training started from lies now, if it was moved.
+    """
+
+    source: str
+    output: str
+    layout: Layout = "diffusers"
+    ema: bool = True
+    init: str | None = None
+
+
+def run(config: ExportConfig) -> None:
+    """Write the weights, and print what they are."""
+    pipeline = export(config)
+    print(f"{config.output}: {config.layout}, {'average' if config.ema else 'trained'} weights")
+    if config.layout == "diffusers" and pipeline.text_encoder.config != DIFFUSERS_PROMPTS:
+        print("diffusers prompts with its own instruction: pass complex_human_instruction= for the one that was trained with")
+
+
+def export(config: ExportConfig) -> "TextToImage":
+    """Write the pipeline of a checkpoint, or of the newest whole one of a training's folder; adapters are merged.
 
     Raises FileNotFoundError or ValueError, of which BadCheckpointError is one, if something is not there or not whole.
     """
-    source = absolute_uri(source)
-    checkpoint, training_uri = find_checkpoint(source)
-    config = from_dict(TrainConfig, read_config(training_uri))
-    pipeline = load_start(config if init is None else replace(config, init=init))
-    pipeline.transformer = with_weights(pipeline.transformer, config, read_weights(checkpoint, average=ema))
-    pipeline.save_pretrained(Path(output), layout=layout)
+    from pipelines.train.engine.checkpoints import read_weights
+    from pipelines.train.models import load_start
+
+    checkpoint, training_uri = find_checkpoint(absolute_uri(config.source))
+    trained = from_dict(TrainConfig, read_config(training_uri))
+    pipeline = load_start(trained if config.init is None else replace(trained, init=config.init))
+    pipeline.transformer = with_weights(pipeline.transformer, trained, read_weights(checkpoint, average=config.ema))
+    pipeline.save_pretrained(Path(config.output), layout=config.layout)
     return pipeline
 
 
 def find_checkpoint(source: str) -> tuple[str, str]:
     """URIs of the checkpoint and of its training's folder. Raises BadCheckpointError or FileNotFoundError."""
+    from pipelines.train.engine.checkpoints import BadCheckpointError, Checkpoint, list_checkpoints
+
     parent, _, name = source.rstrip("/").rpartition("/")
     if name.startswith("step-"):
         Checkpoint.open(source)
@@ -61,8 +87,13 @@ def find_checkpoint(source: str) -> tuple[str, str]:
     raise FileNotFoundError(f"{source} holds no checkpoint: give the folder of a training, or one of its checkpoints/step-...")
 
 
-def with_weights(start: SanaTransformer, config: TrainConfig, weights: dict[str, torch.Tensor]) -> SanaTransformer:
-    """`start` with the weights of a checkpoint; adapters are added to its own."""
+def with_weights(start: "SanaTransformer", config: TrainConfig, weights: "dict[str, Tensor]") -> "SanaTransformer":
+    """`start` with the weights of a checkpoint; adapters are merged into its own weights."""
+    import torch
+
+    from pipelines.train.engine.lora import add_lora, merge_lora
+    from sana_model.nn.transformer import SanaTransformer
+
     if config.lora is not None:
         add_lora(start, config.lora, seed=config.seed)
         weights = merge_lora(start.state_dict() | weights, config.lora)
@@ -73,29 +104,7 @@ def with_weights(start: SanaTransformer, config: TrainConfig, weights: dict[str,
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m jobs.export", description=__doc__, allow_abbrev=False)
-    parser.add_argument("source", help="a training's folder, or one of its checkpoints: a path or an fsspec URI")
-    parser.add_argument("output", help="the folder to write; for nvlabs, the .pth file")
-    parser.add_argument(
-        "--layout", choices=get_args(Layout), default="diffusers", help="whose it is to be (default: diffusers)"
-    )
-    parser.add_argument(
-        "--ema",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="the average of the weights (default), or with --no-ema those that are trained",
-    )
-    parser.add_argument("--init", help="where the pipeline that the training started from lies now, if it was moved")
-    options = parser.parse_args(argv)
-    try:
-        pipeline = export(options.source, options.output, layout=options.layout, ema=options.ema, init=options.init)
-    except (FileNotFoundError, ValueError, StorageError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"{options.output}: {options.layout}, {'average' if options.ema else 'trained'} weights")
-    if options.layout == "diffusers" and pipeline.text_encoder.config != DIFFUSERS_PROMPTS:
-        print("diffusers prompts with its own instruction: pass complex_human_instruction= for the one that was trained with")
-    return 0
+    return run_command(ExportConfig, run, argv, name="export")
 
 
 if __name__ == "__main__":

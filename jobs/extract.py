@@ -4,32 +4,27 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
-
-import numpy as np
-import ray
-import torch
-from PIL import Image
+from typing import TYPE_CHECKING, Any
 
 from jobs.common.job import JobConfig, run_job
 from jobs.common.stage_job import track_stage
 from pipelines.extract.config import ExtractConfig
-from pipelines.extract.encode import LatentEncoder
-from pipelines.extract.run import run_extract
-from pipelines.reports.latents import DecodeLatents, latents_report
 from pipelines.stages.contract import StageResult
 from pipelines.tables.schema import LATENTS
 from pipelines.tables.table import Table
 
+if TYPE_CHECKING:
+    from pipelines.reports.latents import DecodeLatents
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractJob(JobConfig):
-    """Encode every scored image of a dataset.
+    """Configuration of the extraction of latents.
 
     Args:
         extract: the autoencoder, the resolution and the scores to take along.
-        resolutions: several of them, each a table of its own, from one decode of every image; `extract.batch_size` is that
-            of `extract.resolution`, the others' are of about as many pixels. Empty: `extract.resolution` alone.
+        resolutions: several resolutions, each a table of its own, from one decode of every image; `extract.batch_size` is
+            the batch of `extract.resolution`, the others have about as many pixels. Empty: `extract.resolution` alone.
     """
 
     extract: ExtractConfig
@@ -41,7 +36,7 @@ class ExtractJob(JobConfig):
 
 
 def run(job: ExtractJob) -> StageResult:
-    """The stage, for each resolution in an MLflow run of its own, on the Ray that is there; returns the first one's result."""
+    """Run the stage for each resolution in an MLflow run of its own, on the Ray that is connected. Returns the first result."""
     resolutions = job.resolutions or (job.extract.resolution,)
     results = [
         _run_one(job, job.extract.at(resolution), also=resolutions[index + 1 :]) for index, resolution in enumerate(resolutions)
@@ -50,7 +45,11 @@ def run(job: ExtractJob) -> StageResult:
 
 
 def _run_one(job: ExtractJob, config: ExtractConfig, *, also: Sequence[int]) -> StageResult:
+    from pipelines.extract.run import run_extract
+
     def make_report() -> str:
+        from pipelines.reports.latents import latents_report
+
         with remote_decoder(config) as decode:
             return latents_report(job.dataset_uri, config.path, decode)
 
@@ -58,15 +57,22 @@ def _run_one(job: ExtractJob, config: ExtractConfig, *, also: Sequence[int]) -> 
     return track_stage(
         replace(job, extract=config),
         f"extract {config.resolution}" if job.resolutions else "extract",
-        lambda on_progress: run_extract(job.dataset_uri, config, also=also, on_progress=on_progress),
+        lambda on_progress, leases: run_extract(job.dataset_uri, config, also=also, on_progress=on_progress, leases=leases),
         make_report=make_report,
         is_due=manifest is not None and not manifest.complete,
     )
 
 
 @contextmanager
-def remote_decoder(config: ExtractConfig) -> Iterator[DecodeLatents]:
-    """Turns latents into images where the stage's actors ran: the driver may be a machine that computes nothing."""
+def remote_decoder(config: ExtractConfig) -> "Iterator[DecodeLatents]":
+    """A function that decodes latents in an actor with the stage's resources; the driver may be a small CPU machine."""
+    import numpy as np
+    import ray
+    import torch
+    from PIL import Image
+
+    from pipelines.extract.encode import LatentEncoder
+
     resources = config.resources
     options = {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus or None, "resources": resources.custom or None}
     actor: Any = ray.remote(LatentEncoder).options(**options).remote(config)
@@ -82,7 +88,7 @@ def remote_decoder(config: ExtractConfig) -> Iterator[DecodeLatents]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_job(ExtractJob, run, argv, prog="python -m jobs.extract", description="Images and scores -> DC-AE latents.")
+    return run_job(ExtractJob, run, argv, name="extract")
 
 
 if __name__ == "__main__":

@@ -7,17 +7,12 @@ from dataclasses import dataclass
 from jobs.common.job import JobConfig, run_job
 from jobs.common.stage_job import track_stage
 from pipelines.ingest.config import IngestConfig
-from pipelines.ingest.run import run_ingest
-from pipelines.reports.images import images_report
 from pipelines.stages.contract import StageResult
-from pipelines.storage.lease import hold
-from pipelines.tables.schema import IMAGES_PATH
-from pipelines.tables.table import absolute_uri
 
 
 @dataclass(frozen=True, kw_only=True)
 class IngestJob(JobConfig):
-    """Read images from a folder, tars or Parquet into a dataset.
+    """Configuration of reading raw images into a dataset.
 
     Args:
         ingest: what to read, and what to refuse.
@@ -27,18 +22,20 @@ class IngestJob(JobConfig):
 
 
 def run(job: IngestJob) -> StageResult:
-    """The stage in an MLflow run, on the Ray that is there. The lease is held from before the plan of sources is made."""
-    with hold(f"{absolute_uri(job.dataset_uri)}/{IMAGES_PATH}"):
-        return track_stage(
-            job,
-            "ingest",
-            lambda on_progress: run_ingest(job.dataset_uri, job.ingest, on_progress=on_progress),
-            make_report=lambda: images_report(job.dataset_uri),
-        )
+    """Run the stage in an MLflow run, on the Ray that is connected."""
+    from pipelines.ingest.run import run_ingest
+    from pipelines.reports.images import images_report
+
+    return track_stage(
+        job,
+        "ingest",
+        lambda on_progress, leases: run_ingest(job.dataset_uri, job.ingest, on_progress=on_progress, leases=leases),
+        make_report=lambda: images_report(job.dataset_uri),
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_job(IngestJob, run, argv, prog="python -m jobs.ingest", description="Raw images -> the images table.")
+    return run_job(IngestJob, run, argv, name="ingest")
 
 
 if __name__ == "__main__":

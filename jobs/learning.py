@@ -6,21 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from PIL import Image
-
 from jobs import extract, ingest, score, train
 from jobs.common.job import JobConfig, run_job
-from pipelines.evaluate.shapes import ATTRIBUTES, AttributeJudge, attribute_accuracy
-from pipelines.extract.run import ExtractConfig
+from pipelines.extract.config import ExtractConfig
 from pipelines.ingest.config import IngestConfig
-from pipelines.score.captions import ClipModel
 from pipelines.score.config import ScorerConfig
-from pipelines.shapes.drawing import write_folder
 from pipelines.shapes.grammar import phrasings, write_caption
 from pipelines.shapes.scenes import Scene, ShapesConfig, sample_scene
 from pipelines.train.config import TrainConfig
-from pipelines.train.outputs import GRIDS_DIR
-from pipelines.workers.images import cut_grid
 
 FIRST_SCENE = 50_000_000
 FIRST_PROMPT = 60_000_000
@@ -29,17 +22,17 @@ FIGURES = "learning.json"
 
 @dataclass(frozen=True, kw_only=True)
 class LearningJob(JobConfig):
-    """Draw captioned scenes, take them through ingest, score and extract, and train a fresh transformer on them.
+    """Configuration of a training from scratch on captioned drawn scenes, after ingest, score and extract.
 
     Args:
         shapes: which scenes there are.
         num_images: how many are drawn.
-        num_prompts: of each grid, about scenes that are not among the drawn ones; their pictures are judged.
+        num_prompts: prompts of each grid, about scenes that are not among the drawn ones; their pictures are judged.
         ingest: its source is the folder that the scenes are drawn into.
         scorer: the CLIP that scores the captions, and judges the pictures.
         extract: the autoencoder and the resolution.
         train: the training; its grids get the prompts.
-        name: of the training's folder.
+        name: name of the training's folder.
     """
 
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
@@ -53,7 +46,10 @@ class LearningJob(JobConfig):
 
 
 def run(job: LearningJob) -> None:
-    """Every stage, then what share of the pictures of each grid shows what was asked for, in `learning.json`."""
+    """Run every stage, then write to `learning.json` what share of each grid's pictures shows what was asked for."""
+    from pipelines.shapes.drawing import write_folder
+    from pipelines.train.outputs import GRIDS_DIR
+
     write_folder(job.ingest.source, FIRST_SCENE, job.num_images, job.shapes, captioned=True)
     shared = {"dataset_uri": job.dataset_uri, "ray": job.ray, "tracking": job.tracking}
     ingest.run(ingest.IngestJob(**shared, ingest=job.ingest))  # type: ignore[arg-type]
@@ -76,7 +72,13 @@ def asked_scenes(job: LearningJob) -> list[Scene]:
 
 
 def judge_grids(folder: Path, asked: Sequence[Scene], clip: str, *, size: int, columns: int) -> dict[str, dict[str, float]]:
-    """By step: the share of pictures whose shape, color, background, and all three are right, as the CLIP reads them."""
+    """By step, the shares of pictures whose shape, color, background, and all three are right, as the CLIP reads them."""
+    from PIL import Image
+
+    from pipelines.evaluate.shapes import ATTRIBUTES, AttributeJudge, attribute_accuracy
+    from pipelines.workers.clip import ClipModel
+    from pipelines.workers.images import cut_grid
+
     judge = AttributeJudge(ClipModel(clip))
     figures = {}
     for path in sorted(folder.glob("step-*.png")):
@@ -86,7 +88,7 @@ def judge_grids(folder: Path, asked: Sequence[Scene], clip: str, *, size: int, c
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_job(LearningJob, run, argv, prog="python -m jobs.learning", description="Train a fresh transformer on Shapes.")
+    return run_job(LearningJob, run, argv, name="learning")
 
 
 if __name__ == "__main__":

@@ -1,28 +1,41 @@
-"""`python -m jobs.lineage <dataset uri>`: writes the dataset's lineage card. Needs no Ray cluster."""
+"""`python -m jobs.lineage --dataset_uri data/cats`: writes the dataset's lineage card. Needs no Ray cluster."""
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from pipelines.audit.lineage import DEFAULT_SHARDS, JSON_FILE, MARKDOWN_FILE, write_lineage
+from jobs.common.job import run_command
 from pipelines.tables.table import absolute_uri
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m jobs.lineage", description="Write the lineage card of a dataset.")
-    parser.add_argument("dataset_uri", help="the folder (any fsspec URI) that holds the dataset")
-    parser.add_argument("--max_shards", type=int, default=DEFAULT_SHARDS, help="of scores, to read (default: %(default)s)")
-    options = parser.parse_args(argv)
-    if options.max_shards < 1:
-        parser.error(f"--max_shards {options.max_shards} must be at least 1")
-    uri = absolute_uri(options.dataset_uri)
-    try:
-        write_lineage(uri, max_shards=options.max_shards)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+@dataclass(frozen=True, kw_only=True)
+class LineageConfig:
+    """Configuration of the lineage card.
+
+    Args:
+        dataset_uri: the folder (any fsspec URI) that holds the dataset's tables.
+        max_shards: read at most this many shards of each table of scores.
+    """
+
+    dataset_uri: str
+    max_shards: int = 64
+
+    def __post_init__(self) -> None:
+        if self.max_shards < 1:
+            raise ValueError(f"max_shards={self.max_shards} must be at least 1")
+
+
+def run(config: LineageConfig) -> None:
+    """Write the card, and print where it is."""
+    from pipelines.audit.lineage import JSON_FILE, MARKDOWN_FILE, write_lineage
+
+    uri = absolute_uri(config.dataset_uri)
+    write_lineage(uri, max_shards=config.max_shards)
     print(f"{uri}/{MARKDOWN_FILE}\n{uri}/{JSON_FILE}")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(LineageConfig, run, argv, name="lineage")
 
 
 if __name__ == "__main__":

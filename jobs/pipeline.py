@@ -4,9 +4,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import TypeVar
-
-from ray.exceptions import RayError
+from typing import TYPE_CHECKING, TypeVar
 
 from jobs import caption, evaluate, extract, ingest, sample, score, train
 from jobs.common.exit_codes import is_expected
@@ -21,21 +19,23 @@ from pipelines.score.config import ScorerConfig
 from pipelines.tables.schema import LATENTS
 from pipelines.tables.table import Table
 from pipelines.train.config import TrainConfig
-from pipelines.train.run import TrainResult
+
+if TYPE_CHECKING:
+    from pipelines.train.run import TrainResult
 
 Stage = TypeVar("Stage", bound=JobConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StagesJob(JobConfig):
-    """The configuration of every stage.
+    """Configuration of every stage.
 
     Args:
         ingest: what to read, and what to refuse.
         captioners: the VLMs, one after another.
         scorer: the CLIP, and whose captions compete. It judges the pictures too.
         extract: the autoencoder and the resolution.
-        train: on the latents that `extract` makes.
+        train: the training on the latents that `extract` makes.
         draw: how pictures are drawn.
     """
 
@@ -59,11 +59,11 @@ class StagesJob(JobConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineJob(StagesJob):
-    """All stages, as one job.
+    """Configuration of all stages as one job.
 
     Args:
-        prompts: of the pictures that the trained pipeline draws; or a text file with one on each line.
-        name: of the tables of these pictures and of their judgement.
+        prompts: what the trained pipeline draws at the end: a list, or a text file with one prompt on each line.
+        name: name of the tables of these pictures and of their judgement.
     """
 
     prompts: list[str] | str
@@ -71,7 +71,7 @@ class PipelineJob(StagesJob):
 
 
 def run(job: PipelineJob) -> None:
-    """Stops at the first stage that fails; a captioner that no later stage needs is reported at the end."""
+    """Run all stages. Stops at the first that fails; a captioner that no later stage needs is reported at the end."""
     timings = Timings()
     failures = make_training_table(job, job.ingest, timings)
     trained = train_pipeline(job, timings)
@@ -82,7 +82,7 @@ def run(job: PipelineJob) -> None:
 
 
 def make_training_table(job: StagesJob, source: IngestConfig, timings: Timings) -> dict[str, Exception]:
-    """From raw images to latents. Returns what failed of the captioners that `scorer` does not name."""
+    """Run the stages from raw images to latents. Returns the failures of captioners that `scorer` does not name."""
     timings.measure("ingest", lambda: ingest.run(_stage(ingest.IngestJob, job, ingest=source)))
     failures = caption_all(job, timings)
     raise_first({name: error for name, error in failures.items() if name in job.scorer.captioners})
@@ -93,7 +93,9 @@ def make_training_table(job: StagesJob, source: IngestConfig, timings: Timings) 
 
 
 def caption_all(job: StagesJob, timings: Timings) -> dict[str, Exception]:
-    """Every captioner, also after one has failed: their work is their own. Returns the failures by name."""
+    """Run every captioner, also after one has failed. Returns the failures by name."""
+    from ray.exceptions import RayError
+
     failures: dict[str, Exception] = {}
     for captioner in job.captioners:
         stage = _stage(caption.CaptionJob, job, captioner=captioner)
@@ -108,17 +110,18 @@ def caption_all(job: StagesJob, timings: Timings) -> dict[str, Exception]:
 
 
 def raise_first(failures: Mapping[str, Exception]) -> None:
-    """The first failure, if there is one: it decides the job's exit code."""
+    """Raise the first failure, if there is one: it decides the job's exit code."""
     for error in failures.values():
         raise error
 
 
-def train_pipeline(job: StagesJob, timings: Timings) -> TrainResult:
+def train_pipeline(job: StagesJob, timings: Timings) -> "TrainResult":
+    """Run the train stage."""
     return timings.measure("train", lambda: train.run(_stage(train.TrainJob, job, train=job.train, on_stale="refuse")))
 
 
 def draw_and_judge(job: StagesJob, name: str, pipeline: str, prompts: list[str] | str, *, step: int, timings: Timings) -> None:
-    """The sample and evaluate stages with one pipeline."""
+    """Run the sample and evaluate stages with one pipeline."""
     settings = SampleConfig(name=name, pipeline=pipeline, prompts=prompts, draw=job.draw)
     scorer = job.scorer
     judge = EvaluateConfig(name=name, model=scorer.model, revision=scorer.revision, resources=scorer.resources)
@@ -127,13 +130,13 @@ def draw_and_judge(job: StagesJob, name: str, pipeline: str, prompts: list[str] 
 
 
 def _stage(job_class: Callable[..., Stage], job: StagesJob, **settings: object) -> Stage:
-    """A stage's own job, on the same dataset, Ray and MLflow."""
+    """The job of one stage, on the same dataset, Ray and MLflow."""
     shared = {field.name: getattr(job, field.name) for field in fields(JobConfig)}
     return job_class(**shared | settings)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_job(PipelineJob, run, argv, prog="python -m jobs.pipeline", description="Every stage as one job.")
+    return run_job(PipelineJob, run, argv, name="pipeline")
 
 
 if __name__ == "__main__":

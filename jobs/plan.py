@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jobs.common.config import parse_config
+from jobs.common.job import parse_command
 from jobs.common.text_table import format_table
 
 RATES = Path(__file__).parent / "configs/plan.yaml"
 MIB = 2**20
 OBJECTS_PER_LISTING = 1000
-"""What S3 gives in one LIST request."""
+"""Names that S3 returns in one LIST request."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Rate:
     """A figure and where it comes from.
 
     Args:
-        value: in the unit that its place says.
+        value: the figure; the name of the setting says the unit.
         source: "measured" and how, "published" and where, or "assumed" and why; it is printed with what depends on it.
     """
 
@@ -39,12 +39,12 @@ class Rate:
 
 @dataclass(frozen=True, kw_only=True)
 class StageRates:
-    """One stage.
+    """Rates of one stage.
 
     Args:
         images_per_second: of one accelerator, or of one CPU core where `accelerator` is "CPU core".
         accelerator: what one unit of it is.
-        dollars_per_hour: of one unit.
+        dollars_per_hour: price of one unit.
         times: how often the stage passes over the images.
     """
 
@@ -56,10 +56,10 @@ class StageRates:
 
 @dataclass(frozen=True, kw_only=True)
 class TableRates:
-    """One table.
+    """Rates of one kind of table.
 
     Args:
-        bytes_per_row: in its Parquet files.
+        bytes_per_row: size of a row in its Parquet files.
         times: how many tables of this kind there are.
     """
 
@@ -69,21 +69,21 @@ class TableRates:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """What is planned.
+    """Configuration of an estimate.
 
     Args:
-        images: raw images; text such as 100_000_000 is taken too.
-        rows_per_shard: of every table.
-        train_steps: of the training.
+        images: number of raw images; underscores are allowed, as in 100_000_000.
+        rows_per_shard: rows in a shard of every table.
+        train_steps: optimizer steps of the training.
         global_batch_size: samples of one training step.
-        keep_share: of the images that no stage refuses.
-        days: in which each stage should be done, for the number of accelerators.
-        stages: by name, in their order. The training's images are the samples of its steps.
-        tables: by name.
-        driver_bytes_per_shard: memory of the driver for one shard of a stage that runs.
-        dollars_per_gb_month: of storage.
-        dollars_per_1000_lists: of LIST requests.
-        dollars_per_1000_puts: of PUT requests.
+        keep_share: share of the images that no stage refuses.
+        days: days within which each stage must end; this decides the number of accelerators.
+        stages: rates by name, in their order. The training's images are the samples of its steps.
+        tables: rates by name.
+        driver_bytes_per_shard: the driver's memory for each shard of the running stage.
+        dollars_per_gb_month: price of storage.
+        dollars_per_1000_lists: price of LIST requests.
+        dollars_per_1000_puts: price of PUT requests.
     """
 
     images: int
@@ -107,7 +107,7 @@ class PlanConfig:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """`hours` of one accelerator; `count` of them end within the days."""
+    """`hours` on a single accelerator; `count` accelerators finish within the configured days."""
 
     images: int
     hours: float
@@ -118,7 +118,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class TablePlan:
-    """Bytes of all tables of a kind, and of one shard."""
+    """Bytes of all tables of one kind, and of one shard."""
 
     total_bytes: float
     shard_bytes: float
@@ -126,7 +126,7 @@ class TablePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What the dataset takes. `listing_requests`: of one look at which shards of one table are there."""
+    """The estimate. `listing_requests` list the shards of one table once."""
 
     stages: Mapping[str, StagePlan] = field(default_factory=dict)
     tables: Mapping[str, TablePlan] = field(default_factory=dict)
@@ -140,12 +140,12 @@ class Plan:
 
     @property
     def dollars(self) -> float:
-        """Of all stages once; storage comes on top, by the month."""
+        """Price of running all stages once; storage is paid by the month on top."""
         return sum(stage.dollars for stage in self.stages.values()) + self.put_dollars
 
 
 def make_plan(config: PlanConfig) -> Plan:
-    """The arithmetic. Shards are those of `images`; every table, and the rejects of each, has one object for each of them."""
+    """Compute the estimate. Every table, and the rejects of each, has one object for each shard of `images`."""
     shards = math.ceil(config.images / config.rows_per_shard)
     kept = config.images * config.keep_share.value
     tables: dict[str, TablePlan] = {}
@@ -181,7 +181,7 @@ def _plan_stage(name: str, rates: StageRates, config: PlanConfig, kept: float) -
 
 
 def print_plan(config: PlanConfig, plan: Plan) -> None:
-    """Tables, and the provenance of every rate under them."""
+    """Print the tables, and below them the source of every rate."""
     rows = [
         [name, f"{stage.images:,}", stage.rates.accelerator, f"{stage.hours:,.0f}", f"{stage.count:,}", f"{stage.dollars:,.0f}"]
         for name, stage in plan.stages.items()
@@ -203,7 +203,7 @@ def print_plan(config: PlanConfig, plan: Plan) -> None:
 
 
 def rates_of(config: PlanConfig) -> dict[str, Rate]:
-    """Every rate, by its place in the configuration."""
+    """Every rate by its dotted name in the configuration."""
     found = {name: value for name, value in vars(config).items() if isinstance(value, Rate)}
     for part in ("stages", "tables"):
         for name, rates in getattr(config, part).items():
@@ -215,8 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not any(argument.split("=")[0] == "--config" for argument in arguments):
         arguments = ["--config", str(RATES), *arguments]
-    description = "What a dataset of some size takes."
-    config = parse_config(PlanConfig, arguments, prog="python -m jobs.plan", description=description)
+    config = parse_command(PlanConfig, arguments, name="plan")
     print_plan(config, make_plan(config))
     return 0
 

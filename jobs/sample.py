@@ -3,25 +3,26 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from jobs.common.job import JobConfig, run_job
 from jobs.common.stage_job import track_stage
 from pipelines.draw.config import SampleConfig
-from pipelines.draw.sample import read_pictures, run_sample
 from pipelines.stages.contract import StageResult
-from pipelines.tracking.runs import TrackedRun
-from pipelines.workers.images import image_grid, to_png
+
+if TYPE_CHECKING:
+    from pipelines.tracking.runs import TrackedRun
 
 GRID = "grid.png"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleJob(JobConfig):
-    """Draw pictures.
+    """Configuration of drawing pictures.
 
     Args:
         sample: the prompts, the pipeline and how it draws.
-        step: of the training that the pictures belong to; MLflow shows the grids of a run over it.
+        step: the training step that the pictures belong to; MLflow orders the grids of a run by it.
     """
 
     sample: SampleConfig
@@ -29,9 +30,11 @@ class SampleJob(JobConfig):
 
 
 def run(job: SampleJob) -> StageResult:
-    """The stage in an MLflow run, on the Ray that is there; the table gets a grid of the first pictures."""
+    """Run the stage in an MLflow run, on the Ray that is connected; the table gets a grid of the first pictures."""
+    from pipelines.draw.sample import read_pictures, run_sample
+    from pipelines.workers.images import image_grid, to_png
 
-    def log_grid(run: TrackedRun, result: StageResult) -> None:
+    def log_grid(run: "TrackedRun", result: StageResult) -> None:
         grid = image_grid(read_pictures(result.table)[1])
         result.table.write_file(GRID, to_png(grid))
         run.log_image(grid, "samples", job.step)
@@ -39,13 +42,13 @@ def run(job: SampleJob) -> StageResult:
     return track_stage(
         job,
         f"sample {job.sample.name}",
-        lambda on_progress: run_sample(job.dataset_uri, job.sample, on_progress=on_progress),
+        lambda on_progress, leases: run_sample(job.dataset_uri, job.sample, on_progress=on_progress, leases=leases),
         log=log_grid,
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_job(SampleJob, run, argv, prog="python -m jobs.sample", description="Prompts -> pictures and a grid.")
+    return run_job(SampleJob, run, argv, name="sample")
 
 
 if __name__ == "__main__":

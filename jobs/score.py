@@ -6,15 +6,13 @@ from dataclasses import dataclass, field
 
 from jobs.common.job import JobConfig, run_job
 from jobs.common.stage_job import track_stage
-from pipelines.reports.scores import scores_report
-from pipelines.score.captions import run_score
 from pipelines.score.config import ScorerConfig, SelectionConfig
 from pipelines.stages.contract import StageResult
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreJob(JobConfig):
-    """Score every caption of every image of a dataset with a CLIP.
+    """Configuration of scoring captions.
 
     Args:
         scorer: the CLIP, and whose captions compete.
@@ -26,17 +24,20 @@ class ScoreJob(JobConfig):
 
 
 def run(job: ScoreJob) -> StageResult:
-    """The stage in an MLflow run, on the Ray that is there."""
+    """Run the stage in an MLflow run, on the Ray that is connected."""
+    from pipelines.reports.scores import scores_report
+    from pipelines.score.captions import run_score
+
     return track_stage(
         job,
         "score",
-        lambda on_progress: run_score(job.dataset_uri, job.scorer, on_progress=on_progress),
+        lambda on_progress, leases: run_score(job.dataset_uri, job.scorer, on_progress=on_progress, leases=leases),
         make_report=lambda: scores_report(job.dataset_uri, job.scorer.name, job.selection),
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_job(ScoreJob, run, argv, prog="python -m jobs.score", description="Images and captions -> CLIP scores.")
+    return run_job(ScoreJob, run, argv, name="score")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python -m jobs.score_images --config jobs/configs/score_images.yaml`: images -> one number for each, of one scorer."""
+"""`python -m jobs.score_images --config jobs/configs/score_images.yaml`: images -> one score for each."""
 
 import sys
 from collections.abc import Sequence
@@ -6,15 +6,13 @@ from dataclasses import dataclass
 
 from jobs.common.job import JobConfig, run_job
 from jobs.common.stage_job import track_stage
-from pipelines.reports.images import image_scores_report
 from pipelines.score.config import ImageScorerConfig
-from pipelines.score.images import run_image_scores
 from pipelines.stages.contract import StageResult
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreImagesJob(JobConfig):
-    """Score every image of a dataset with one scorer.
+    """Configuration of scoring images alone.
 
     Args:
         scorer: the model, and which of its labels counts.
@@ -24,19 +22,20 @@ class ScoreImagesJob(JobConfig):
 
 
 def run(job: ScoreImagesJob) -> StageResult:
-    """The stage in an MLflow run, on the Ray that is there."""
+    """Run the stage in an MLflow run, on the Ray that is connected."""
+    from pipelines.reports.image_scores import image_scores_report
+    from pipelines.score.images import run_image_scores
+
     return track_stage(
         job,
         f"score images {job.scorer.name}",
-        lambda on_progress: run_image_scores(job.dataset_uri, job.scorer, on_progress=on_progress),
+        lambda on_progress, leases: run_image_scores(job.dataset_uri, job.scorer, on_progress=on_progress, leases=leases),
         make_report=lambda: image_scores_report(job.dataset_uri, job.scorer.name),
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_job(
-        ScoreImagesJob, run, argv, prog="python -m jobs.score_images", description="Images -> scores of the images alone."
-    )
+    return run_job(ScoreImagesJob, run, argv, name="score_images")
 
 
 if __name__ == "__main__":

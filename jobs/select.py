@@ -1,67 +1,117 @@
-"""`python -m jobs.select data --scorer clip`: what each selection policy would choose over a table of scores.
+"""`python -m jobs.select --dataset_uri data/cats --scorer clip`: what each selection policy would choose.
 
-It reads the scores alone, shard by shard, and needs no Ray: look at the policies before anything is extracted or trained.
+It reads a table of scores alone, shard by shard, and needs no Ray: compare them before anything is extracted or trained.
 """
 
 import json
 import math
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jobs.common.exit_codes import is_expected
+from jobs.common.job import run_command
 from jobs.common.status_line import StatusLine
 from jobs.common.text_table import format_table
-from pipelines.reports.scores import scores_report
-from pipelines.score.compare import Comparison, Scope, compare_table, table_captioners
 from pipelines.score.config import POLICIES, Policy, SelectionConfig
 from pipelines.tables.table import absolute_uri
+
+if TYPE_CHECKING:
+    from pipelines.score.compare import Comparison, Scope
 
 DEFAULT = SelectionConfig()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Compare, print; returns the exit code: 0, or 1 with one message for what a user can put right."""
-    arguments = _parser().parse_args(argv)
-    dataset_uri = absolute_uri(arguments.dataset_uri)
-    try:
-        selection = _selection(arguments, table_captioners(dataset_uri, arguments.scorer))
-        comparison, scope = _compare(dataset_uri, selection, arguments)
-        if arguments.html is not None:
-            arguments.html.parent.mkdir(parents=True, exist_ok=True)
-            arguments.html.write_text(scores_report(dataset_uri, arguments.scorer, selection))
-    except Exception as error:
-        if not is_expected(error):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    shown = arguments.policy or list(POLICIES)
-    if arguments.json:
-        print(json.dumps(to_json(comparison, scope, shown), indent=2))
+@dataclass(frozen=True, kw_only=True)
+class SelectConfig:
+    """Configuration of the comparison.
+
+    Args:
+        dataset_uri: the folder (any fsspec URI) that holds the dataset's tables.
+        scorer: name of the table under scores/.
+        policies: those to show; empty: all. The page shows what the first selects.
+        tau: temperature of the policies paper and published.
+        threshold: lowest score of the policy published.
+        proportions: share of each captioner in the policy proportions; empty: equal shares.
+        min_best_score: images whose best caption scores less are dropped.
+        max_shards: read only this many shards, spread evenly; null: all.
+        json: print JSON.
+        html: write the page of the scores, with the policies side by side, to this file.
+    """
+
+    dataset_uri: str
+    scorer: str
+    policies: list[Policy] = field(default_factory=list)
+    tau: float = DEFAULT.tau
+    threshold: float = DEFAULT.threshold
+    proportions: dict[str, float] = field(default_factory=dict)
+    min_best_score: float | None = None
+    max_shards: int | None = None
+    json: bool = False
+    html: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_shards is not None and self.max_shards < 1:
+            raise ValueError(f"max_shards={self.max_shards} must be at least 1")
+        for captioner, share in self.proportions.items():
+            if not 0 <= share < math.inf:
+                raise ValueError(f"proportions: the share of {captioner}, {share}, must be 0 or more")
+
+    @property
+    def shown(self) -> list[Policy]:
+        return self.policies or list(POLICIES)
+
+    def selection(self, captioners: Sequence[str]) -> SelectionConfig:
+        """The settings of all policies; those that are not given are the defaults. Raises ValueError for what is wrong."""
+        policy = (self.policies or [DEFAULT.policy])[0]
+        equal = dict.fromkeys(captioners, 1.0) if policy == "proportions" else {}
+        return SelectionConfig(
+            policy=policy,
+            tau=self.tau,
+            threshold=self.threshold,
+            proportions=self.proportions or equal,
+            min_best_score=self.min_best_score,
+        )
+
+
+def run(config: SelectConfig) -> None:
+    """Print the policies side by side, and write the page if one is asked for."""
+    from pipelines.score.compare import table_captioners
+
+    dataset_uri = absolute_uri(config.dataset_uri)
+    selection = config.selection(table_captioners(dataset_uri, config.scorer))
+    comparison, scope = _compare(dataset_uri, selection, config)
+    if config.html is not None:
+        from pipelines.reports.scores import scores_report
+
+        page = Path(config.html)
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(scores_report(dataset_uri, config.scorer, selection))
+    if config.json:
+        print(json.dumps(to_json(comparison, scope, config.shown), indent=2))
     else:
-        print(describe(arguments.scorer, comparison, scope, shown))
-        if arguments.html is not None:
-            print(f"\nreport  {arguments.html}")
-    return 0
+        print(describe(config.scorer, comparison, scope, config.shown))
+        if config.html is not None:
+            print(f"\nreport  {config.html}")
 
 
-def _compare(dataset_uri: str, selection: SelectionConfig, arguments: Namespace) -> tuple[Comparison, Scope]:
+def _compare(dataset_uri: str, selection: SelectionConfig, config: SelectConfig) -> "tuple[Comparison, Scope]":
+    from pipelines.score.compare import compare_table
+
     line = StatusLine()
 
     def on_shard(done: int, total: int) -> None:
-        line.show(f"scores/{arguments.scorer}  {done}/{total} shards")
+        line.show(f"scores/{config.scorer}  {done}/{total} shards")
 
     try:
-        return compare_table(dataset_uri, arguments.scorer, selection, max_shards=arguments.max_shards, on_shard=on_shard)
+        return compare_table(dataset_uri, config.scorer, selection, max_shards=config.max_shards, on_shard=on_shard)
     finally:
         line.clear()
 
 
-def describe(scorer: str, comparison: Comparison, scope: Scope, policies: Sequence[Policy]) -> str:
-    """Captioners, then policies, as tables for a terminal."""
+def describe(scorer: str, comparison: "Comparison", scope: "Scope", policies: Sequence[Policy]) -> str:
+    """The captioners and the policies as tables for a terminal."""
     captioners = list(comparison.captioners)
     rows = [[name, f"{row.num_captions}", f"{row.mean_score:.2f}"] for name, row in comparison.captioners.items()]
     head = f"scores/{scorer}: {comparison.num_images} images in {len(scope.shards)} of {scope.total_shards} shards"
@@ -77,64 +127,18 @@ def describe(scorer: str, comparison: Comparison, scope: Scope, policies: Sequen
             head,
             format_table(["captioner", "captions", "mean score"], rows),
             format_table(columns, table),
-            "  captioners: share of the kept images that train on their caption; dropped: images of which none is chosen",
+            "  captioners: share of the kept images that train on their caption; dropped: images without a chosen caption",
         ]
     )
 
 
-def to_json(comparison: Comparison, scope: Scope, policies: Sequence[Policy]) -> dict[str, Any]:
+def to_json(comparison: "Comparison", scope: "Scope", policies: Sequence[Policy]) -> dict[str, Any]:
     content = asdict(comparison) | {"num_shards": len(scope.shards), "total_shards": scope.total_shards}
     return content | {"policies": {name: content["policies"][name] for name in policies}}
 
 
-def _selection(arguments: Namespace, captioners: Sequence[str]) -> SelectionConfig:
-    policy = (arguments.policy or [DEFAULT.policy])[0]
-    equal = dict.fromkeys(captioners, 1.0) if policy == "proportions" else {}
-    return SelectionConfig(
-        policy=policy,
-        tau=arguments.tau,
-        threshold=arguments.threshold,
-        proportions=dict(arguments.proportions) or equal,
-        min_best_score=arguments.min_best_score,
-    )
-
-
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="python -m jobs.select",
-        description="What each selection policy would choose over a table of scores.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("dataset_uri", help="the folder (any fsspec URI) that holds the dataset's tables")
-    parser.add_argument("--scorer", required=True, help="name of the table under scores/")
-    parser.add_argument("--policy", nargs="+", choices=POLICIES, help="those to show; the page shows what the first selects")
-    parser.add_argument("--tau", type=float, default=DEFAULT.tau, help="temperature of 'paper' and 'published'")
-    parser.add_argument("--threshold", type=float, default=DEFAULT.threshold, help="lowest score of 'published'")
-    parser.add_argument(
-        "--proportions", nargs="+", type=_share, default=[], metavar="CAPTIONER=SHARE", help="default: equal shares"
-    )
-    parser.add_argument("--min_best_score", type=float, help="images whose best caption scores less are dropped")
-    parser.add_argument("--max_shards", type=_positive, help="read only so many, spread evenly; default: all")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--html", type=Path, help="write the page of the scores, with the policies side by side, to this file")
-    return parser
-
-
-def _share(text: str) -> tuple[str, float]:
-    name, _, share = text.rpartition("=")
-    try:
-        value = float(share)
-    except ValueError:
-        value = math.nan
-    if not name or not 0 <= value < math.inf:
-        raise ArgumentTypeError(f"{text!r} must be CAPTIONER=SHARE with a share of 0 or more, such as llava=0.5")
-    return name, value
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ArgumentTypeError(f"{text!r} must be a whole number of 1 or more")
-    return int(text)
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(SelectConfig, run, argv, name="select")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""`python -m jobs.status <dataset uri>`: how a dataset's tables and trainings stand. Needs no Ray cluster."""
+"""`python -m jobs.status --dataset_uri data/cats`: how a dataset's tables and trainings stand. Needs no Ray cluster."""
 
-import argparse
 import json
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
+from jobs.common.job import run_command
 from pipelines.audit.status import SHORT, DatasetStatus, TableStatus, TrainingStatus, dataset_status
 from pipelines.tables.table import absolute_uri
 
@@ -15,19 +15,25 @@ LONGEST_PATH = 40
 JSON_VERSION = 1
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m jobs.status", description="How a dataset's tables and trainings stand.")
-    parser.add_argument("dataset_uri", help="the folder (any fsspec URI) that holds the dataset")
-    parser.add_argument("--rows", action="store_true", help="count rows of unfinished tables, by their files' footers")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args(argv)
-    try:
-        status = dataset_status(absolute_uri(options.dataset_uri), count_rows=options.rows)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(to_json(status) if options.json else describe(status))
-    return 0
+@dataclass(frozen=True, kw_only=True)
+class StatusConfig:
+    """Configuration of the status page.
+
+    Args:
+        dataset_uri: the folder (any fsspec URI) that holds the dataset's tables.
+        rows: count the rows of unfinished tables, from their files' footers.
+        json: print JSON.
+    """
+
+    dataset_uri: str
+    rows: bool = False
+    json: bool = False
+
+
+def run(config: StatusConfig) -> None:
+    """Print how everything in the dataset stands."""
+    status = dataset_status(absolute_uri(config.dataset_uri), count_rows=config.rows)
+    print(to_json(status) if config.json else describe(status))
 
 
 def to_json(status: DatasetStatus) -> str:
@@ -38,7 +44,7 @@ def to_json(status: DatasetStatus) -> str:
 
 
 def describe(status: DatasetStatus) -> str:
-    """For people: a line for each table, below it what is to be said of it; then the trainings."""
+    """The page for people: a line for each table, remarks below it, then the trainings."""
     width = min(max([len("table"), *(len(table.path) for table in status.tables)]), LONGEST_PATH)
     lines = [status.dataset_uri, ""]
     lines.append(f"{'table':<{width}}  {'shards':>13}  {'rows':>13}  {'rejects':>11}  {'size':>8}  {'made as':<{SHORT}}  state")
@@ -93,12 +99,16 @@ def _indent(text: str, indent: str = "    ") -> list[str]:
 
 
 def format_bytes(count: float) -> str:
-    """In powers of 1000, as disks and object stores are sold."""
+    """A size for people, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(StatusConfig, run, argv, name="status")
 
 
 if __name__ == "__main__":

@@ -3,28 +3,28 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from jobs.common.config import to_dict
 from jobs.common.job import JobConfig, run_job
-from jobs.common.prometheus import TrainMetrics
 from jobs.common.status_line import StatusLine
-from pipelines.reports.runs import Section, training_report
 from pipelines.storage.files import write_file
 from pipelines.tables.table import REPORT, absolute_uri
-from pipelines.tracking.runs import RunPlan
 from pipelines.train.config import TrainConfig
-from pipelines.train.desk import TrainProgress
-from pipelines.train.run import TrainResult, run_train
+
+if TYPE_CHECKING:
+    from pipelines.train.desk import TrainProgress
+    from pipelines.train.run import TrainResult
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainJob(JobConfig):
-    """Train the linear DiT on a latents table, by Ray Train and DeepSpeed.
+    """Configuration of a training job.
 
     Args:
-        train: on what, from where, and how.
-        name: of the folder of the dataset that holds the training: its checkpoints, pictures and pipeline.
-        dry_run: say what it will take (weights, memory, steps, the dataset against the batch), and begin nothing.
+        train: the training.
+        name: name of the training's folder in the dataset, which holds its checkpoints, pictures and pipeline.
+        dry_run: print what it will take (weights, memory, steps, the dataset against the batch), and start nothing.
         device_gib: memory of each GPU in GiB, for `dry_run` to compare with.
     """
 
@@ -40,14 +40,18 @@ class TrainJob(JobConfig):
             )
 
 
-def run(job: TrainJob) -> TrainResult:
-    """Train in one MLflow run, which a training that goes on continues; the folder gets `report.html`."""
+def run(job: TrainJob) -> "TrainResult":
+    """Train in one MLflow run, which a resumed training continues; the folder gets `report.html`."""
+    from jobs.common.prometheus import TrainMetrics
+    from pipelines.tracking.runs import RunRequest
+    from pipelines.train.run import run_train
+
     output_uri = f"{absolute_uri(job.dataset_uri)}/{job.name}"
-    plan = RunPlan.make("train", to_dict(job), tracking=job.tracking, output_dir=job.dataset_uri, key=output_uri)
+    run_request = RunRequest.make("train", to_dict(job), tracking=job.tracking, output_dir=job.dataset_uri, key=output_uri)
     line = StatusLine()
     metrics = TrainMetrics(job.dataset_uri)
 
-    def show(progress: TrainProgress) -> None:
+    def show(progress: "TrainProgress") -> None:
         metrics.update(
             step=progress.step,
             num_steps=progress.num_steps,
@@ -62,26 +66,31 @@ def run(job: TrainJob) -> TrainResult:
         job.dataset_uri,
         job.train,
         output_dir=output_uri,
-        plan=plan,
+        run_request=run_request,
+        lease=job.lease,
         on_progress=show,
         on_notice=lambda notice: line.say(f"{job.name:<22} {notice}"),
     )
     if not result.was_done:
         html = make_report(job, result)
         write_file(f"{output_uri}/{REPORT}", html.encode())
-        plan.try_to(lambda run: run.log_html(html, REPORT))
+        run_request.try_to(lambda run: run.log_html(html, REPORT))
     line.clear()
-    print(describe(job.name, result), flush=True)
+    print(describe_result(job.name, result), flush=True)
     return result
 
 
 def show_preflight(job: TrainJob) -> None:
+    """Print what the training will take."""
     from pipelines.train.preflight.run import format_preflight, run_preflight
 
     print(format_preflight(run_preflight(job.dataset_uri, job.train, device_gib=job.device_gib)), flush=True)
 
 
-def make_report(job: TrainJob, result: TrainResult) -> str:
+def make_report(job: TrainJob, result: "TrainResult") -> str:
+    """The training's page."""
+    from pipelines.reports.runs import Section, training_report
+
     first, *others = job.train.sources(job.dataset_uri)
     facts = {"Steps": result.num_steps, "Samples/s": f"{result.samples_per_second:.1f}"}
     sections = []
@@ -100,7 +109,8 @@ def make_report(job: TrainJob, result: TrainResult) -> str:
     )
 
 
-def describe_progress(name: str, progress: TrainProgress) -> str:
+def describe_progress(name: str, progress: "TrainProgress") -> str:
+    """The text of the status line while the training runs."""
     return (
         f"{name:<22} step {progress.step}/{progress.num_steps}  loss {progress.loss:.4f}  "
         f"{progress.samples_per_second:.1f} samples/s  {progress.data_wait_share:.1%} waiting for data  "
@@ -109,12 +119,13 @@ def describe_progress(name: str, progress: TrainProgress) -> str:
 
 
 def describe_time(seconds: float) -> str:
+    """A duration for people: 2 h 05 min, 12 min, 30 s."""
     hours, minutes = divmod(int(seconds) // 60, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min" if minutes > 9 else f"{seconds:.0f} s"
 
 
-def describe(name: str, result: TrainResult) -> str:
-    """One line on what a training did."""
+def describe_result(name: str, result: "TrainResult") -> str:
+    """The line when the training has ended."""
     figures = f"{result.num_steps} steps, loss {result.loss_start:.3f} -> {result.loss_end:.3f}"
     if result.was_done:
         return f"{name:<22} {figures}: all there already, nothing to do"
@@ -122,15 +133,14 @@ def describe(name: str, result: TrainResult) -> str:
 
 
 def look_first(job: TrainJob) -> bool:
-    """True if there is nothing more to do."""
+    """Show the preflight of a dry run; True if that was all."""
     if job.dry_run:
         show_preflight(job)
     return job.dry_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    description = "Train the linear DiT on latents."
-    return run_job(TrainJob, run, argv, prog="python -m jobs.train", description=description, look_first=look_first)
+    return run_job(TrainJob, run, argv, name="train", look_first=look_first)
 
 
 if __name__ == "__main__":

@@ -2,48 +2,90 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import auto_cli
+from jobs.common.exit_codes import ExitCode
+from jobs.common.subcommands import Subcommand, run_subcommand
+from pipelines.zoo.config import (
+    MeasureConfig,
+    TinyAutoencoderConfig,
+    TinyCaptionerConfig,
+    TinyClipConfig,
+    TinyTextEncoderConfig,
+    TinyTransformerConfig,
+)
 
-from pipelines.zoo.autoencoder import train_autoencoder
-from pipelines.zoo.captioners import train_captioner
-from pipelines.zoo.clip import train_clip
-from pipelines.zoo.gates import GATES, measure_zoo
-from pipelines.zoo.text_encoder import train_text_encoder
-from pipelines.zoo.transformer import train_transformer
-from sana_model.files.places import ZOO_DIR
+
+def make_clip(config: TinyClipConfig) -> None:
+    from pipelines.zoo.clip import train_clip
+
+    train_clip(config)
 
 
-def measure(zoo_dir: str = str(ZOO_DIR), output: str = "outputs/zoo/figures.json", grid: str = "outputs/zoo/grid.png") -> None:
-    """Measure every gate on held-out scenes; the program ends with 1 if one is missed.
+def make_autoencoder(config: TinyAutoencoderConfig) -> None:
+    from pipelines.zoo.autoencoder import train_autoencoder
 
-    Args:
-        zoo_dir: the folder of the checkpoints.
-        output: where the figures go, as JSON.
-        grid: where pictures that the transformer drew go.
-    """
-    for path in (output, grid):
+    train_autoencoder(config)
+
+
+def make_text_encoder(config: TinyTextEncoderConfig) -> None:
+    from pipelines.zoo.text_encoder import train_text_encoder
+
+    train_text_encoder(config)
+
+
+def make_captioner(config: TinyCaptionerConfig) -> None:
+    from pipelines.zoo.captioner_training import train_captioner
+
+    train_captioner(config)
+
+
+def make_transformer(config: TinyTransformerConfig) -> None:
+    from pipelines.zoo.transformer import train_transformer
+
+    train_transformer(config)
+
+
+def measure(config: MeasureConfig) -> ExitCode:
+    """Print every gate and whether it is kept; exit code 1 if one is missed."""
+    from pipelines.zoo.gates import GATES, measure_zoo
+    from sana_model.files.places import ZOO_DIR
+
+    for path in (config.output, config.grid):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figures = measure_zoo(zoo_dir, grid=grid)
-    Path(output).write_text(json.dumps(figures, indent=2) + "\n")
+    figures = measure_zoo(config.zoo_dir or ZOO_DIR, grid=config.grid)
+    Path(config.output).write_text(json.dumps(figures, indent=2) + "\n")
     missed = [gate for gate in GATES if not gate.is_kept(figures)]
     for gate in GATES:
         verdict = "MISSED" if gate in missed else "kept"
         print(f"{gate.name:<32} {figures[gate.name]:.3f}  in [{gate.lowest:g}, {gate.highest:g}]  {verdict}")
-    if missed:
-        sys.exit(1)
+    return ExitCode.WRONG_INPUT if missed else ExitCode.DONE
+
+
+PARTS = {
+    "clip": Subcommand(
+        line="Train the tiny CLIP, which scores captions and judges pictures.",
+        config_class=TinyClipConfig,
+        run=make_clip,
+    ),
+    "autoencoder": Subcommand(line="Train the tiny DC-AE.", config_class=TinyAutoencoderConfig, run=make_autoencoder),
+    "text_encoder": Subcommand(line="Train the tiny Gemma-2.", config_class=TinyTextEncoderConfig, run=make_text_encoder),
+    "captioner": Subcommand(line="Train one of the two tiny VLMs.", config_class=TinyCaptionerConfig, run=make_captioner),
+    "transformer": Subcommand(
+        line="Train the tiny linear DiT, and write the whole pipeline.",
+        config_class=TinyTransformerConfig,
+        run=make_transformer,
+    ),
+    "measure": Subcommand(
+        line="Measure every gate on held-out scenes; exit code 1 if one is missed.", config_class=MeasureConfig, run=measure
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_subcommand("zoo", PARTS, argv)
 
 
 if __name__ == "__main__":
-    auto_cli(
-        {
-            "clip": train_clip,
-            "autoencoder": train_autoencoder,
-            "text_encoder": train_text_encoder,
-            "captioner": train_captioner,
-            "transformer": train_transformer,
-            "measure": measure,
-        },
-        prog="python -m jobs.zoo",
-    )
+    sys.exit(main())

@@ -1,4 +1,62 @@
 """Sana in plain torch: linear DiT, DC-AE, text encoder, rectified flow and Flow-DPM-Solver.
 
-Needs torch, transformers, safetensors, pillow, fsspec, huggingface_hub and tqdm: lift the folder out and use it.
+The folder needs nothing else of this repository; it needs torch, transformers, safetensors, numpy, pillow, fsspec, filelock,
+huggingface_hub, tenacity and tqdm. `import sana_model` alone imports none of them: a module is imported when its names are
+asked for.
 """
+# ruff: noqa: F401  the imports below are for type checkers and editors
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sana_model.flow import (
+        add_noise,
+        flow_loss,
+        loss_by_sigma,
+        sample_sigmas,
+        shift_sigmas,
+        sigma_to_timestep,
+        velocity_target,
+    )
+    from sana_model.nn.autoencoder import DCAutoencoder
+    from sana_model.nn.config import AutoencoderConfig, SanaConfig, TextEncoderConfig
+    from sana_model.nn.text_encoder import TextEncoder
+    from sana_model.nn.transformer import SanaTransformer
+    from sana_model.pipeline import TextToImage, guided_velocity
+    from sana_model.solver import classifier_free_guidance, euler_sigmas, flow_dpm_solver, flow_euler, sampling_sigmas
+
+_MODULE_OF = {
+    "AutoencoderConfig": "nn.config",
+    "DCAutoencoder": "nn.autoencoder",
+    "SanaConfig": "nn.config",
+    "SanaTransformer": "nn.transformer",
+    "TextEncoder": "nn.text_encoder",
+    "TextEncoderConfig": "nn.config",
+    "TextToImage": "pipeline",
+    "add_noise": "flow",
+    "classifier_free_guidance": "solver",
+    "euler_sigmas": "solver",
+    "flow_dpm_solver": "solver",
+    "flow_euler": "solver",
+    "flow_loss": "flow",
+    "guided_velocity": "pipeline",
+    "loss_by_sigma": "flow",
+    "sample_sigmas": "flow",
+    "sampling_sigmas": "solver",
+    "shift_sigmas": "flow",
+    "sigma_to_timestep": "flow",
+    "velocity_target": "flow",
+}
+"""Public name -> the module of this package that defines it."""
+
+if not TYPE_CHECKING:  # a type checker would take every name for a member of a module that has __getattr__
+
+    def __getattr__(name):
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF})

@@ -13,15 +13,18 @@ from torch import Tensor
 NUM_TRAIN_TIMESTEPS = 1000
 """The model's time input is sigma times this."""
 
+DEFAULT_FLOW_SHIFT = 3.0
+"""The shift of the noise levels (`shift_sigmas`) where neither a checkpoint nor a user names one; Sana's usual one."""
+
 VelocityModel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(noisy_latents, timestep, caption_embeds, caption_mask) -> velocity: a SanaTransformer, or an engine around one."""
+"""(noisy_latents, timestep, caption_embeds, caption_mask) -> velocity: a `SanaTransformer`, or an engine that wraps one."""
 
 
 def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
     """Move noise levels towards 1, as larger images need: s sigma / (1 + (s - 1) sigma).
 
-    Any shape and dtype; 0 and 1 stay where they are (Esser et al., arXiv 2403.03206, on timestep shifting). Sana
-    publishes shift 3 (4 for 0.6B at 1024 px, 6 at 4096 px).
+    Takes any shape and floating dtype; 0 and 1 stay where they are. Source: Esser et al., arXiv 2403.03206, on timestep
+    shifting. Sana's published shift is 3 (4 for 0.6B at 1024 px, 6 at 4096 px).
 
     Raises:
         ValueError: shift is not positive.
@@ -43,9 +46,13 @@ def sample_sigmas(
 ) -> Tensor:
     """Draw the noise levels to train at: (num,) float32, strictly between 0 and 1.
 
-    `mean` and `std` are those of the logit of sigma before the shift, for "logit_normal" only; the published
-    configurations train with logit-normal(0, 1) and the shift of the sampler. Drawn on the generator's device, so that
-    a CPU generator gives the same values for every `device`, then moved to `device` (None: the generator's).
+    The published configurations train with logit-normal(0, 1) and the shift of the sampler.
+
+    Args:
+        mean, std: of the logit of sigma before the shift; "uniform" ignores them.
+        shift: see `shift_sigmas`.
+        device: where the result goes; None: the generator's device. Values are drawn on the generator's device, so a CPU
+            generator gives the same values for every `device`.
 
     Raises:
         ValueError: unknown distribution, or std or shift not positive.
@@ -63,24 +70,18 @@ def sample_sigmas(
 
 
 def sigma_to_timestep(sigma: Tensor, *, integer: bool = False) -> Tensor:
-    """The model's time input for a noise level: 1000 sigma, of the shape and dtype of `sigma`.
+    """Convert a noise level to the model's time input: 1000 sigma, in the shape and dtype of `sigma`.
 
-    Training here, flow-Euler and NVlabs' solver use the continuous value. `integer` truncates, as the int64 timesteps
-    of diffusers' DPMSolverMultistepScheduler, with which its Sana pipeline draws. Where 1000 sigma is a whole number
-    (only grids of shift 1 whose number of steps divides by 3 or 37), diffusers may be one lower: its float64 product
-    lies just below that number.
+    Training here, flow-Euler and NVlabs' solver use the continuous value. `integer` truncates it, as diffusers' Sana pipeline
+    does (the int64 timesteps of its DPMSolverMultistepScheduler). Where 1000 sigma is a whole number (only in grids of shift 1
+    whose number of steps divides by 3 or 37), diffusers may be one lower: its float64 product lies just below that number.
     """
     timestep = sigma * NUM_TRAIN_TIMESTEPS
     return timestep.trunc() if integer else timestep
 
 
-def timestep_to_sigma(timestep: Tensor) -> Tensor:
-    """The noise level of a (continuous) timestep: the inverse of `sigma_to_timestep`. Any shape and floating dtype."""
-    return timestep / NUM_TRAIN_TIMESTEPS
-
-
 def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """(1 - sigma) latents + sigma noise: (B, C, H, W) in the dtype of `latents`, computed at no less than float32.
+    """Noise latents: (1 - sigma) latents + sigma noise, (B, C, H, W) in the dtype of `latents`, computed in at least float32.
 
     Args:
         latents: (B, C, H, W).
@@ -99,7 +100,7 @@ def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
-    """noise - latents, (B, C, H, W) float32: the velocity at every point of the straight line between the two."""
+    """The velocity that the model should predict: noise - latents, (B, C, H, W) float32, the same at every noise level."""
     return noise.float() - latents.float()
 
 
@@ -112,17 +113,17 @@ def flow_loss(
     sigma: Tensor,
     noise: Tensor,
 ) -> Tensor:
-    """Squared error of the model's velocity at the noised latents, averaged over each sample: (B,) float32.
+    """Mean squared error of the model's velocity at the noised latents, one value per sample: (B,) float32.
 
-    One value per sample, so that callers may weight it and report it by noise level (`loss_by_sigma`). Sana trains on
-    the plain mean of it.
+    One value per sample lets the caller weight the samples and report the loss by noise level (`loss_by_sigma`). Sana trains on
+    the plain mean over the batch.
 
     Args:
         model: called with the noisy latents in the dtype of `latents`, and the timestep (B,) in float32.
-        latents: (B, C, H, W), scaled.
+        latents: (B, C, H, W), as `DCAutoencoder.encode` scales them.
         caption_embeds: (B, L, D).
-        caption_mask: (B, L).
-        sigma: (B,) float32.
+        caption_mask: (B, L), nonzero at real tokens.
+        sigma: (B,) float32, noise levels.
         noise: standard normal, the shape of `latents`.
 
     Raises:
@@ -141,8 +142,8 @@ def loss_by_sigma(loss: Tensor, sigma: Tensor, *, num_bins: int = 10) -> tuple[T
         sigma: (N,) in [0, 1].
 
     Returns:
-        mean: (num_bins,) in the dtype of `loss`; NaN where no sample fell. Range i is [i, i + 1) / num_bins, the last
-            one closed.
+        mean: (num_bins,) in the dtype of `loss`; NaN where there is no sample. Range i is [i, i + 1) / num_bins, and the last
+            one includes 1.
         count: (num_bins,) int64.
     """
     index = (sigma.detach() * num_bins).long().clamp(max=num_bins - 1)

@@ -1,4 +1,4 @@
-"""Prompts to images: text encoder, linear DiT, solver and DC-AE put together."""
+"""Text to image: text encoder, linear DiT, solver and DC-AE put together."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,19 +8,21 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sana_model.flow import sigma_to_timestep
+from sana_model.files.pipeline import PipelineParts, load_parts, save_parts
+from sana_model.flow import DEFAULT_FLOW_SHIFT, sigma_to_timestep
 from sana_model.nn.autoencoder import DCAutoencoder
 from sana_model.nn.text_encoder import TextEncoder
 from sana_model.nn.transformer import CaptionState, SanaTransformer
 from sana_model.solver import SOLVERS, OnStep, PredictVelocity, classifier_free_guidance
 
-DEFAULT_FLOW_SHIFT = 3.0
-MAX_DECODE_PIXELS = 2048**2  # decoded at once; a larger image is decoded in tiles
-DECODE_TILE = 1024
+MAX_DECODE_PIXELS = 2048**2
+"""Most pixels decoded at once. More images than fit are decoded in turn, an image that does not fit is decoded in tiles."""
 
+DECODE_TILE = 1024
+"""Side of a tile, in pixels."""
 
 Caption = tuple[Tensor, Tensor]
-"""caption_embeds (B, L, D) and caption_mask (B, L) of the text encoder."""
+"""caption_embeds (B, L, D) and caption_mask (B, L), as the text encoder returns them."""
 
 
 def guided_velocity(
@@ -32,9 +34,15 @@ def guided_velocity(
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     integer_timesteps: bool = False,
 ) -> PredictVelocity:
-    """What a solver integrates: velocity of latents (B, C, h, w) at a sigma, for B captions and one null caption.
+    """Make the function that a solver integrates: guided velocity of latents (B, C, h, w) at a sigma.
 
-    The captions' keys and values are computed here, once for all steps. Arguments are those of `TextToImage`.
+    The captions' keys and values are computed here, once for all steps.
+
+    Args:
+        captions: B captions. null: one null (or negative) caption.
+        guidance_scale, guidance_interval, integer_timesteps: as in `TextToImage.forward`.
+
+    Raises ValueError if guidance_interval is not 0 <= lo < hi <= 1.
     """
     dtype = transformer.head.weight.dtype
     both = transformer.encode_captions(*_null_then_captions(captions, null, dtype))
@@ -55,7 +63,7 @@ def guided_velocity(
 
 
 def _null_then_captions(captions: Caption, null: Caption, dtype: torch.dtype) -> Caption:
-    """A doubled batch: the null caption once for each caption, then the captions."""
+    """Make a doubled batch: the null caption once per caption, then the captions."""
     (embeds, mask), (null_embeds, null_mask) = captions, null
     count, length = len(embeds), max(mask.shape[1], null_mask.shape[1])
     caption_embeds = embeds.new_zeros(2 * count, length, embeds.shape[-1], dtype=dtype)
@@ -66,10 +74,12 @@ def _null_then_captions(captions: Caption, null: Caption, dtype: torch.dtype) ->
 
 
 class TextToImage(nn.Module):
-    """The whole model; `.to(device)` moves all of it.
+    """The whole model as one module: call it with prompts, get pictures. `.to(device)` moves all of it.
 
     Args:
-        flow_shift: of the sampling grid; published: 3.0; 4.0 for 0.6B at 1024 px; 6.0 at 4096 px.
+        flow_shift: shift of the sampling grid. Published: 3.0; 4.0 for 0.6B at 1024 px; 6.0 at 4096 px.
+
+    Raises ValueError if the transformer's latent channels or caption width are not those of the other models.
     """
 
     def __init__(
@@ -108,10 +118,11 @@ class TextToImage(nn.Module):
         flow_shift: float | None = None,
         **overrides: Any,
     ) -> "TextToImage":
-        """Load our own pipeline folder, diffusers' `SanaPipeline` or an NVlabs `.pth`: see `pipeline_files.load_pipeline`."""
-        from sana_model.files import pipeline as pipeline_files
+        """Load our own pipeline folder, diffusers' `SanaPipeline` folder or an NVlabs `.pth`.
 
-        return pipeline_files.load_pipeline(
+        Arguments, and errors raised, are those of `files.pipeline.load_parts`.
+        """
+        parts = load_parts(
             path,
             dtype=dtype,
             use_ema=use_ema,
@@ -120,12 +131,20 @@ class TextToImage(nn.Module):
             flow_shift=flow_shift,
             **overrides,
         )
+        return cls(parts.transformer, parts.autoencoder, parts.text_encoder, flow_shift=parts.flow_shift)
 
     def save_pretrained(self, path: str | Path, *, layout: str = "sana") -> None:
-        """Write all of it as "sana" or "diffusers", or the transformer as "nvlabs": see `pipeline_files.save_pipeline`."""
-        from sana_model.files import pipeline as pipeline_files
+        """Write a folder with all models ("sana", "diffusers"), or a `.pth` file with the transformer alone ("nvlabs").
 
-        pipeline_files.save_pipeline(self, path, layout=layout)
+        See `files.pipeline.save_parts`.
+        """
+        parts = PipelineParts(
+            transformer=self.transformer,
+            autoencoder=self.autoencoder,
+            text_encoder=self.text_encoder,
+            flow_shift=self.flow_shift,
+        )
+        save_parts(parts, path, layout=layout)
 
     @property
     def device(self) -> torch.device:
@@ -152,21 +171,20 @@ class TextToImage(nn.Module):
 
         Args:
             prompts: list of str.
-            height, width: pixels, multiples of the autoencoder's factor; the size that the model was made for unless given.
-            num_steps: predictions of velocity, each over the whole batch.
+            height, width: in pixels, multiples of the autoencoder's factor times the patch size; None: the model's own size.
+            num_steps: number of velocity predictions, each for the whole batch.
             guidance_scale: weight of classifier-free guidance; 1 turns it off and halves the cost.
             guidance_interval: (lo, hi) in sigma; guidance acts only there (see `classifier_free_guidance`).
-            negative_prompt: what to guide away from, for all images; encoded without the instruction, as published.
-            seed: of the noise. One number: each image is drawn from it, so that a prompt's image does not depend on its batch.
-                A sequence: one for each image. None: a new one every time.
+            negative_prompt: text to guide away from, for all images; encoded without the instruction, as published.
+            seed: of the noise. A number: of every image, so that an image does not depend on its batch. A sequence: one seed
+                per image. None: new noise every time.
             generator: draws the noise of the whole batch at once, as diffusers does; in place of `seed`.
             solver: "flow_dpm_solver" (14 to 20 steps) or "flow_euler" (28 to 50).
             integer_timesteps: give the model whole timesteps, as diffusers does, in place of exact ones.
             on_step: called after each step with (index, latents), e.g. for a progress bar.
 
-        Raises:
-            TypeError: prompts are not a list of str.
-            ValueError: no prompts, a size that does not divide, an unknown solver, seeds that do not match the prompts.
+        Raises TypeError unless prompts are a list of str. Raises ValueError for no prompts, a size that is no multiple, an
+        unknown solver, num_steps below 1, a bad guidance_interval, a wrong number of seeds, or both a seed and a generator.
         """
         if solver not in SOLVERS:
             raise ValueError(f"unknown solver {solver!r}: choose one of {', '.join(SOLVERS)}")
@@ -198,7 +216,7 @@ class TextToImage(nn.Module):
     def _draw_noise(
         self, count: int, size: tuple[int, int], seed: int | Sequence[int] | None, generator: torch.Generator | None
     ) -> Tensor:
-        """(B, C, h, w) float32; drawn on the CPU if from seeds, so that a seed means the same image on every device."""
+        """Draw (B, C, h, w) float32; from seeds on the CPU, so that a seed gives the same image on every device."""
         shape = (self.transformer.config.in_channels, *size)
         if generator is not None:
             if seed is not None:

@@ -1,8 +1,8 @@
 """Solvers of the rectified-flow ODE dx/dsigma = velocity, as pure functions, and classifier-free guidance.
 
-A solver takes (predict_velocity, latents, sigmas) and walks `latents` down the decreasing grid `sigmas`. It sets no
-autograd mode: call it under `torch.inference_mode()` to draw pictures. Grids belong on the CPU, where every step's
-coefficients then are computed without waiting for the device of the latents.
+A solver takes (predict_velocity, latents, sigmas) and integrates `latents` along the decreasing grid `sigmas`. It sets no
+autograd mode: call it under `torch.inference_mode()` to draw pictures. Keep grids on the CPU: then the coefficients of a step
+are computed without waiting for the device of the latents.
 """
 
 from collections.abc import Callable
@@ -14,17 +14,17 @@ from torch import Tensor
 from sana_model.flow import NUM_TRAIN_TIMESTEPS, shift_sigmas
 
 PredictVelocity = Callable[[Tensor, Tensor], Tensor]
-"""(latents (B, C, H, W), sigma 0-d) -> velocity (B, C, H, W). Solvers pass float32 latents and take any dtype back."""
+"""(latents (B, C, H, W), sigma 0-d) -> velocity (B, C, H, W). Solvers pass float32 latents and accept any dtype back."""
 
 OnStep = Callable[[int, Tensor], None]
-"""(index of the step that is done, latents after it) -> None."""
+"""(index of the finished step, latents after it) -> None."""
 
 
 def sampling_sigmas(num_steps: int, shift: float) -> Tensor:
-    """Grid of Flow-DPM-Solver: (num_steps + 1,) float32, decreasing from just under 1 (0.999 before the shift) to 0.
+    """Make the grid of Flow-DPM-Solver: (num_steps + 1,) float32, decreasing from just under 1 (0.999 before the shift) to 0.
 
-    sigma = 1 - linspace(1, 1e-3, num_steps + 1), shifted: NVlabs' "time_uniform_flow", and bit for bit the `sigmas` of
-    diffusers' DPMSolverMultistepScheduler(use_flow_sigmas=True, flow_shift=shift).
+    sigma = 1 - linspace(1, 1e-3, num_steps + 1), then shifted. This is NVlabs' "time_uniform_flow", and bit for bit the
+    `sigmas` of diffusers' DPMSolverMultistepScheduler(use_flow_sigmas=True, flow_shift=shift).
 
     Raises:
         ValueError: num_steps < 1, or shift not positive.
@@ -35,11 +35,11 @@ def sampling_sigmas(num_steps: int, shift: float) -> Tensor:
 
 
 def euler_sigmas(num_steps: int, shift: float) -> Tensor:
-    """Grid of flow-Euler: (num_steps + 1,) float32, decreasing from 1 to 0.
+    """Make the grid of flow-Euler: (num_steps + 1,) float32, decreasing from 1 to 0.
 
-    NVlabs' flow-Euler takes its grid from diffusers' FlowMatchEulerDiscreteScheduler(shift=shift), which this equals
-    bit for bit. It differs from `sampling_sigmas`: it starts at exactly 1, is uniform down to the shifted sigma of
-    timestep 1 (so that end is shifted twice), and 0 is appended as one more, shorter step.
+    Equals bit for bit the grid of diffusers' FlowMatchEulerDiscreteScheduler(shift=shift), which NVlabs' flow-Euler uses. It
+    differs from `sampling_sigmas`: it starts at exactly 1; before the shift it is uniform down to the shifted sigma of timestep
+    1 (so that end is shifted twice); and 0 is appended as one more, shorter step.
 
     Raises:
         ValueError: num_steps < 1, or shift not positive.
@@ -60,13 +60,13 @@ def flow_dpm_solver(
 ) -> Tensor:
     """Flow-DPM-Solver++ 2M: `latents` (B, C, H, W) at sigmas[0] -> latents at sigmas[-1], one prediction per step.
 
-    DPM-Solver++ (Lu et al., arXiv 2211.01095, algorithm 2) on x_0 = x - sigma velocity, with alpha = 1 - sigma (Sana,
-    arXiv 2410.10629, algorithm 1). 14 to 20 steps suffice.
+    DPM-Solver++ (Lu et al., arXiv 2211.01095, algorithm 2) on x_0 = x - sigma velocity, with alpha = 1 - sigma (Sana, arXiv
+    2410.10629, algorithm 1). Good pictures take 14 to 20 steps.
 
     Args:
-        latents: any floating dtype; kept and returned in float32 (float64 if given so), whatever `predict_velocity`
-            returns.
-        sigmas: (N + 1,) strictly decreasing in [0, 1], see `sampling_sigmas`. It may start at 1.
+        latents: any floating dtype; computed and returned in float32 (float64 if given so), whatever `predict_velocity`
+        returns.
+        sigmas: (N + 1,) strictly decreasing in [0, 1], see `sampling_sigmas`. May start at 1.
         order: 2, or 1 (DDIM).
 
     Raises:
@@ -82,8 +82,9 @@ def flow_dpm_solver(
     x0_before = latents
     for i in range(len(h)):
         x0 = D = latents - sigma[i] * predict_velocity(latents, sigmas[i]).to(latents.dtype)
-        # First order in the first step, which has no x0 before it, and in the step to sigma 0, where the log-SNR step h
-        # is infinite: r would be 0. From sigma 1 the first h is infinite too, but then so is r, and D is just x0.
+        # The first step is of first order, since there is no x0 before it. So is the step to sigma 0, where the log-SNR step h
+        # is infinite and r would be 0. From sigma 1 the first h is infinite too; then r of the next step is infinite and D is
+        # x0.
         if order == 2 and i > 0 and sigma[i + 1] > 0:
             r = h[i - 1] / h[i]
             D = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * x0_before
@@ -97,7 +98,8 @@ def flow_dpm_solver(
 def flow_euler(predict_velocity: PredictVelocity, latents: Tensor, sigmas: Tensor, *, on_step: OnStep | None = None) -> Tensor:
     """Euler's method: `latents` (B, C, H, W) at sigmas[0] -> latents at sigmas[-1], one prediction per step.
 
-    Sana's baseline, at 28 to 50 steps. dtypes and `sigmas` as in `flow_dpm_solver`; its own grid is `euler_sigmas`.
+    The baseline in Sana's paper, with 28 to 50 steps. dtypes and `sigmas` are as in `flow_dpm_solver`; the usual grid is
+    `euler_sigmas`.
     """
     latents = _at_least_float32(latents)
     for i in range(len(sigmas) - 1):
@@ -114,10 +116,10 @@ def classifier_free_guidance(
     guidance_scale: float,
     interval: tuple[float, float] = (0.0, 1.0),
 ) -> PredictVelocity:
-    """v = v_null + guidance_scale (v_cond - v_null), in the dtype of the latents (Ho and Salimans, arXiv 2207.12598).
+    """Guide: v_null + guidance_scale (v_cond - v_null), in the dtype of the latents (Ho and Salimans, arXiv 2207.12598).
 
-    Guidance acts for lo <= sigma <= hi (Kynkäänniemi et al., arXiv 2404.07724). At other noise levels, and at every
-    level if guidance_scale is 1, only `predict_conditional` is called, at half the cost.
+    Guidance acts where lo <= sigma <= hi (Kynkäänniemi et al., arXiv 2404.07724). At other noise levels, and at every level if
+    guidance_scale is 1, only `predict_conditional` is called, at half the cost.
 
     Args:
         predict_both: (latents, sigma) -> (v_null, v_cond), from one doubled batch.
@@ -141,7 +143,7 @@ def classifier_free_guidance(
 
 
 class Solver(Protocol):
-    """What `flow_dpm_solver` and `flow_euler` have in common."""
+    """The signature that `flow_dpm_solver` and `flow_euler` share."""
 
     def __call__(
         self, predict_velocity: PredictVelocity, latents: Tensor, sigmas: Tensor, *, on_step: OnStep | None = None
@@ -152,7 +154,7 @@ SOLVERS: dict[str, tuple[Solver, Callable[[int, float], Tensor]]] = {
     "flow_dpm_solver": (flow_dpm_solver, sampling_sigmas),
     "flow_euler": (flow_euler, euler_sigmas),
 }
-"""Name in a config -> (solver, its grid (num_steps, shift) -> sigmas)."""
+"""A solver's name in a configuration -> (solver, its grid: (num_steps, shift) -> sigmas)."""
 
 
 def _check_num_steps(num_steps: int) -> None:

@@ -47,7 +47,6 @@ ROOMS = (
 EXCEPTIONS = {
     # Users expect `SanaTransformer.from_pretrained(...)`, as in transformers and diffusers: lazy imports in these methods.
     ("sana_model/nn", "sana_model/files"),
-    ("sana_model/files", "sana_model/pipeline"),
     # `--on_stale rebuild` is a promise of every stage's job; deleting a table needs to know what is made from it.
     ("jobs/common", "pipelines/audit"),
 }

@@ -1,4 +1,4 @@
-"""`python -m infra.local up --folder /tmp/cluster`: a Ray cluster of several hosts on this machine, also to be broken."""
+"""`python -m infra.local up --folder /tmp/cluster`: a Ray cluster of several hosts on this machine, whose hosts can fail."""
 
 import argparse
 import shlex
@@ -14,6 +14,7 @@ EXPECTED = (MissingRightsError, FileExistsError, FileNotFoundError, RuntimeError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code: 1 for an expected error, that of the job for `submit`."""
     options = make_parser().parse_args(argv)
     try:
         return int(options.run(options) or 0)
@@ -23,44 +24,55 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """The parser; each command sets `run`, the function that carries it out."""
     parser = argparse.ArgumentParser(
         prog="python -m infra.local", description="A Ray cluster of several hosts on this machine."
     )
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    def add(name: str, run: object, told: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=told, description=told)
+    def add(name: str, run: object, summary: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=summary, description=summary)
         command.set_defaults(run=run)
         if name != "check":
-            command.add_argument("--folder", type=Path, required=True, help="of the cluster: its state, logs and hosts' disks")
+            command.add_argument(
+                "--folder", type=Path, required=True, help="the cluster's folder: its state, logs and hosts' disks"
+            )
         return command
 
-    add("check", lambda options: check_rights(), "say whether this machine lets us make hosts, and what to do if not")
-    up = add("up", _up, "make hosts, S3, MLflow and a Ray on them")
-    up.add_argument("--hosts", type=int, default=4, help="with the head (default: 4)")
-    up.add_argument("--cpus", type=int, default=4, help="logical CPUs of every host but the head (default: 4)")
-    health = HealthConfig()
-    up.add_argument(
-        "--health_timeout_ms", type=int, default=health.timeout_ms, help="of one health check (default: %(default)s)"
+    add("check", lambda options: check_rights(), "say whether hosts can be made on this machine, and what to do if not")
+    _add_up_options(add("up", _up, "make the hosts, an S3, an MLflow server, and a Ray cluster on the hosts"))
+    add("down", _down, "remove everything except the logs")
+    add("status", _status, "say which hosts and servers run, and where")
+    add("environment", _environment, "print the exports that commands on this machine need to reach the cluster")
+    submit = add("submit", _submit, "submit a job from this machine by ray job submit, with the working tree")
+    submit.add_argument(
+        "entrypoint", nargs="+", metavar="-- command", help="the command to run, such as -- python -m jobs.ingest ..."
     )
-    up.add_argument(
-        "--health_threshold", type=int, default=health.threshold, help="failures until a host is dead (default: %(default)s)"
-    )
-    add("down", _down, "take everything away but the logs")
-    add("status", _status, "say what runs, and where")
-    add("environment", _environment, "print exports with which commands on this machine reach the cluster")
-    submit = add("submit", _submit, "ray job submit, from this machine, with the working tree")
-    submit.add_argument("entrypoint", nargs="+", metavar="-- command", help="such as -- python -m jobs.ingest ...")
-    for name, run, told in (
-        ("power_off", lambda options: _load(options).power_off(options.host), "pull a host's plug"),
-        ("cut", _cut, "cut a host's link"),
-        ("restore", lambda options: _load(options).restore(options.host), "mend a host's link, and switch it on"),
+    for name, run, summary in (
+        ("power_off", _power_off, "switch a host off without warning, as if its plug were pulled"),
+        ("cut", _cut, "cut a host's network link"),
+        ("restore", _restore, "mend a host's link, and switch the host on if it is off"),
     ):
-        command = add(name, run, told)
-        command.add_argument("host", type=int, help="0 is the head")
+        command = add(name, run, summary)
+        command.add_argument("host", type=int, help="the host's number; 0 is the head")
         if name == "cut":
-            command.add_argument("--seconds", type=float, help="after which it is mended; else it stays cut")
+            command.add_argument("--seconds", type=float, help="time until the link is mended; without it, the link stays cut")
     return parser
+
+
+def _add_up_options(up: argparse.ArgumentParser) -> None:
+    health = HealthConfig()
+    up.add_argument("--hosts", type=int, default=4, help="number of hosts, including the head (default: 4)")
+    up.add_argument("--cpus", type=int, default=4, help="logical CPUs of every host but the head (default: 4)")
+    up.add_argument(
+        "--health_timeout_ms", type=int, default=health.timeout_ms, help="timeout of one health check (default: %(default)s)"
+    )
+    up.add_argument(
+        "--health_threshold",
+        type=int,
+        default=health.threshold,
+        help="failed checks in a row until a host counts as dead (default: %(default)s)",
+    )
 
 
 def _load(options: argparse.Namespace) -> Cluster:
@@ -100,12 +112,20 @@ def _submit(options: argparse.Namespace) -> int:
     return _load(options).submit(options.entrypoint)
 
 
+def _power_off(options: argparse.Namespace) -> None:
+    _load(options).power_off(options.host)
+
+
 def _cut(options: argparse.Namespace) -> None:
     cluster = _load(options)
     if options.seconds is None:
         cluster.cut(options.host)
     else:
         cut_for(cluster, options.host, options.seconds)
+
+
+def _restore(options: argparse.Namespace) -> None:
+    _load(options).restore(options.host)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The cluster: made, broken, mended and taken away. What is known of it lies in its folder, so that any process may do it."""
+"""Starts, damages, mends and removes a cluster. Its state is a file in its folder, so that any process can do each of these."""
 
 import json
 import os
@@ -27,9 +27,16 @@ BUCKET_URI = f"s3://{BUCKET}"
 
 @dataclass(kw_only=True)
 class Cluster:
-    """Hosts and servers. `hosts` and `servers` are the processes that run them; a host that is off has none.
+    """A cluster of hosts and its servers. Get one from `Cluster.up` or `Cluster.load`.
 
-    Use `Cluster.up` and `Cluster.load`.
+    Args:
+        folder: holds the state, the token, the logs and the hosts' disks.
+        config: the hosts.
+        network: the network that they are on.
+        token: Ray's authentication token.
+        hosts: the process of each host that is on, by the host's number.
+        servers: the processes of S3, MLflow and PostgreSQL, by name.
+        database: PostgreSQL's folder; None if MLflow uses SQLite.
     """
 
     folder: Path
@@ -42,12 +49,12 @@ class Cluster:
 
     @classmethod
     def up(cls, folder: Path, config: HostConfig) -> "Cluster":
-        """Make one, and wait until all its hosts have joined; what fails on the way is taken away again.
+        """Start a cluster and wait until all its hosts have joined. If that fails, everything is removed again.
 
         Raises:
-            MissingRightsError: this machine does not let us.
-            FileExistsError: the folder holds a cluster.
-            RuntimeError, TimeoutError: something did not start; its log is named.
+            MissingRightsError: hosts cannot be made on this machine.
+            FileExistsError: the folder holds a cluster already.
+            RuntimeError, TimeoutError: something did not start; the message names its log.
         """
         check_rights()
         folder = folder.absolute()
@@ -67,7 +74,7 @@ class Cluster:
 
     @classmethod
     def load(cls, folder: Path) -> "Cluster":
-        """The one in a folder. Raises FileNotFoundError."""
+        """Load the cluster of a folder. Raises FileNotFoundError if there is none."""
         path = folder.absolute() / STATE
         if not path.exists():
             raise FileNotFoundError(f"{folder} holds no cluster: python -m infra.local up --folder {folder} makes one")
@@ -85,7 +92,7 @@ class Cluster:
         )
 
     def down(self) -> None:
-        """Take everything away but the folder with its logs. By pid; what is gone already does no harm."""
+        """Remove everything except the folder with its logs. Ends processes by pid, and skips what is gone already."""
         for process in (*self.hosts.values(), *reversed(self.servers.values())):
             process.kill()
         self.network.delete(self.config.num_hosts)
@@ -94,28 +101,28 @@ class Cluster:
         (self.folder / STATE).unlink(missing_ok=True)
 
     def power_off(self, host: int) -> None:
-        """As when the plug is pulled: all that the host runs is gone at once, and nobody is told."""
+        """Switch a host off as if its plug were pulled: its processes end at once, and other hosts get no message."""
         self._check(host)
-        self.network.cut(host)  # first: the dying would close their connections, which tells the others
+        self.network.cut(host)  # first, because ending processes close their connections, which other hosts would notice
         process = self.hosts.pop(host, None)
         self._save()
         if process is not None:
             process.kill()
 
     def cut(self, host: int) -> None:
-        """The host goes on running, but nothing reaches it and nothing of it reaches others."""
+        """Cut a host's link: the host keeps running, but nothing reaches it and nothing that it sends arrives."""
         self._check(host)
         self.network.cut(host)
 
     def restore(self, host: int) -> None:
-        """Mend the host's link, and switch it on where it is off."""
+        """Mend a host's link, and switch the host on if it is off."""
         self._check(host)
         self.network.mend(host)
         if host not in self.hosts or not self.hosts[host].is_running():
             self._start_host(host)
 
     def wait_until_whole(self) -> None:
-        """Until all hosts that are on have joined. Raises TimeoutError."""
+        """Wait until all hosts that are on have joined. Raises TimeoutError after ALIVE_SECONDS."""
 
         def joined() -> bool:
             return {self.network.address(host) for host in self.hosts} <= set(self.alive())
@@ -123,25 +130,26 @@ class Cluster:
         wait_until(joined, f"not all hosts have joined (see {self.folder}/logs): {self.alive()}", seconds=ALIVE_SECONDS)
 
     def alive(self) -> list[str]:
-        """The addresses of the hosts that Ray takes for alive; none while its head does not answer."""
+        """The addresses of the hosts that Ray considers alive; empty while the head does not answer."""
         try:
-            nodes = self.ask("/api/v0/nodes?limit=1000")["data"]["result"]["result"]
+            nodes = self._ask("/api/v0/nodes?limit=1000")["data"]["result"]["result"]
         except (OSError, KeyError, ValueError):
             return []
         return sorted(node["node_ip"] for node in nodes if node["state"] == "ALIVE")
 
-    def ask(self, path: str, *, token: bool = True) -> Any:
-        """The dashboard's answer. Raises OSError."""
-        headers = {"Authorization": f"Bearer {self.token}"} if token else {}
+    def _ask(self, path: str) -> Any:
+        """Get the JSON answer of a path of the dashboard. Raises OSError, or ValueError if it is not JSON."""
+        headers = {"Authorization": f"Bearer {self.token}"}
         with urllib.request.urlopen(urllib.request.Request(self.dashboard + path, headers=headers), timeout=20) as answer:
             return json.loads(answer.read())
 
     @property
     def dashboard(self) -> str:
+        """The URL of the Ray dashboard."""
         return f"http://{self.network.address(0)}:{DASHBOARD_PORT}"
 
     def environment(self) -> dict[str, str]:
-        """What a process on this machine needs to reach the cluster's S3, MLflow and dashboard."""
+        """The environment variables with which a process on this machine reaches the cluster's S3, MLflow and dashboard."""
         return {
             **self._servers.environment(),
             "RAY_ADDRESS": self.dashboard,
@@ -150,15 +158,15 @@ class Cluster:
         }
 
     def submit_command(self, entrypoint: Sequence[str], *, submission_id: str | None = None) -> list[str]:
-        """`ray job submit` with the working tree, to be run with `environment`; it ends as the job does."""
+        """The `ray job submit` command for a job with the working tree, to run with `environment`; it exits as the job does."""
         command = [str(PYTHON.parent / "ray"), "job", "submit", "--working-dir", str(ROOT)]
         if submission_id is not None:
             command += ["--submission-id", submission_id]
         return [*command, "--", *entrypoint]
 
-    def submit(self, entrypoint: Sequence[str], *, submission_id: str | None = None) -> int:
-        """Its exit code."""
-        command = self.submit_command(entrypoint, submission_id=submission_id)
+    def submit(self, entrypoint: Sequence[str]) -> int:
+        """Submit a job, wait for its end and return its exit code."""
+        command = self.submit_command(entrypoint)
         return subprocess.run(command, env={**os.environ, **self.environment()}, check=False).returncode
 
     @property
@@ -167,7 +175,7 @@ class Cluster:
 
     def _check(self, host: int) -> None:
         if not 0 <= host < self.config.num_hosts:
-            raise ValueError(f"host {host} is none of 0 to {self.config.num_hosts - 1}")
+            raise ValueError(f"host {host} does not exist: give one from 0 (the head) to {self.config.num_hosts - 1}")
 
     def _start(self) -> None:
         (self.folder / "logs").mkdir(exist_ok=True)
@@ -187,7 +195,7 @@ class Cluster:
         self.wait_until_whole()
 
     def _start_database(self) -> str:
-        """Its URI: PostgreSQL's where it is installed, or else a SQLite file's."""
+        """Start MLflow's database and return its URI: PostgreSQL if it is installed, otherwise a SQLite file."""
         missing = find_missing()
         if missing is not None:
             print(f"MLflow keeps its runs in SQLite: {missing}", file=sys.stderr)
@@ -224,7 +232,7 @@ class Cluster:
 
 
 def cut_for(cluster: Cluster, host: int, seconds: float) -> None:
-    """Cut a host's link, and mend it after so long."""
+    """Cut a host's link and mend it after `seconds`, or at once if this is interrupted."""
     cluster.cut(host)
     try:
         time.sleep(seconds)

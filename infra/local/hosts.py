@@ -1,4 +1,4 @@
-"""What runs on a host: a Ray node, which is started again when it ends, as an operator or an init system would do it."""
+"""A host runs one Ray node, which is started again when it ends, as a Kubernetes operator or an init system would do."""
 
 import json
 import shlex
@@ -12,12 +12,13 @@ from infra.local.processes import PYTHON, Process
 GCS_PORT, DASHBOARD_PORT = 6379, 8265
 OBJECT_STORE_BYTES = 200 * 2**20
 SHM_BYTES = 320 * 2**20
-TOKEN_FILE = "/tmp/auth_token"  # on a host, whose /tmp is its own
+TOKEN_FILE = "/tmp/auth_token"  # on a host, which has its own /tmp
 ALONE = ("unshare", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child")
 
 NO_PORT = "65536"
 NO_METRICS = {"RAY_enable_metrics_collection": "0", "AUTOSCALER_METRIC_PORT": NO_PORT, "DASHBOARD_METRIC_PORT": NO_PORT}
-"""Ray's metrics are served to all, on all interfaces, without a token. Two of the three doors have no other lock than this."""
+"""Turns Ray's metrics off: they would be served on all interfaces without a token. An invalid port is the only way to close
+two of the three ports."""
 
 INIT = """
 set -eu
@@ -31,20 +32,22 @@ while true; do
     sleep 1
 done
 """
-"""The first process of a host. KEEP is where Python is, if that is below /tmp, which the host's own covers."""
+"""Script of a host's first process. KEEP is the folder of Python if that is below /tmp, which the host's own /tmp hides."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HealthConfig:
-    """How soon a silent host is taken for dead: by the head after about threshold * (period + timeout), by those who wait for
-    an answer from it after keepalive + timeout of that. A task that a lost host was at work on is begun anew only then.
+    """How soon a silent host counts as dead. Only then are the tasks that ran on it started again.
+
+    The head gives it up after about threshold * (period + timeout), and a process that waits for its answer after about
+    keepalive + keepalive_timeout.
 
     Args:
-        period_ms: from one question of the head to the next.
-        timeout_ms: until a question without an answer has failed.
-        threshold: failures in a row.
-        keepalive_ms: from one sign of life of a connection to the next; Ray's own default is 5 minutes.
-        keepalive_timeout_ms: until a connection without an answer is given up; Ray's own default is 2 minutes.
+        period_ms: from one health check by the head to the next.
+        timeout_ms: until a health check without an answer has failed.
+        threshold: failed health checks in a row.
+        keepalive_ms: from one keepalive ping on a connection to the next; Ray's own default is 5 minutes.
+        keepalive_timeout_ms: until a connection whose ping is not answered is closed; Ray's own default is 2 minutes.
     """
 
     period_ms: int = 1000
@@ -54,6 +57,7 @@ class HealthConfig:
     keepalive_timeout_ms: int = 15_000
 
     def environment(self) -> dict[str, str]:
+        """The environment variables by which Ray takes these settings; all nodes need the same."""
         return {
             "RAY_health_check_initial_delay_ms": "5000",
             "RAY_health_check_period_ms": str(self.period_ms),
@@ -66,13 +70,13 @@ class HealthConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class HostConfig:
-    """The hosts of a cluster. The first is the head: jobs' drivers run there, their work on the others.
+    """The hosts of a cluster. The first is the head: it runs the jobs' drivers, the others do the work.
 
     Args:
-        num_hosts: with the head.
-        num_cpus: logical, of every other host.
-        custom: custom resources of every other host, which keep actors that ask for them on different hosts.
-        health: when a silent host is taken for dead.
+        num_hosts: hosts, including the head.
+        num_cpus: logical CPUs of every host except the head.
+        custom: custom resources, one of each on every host but the head: actors that ask for the same run on different hosts.
+        health: how soon a silent host counts as dead.
     """
 
     num_hosts: int = 4
@@ -88,10 +92,12 @@ class HostConfig:
 def start_host(
     index: int, network: Network, config: HostConfig, *, folder: Path, token: str, environment: dict[str, str]
 ) -> Process:
-    """Switch a host on. Its disk is `folder`/hosts/<name>; what it says is in `folder`/logs.
+    """Switch a host on and return its first process. Its disk is `folder`/hosts/host-<index>, its log is in `folder`/logs.
 
     Args:
-        environment: of all its processes, besides what Ray needs.
+        index: the host's number; 0 is the head.
+        token: Ray's authentication token.
+        environment: variables of all its processes, besides those that Ray needs.
     """
     name = f"host-{index}"
     disk = folder / "hosts" / name
@@ -123,6 +129,7 @@ def start_host(
 
 
 def _ray_start(index: int, network: Network, config: HostConfig) -> list[str]:
+    """The command that runs a host's Ray node until it ends."""
     address, head = network.address(index), network.address(0)
     command = ["ray", "start", "--block", "--disable-usage-stats", f"--node-ip-address={address}"]
     command += [f"--object-store-memory={OBJECT_STORE_BYTES}", "--include-log-monitor=false"]

@@ -1,4 +1,4 @@
-"""Processes that go on when this program has ended, known by pid and by when they began: a pid may be given again."""
+"""Processes that keep running after this program ends. Pid and start time together identify one: pids are used again."""
 
 import subprocess
 import sys
@@ -14,12 +14,12 @@ import psutil
 
 KILL_SECONDS = 30.0
 ROOT = Path(__file__).parents[2]
-PYTHON = Path(sys.executable).absolute()  # it is relative where PATH names .venv/bin, and what we start starts in /
+PYTHON = Path(sys.executable).absolute()  # sys.executable may be relative, and the processes start in /
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process that we started. `began`: seconds since 1970."""
+    """A process that we started. `began` is its start time in seconds since 1970."""
 
     pid: int
     began: float
@@ -28,7 +28,12 @@ class Process:
     def start(
         cls, command: Sequence[str], *, log: Path, environment: Mapping[str, str], user: struct_passwd | None = None
     ) -> "Process":
-        """In a session of its own, so that no Ctrl-C reaches it; what it says is added to `log`."""
+        """Start a command in a session of its own, so that no Ctrl-C reaches it; its output is appended to `log`.
+
+        Args:
+            environment: all its variables.
+            user: whom it runs as; the present user unless given.
+        """
         with log.open("ab") as output:
             process = subprocess.Popen(
                 command,
@@ -43,7 +48,7 @@ class Process:
         return cls(process.pid, psutil.Process(process.pid).create_time())
 
     def family(self) -> list[psutil.Process]:
-        """It and what it started, as far as they run."""
+        """The process and its descendants that are running; empty if it has ended."""
         try:
             process = psutil.Process(self.pid)
             if process.create_time() != self.began or process.status() == psutil.STATUS_ZOMBIE:
@@ -53,10 +58,14 @@ class Process:
             return []
 
     def is_running(self) -> bool:
+        """Whether the process itself runs."""
         return bool(self.family())
 
     def kill(self) -> None:
-        """kill -9, it and what it started, and wait until they are gone."""
+        """Kill (SIGKILL) the process and its descendants, and wait until they are gone.
+
+        Raises RuntimeError if some are left after KILL_SECONDS.
+        """
         family = self.family()
         for process in family:
             with suppress(psutil.NoSuchProcess):
@@ -64,16 +73,16 @@ class Process:
         _, alive = psutil.wait_procs(family, timeout=KILL_SECONDS)
         alive = [process for process in alive if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
         if alive:
-            raise RuntimeError(f"processes {[process.pid for process in alive]} do not die")
+            raise RuntimeError(f"processes {[process.pid for process in alive]} still run {KILL_SECONDS:.0f} s after kill -9")
 
 
 def as_user(user: struct_passwd | None) -> dict[str, Any]:
-    """For `subprocess`; None: as who we are."""
+    """The arguments with which `subprocess` runs a command as a user; none for the present user."""
     return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if user else {}
 
 
 def wait_until(condition: Callable[[], object], problem: str, *, seconds: float) -> None:
-    """Raises TimeoutError with the problem."""
+    """Wait until a condition holds. Raises TimeoutError with `problem` in its message after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""Whether this machine lets us make hosts, and what is missing."""
+"""Checks whether hosts can be made on this machine, and says what is missing."""
 
 import os
 import shutil
@@ -10,14 +10,14 @@ PROBE = "sana-probe"
 
 
 class MissingRightsError(RuntimeError):
-    """This machine does not let us make hosts; the message says what to do."""
+    """Hosts cannot be made on this machine; the message says why, and what to do."""
 
 
 def check_rights() -> None:
-    """Try what the cluster needs. Raises MissingRightsError."""
+    """Try out, and undo, what a cluster needs. Raises MissingRightsError if something is missing."""
     if sys.platform != "linux":
         raise MissingRightsError(
-            f"network namespaces are of Linux, this is {sys.platform}: use a Linux machine or a virtual one"
+            f"network namespaces need Linux, and this is {sys.platform}: use a Linux machine, real or virtual"
         )
     for tool, package in TOOLS.items():
         if shutil.which(tool) is None:

@@ -1,7 +1,7 @@
-"""An S3 in memory: moto's server, whose conditional writes are made one at a time, as the real store makes them.
+"""An S3 in memory: moto's server, with conditional writes made one at a time, as a real store makes them.
 
-moto looks at the condition (If-Match, If-None-Match) and writes later, in one thread per request: of two writers that swap at
-the same moment both can succeed.
+moto checks the condition (If-Match, If-None-Match) first and writes later, with one thread for each request. Without this, two
+writers that swap the same object at the same moment could both succeed.
 """
 
 import argparse
@@ -18,7 +18,10 @@ WRITES = {"PUT", "POST", "DELETE"}
 
 
 def one_conditional_write_at_a_time(application: WSGIApplication) -> WSGIApplication:
-    """The body is read before the lock is taken: a slow client holds up nobody."""
+    """Wrap a WSGI application so that it handles one conditional write at a time.
+
+    The body is read before the lock is taken, so that a slow client delays nobody else.
+    """
     lock = threading.Lock()
 
     def guarded(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -32,6 +35,7 @@ def one_conditional_write_at_a_time(application: WSGIApplication) -> WSGIApplica
 
 
 def main() -> None:
+    """Serve until the process is ended."""
     parser = argparse.ArgumentParser(
         prog="python -m infra.local.s3", description="Serve an S3 that keeps everything in memory."
     )

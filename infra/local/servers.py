@@ -1,4 +1,4 @@
-"""What a cluster has beside Ray: an S3 and an MLflow server, on this machine, on the bridge's address."""
+"""The servers of a cluster besides Ray: an S3 and an MLflow server. They run on this machine, at the bridge's address."""
 
 import os
 import socket
@@ -17,21 +17,26 @@ START_SECONDS = 180.0
 
 @dataclass(frozen=True)
 class Servers:
-    """Where the servers of a cluster are: `address` is that of the bridge, `log_dir` takes what they say."""
+    """The servers of a cluster. They listen on `address`, the bridge's, and write their logs to `log_dir`."""
 
     address: str
     log_dir: Path
 
     @property
     def s3_endpoint(self) -> str:
+        """The URL of the S3."""
         return f"http://{self.address}:{S3_PORT}"
 
     @property
     def mlflow_uri(self) -> str:
+        """The URL of the MLflow server."""
         return f"http://{self.address}:{MLFLOW_PORT}"
 
     def environment(self) -> dict[str, str]:
-        """What a process needs to reach them. The S3 takes any credentials: none but the cluster's hosts reach it."""
+        """The environment variables with which a process reaches them.
+
+        The S3 takes any credentials: only the cluster's hosts and this machine reach it.
+        """
         return {
             "AWS_ENDPOINT_URL": self.s3_endpoint,
             "AWS_ACCESS_KEY_ID": "local",
@@ -41,10 +46,12 @@ class Servers:
         }
 
     def start_s3(self) -> Process:
+        """Start the S3, which keeps everything in memory."""
         options = ["--host", self.address, "--port", str(S3_PORT)]
         return self._start("s3", ["infra.local.s3", *options], dict(os.environ) | {"PYTHONPATH": str(ROOT)})
 
     def start_mlflow(self, database_uri: str) -> Process:
+        """Start the MLflow server, with runs in this database and artifacts in the bucket."""
         options = ["--backend-store-uri", database_uri, "--artifacts-destination", f"s3://{BUCKET}/mlflow", "--serve-artifacts"]
         options += ["--host", self.address, "--port", str(MLFLOW_PORT), "--allowed-hosts", f"{self.address}:{MLFLOW_PORT}"]
         environment = dict(os.environ) | self.environment() | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
@@ -52,7 +59,7 @@ class Servers:
         return self._start("mlflow", ["mlflow", "server", "--workers", "1", *options], environment)
 
     def make_bucket(self, s3: Process) -> None:
-        """As soon as the S3 answers. Raises RuntimeError, TimeoutError."""
+        """Make the bucket once the S3 answers. Raises RuntimeError if it has ended, TimeoutError if it does not answer."""
         self._wait_for_port(S3_PORT, s3, "s3")
         keys = self.environment()
         client = boto3.client(
@@ -65,7 +72,7 @@ class Servers:
         client.create_bucket(Bucket=BUCKET)
 
     def wait_for_mlflow(self, mlflow: Process) -> None:
-        """Raises RuntimeError, TimeoutError."""
+        """Wait until MLflow answers. Raises RuntimeError if it has ended, TimeoutError if it does not answer."""
         self._wait_for_port(MLFLOW_PORT, mlflow, "mlflow")
 
     def _start(self, name: str, module: list[str], environment: Mapping[str, str]) -> Process:
@@ -81,7 +88,7 @@ class Servers:
 
 
 def is_open(address: str, port: int) -> bool:
-    """Whether something listens there."""
+    """Whether something listens on a port."""
     try:
         socket.create_connection((address, port), 1).close()
     except OSError:

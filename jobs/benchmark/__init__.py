@@ -1,1 +1,1 @@
-"""Measurements that print their figures, each a ratio against a peer in the same process."""
+"""Measurements that print their figures; a comparison runs both sides in turns."""

@@ -1,21 +1,71 @@
-"""`python -m jobs.benchmark model|train|solver|tiling|stage`; `--help` after any of them."""
+"""`python -m jobs.benchmark model|train|solver|tiling|stage|startup`; `--help` after any of them."""
 
-from jsonargparse import auto_cli
+import sys
+from collections.abc import Sequence
 
-from jobs.benchmark.model import benchmark_model
-from jobs.benchmark.solver import benchmark_solver
-from jobs.benchmark.stage import benchmark_stage
-from jobs.benchmark.tiling import benchmark_tiling
-from jobs.benchmark.train import benchmark_train
+from jobs.benchmark.config import ModelConfig, SolverConfig, StageConfig, StartupConfig, TilingConfig, TrainStepConfig
+from jobs.common.subcommands import Subcommand, run_subcommand
+
+
+def run_model(config: ModelConfig) -> None:
+    from jobs.benchmark.model import benchmark_model
+
+    benchmark_model(config)
+
+
+def run_train(config: TrainStepConfig) -> None:
+    from jobs.benchmark.train import benchmark_train
+
+    benchmark_train(config)
+
+
+def run_solver(config: SolverConfig) -> None:
+    from jobs.benchmark.solver import benchmark_solver
+
+    benchmark_solver(config)
+
+
+def run_tiling(config: TilingConfig) -> None:
+    from jobs.benchmark.tiling import benchmark_tiling
+
+    benchmark_tiling(config)
+
+
+def run_stage(config: StageConfig) -> None:
+    from jobs.benchmark.stage import benchmark_stage
+
+    benchmark_stage(config)
+
+
+def run_startup(config: StartupConfig) -> None:
+    from jobs.benchmark.startup import benchmark_startup
+
+    benchmark_startup(config)
+
+
+PARTS = {
+    "model": Subcommand(line="Time the model against diffusers, part by part.", config_class=ModelConfig, run=run_model),
+    "train": Subcommand(
+        line="Time a training step against the published recipe's.", config_class=TrainStepConfig, run=run_train
+    ),
+    "solver": Subcommand(
+        line="Compare the solvers' errors where the velocity is known exactly.", config_class=SolverConfig, run=run_solver
+    ),
+    "tiling": Subcommand(line="Measure the memory of DC-AE with and without tiles.", config_class=TilingConfig, run=run_tiling),
+    "stage": Subcommand(
+        line="Measure a stage's speed against the bare loop over its model, and its memory.",
+        config_class=StageConfig,
+        run=run_stage,
+    ),
+    "startup": Subcommand(
+        line="Measure the CPU seconds of --help of every command, and of status.", config_class=StartupConfig, run=run_startup
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_subcommand("benchmark", PARTS, argv)
+
 
 if __name__ == "__main__":
-    auto_cli(
-        {
-            "model": benchmark_model,
-            "train": benchmark_train,
-            "solver": benchmark_solver,
-            "tiling": benchmark_tiling,
-            "stage": benchmark_stage,
-        },
-        prog="python -m jobs.benchmark",
-    )
+    sys.exit(main())

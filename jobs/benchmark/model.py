@@ -2,7 +2,6 @@
 
 import platform
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import diffusers
@@ -12,7 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
 
-from jobs.benchmark.timing import Entry, format_table, time_entry
+from jobs.benchmark.config import ModelConfig
+from jobs.benchmark.timing import Entry, format_timings, time_entry
 from sana_model.nn.autoencoder import DCAutoencoder
 from sana_model.nn.config import PRESETS, TextEncoderConfig
 from sana_model.nn.text_encoder import TextEncoder
@@ -20,7 +20,6 @@ from sana_model.nn.transformer import SanaTransformer
 from sana_model.pipeline import guided_velocity
 from sana_model.solver import flow_dpm_solver, sampling_sigmas
 
-PARTS = ("forward", "training", "sampling", "autoencoder", "text")
 CAPTION_TOKENS, PADDED_TOKENS = 60, 300
 INSTRUCTION_TOKENS = 242  # with them the published computation runs over 540 tokens
 NUM_STEPS, GUIDANCE_SCALE, FLOW_SHIFT = 20, 4.5, 3.0
@@ -28,103 +27,52 @@ NUM_STEPS, GUIDANCE_SCALE, FLOW_SHIFT = 20, 4.5, 3.0
 Pair = tuple[Callable[[], Any], Callable[[], Any]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What `benchmark_model` was asked for."""
-
-    device: torch.device
-    depth: int
-    text_depth: int
-    sizes: list[int]
-    batch_size: int
-    parts: list[str]
-    autoencoder_size: int
-    captions: int
-    repeats: int
-
-
-def benchmark_model(
-    device: str = "cpu",
-    depth: int = 4,
-    text_depth: int = 2,
-    sizes: list[int] = [512, 1024],  # noqa: B006 (jsonargparse shows it, nothing writes to it)
-    dtypes: list[str] = ["float32", "bfloat16"],  # noqa: B006
-    batch_size: int = 1,
-    parts: list[str] = list(PARTS),  # noqa: B006
-    autoencoder_size: int = 512,
-    captions: int = 16,
-    repeats: int = 6,
-) -> None:
+def benchmark_model(config: ModelConfig) -> None:
     """Print medians and ratios of our model against diffusers', both in this process and in turns.
 
     The transformer has the width of Sana-0.6B; captions have 60 real tokens of 300. `ours/mm` is the share of this machine's
     own torch.mm rate that our way reaches on the operations that it does; oneDNN's products can pass 100 %.
-
-    Args:
-        device: "cpu" or "cuda".
-        depth: transformer blocks (published: 28).
-        text_depth: layers of Gemma-2-2B's width (published: 26).
-        sizes: image sides in pixels, for the transformer.
-        dtypes: float32, bfloat16 or float16.
-        batch_size: images at once.
-        parts: which of forward, training, sampling, autoencoder, text.
-        autoencoder_size: image side in pixels for encode and decode.
-        captions: encoded at once by the text encoder.
-        repeats: timings of each; sampling, autoencoder and text take half as many.
     """
-    unknown = sorted(set(parts) - set(PARTS))
-    if unknown:
-        raise SystemExit(f"unknown parts {unknown}: choose from {list(PARTS)}")
-    options = Options(
-        device=torch.device(device),
-        depth=depth,
-        text_depth=text_depth,
-        sizes=sizes,
-        batch_size=batch_size,
-        parts=parts,
-        autoencoder_size=autoencoder_size,
-        captions=captions,
-        repeats=repeats,
-    )
-    name = torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else platform.machine()
+    device = torch.device(config.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     print(f"torch {torch.__version__}, diffusers {diffusers.__version__}, {name}, {torch.get_num_threads()} CPU threads")
-    print(f"depth {depth}, text depth {text_depth}, batch {batch_size}")
+    print(f"depth {config.depth}, text depth {config.text_depth}, batch {config.batch_size}")
     timings = []
-    for dtype in dtypes:
-        for entry in _entries(options, getattr(torch, dtype)):
-            timings.append(time_entry(entry, options.device))
-            print(format_table(timings[-1:]).splitlines()[-1], flush=True)
-    print("\n" + format_table(timings))
+    for dtype in config.dtypes:
+        for entry in _entries(config, device, getattr(torch, dtype)):
+            timings.append(time_entry(entry, device))
+            print(format_timings(timings[-1:]).splitlines()[-1], flush=True)
+    print("\n" + format_timings(timings))
 
 
-def _entries(options: Options, dtype: torch.dtype) -> Iterator[Entry]:
-    """One part's models at a time are in memory."""
-    label, few = str(dtype).removeprefix("torch."), max(options.repeats // 2, 1)
-    device, batch_size, parts = options.device, options.batch_size, options.parts
+def _entries(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Iterator[Entry]:
+    """The entries of all parts; the models of one part at a time are in memory."""
+    label, few = str(dtype).removeprefix("torch."), max(config.repeats // 2, 1)
+    batch_size, parts = config.batch_size, config.parts
 
     def entry(what: str, size: int | str, pair: Pair, times: int, forward: Pair | None = None) -> Entry:
         name = f"{what} {size} {label}"
         return Entry(name=name, ours=pair[0], peer=pair[1], dtype=dtype, repeats=times, forward=forward)
 
     transformer_parts = {
-        "forward": (_forward, options.repeats),
-        "training": (_training, options.repeats),
+        "forward": (_forward, config.repeats),
+        "training": (_training, config.repeats),
         "sampling": (_sampling, few),
     }
     if transformer_parts.keys() & set(parts):
-        ours, peer = make_transformers(device, dtype, options.depth)
-        for size in options.sizes:
+        ours, peer = make_transformers(device, dtype, config.depth)
+        for size in config.sizes:
             for part in [part for part in transformer_parts if part in parts]:
                 make, times = transformer_parts[part]
                 forward = _forward(ours, peer, size, batch_size) if part == "training" else None
                 yield entry(f"transformer {part}", f"{size} px", make(ours, peer, size, batch_size), times, forward)
         del ours, peer
     if "autoencoder" in parts:
-        for what, pair in _autoencoder(device, dtype, options.autoencoder_size, batch_size).items():
-            yield entry(f"DC-AE {what}", f"{options.autoencoder_size} px", pair, few)
+        for what, pair in _autoencoder(device, dtype, config.autoencoder_size, batch_size).items():
+            yield entry(f"DC-AE {what}", f"{config.autoencoder_size} px", pair, few)
     if "text" in parts:
-        pair = make_text(device, dtype, options.text_depth, options.captions)
-        yield entry("text encoder", f"{options.captions} captions", pair, few)
+        pair = make_text(device, dtype, config.text_depth, config.captions)
+        yield entry("text encoder", f"{config.captions} captions", pair, few)
 
 
 def make_transformers(device: torch.device, dtype: torch.dtype, depth: int) -> tuple[SanaTransformer, SanaTransformer2DModel]:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from jobs.benchmark.config import SolverConfig
 from sana_model.flow import shift_sigmas
 from sana_model.solver import SOLVERS, flow_euler
 
@@ -38,14 +39,9 @@ def mixture_errors(seed: int = 0, shift: float = 3.0, std: float = 0.3) -> dict[
     }
 
 
-def benchmark_solver(seed: int = 0, shift: float = 3.0, std: float = 0.3) -> None:
-    """Print the solvers' errors by number of steps on a Gaussian mixture with the exact velocity (32-d, 16 modes).
-
-    Args:
-        seed: of the mixture's means and of the 512 starting points.
-        shift: flow shift of the sampling grid.
-        std: of each Gaussian; the means are standard normal.
-    """
+def benchmark_solver(config: SolverConfig) -> None:
+    """Print the solvers' errors by number of steps on a Gaussian mixture with the exact velocity (32-d, 16 modes)."""
+    seed, shift, std = config.seed, config.shift, config.std
     errors = mixture_errors(seed, shift, std)
     print(f"RMSE to a 2000-step reference, shift {shift}, std {std}, seed {seed}")
     print("steps".ljust(18) + "".join(f"{n:>8}" for n in STEPS))

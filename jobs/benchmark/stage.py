@@ -1,4 +1,4 @@
-"""What a stage costs beside its model: time against the bare loop over the same calls, and memory as the rows get more."""
+"""A stage's overhead: its time compared with the bare loop over the same calls, and its memory as rows grow."""
 
 import tempfile
 import threading
@@ -14,6 +14,7 @@ import ray
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address  # Ray has no public way to its store's use
 from tqdm import tqdm
 
+from jobs.benchmark.config import StageConfig
 from jobs.benchmark.stand_ins import NoModel, SleepingModel
 from jobs.common.ray import RayConfig, start_ray
 from pipelines.stages.contract import Resources, ShardWorker, StageResult
@@ -25,31 +26,18 @@ from pipelines.tables.table import Table
 MIB = 2**20
 
 
-def benchmark_stage(
-    rows: int = 20_000,
-    ms_per_row: float = 5.0,
-    rows_per_shard: int = 1000,
-    memory_rows: list[int] = [10_000, 100_000, 1_000_000],  # noqa: B006 (jsonargparse shows it, nothing writes to it)
-    num_cpus: int = 4,
-) -> None:
-    """Print a stage's speed against the bare loop over its model, and its memory with a model that does nothing.
-
-    Args:
-        rows: that the stage and the loop go through; 0 leaves this out.
-        ms_per_row: that the model takes.
-        rows_per_shard: of both.
-        memory_rows: how many rows to measure memory with, one after the other.
-        num_cpus: logical CPUs of the local Ray.
-    """
+def benchmark_stage(config: StageConfig) -> None:
+    """Print a stage's speed against the bare loop over its model, and its memory with a model that does nothing."""
+    rows_per_shard = config.rows_per_shard
     start = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder, start_ray(RayConfig(num_cpus=num_cpus)):
+    with tempfile.TemporaryDirectory() as folder, start_ray(RayConfig(num_cpus=config.num_cpus)):
         print(f"Ray started in {time.monotonic() - start:.1f} s (not counted below)", flush=True)
-        if rows:
-            _compare(folder, rows, ms_per_row / 1000, rows_per_shard)
-        if memory_rows:
+        if config.rows:
+            _compare(folder, config.rows, config.ms_per_row / 1000, rows_per_shard)
+        if config.memory_rows:
             print(f"\nno model, shards of {rows_per_shard} rows; peaks in MiB, processes without what they share")
             print(f"{'rows':>9}{'seconds':>9}{'rows/s':>9}{'driver':>8}{'workers':>9}{'object store':>14}", flush=True)
-        for count in memory_rows:
+        for count in config.memory_rows:
             source = _make_input(folder, f"no-model-{count}", count, rows_per_shard)
             with _watch_memory() as peaks:
                 result = _run(source, NoModel)
@@ -61,7 +49,7 @@ def benchmark_stage(
 
 
 def _compare(folder: str, rows: int, seconds: float, rows_per_shard: int) -> None:
-    """Half of the bare loop before the stage and half after it, so that what disturbs the machine disturbs both."""
+    """Run half of the bare loop before the stage and half after it, so that a busy machine slows both."""
     source = _make_input(folder, "sleeping", rows, rows_per_shard)
     model = SleepingModel(seconds)
     shards = source.list_shards()
@@ -109,7 +97,7 @@ def _run(source: Table, make_worker: Callable[[], ShardWorker]) -> StageResult:
 
 @dataclass
 class _Peaks:
-    """Bytes; `address` is Ray's."""
+    """Peaks in bytes of the Ray at `address`, sampled by a thread."""
 
     address: str
     driver: int = 0

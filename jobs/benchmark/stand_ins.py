@@ -20,7 +20,7 @@ class SleepingModel:
 
 
 class NoModel:
-    """Gives back what it gets."""
+    """A model that returns its input."""
 
     def process(self, table: pa.Table) -> ShardOutput:
         return ShardOutput(table, [])

@@ -6,6 +6,8 @@ import sys
 
 from tqdm import tqdm
 
+from jobs.benchmark.config import TilingConfig
+
 MEASURE = """
 import re, sys, torch
 from sana_model.nn.autoencoder import DCAutoencoder
@@ -36,27 +38,14 @@ def peak_mib(what: str, size: int, tile: int | None, preset: str, dtype: str) ->
     return float(run.stdout)
 
 
-def benchmark_tiling(
-    sizes: list[int] = [512, 1024, 2048],  # noqa: B006 (jsonargparse shows it, nothing writes to it)
-    tile: int = 512,
-    preset: str = "dc-ae-f32c32-sana-1.1",
-    dtype: str = "bfloat16",
-    whole: bool = True,
-) -> None:
-    """Print the peak memory of encode and decode in one piece and in tiles, each in a process of its own, on the CPU.
-
-    Args:
-        sizes: image sides in pixels.
-        tile: side of a tile in pixels.
-        preset: of `DCAutoencoder`.
-        dtype: float32 or bfloat16.
-        whole: measure the run in one piece too (2048 px takes some 10 GiB).
-    """
+def benchmark_tiling(config: TilingConfig) -> None:
+    """Print the peak memory of encode and decode in one piece and in tiles, each in a process of its own, on the CPU."""
+    tile, preset, dtype = config.tile, config.preset, config.dtype
     print(f"{preset}, {dtype}: peak MiB above the loaded model")
     print(f"{'':14}{'whole':>10}{f'tile {tile}':>12}{'image':>10}")
     for what in ("encode", "decode"):
-        for size in tqdm(sizes, desc=what, leave=False):
-            in_one = f"{peak_mib(what, size, None, preset, dtype):.0f}" if whole else "-"
+        for size in tqdm(config.sizes, desc=what, leave=False):
+            in_one = f"{peak_mib(what, size, None, preset, dtype):.0f}" if config.whole else "-"
             image = 3 * size * size * (4 if dtype == "float32" else 2) / 2**20
             tiled = peak_mib(what, size, tile, preset, dtype)
             print(f"{what} {size:<7}{in_one:>10}{tiled:>12.0f}{image:>10.0f}", flush=True)

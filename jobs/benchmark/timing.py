@@ -9,6 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from jobs.common.text_table import format_table
+
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
@@ -20,8 +22,8 @@ class Entry:
     dtype: torch.dtype
     repeats: int
     forward: tuple[Callable[[], object], Callable[[], object]] | None = None
-    """Of a training step, its forwards: the backward's operations count as twice theirs, since torch miscounts those of grouped
-    convolutions."""
+    """The forwards of a training step: its operations are counted as three times theirs, since torch miscounts the backward of
+    grouped convolutions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,15 +95,21 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def format_table(timings: list[Timing]) -> str:
-    width = max(len(timing.name) for timing in timings)
-    lines = [f"{'':{width}}  {'ours':>9}  {'diffusers':>9}  {'ratio':>6}  {'ours/mm':>8}  {'theirs/mm':>9}"]
-    for timing in timings:
-        lines.append(
-            f"{timing.name:{width}}  {readable(timing.ours_s):>9}  {readable(timing.peer_s):>9}  {timing.ratio:5.2f}x"
-            f"  {timing.ours_share:8.0%}  {timing.peer_share:9.0%}"
-        )
-    return "\n".join(lines)
+def format_timings(timings: list[Timing]) -> str:
+    """A line for each entry."""
+    columns = ["", "ours", "diffusers", "ratio", "ours/mm", "theirs/mm"]
+    rows = [
+        [
+            timing.name,
+            readable(timing.ours_s),
+            readable(timing.peer_s),
+            f"{timing.ratio:.2f}x",
+            f"{timing.ours_share:.0%}",
+            f"{timing.peer_share:.0%}",
+        ]
+        for timing in timings
+    ]
+    return format_table(columns, rows)
 
 
 def readable(seconds: float) -> str:

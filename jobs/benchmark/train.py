@@ -1,6 +1,6 @@
-"""A training step of this system against the published recipe's way: images per second.
+"""A training step of this system compared with the published recipe's: images per second.
 
-Ours: latents were extracted before, the instruction's keys and values are kept, captions are computed at their length. The
+Ours: latents are extracted in advance, the instruction's keys and values are cached, captions are not padded. The
 recipe's: each step encodes its images with DC-AE and its captions over 540 padded tokens, by diffusers' modules. Both train a
 transformer of Sana-0.6B's width with the same optimizer, on the same batch.
 """
@@ -14,6 +14,7 @@ import diffusers
 import torch
 from tqdm import tqdm
 
+from jobs.benchmark.config import TrainStepConfig
 from jobs.benchmark.model import make_peer_autoencoder, make_text, make_transformers, training_forwards
 from jobs.benchmark.timing import measure_seconds, readable
 from pipelines.train.engine.config import OptimConfig
@@ -27,7 +28,7 @@ Run = Callable[[], object]
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A part of a step: ours (None: it is not done), the recipe's, and by how much each is cut in depth."""
+    """A part of a step: ours (None: not needed), the recipe's, and the factor by which the depth of both is cut."""
 
     name: str
     ours: Run | None
@@ -35,40 +36,23 @@ class Part:
     cut: float
 
 
-def benchmark_train(
-    device: str = "cpu",
-    depth: int = 2,
-    text_depth: int = 2,
-    sizes: list[int] = [512, 1024],  # noqa: B006 (jsonargparse shows it, nothing writes to it)
-    dtype: str = "bfloat16",
-    batch_size: int = 2,
-    repeats: int = 5,
-) -> None:
+def benchmark_train(config: TrainStepConfig) -> None:
     """Print what each part of a step takes, both ways in turns, and images per second: as measured, and at full depth.
 
     DC-AE is whole; transformer and text encoder have their true width, and a depth that this machine can bear. At full depth,
-    the parts' times count as many times as they have been cut: the layers of each are alike. (What is left out then is what
-    does not grow with depth, embeddings and heads, which so count too often, in both ways.) With `--depth 28 --text_depth 26`
-    nothing is cut.
-
-    Args:
-        device: "cpu" or "cuda".
-        depth: transformer blocks (published: 28).
-        text_depth: layers of Gemma-2-2B's width (published: 26).
-        sizes: image sides in pixels.
-        dtype: float32 or bfloat16.
-        batch_size: images of a step.
-        repeats: timings of each part.
+    the parts' times count as many times as they have been cut: the layers of each are alike. (What does not grow with depth,
+    embeddings and heads, so counts too often, in both ways.) With `--depth 28 --text_depth 26` nothing is cut.
     """
-    place = torch.device(device)
-    name = torch.cuda.get_device_name(place) if place.type == "cuda" else platform.machine()
+    device, dtype, batch_size = torch.device(config.device), config.dtype, config.batch_size
+    depth, text_depth = config.depth, config.text_depth
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     print(
         f"torch {torch.__version__}, diffusers {diffusers.__version__}, {name}, {torch.get_num_threads()} CPU threads, {dtype}"
     )
     print(f"depth {depth} of {PRESETS['sana-0.6b'].depth}, text depth {text_depth} of {TEXT_DEPTH}, batch {batch_size}")
-    for size in sizes:
-        parts = make_parts(place, getattr(torch, dtype), size, depth=depth, text_depth=text_depth, batch_size=batch_size)
-        seconds = time_parts(parts, place, repeats, label=f"{size} px")
+    for size in config.sizes:
+        parts = make_parts(device, getattr(torch, dtype), size, depth=depth, text_depth=text_depth, batch_size=batch_size)
+        seconds = time_parts(parts, device, config.repeats, label=f"{size} px")
         print(f"\n{size} px\n" + format_parts(parts, seconds, batch_size), flush=True)
 
 

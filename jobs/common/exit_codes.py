@@ -1,4 +1,4 @@
-"""Why a job ended, as a number that `ray job` and Kubernetes show. `jobs.common.job` returns them."""
+"""Exit codes, which `ray job` and Kubernetes show: why a job ended."""
 
 from enum import IntEnum
 
@@ -27,10 +27,10 @@ CODES: dict[ErrorKind, ExitCode] = {
 
 
 def is_expected(error: Exception) -> bool:
-    """Whether a user can put it right: it is shown as one message, without a traceback."""
+    """Whether a user can fix it: such an error is shown as one message, without a traceback."""
     return hasattr(error, "error_kind") or isinstance(error, (FileNotFoundError, ValueError))
 
 
 def exit_code(error: Exception) -> ExitCode:
-    """The number for an error that a user can put right."""
+    """The exit code for an error that a user can fix."""
     return CODES[getattr(error, "error_kind", "wrong_input")]

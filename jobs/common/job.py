@@ -1,4 +1,4 @@
-"""A job: a configuration from the command line, Ray around it, and an exit code."""
+"""Running a command: its configuration from the command line, Ray around it where it needs one, and an exit code."""
 
 import sys
 import traceback
@@ -6,25 +6,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
+from jobs.common.commands import COMMANDS, program
 from jobs.common.config import parse_config
 from jobs.common.exit_codes import ExitCode, exit_code, is_expected
 from jobs.common.ray import JobStopped, RayConfig, start_ray
-from pipelines.storage.lease import LeaseConfig, lease_settings
+from pipelines.storage.lease import LeaseConfig
 from pipelines.tables.table import absolute_uri
 from pipelines.tracking.config import TrackingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobConfig:
-    """What every stage's job is told.
+    """Configuration that every stage's job shares.
 
     Args:
         dataset_uri: the folder (any fsspec URI) that holds the dataset's tables.
         ray: the Ray to run on.
         tracking: where MLflow keeps the run.
-        lease: what keeps a second job from writing the same table.
-        on_stale: what to do with a table that was made in another way than it would be made now. rebuild: delete it with its
-            rejects and make it anew. What was made from it is not touched: it is stale then, for its own stage to rebuild.
+        lease: the lock that keeps a second job from writing the same table.
+        on_stale: what to do with a table that was made with other settings, models or inputs. refuse: stop with an error.
+            rebuild: delete it with its rejects and make it anew. Tables made from it stay; their own stages rebuild them.
     """
 
     dataset_uri: str
@@ -34,6 +35,7 @@ class JobConfig:
     on_stale: Literal["refuse", "rebuild"] = "refuse"
 
 
+Config = TypeVar("Config")
 Job = TypeVar("Job", bound=JobConfig)
 
 
@@ -42,27 +44,50 @@ def run_job(
     run: Callable[[Job], object],
     argv: Sequence[str] | None,
     *,
-    prog: str,
-    description: str,
+    name: str,
     look_first: Callable[[Job], bool] = lambda job: False,
 ) -> int:
-    """Parse the command line, start Ray, run the job; returns the exit code (see `ExitCode`). `look_first` is called before Ray
-    starts: if it returns True, the job is done.
+    """Parse the command line, start Ray, run the job; returns the exit code (see `ExitCode`).
 
-    What a user can put right is one message on stderr; anything else keeps its traceback.
+    An error that a user can fix is one message on stderr; any other keeps its traceback.
+
+    Args:
+        name: the command's name in `COMMANDS`.
+        look_first: called before Ray starts; if it returns True, the job is done.
     """
-    job = parse_config(job_class, argv, prog=prog, description=description)
+    job = parse_command(job_class, argv, name=name)
     job = replace(job, dataset_uri=absolute_uri(job.dataset_uri))
     try:
         if not look_first(job):
-            with start_ray(job.ray), lease_settings(job.lease):
+            with start_ray(job.ray):
                 run(job)
     except JobStopped:
         return ExitCode.STOPPED
     except Exception as error:
-        if not is_expected(error):
-            traceback.print_exc()
-            return ExitCode.FAULT
-        print(f"error: {error}", file=sys.stderr)
-        return exit_code(error)
+        return report_error(error, expected=is_expected(error))
     return ExitCode.DONE
+
+
+def run_command(
+    config_class: type[Config], run: Callable[[Config], ExitCode | None], argv: Sequence[str] | None, *, name: str
+) -> int:
+    """Parse the command line and run a command that needs no Ray; returns the exit code, which is `run`'s if it returns one."""
+    config = parse_command(config_class, argv, name=name)
+    try:
+        return run(config) or ExitCode.DONE
+    except Exception as error:
+        return report_error(error, expected=is_expected(error) or isinstance(error, OSError))
+
+
+def parse_command(config_class: type[Config], argv: Sequence[str] | None, *, name: str) -> Config:
+    """The configuration of a command of `COMMANDS`; ends the program as `parse_config` does."""
+    return parse_config(config_class, argv, prog=program(name), description=COMMANDS[name])
+
+
+def report_error(error: Exception, *, expected: bool) -> ExitCode:
+    """Print why a command failed, with a traceback unless the error is expected."""
+    if not expected:
+        traceback.print_exc()
+        return ExitCode.FAULT
+    print(f"error: {error}", file=sys.stderr)
+    return exit_code(error)

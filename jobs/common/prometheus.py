@@ -1,4 +1,4 @@
-"""How far jobs are, for Prometheus: Ray exports these from the driver's node, under these names with `ray_` before them.
+"""Progress of jobs for Prometheus. Ray exports these metrics from the driver's node, with `ray_` before their names.
 
 A counter's exported name ends in `_total`. Every series has the tag `dataset`, those of a stage also `stage` ("caption llava").
 """
@@ -28,7 +28,7 @@ class StageMetrics:
         self._counted_rejects: Counter[str] = Counter()
 
     def update(self, progress: Progress) -> None:
-        """Call it first when nothing of this run is done yet."""
+        """Count what is new since the last call. The first call must come before the run has made anything."""
         if self._counted_rows is not None:
             if new_rows := progress.num_rows - self._counted_rows:
                 self._rows.inc(new_rows)
@@ -41,7 +41,7 @@ class StageMetrics:
 
 
 class TrainMetrics:
-    """Loss, speed and waiting of a training, and when it last told of itself and made a checkpoint."""
+    """Loss, speed and waiting of a training, and the times of its last report and checkpoint."""
 
     def __init__(self, dataset_uri: str):
         self._tags = {"dataset": dataset_uri}
@@ -68,7 +68,7 @@ class TrainMetrics:
         data_wait_share: float,
         checkpoint_time: float,
     ) -> None:
-        """Figures as in `pipelines.train.desk.TrainProgress`."""
+        """Set the gauges; the figures are those of `pipelines.train.desk.TrainProgress`."""
         self._step.set(step)
         self._num_steps.set(num_steps)
         self._loss.set(loss)

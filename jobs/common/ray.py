@@ -1,4 +1,4 @@
-"""The Ray that a job runs on, and how a job hears that it must stop."""
+"""Starting Ray for a job, and stopping the job on SIGTERM."""
 
 import logging
 import os
@@ -9,14 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-import ray
-import ray.data  # sets up its loggers
-
 STOPPED = b"\nstopped: all shards and checkpoints written so far stay; run the same command again to go on from there\n"
 
 
 class JobStopped(BaseException):
-    """SIGTERM came. Not an Exception: nothing on the way may take it for a failure of its own and go on."""
+    """SIGTERM arrived. Not an Exception, so that no handler mistakes it for an ordinary failure and continues."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +21,7 @@ class RayConfig:
     """The Ray that a job runs on: the cluster of RAY_ADDRESS (as under `ray job submit`), or else a local one.
 
     Args:
-        num_cpus: logical CPUs of a local Ray; None: the machine's. More than there are lets light actors share a core.
+        num_cpus: logical CPUs of a local Ray; None: the machine's. A larger number lets light actors share a core.
         num_gpus: GPUs of a local Ray; None: those that Ray finds.
     """
 
@@ -35,6 +32,9 @@ class RayConfig:
 @contextmanager
 def start_ray(config: RayConfig) -> Iterator[None]:
     """Connect to the cluster, or start a local Ray and stop it at the end."""
+    import ray
+    import ray.data  # sets up its loggers
+
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ side writes to this process's own stderr
     if os.environ.get("RAY_ADDRESS"):
@@ -56,7 +56,7 @@ def start_ray(config: RayConfig) -> Iterator[None]:
 
 
 def _quiet_libraries() -> None:
-    """Only their warnings are shown: a stage says itself how far it is. Ray's log files keep everything."""
+    """Show only the warnings of libraries: a stage prints its own progress. Ray's log files keep everything."""
     for name in ("ray", "ray.data"):
         for handler in logging.getLogger(name).handlers:
             if isinstance(handler, logging.StreamHandler):
@@ -69,7 +69,7 @@ def _quiet_libraries() -> None:
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
-    """Says so at once, because `ray job stop` leaves 3 seconds; a second SIGTERM does not disturb the cleaning up."""
+    """Print a message at once, because `ray job stop` leaves 3 seconds. A second SIGTERM does not interrupt the cleanup."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.write(sys.stderr.fileno(), STOPPED)
     raise JobStopped

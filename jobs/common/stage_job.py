@@ -1,54 +1,45 @@
-"""What the stage jobs share: Ray, an MLflow run, progress in one line, the report, and an exit code."""
+"""Running a stage as a job: an MLflow run, progress in one line, rebuilding of stale tables, and the report."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from jobs.common.config import to_dict
 from jobs.common.job import JobConfig
-from jobs.common.prometheus import StageMetrics
-from jobs.common.status_line import StatusLine
-from pipelines.audit.rebuild import delete_table
+from jobs.common.status_line import StatusLine, describe_progress, describe_result
 from pipelines.stages.contract import OnProgress, Progress, StageResult
 from pipelines.storage.files import list_folder
-from pipelines.storage.lease import hold
+from pipelines.storage.lease import Leases
 from pipelines.tables.errors import StaleTableError
 from pipelines.tables.table import REPORT
-from pipelines.tracking.runs import TrackedRun, start_run
 
-
-def describe_progress(name: str, progress: Progress) -> str:
-    return (
-        f"{name:<22} {progress.done_shards}/{progress.num_shards} shards  {progress.num_rows} rows  "
-        f"{progress.rows_per_second:.1f} rows/s  {progress.num_rejects} rejects"
-    )
-
-
-def describe(name: str, result: StageResult, *, is_due: bool = False) -> str:
-    """One line on what a stage did; `is_due` as in `track_stage`."""
-    counts = f"{result.num_rows} rows, {result.num_rejects} rejects in {result.num_shards} shards"
-    if result.num_shards == 0:
-        return f"{name:<22} nothing to do: no shard of its inputs is ready"
-    if result.was_done:
-        return f"{name:<22} {counts}: {'made along with another' if is_due else 'all there already, nothing to do'}"
-    found = f" ({result.found_shards} were there already)" if result.found_shards else ""
-    return f"{name:<22} {counts}{found}, {result.seconds:.0f} s, {result.rows_per_second:.1f} rows/s"
+if TYPE_CHECKING:
+    from pipelines.tracking.runs import TrackedRun
 
 
 def track_stage(
     job: JobConfig,
     name: str,
-    run_stage: Callable[[OnProgress], StageResult],
+    run_stage: Callable[[OnProgress, Leases], StageResult],
     *,
     make_report: Callable[[], str] | None = None,
-    log: Callable[[TrackedRun, StageResult], None] | None = None,
+    log: "Callable[[TrackedRun, StageResult], None] | None" = None,
     is_due: bool = False,
 ) -> StageResult:
     """Run one stage in an MLflow run of its own, and put its report into its table and into the run.
 
-    A stage that has nothing to do leaves no run and no new report, unless it `is_due`: its shards were made along with
-    another's. A table that lacks its report gets it all the same: its job was killed at the very end. `log` adds to the run
-    what is the stage's own.
+    A stage that has nothing to do makes no run and no new report, unless `is_due`: its shards were made along with another
+    stage's. A table that lacks its report gets one in any case: its job was killed at the very end.
+
+    Args:
+        name: of the stage, for the run and the status line.
+        run_stage: runs the stage, and reports its progress.
+        make_report: returns the page of the finished table.
+        log: adds the stage's own figures to the run.
     """
+    from jobs.common.prometheus import StageMetrics
+    from pipelines.tracking.runs import start_run
+
     line = StatusLine()
     metrics = StageMetrics(job.dataset_uri, name)
     with ExitStack() as stack:
@@ -62,7 +53,7 @@ def track_stage(
             metrics.update(progress)
             line.show(describe_progress(name, progress))
 
-        result = _run_rebuilding(job, name, lambda: run_stage(on_progress), line)
+        result = _run_rebuilding(job, name, lambda leases: run_stage(on_progress, leases), line)
         html: str | None = None
         if make_report is not None and (run is not None or _lacks_report(result)):
             html = make_report()
@@ -74,7 +65,7 @@ def track_stage(
             if log is not None:
                 log(run, result)
     line.clear()
-    print(describe(name, result, is_due=is_due), flush=True)
+    print(describe_result(name, result, is_due=is_due), flush=True)
     return result
 
 
@@ -82,13 +73,18 @@ def _lacks_report(result: StageResult) -> bool:
     return result.num_shards > 0 and REPORT not in list_folder(result.table.uri)
 
 
-def _run_rebuilding(job: JobConfig, name: str, run_stage: Callable[[], StageResult], line: StatusLine) -> StageResult:
-    """Run it, and delete what stale tables it names on the way, where the job may; nobody else gets at them in between."""
+def _run_rebuilding(job: JobConfig, name: str, run_stage: Callable[[Leases], StageResult], line: StatusLine) -> StageResult:
+    """Run the stage; where the job may, delete each stale table that it names, and run it again.
+
+    The leases are held all the while: nobody else gets at a table between its deletion and its making.
+    """
+    from pipelines.audit.rebuild import delete_table
+
     deleted: set[str] = set()
-    with ExitStack() as leases:
+    with Leases(job.lease) as leases:
         while True:
             try:
-                return run_stage()
+                return run_stage(leases)
             except StaleTableError as error:
                 table = error.table
                 if table is None or table.uri in deleted or not (job.on_stale == "rebuild" or table.deletion_begun()):
@@ -96,12 +92,11 @@ def _run_rebuilding(job: JobConfig, name: str, run_stage: Callable[[], StageResu
                 line.clear()
                 differing = [field for field in str(error).splitlines() if field.startswith("  ")]
                 print("\n".join([f"{name:<22} {table.path} is stale: deleting it, to make it anew", *differing]), flush=True)
-                leases.enter_context(hold(table.uri))
-                delete_table(table)
+                delete_table(table, leases)
                 deleted.add(table.uri)
 
 
-def log_result(run: TrackedRun, result: StageResult) -> None:
+def log_result(run: "TrackedRun", result: StageResult) -> None:
     run.log_metrics(
         {
             "rows": result.num_rows,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 def format_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width; numbers to the right."""
+    """The table as text, indented by two spaces; cells that begin with a digit or a dash are aligned right."""
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:

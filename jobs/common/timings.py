@@ -1,20 +1,22 @@
-"""What the stages of one job did, and how long each took."""
+"""How long each stage of a job took, and what it made."""
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from jobs.common.text_table import format_table
-from pipelines.reports.runs import Section
 from pipelines.stages.contract import StageResult
+
+if TYPE_CHECKING:
+    from pipelines.reports.runs import Section
 
 T = TypeVar("T")
 
 
 @dataclass
 class Timings:
-    """How long each stage took, and what it did."""
+    """Seconds by name; results of those that are stages."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     stages: dict[str, StageResult] = field(default_factory=dict)
@@ -27,8 +29,10 @@ class Timings:
             self.stages[name] = result
         return result
 
-    def section(self) -> Section:
-        """A table of them."""
+    def section(self) -> "Section":
+        """The stages as a table, for a page and for the terminal."""
+        from pipelines.reports.runs import Section
+
         rows = []
         for name, seconds in self.seconds.items():
             result = self.stages.get(name)
@@ -41,7 +45,7 @@ class Timings:
         return Section(title="Stages", columns=["stage", "rows", "rejects", "seconds", "rejects by reason"], rows=rows)
 
 
-def print_section(section: Section) -> None:
-    """As text: columns of equal width, numbers to the right."""
+def print_section(section: "Section") -> None:
+    """Print a section as text."""
     print(f"\n{section.title}")
     print(format_table(section.columns, [[str(cell) for cell in row] for row in section.rows]))

@@ -9,12 +9,12 @@ from pipelines.storage.files import is_local
 
 @dataclass(frozen=True, kw_only=True)
 class WorldConfig:
-    """The drawn scenes that stand in for photographs.
+    """Configuration of the drawn scenes that stand in for photographs.
 
     Args:
         shapes: which scenes there are.
         num_images: how many are drawn.
-        num_prompts: of the evaluation, before and after training; every other one asks for a color that is new to the model.
+        num_prompts: prompts of the evaluation before and after training; every other one has a color that is new to the model.
     """
 
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
@@ -24,7 +24,7 @@ class WorldConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoJob(StagesJob):
-    """The stages on drawn scenes or on your own images, with pictures from before and after the training.
+    """Configuration of the demo: the stages on drawn scenes or your own images, with pictures from before and after training.
 
     Args:
         images: a folder of your own images (or tars, or Parquet) to read in place of `ingest.source`; unless given, scenes of
@@ -38,7 +38,7 @@ class DemoJob(StagesJob):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.train.init is None:
-            raise ValueError("train.init=None: the demo goes on from a pipeline, such as zoo://pipeline")
+            raise ValueError("train.init=None: the demo continues the training of a pipeline, such as zoo://pipeline")
         if self.images is None and is_local(self.ingest.source) and not is_local(self.dataset_uri):
             raise ValueError(
                 f"ingest.source={self.ingest.source} is on one machine, and dataset_uri={self.dataset_uri} is for several: let "

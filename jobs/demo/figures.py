@@ -1,4 +1,4 @@
-"""What a dataset's scores say of its captioners and of the selection; with known truth, how often captions are exact."""
+"""Figures of a dataset's captioners and of the selection: mean scores and, where the truth is known, exact captions."""
 
 import json
 from collections import Counter, defaultdict
@@ -19,7 +19,7 @@ RANDOM, SELECTED = "random choice", "CLIP selection"
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionFigures:
-    """Of a captioner, or of a way to choose among captioners' captions; None where there is nothing to tell."""
+    """Figures of a captioner, or of a way to choose among the captioners; None where there is no value."""
 
     mean_score: float | None
     selected_share: float | None = None
@@ -36,7 +36,7 @@ class _Scored:
 
 
 def caption_figures(dataset_uri: str, scorer: str, selection: SelectionConfig, *, seed: int = 0) -> dict[str, CaptionFigures]:
-    """Figures by captioner, then of "random choice" (its expected values) and of "CLIP selection" (one draw for each image)."""
+    """Figures of each captioner, of "random choice" (expected values) and of "CLIP selection" (one draw for each image)."""
     scores: dict[str, _Mean] = defaultdict(_Mean)
     exact: dict[str, _Mean] = defaultdict(_Mean)
     chosen: Counter[str] = Counter()

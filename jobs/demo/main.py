@@ -1,4 +1,4 @@
-"""`make demo`: the whole way once, from raw images to pictures drawn by a model trained on them."""
+"""`make demo`: the full pipeline once, from raw images to pictures drawn by a model trained on them."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,10 +7,8 @@ from tempfile import TemporaryDirectory
 from jobs.common.job import run_job
 from jobs.common.timings import Timings
 from jobs.demo.config import DemoJob, WorldConfig
-from jobs.demo.report import print_summary, summarize_demo, write_demo_report
 from jobs.pipeline import draw_and_judge, make_training_table, raise_first, train_pipeline
 from pipelines.score.selection import choose_caption
-from pipelines.shapes.drawing import write_folder
 from pipelines.shapes.grammar import phrasings, write_caption
 from pipelines.shapes.scenes import NEW_COLORS, ShapesConfig, sample_scene
 from pipelines.storage.files import find_files, is_local, upload_folder
@@ -22,7 +20,9 @@ FIRST_PROMPT = 40_000_000
 
 
 def run(job: DemoJob) -> None:
-    """Every stage, then the closing table and the report."""
+    """Run every stage, then print the closing tables and write the report."""
+    from jobs.demo.report import print_summary, summarize_demo, write_demo_report
+
     timings = Timings()
     if job.images is None:
         timings.measure("draw scenes", lambda: draw_scenes(job))
@@ -40,7 +40,9 @@ def run(job: DemoJob) -> None:
 
 
 def draw_scenes(job: DemoJob) -> None:
-    """Into `ingest.source`; those that are there already stay as they are."""
+    """Draw the scenes into `ingest.source`, those that are not there yet."""
+    from pipelines.shapes.drawing import write_folder
+
     world, source = job.world, job.ingest.source
     if is_local(source):
         write_folder(source, FIRST_SCENE, world.num_images, world.shapes)
@@ -52,7 +54,7 @@ def draw_scenes(job: DemoJob) -> None:
 
 
 def world_prompts(world: WorldConfig) -> list[str]:
-    """One-object prompts: of the colors that are new to the model and of the others, by turns."""
+    """Prompts about one object, by turns in a color that is new to the model and in one that it knows."""
     known = tuple(color for color in world.shapes.colors if color not in NEW_COLORS)
     prompts = []
     for number in range(world.num_prompts):
@@ -63,7 +65,7 @@ def world_prompts(world: WorldConfig) -> list[str]:
 
 
 def photo_prompts(job: DemoJob) -> list[str]:
-    """The selected captions of the first images."""
+    """The selected captions of the first images, as prompts."""
     table = Table(job.dataset_uri, scores_path(job.scorer.name), SCORES)
     rows = [row for shard in table.list_shards() for row in table.read_shard(shard).to_pylist()]
     chosen = [
@@ -74,4 +76,4 @@ def photo_prompts(job: DemoJob) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_job(DemoJob, run, argv, prog="python -m jobs.demo", description="From raw images to pictures, once.")
+    return run_job(DemoJob, run, argv, name="demo")

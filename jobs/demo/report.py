@@ -1,4 +1,4 @@
-"""What the demo says at its end: the closing table, the page that shows it all, and where to look."""
+"""The end of the demo: the closing tables, the front page, and where to look."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ from pipelines.train.run import TrainResult
 
 NONSENSE = (
     "These are your own images. The tiny models of this demo have only ever seen drawn shapes: their captions of photographs, "
-    "the scores and the pictures they draw are nonsense. What is real here is the way that the data took."
+    "the scores and the pictures they draw are nonsense. What is real here is the path of the data."
 )
 
 
@@ -46,7 +46,7 @@ def _training_section(trained: TrainResult) -> Section:
 
 
 def _pictures_section(job: DemoJob) -> Section:
-    """Figures before and after training; of drawn scenes by colors that were new to the model and colors that were not."""
+    """Figures before and after training; for drawn scenes, new colors and known colors apart."""
     groups: dict[str, Sequence[str] | None] = {"all prompts": None}
     if job.images is None:
         groups = {"prompts with a new color": NEW_COLORS, "other prompts": KNOWN_COLORS}
@@ -74,7 +74,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def write_demo_report(job: DemoJob, sections: list[Section]) -> str:
-    """The front page, `report.html` of the dataset; its URI."""
+    """Write the front page, `report.html` of the dataset. Returns its URI."""
     tables = ["images", *(f"captions/{captioner.name}" for captioner in job.captioners), f"scores/{job.scorer.name}"]
     links = [Link(name=path, href=f"{path}/{REPORT}") for path in [*tables, job.extract.path, "train"]]
     notice = "" if job.images is None else NONSENSE
@@ -84,7 +84,7 @@ def write_demo_report(job: DemoJob, sections: list[Section]) -> str:
 
 
 def print_summary(job: DemoJob, sections: list[Section], report: str) -> None:
-    """The closing tables, and where to look."""
+    """Print the closing tables, and where to look."""
     for section in sections:
         print_section(section)
     grid = f"{job.dataset_uri}/{samples_path('after')}/{GRID}"

@@ -1,7 +1,7 @@
-"""The lineage card of a dataset: where its images come from, what each stage made of them, with what, and when.
+"""The lineage card of a dataset: where its images come from, and how, from what and when each stage made its table.
 
-`lineage.json` for programs (LINEAGE_VERSION is its schema's), `lineage.md` for people; both lie in the dataset's folder. It
-costs what `status` costs, and the captions of at most `max_shards` shards of each table of scores, spread evenly.
+`lineage.json` is for programs and `lineage.md` for people; both are written to the dataset's folder. Making the card costs as
+much as `dataset_status`, and reads the captions of at most `max_shards` shards of each scores table, spread evenly.
 """
 
 import json
@@ -23,15 +23,18 @@ from pipelines.tables.sampling import ReportScope, read_light
 from pipelines.tables.schema import IMAGES, IMAGES_PATH, SCORES
 from pipelines.tables.table import Table
 
-LINEAGE_VERSION = 1
+LINEAGE_VERSION = 1  # of the schema of lineage.json
 JSON_FILE, MARKDOWN_FILE = "lineage.json", "lineage.md"
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-DEFAULT_SHARDS = 64
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # of CLIP scores
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionerShare:
-    """What a captioner contributes: its captions' share of what is trained on, expected under the selection policy."""
+    """How much a captioner contributes under a selection policy.
+
+    `selected_share` is the expected share, from 0 to 1, of the images that train on a caption by this captioner.
+    `score_quantiles` are the quantiles (QUANTILES) of the CLIP scores of all its captions.
+    """
 
     captioner: str
     num_captions: int
@@ -41,7 +44,7 @@ class CaptionerShare:
 
 @dataclass(frozen=True, kw_only=True)
 class Lineage:
-    """The card. `stages` are in the order of the tables; `scores` by the table's path, under the policy `selection`."""
+    """The content of the card. `stages` are in the order of the tables; `scores` (by path) are under the policy `selection`."""
 
     dataset_uri: str
     made: str
@@ -53,8 +56,8 @@ class Lineage:
     software: dict[str, str]
 
 
-def write_lineage(dataset_uri: str, *, max_shards: int = DEFAULT_SHARDS) -> Lineage:
-    """Make the card anew and put it into the dataset's folder. Raises ValueError if there is no dataset."""
+def write_lineage(dataset_uri: str, *, max_shards: int) -> Lineage:
+    """Make the card and write both its files to the dataset's folder. Raises ValueError if there is no dataset."""
     lineage = make_lineage(dataset_uri, max_shards=max_shards)
     content = json.dumps({"version": LINEAGE_VERSION, **asdict(lineage)}, indent=2, ensure_ascii=False) + "\n"
     write_file(f"{dataset_uri}/{JSON_FILE}", content.encode())
@@ -62,8 +65,8 @@ def write_lineage(dataset_uri: str, *, max_shards: int = DEFAULT_SHARDS) -> Line
     return lineage
 
 
-def make_lineage(dataset_uri: str, *, max_shards: int = DEFAULT_SHARDS) -> Lineage:
-    """The card of a dataset as it is now. Raises ValueError if there is none."""
+def make_lineage(dataset_uri: str, *, max_shards: int) -> Lineage:
+    """The card of a dataset in its present state. Raises ValueError if there is no dataset."""
     status = dataset_status(dataset_uri, count_rows=True)
     manifests = {found.path: found.manifest for found in find_tables(dataset_uri) if found.manifest is not None}
     trainings = dict(find_trainings(dataset_uri))
@@ -114,7 +117,7 @@ def _describe_stage(table: TableStatus, manifest: Manifest | None) -> dict[str, 
 
 
 def _selection(trainings: dict[str, dict[str, Any]]) -> tuple[SelectionConfig, str]:
-    """The policy of the training that there is (of several, the last by name), or else the default one; and whose it is."""
+    """The selection policy of the dataset's training (the last by name), or the default policy; and whose policy it is."""
     for name, record in sorted(trainings.items(), reverse=True):
         settings = record["config"].get("data", {}).get("selection")
         if settings:
@@ -128,10 +131,7 @@ def _scores(dataset_uri: str, path: str, selection: SelectionConfig, max_shards:
 
 
 def captioner_shares(captions: Iterable[Any], selection: SelectionConfig) -> list[CaptionerShare]:
-    """Of each captioner: expected share of the images that are trained on, and quantiles of its scores.
-
-    `captions`: an Arrow column of lists as in SCORES.
-    """
+    """The shares of all captioners, by name. `captions` is an Arrow column of lists like `captions` in SCORES."""
     scores: dict[str, list[float]] = defaultdict(list)
     chances: dict[str, float] = defaultdict(float)
     for value in captions:
@@ -164,7 +164,7 @@ def _describe_trainings(status: DatasetStatus, trainings: dict[str, dict[str, An
 
 
 def to_markdown(lineage: Lineage) -> str:
-    """The card for people."""
+    """Write the card as Markdown."""
     parts = [f"# Lineage of {lineage.dataset_uri}", f"Made {lineage.made}."]
     parts += ["## Sources", *(_facts(source) for source in lineage.sources)] if lineage.sources else []
     parts += ["## Tables", _tables(lineage.stages)]
@@ -201,10 +201,10 @@ def _captioners(scores: dict[str, Any], selection: dict[str, Any]) -> list[str]:
         + [f"{value:.1f}" for value in share["score_quantiles"].values()]
         for share in scores["captioners"]
     ]
-    told = ", ".join(f"{name} {value}" for name, value in selection.items() if name != "of" and value not in (None, {}))
+    settings = ", ".join(f"{name} {value}" for name, value in selection.items() if name != "of" and value not in (None, {}))
     return [
-        f"Share of the images that train on a captioner's caption, as expected under the selection of {selection['of']} "
-        f"({told}); and quantiles of its CLIP scores. {scores['read']}.",
+        f"Expected share of the images that train on a captioner's caption, under the selection of {selection['of']} "
+        f"({settings}); and quantiles of its CLIP scores. {scores['read']}.",
         _grid(["captioner", "captions", "selected", *names], rows, right=2 + len(names)),
     ]
 

@@ -1,29 +1,34 @@
-"""Deleting a stale table, so that its stage makes it anew: all of it or, after a death in the middle, the rest of it.
+"""Deletes a stale table, so that its stage can make it again. A deletion that was interrupted is resumed.
 
-A mark is written first and deleted last. While it is there, `Table.claim` refuses to write into the table, so that old and new
-never mix, and the manifest goes right after it, so that no stage takes what is left for an input. Other tables are not
-touched: those that were made from this one become stale, and their own stages rebuild them.
+A mark (the file REBUILD) is written first and deleted last. While it exists, `Table.claim` refuses to write to the table, so
+that old and new shards never mix. The manifest is deleted right after the mark is written, so that no stage uses the remaining
+shards as an input. Other tables are not touched: those made from this one become stale, and their own stages rebuild them.
 """
 
 from pipelines.audit.status import find_tables
 from pipelines.storage.errors import LeaseHeldError
 from pipelines.storage.files import find_files, remove_files
-from pipelines.storage.lease import LEASE, hold, read_lease
+from pipelines.storage.lease import LEASE, Leases, read_lease, shared
 from pipelines.storage.swap import LOCK_SUFFIX
 from pipelines.tables.identity import MANIFEST
 from pipelines.tables.table import REBUILD, Table
 
 KEPT = (REBUILD, LEASE, LEASE + LOCK_SUFFIX)
+"""Files that stay while the others are deleted: the mark, and the lease that this deletion holds."""
 
 
-def delete_table(table: Table) -> None:
-    """Delete a table with its rejects, report and plan, or go on where that was broken off.
+def delete_table(table: Table, leases: Leases | None = None) -> None:
+    """Delete a table with its rejects, report and plan, or resume a deletion that was interrupted.
+
+    Args:
+        leases: of the job that will make the table again; None: the table's lease is held for this call alone.
 
     Raises:
-        LeaseHeldError: it is being written, or a table that is made from it is: that one reads what would be deleted.
-        StorageError
+        LeaseHeldError: the table is being written; or a table made from it is, whose stage reads what would be deleted.
+        StorageError: a file could not be deleted.
     """
-    with hold(table.uri):
+    with shared(leases) as held:
+        held.take(table.uri)
         _refuse_while_read(table)
         if not table.deletion_begun():
             table.write_file(REBUILD, b"{}\n")
@@ -35,6 +40,7 @@ def delete_table(table: Table) -> None:
 
 
 def _refuse_while_read(table: Table) -> None:
+    """Raise LeaseHeldError while a table that is made from this one is being written."""
     for reader in find_tables(table.dataset_uri):
         manifest = reader.manifest
         if manifest is None or table.path not in manifest.inputs:

@@ -1,8 +1,8 @@
-"""Finds ids that come twice in a table of any size, on this machine's disk.
+"""Finds ids that occur more than once in a table of any size, with temporary files on this machine's disk.
 
-Of each id its first 8 bytes and its shard's number go to one of 256 temporary files, by the first byte; these are sorted one
-after another. Disk: 12 bytes for each id. Memory: what one file holds, and twice that to sort it. A billion ids: 12 GB of disk
-and 150 MB of memory.
+The first 8 bytes of each id and the number of its shard are written to one of 256 files, chosen by the first byte. The files
+are sorted one after another. Disk: 12 bytes an id. Memory: the content of one file, and twice that to sort it. A billion ids
+take 12 GB of disk and 150 MB of memory.
 """
 
 import tempfile
@@ -17,7 +17,7 @@ NUM_PARTS = 256
 
 
 class SeenIds:
-    """Which ids come more than once in a table? Used as a context manager; `add` may be called from several threads."""
+    """Collects a table's ids and finds repeated ones. A context manager; `add` may be called from several threads."""
 
     def __init__(self, shards: list[str]):
         self.shards = shards
@@ -35,7 +35,7 @@ class SeenIds:
         self.stack.close()
 
     def add(self, shard: str, ids: list[str]) -> None:
-        """`ids`: of 64 hex digits."""
+        """Record the ids of a shard. Each must have 64 hex digits."""
         records = np.empty(len(ids), self.record)
         records["head"] = [int(row_id[:16], 16) for row_id in ids]
         records["shard"] = self.numbers[shard]
@@ -45,7 +45,10 @@ class SeenIds:
                 self.parts[first].write(records[firsts == first].tobytes())
 
     def suspects(self) -> Iterator[tuple[str, list[str]]]:
-        """The first 16 digits of ids that come more than once, and in which shards. Two ids may agree in them by chance."""
+        """The first 16 digits that two or more ids share, each with the shards of those ids.
+
+        Different ids may share them by chance, so the caller compares the whole ids.
+        """
         for part in self.parts:
             part.flush()
             part.seek(0)

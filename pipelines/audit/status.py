@@ -1,8 +1,8 @@
-"""How a dataset stands: which of its tables are whole, which are stale and why, what was refused, and its trainings.
+"""The state of a dataset: which tables are complete, which are stale and why, what was refused, and the trainings.
 
-What it costs: a listing of every table's folder and its rejects' (an object store gives 1000 names for a request: 200 requests
-for a table of 100,000 shards), each table's manifest, and the plan of ingest. No shard is opened, unless `count_rows` is set:
-then the footers of the tables that are not complete are read (two small requests for each of their shards).
+Cost: the folders of every table and of its rejects are listed (an object store returns 1000 names a request, so a table of
+100,000 shards takes 200 requests), and each manifest and the plan of ingest are read. No shard is opened unless `count_rows` is
+set: then the footers of the shards of tables that are not complete are read (two small requests a shard).
 """
 
 import json
@@ -13,20 +13,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.ingest.plan import read_plan
-from pipelines.stages.run import NUM_THREADS
-from pipelines.storage.files import find_files, list_folder, read_file
+from pipelines.storage.files import NUM_THREADS, find_files, list_folder, read_file
 from pipelines.storage.lease import read_lease
 from pipelines.tables.identity import Manifest
 from pipelines.tables.schema import IMAGES_PATH, SCHEMA_VERSION, TABLE_SCHEMAS
 from pipelines.tables.table import REBUILD, Table, is_elsewhere
 from pipelines.train.record import RECORD
 
-SHORT = 8  # digits of a fingerprint
+SHORT = 8  # digits of a fingerprint that are shown
 
 
 @dataclass(frozen=True, kw_only=True)
 class FoundTable:
-    """A table that lies in a dataset. `problem`: why its manifest cannot be read."""
+    """A table found in a dataset. `problem` says why its manifest cannot be read; None if it can be or is missing."""
 
     table: Table
     manifest: Manifest | None
@@ -39,12 +38,19 @@ class FoundTable:
 
 @dataclass(frozen=True, kw_only=True)
 class TableStatus:
-    """How a table stands.
+    """The state of a table.
 
-    num_shards: how many there are. missing: those that its inputs have, or the plan of ingest, and it has not; None where
-    nothing tells (pictures of a stage that has not ended). ended: its stage has, with these shards. num_rows, num_rejects:
-    None where only the shards' footers could tell. num_bytes: of shards and rejects. stale: why it is not what its stage would
-    make now, a line for each cause. problems: what else is wrong with it. writer: who holds its lease.
+    Args:
+        num_shards: shards that exist.
+        missing: names of shards that its inputs or the plan of ingest have and the table has not; None if the expected shards
+            are unknown, as for pictures of a stage that has not ended.
+        ended: whether its stage has ended with exactly these shards.
+        num_rows, num_rejects: None if they are only in the shards' footers, and those were not read.
+        num_bytes: of shards and rejects.
+        fingerprint, stage, updated: of the manifest; empty without one.
+        stale: why its stage would make another table now, one line for each cause.
+        problems: what else is wrong with it.
+        writer: who holds its lease now, or None.
     """
 
     path: str
@@ -64,13 +70,13 @@ class TableStatus:
 
     @property
     def complete(self) -> bool:
-        """All shards are there that its inputs have now, and its stage has come to its end."""
+        """Whether its stage has ended and every shard that its inputs have now exists."""
         return self.missing == [] and self.ended and not self.problems
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingStatus:
-    """A training of the dataset. `result` is None until it has ended."""
+    """The state of a training. `result` is None until it has ended; `inputs` are paths with fingerprints."""
 
     name: str
     inputs: dict[str, str]
@@ -81,27 +87,29 @@ class TrainingStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetStatus:
+    """The state of all tables and trainings of a dataset."""
+
     dataset_uri: str
     tables: list[TableStatus]
     trainings: list[TrainingStatus]
 
 
 def find_tables(dataset_uri: str) -> list[FoundTable]:
-    """The tables of a dataset, in the order in which they are made: what has a manifest, shards or a broken-off deletion."""
+    """Find every table that has a manifest, shards or an unfinished deletion. Inputs come before what is made from them."""
     candidates = []
     for group in TABLE_SCHEMAS:
-        names = list_folder(f"{dataset_uri}/{group}", with_files=False)  # a page may lie beside the tables
+        names = list_folder(f"{dataset_uri}/{group}", with_files=False)  # files such as a report may lie beside the tables
         candidates += [group] if group == IMAGES_PATH else [f"{group}/{name}" for name in names if name[0] not in "._"]
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         return [found for found in pool.map(lambda path: find_table(dataset_uri, path), candidates) if found is not None]
 
 
 def find_table(dataset_uri: str, path: str) -> FoundTable | None:
-    """None if there is nothing of it. Raises ValueError if `path` is not one of a table."""
+    """Find one table; None if it does not exist. Raises ValueError if `path` cannot be the path of a table."""
     group = path.split("/")[0]
     if group not in TABLE_SCHEMAS or (path == IMAGES_PATH) != (group == IMAGES_PATH):
         raise ValueError(
-            f"{path!r} is no table's path: give {IMAGES_PATH}, or such as captions/llava ({', '.join(TABLE_SCHEMAS)})"
+            f"{path!r} is not the path of a table: give {IMAGES_PATH}, or such as captions/llava ({', '.join(TABLE_SCHEMAS)})"
         )
     table = Table(dataset_uri, path, TABLE_SCHEMAS[group])
     try:
@@ -114,7 +122,11 @@ def find_table(dataset_uri: str, path: str) -> FoundTable | None:
 
 
 def dataset_status(dataset_uri: str, *, count_rows: bool = False) -> DatasetStatus:
-    """How everything in a dataset stands. Raises ValueError if there is no table there."""
+    """The state of a dataset. Raises ValueError if there is neither a table nor a training.
+
+    Args:
+        count_rows: also count the rows of unfinished tables, from the footers of their shards.
+    """
     tables = find_tables(dataset_uri)
     trainings = dict(find_trainings(dataset_uri))
     if not tables and not trainings:
@@ -135,7 +147,7 @@ def dataset_status(dataset_uri: str, *, count_rows: bool = False) -> DatasetStat
 def _table_status(
     found: FoundTable, known: Mapping[str, list[str]], stale: list[str], count_rows: bool
 ) -> tuple[TableStatus, list[str]]:
-    """The status, and the names of the shards."""
+    """The status of a table, and the names of its shards."""
     table, manifest = found.table, found.manifest
     files, refused = find_files(table.uri), find_files(table.rejects().uri)
     shards = [name.removesuffix(".parquet") for name in files if name.endswith(".parquet") and name[0] not in "._"]
@@ -165,6 +177,7 @@ def _table_status(
 
 
 def _problems(found: FoundTable, files: Mapping[str, int]) -> list[str]:
+    """The table's problems, apart from being stale."""
     if REBUILD in files:
         return ["its deletion was begun and not ended: start its stage again"]
     if found.problem:
@@ -173,7 +186,7 @@ def _problems(found: FoundTable, files: Mapping[str, int]) -> list[str]:
 
 
 def expected_shards(found: FoundTable, known: Mapping[str, list[str]]) -> list[str] | None:
-    """The shards that a table should have; None where nothing tells. `known`: those of the tables that were made before."""
+    """The shards that a table should have, or None if unknown. `known` has the shards of the tables before it, by path."""
     if found.path == IMAGES_PATH and (plan := read_plan(found.table)) is not None:
         return list(plan.shards)
     manifest = found.manifest
@@ -186,7 +199,7 @@ def expected_shards(found: FoundTable, known: Mapping[str, list[str]]) -> list[s
 
 
 def _count(table: Table, shards: list[str]) -> tuple[int, dict[str, int]]:
-    """Rows, and rejects by reason, from the files' footers."""
+    """Count rows, and rejects by reason, from the footers of the shards."""
     rejects = table.rejects()
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         rows = sum(facts.num_rows for facts in pool.map(table.read_facts, shards))
@@ -197,7 +210,7 @@ def _count(table: Table, shards: list[str]) -> tuple[int, dict[str, int]]:
 
 
 def find_stale(tables: list[FoundTable]) -> dict[str, list[str]]:
-    """By path of each table: why it is not what its stage would make now; nothing if it is."""
+    """The causes, by path of each table, for which its stage would make another table now; empty if it would not."""
     stale: dict[str, list[str]] = {}
     for found in tables:  # inputs come before what is made from them
         manifest = found.manifest
@@ -209,7 +222,13 @@ def find_stale(tables: list[FoundTable]) -> dict[str, list[str]]:
 
 
 def stale_inputs(inputs: Mapping[str, str], tables: list[FoundTable], stale: Mapping[str, list[str]]) -> list[str]:
-    """A line for each input (path and fingerprint when it was read) that is another now, is gone, or is stale itself."""
+    """One line for each input that was made anew, is gone, or is stale itself.
+
+    Args:
+        inputs: path and fingerprint of each table that was read.
+        tables: the tables of the dataset now.
+        stale: the causes for the tables that come before, by path.
+    """
     present = {found.path: found.manifest for found in tables}
     causes = []
     for path, fingerprint in inputs.items():
@@ -224,7 +243,7 @@ def stale_inputs(inputs: Mapping[str, str], tables: list[FoundTable], stale: Map
 
 
 def find_trainings(dataset_uri: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Folder and record of each training in a dataset."""
+    """The name of the folder and the record of each training in a dataset."""
     for name in list_folder(dataset_uri, with_files=False):
         if name in TABLE_SCHEMAS or name[0] in "._":
             continue

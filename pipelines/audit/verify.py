@@ -1,11 +1,13 @@
-"""Looks at every byte of a dataset's tables: what is wrong, where, and what puts it right.
+"""Reads every byte of a dataset's tables, and says what is wrong, where, and how to mend it.
 
-Checked of each table: its manifest is what its fingerprint says, and of its inputs' present fingerprints; each file is read to
-its end (with the checksums of its pages), is of the table's schema, and was made by what the manifest says; the ids of a shard
-and of its rejects are together exactly those of the shard that it was made from, none twice; shards and counts are those of
-the manifest; nothing is left over. Of images, too: the id is the hash of the bytes, and no id comes twice in the dataset.
+Checks for each table:
+- The manifest matches its fingerprint, and its inputs have the fingerprints that it names.
+- Each file can be read to its end with correct page checksums, has the table's schema, and was made under this manifest.
+- The ids of a shard and of its rejects are together exactly those of the shard that it was made from, and none occurs twice.
+- The number of shards, rows and rejects is that of the manifest, and no temporary file is left.
+- In `images`, each id is the hash of the bytes, and no id occurs twice in the dataset.
 
-Memory: some megabytes for each thread, and the ids of the shards under work; those of all images go to disk (see `seen_ids`).
+Memory: some megabytes a thread, and the ids of the shards that are being read; the ids of all images go to disk (`seen_ids`).
 """
 
 import hashlib
@@ -39,7 +41,7 @@ ID = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Violation:
-    """`file` is relative to the dataset; `remedy` is what a user can do."""
+    """Something wrong in a dataset. `file` is relative to the dataset; `remedy` says what a user can do."""
 
     file: str
     problem: str
@@ -51,7 +53,7 @@ class Violation:
 
 @dataclass
 class VerifyProgress:
-    """`num_shards` are those of all tables; rows are those that were read."""
+    """How far a verification is. `num_shards` counts the shards of all chosen tables, `num_rows` the rows read so far."""
 
     num_shards: int = 0
     done_shards: int = 0
@@ -61,7 +63,7 @@ class VerifyProgress:
 
 @dataclass
 class _Counts:
-    """What is read of a table, to compare with its manifest."""
+    """Counts of a table, to be compared with its manifest."""
 
     rows: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
@@ -70,7 +72,7 @@ class _Counts:
 
 @dataclass(frozen=True)
 class _Shard:
-    """What is read of one shard."""
+    """The result of reading one shard. If it is `damaged`, nothing was counted."""
 
     rows: int
     reasons: Counter[str]
@@ -88,15 +90,16 @@ def verify_dataset(
     num_threads: int = 8,
     on_progress: OnVerifyProgress = lambda progress: None,
 ) -> Iterator[Violation]:
-    """Every violation, as it is found.
+    """Yield every violation as it is found.
 
     Args:
-        paths: of the tables to look at; all unless given.
+        paths: the tables to check; all tables unless given.
+        num_threads: shards that are read at the same time.
         on_progress: called after each shard.
 
     Raises:
         ValueError: there is no such table, or no table at all.
-        StorageError: a file could not be read for another reason than that it is damaged.
+        StorageError: a file could not be read for a reason other than damage.
     """
     tables = find_tables(dataset_uri)
     known = {found.path: found for found in tables}
@@ -145,7 +148,7 @@ def _verify_table(
 
 
 def _in_threads(work: Callable[[str], _Shard], names: Iterable[str], num_threads: int) -> Iterator[_Shard]:
-    """In order, without running ahead of who takes the results."""
+    """Yield the results in order, and start no more work than twice `num_threads` ahead of the caller."""
     waiting = iter(names)
     with ThreadPoolExecutor(num_threads) as pool:
         running = [pool.submit(work, name) for name in islice(waiting, 2 * num_threads)]
@@ -156,7 +159,7 @@ def _in_threads(work: Callable[[str], _Shard], names: Iterable[str], num_threads
 
 
 def _source_of(found: FoundTable, known: dict[str, FoundTable]) -> Table | None:
-    """The input whose rows a table's rows are, less its rejects: the scores for latents, else the images or pictures."""
+    """The input table that holds a table's rows and rejects: the scores if it was made from any, otherwise its first input."""
     inputs = found.manifest.inputs if found.manifest else {}
     scores = [path for path in inputs if path.startswith("scores/")]
     first = scores[0] if scores else next(iter(inputs), None)
@@ -199,7 +202,7 @@ def _check_listing(found: FoundTable, shards: list[str], expected: list[str] | N
             )
 
 
-def _verify_shard(found: FoundTable, source: Table | None, shard: str, seen: "SeenIds | None") -> _Shard:
+def _verify_shard(found: FoundTable, source: Table | None, shard: str, seen: SeenIds | None) -> _Shard:
     table, rejects = found.table, found.table.rejects()
     violations: list[Violation] = []
     kept = _read_through(found, table, shard, violations)
@@ -220,7 +223,13 @@ def _verify_shard(found: FoundTable, source: Table | None, shard: str, seen: "Se
 def _check_ids(
     file: str, kept: set[str], refused: set[str], given: set[str], source: str, *, one_row: bool
 ) -> Iterator[Violation]:
-    """`given`: the ids of the shard of `source` that this one was made from. `one_row`: there is one for each, or a reject."""
+    """Compare the ids of a shard with those of the shard that it was made from.
+
+    Args:
+        kept, refused: ids in the shard and in its rejects.
+        given: ids in the same shard of the table `source`.
+        one_row: whether each id has exactly one row or one reject.
+    """
     if lost := given - kept - refused:
         yield Violation(file, f"lacks {_some(lost)} of {source}, which its rejects lack too", REMAKE)
     if alien := (kept | refused) - given:
@@ -230,7 +239,7 @@ def _check_ids(
 
 
 def _ids_of(source: Table, shard: str) -> set[str] | None:
-    """None if it cannot be read, which its own check tells."""
+    """The ids of a shard, or None if it cannot be read, which is reported when its own table is checked."""
     try:
         return set(source.read_shard(shard, ["id"])["id"].to_pylist())
     except (FileNotFoundError, ValueError):
@@ -238,7 +247,7 @@ def _ids_of(source: Table, shard: str) -> set[str] | None:
 
 
 def _read_through(found: FoundTable, table: Table, shard: str, violations: list[Violation]) -> dict[str, list[str]] | None:
-    """The columns of KEYS that there are, of a file that is read to its end; None if it is damaged, or not there."""
+    """Read a file to its end, add to `violations`, and return its columns of KEYS; None if it is damaged or missing."""
     file = _file(table, shard)
     columns: dict[str, list[str]] = {name: [] for name in KEYS if name in table.schema.names}
     try:
@@ -267,15 +276,17 @@ def _read_through(found: FoundTable, table: Table, shard: str, violations: list[
 
 
 def _changed_images(batch: pa.RecordBatch) -> list[str]:
+    """The ids that are not the hash of their image's bytes."""
     pairs = zip(batch["id"].to_pylist(), batch["image_bytes"], strict=True)
     return [row_id for row_id, value in pairs if hashlib.sha256(value.as_buffer()).hexdigest() != row_id]
 
 
 def _difference(found: pa.Schema, wanted: pa.Schema) -> str:
+    """How the columns of a file differ from those of its table."""
     here, there = ({one.name: str(one) for one in schema} for schema in (found, wanted))
     names = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
-    told = [f"{here.get(name, f'no {name}')} in place of {there.get(name, 'nothing')}" for name in names]
-    return ", ".join(told) or "in another order"
+    differences = [f"{here.get(name, f'no {name}')} in place of {there.get(name, 'nothing')}" for name in names]
+    return ", ".join(differences) or "in another order"
 
 
 def _check_counts(table: Table, manifest: Manifest, num_shards: int, counts: _Counts) -> Iterator[Violation]:
@@ -291,11 +302,12 @@ def _check_counts(table: Table, manifest: Manifest, num_shards: int, counts: _Co
     ]
     for what, told, read in pairs:
         if told != read:
-            advice = "run its stage again, it counts anew; if the shards' own checks are clean, nothing else is wrong"
+            advice = "run its stage again, which counts anew; if no shard has a violation, nothing else is wrong"
             yield Violation(f"{table.path}/{MANIFEST}", f"tells of {told:,} {what}, there are {read:,}", advice)
 
 
 def _duplicates(images: Table, seen: SeenIds) -> Iterator[Violation]:
+    """Ids that occur in more than one shard."""
     for head, shards in seen.suspects():
         first: dict[str, str] = {}
         for shard in shards:
@@ -311,6 +323,7 @@ def _file(table: Table, shard: str) -> str:
 
 
 def _some(ids: Iterable[object], limit: int = 3) -> str:
+    """The number of ids, and the first few of them, as text."""
     listed = sorted(" of ".join(row_id) if isinstance(row_id, tuple) else str(row_id) for row_id in ids)
     shown = ", ".join(row_id if len(row_id) <= 16 else f"{row_id[:16]}…" for row_id in listed[:limit])
     more = f" and {len(listed) - limit:,} more" if len(listed) > limit else ""

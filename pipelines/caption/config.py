@@ -1,23 +1,21 @@
-"""What a captioner is: a VLM, its prompt, how it is drawn from, and the engine that runs it."""
+"""Configuration of captioners: a VLM, its prompt, its sampling, the engine that runs it, and checks of its captions."""
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 from pipelines.stages.contract import Resources
 
 DEFAULT_PROMPT = "Describe the image."
 ORIGINAL = "{caption}"
-"""In a prompt: where the caption goes that the image came with."""
-# What changes no caption, or is named by the engine below.
-NO_VALUE = ("name", "revision", "batch_size", "device", "vllm", "http", "resources", "max_reject_share")
+"""Placeholder in a prompt for the caption that came with the image."""
 Policy = Literal["flag", "reject", "off"]
 FAULTS = ("refusal", "prompt_echo", "repetition", "cut_off", "boilerplate", "wrong_script", "over_budget", "same_caption")
-"""In the order of their weight: a caption is rejected for the first."""
+"""Most severe first: a caption with several faults is rejected for the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How a caption is drawn from the model. A temperature of 0 is greedy; else each image has a seed of its own."""
+    """Sampling of captions. Temperature 0 is greedy; otherwise each image has its own seed."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -31,7 +29,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VllmConfig:
-    """What the `vllm` engine is started with.
+    """Settings of the `vllm` engine.
 
     Args:
         tensor_parallel_size: GPUs that share one copy of the model.
@@ -44,6 +42,15 @@ class VllmConfig:
         engine_args: any other of vLLM's engine arguments, such as {quantization: fp8}.
         env: environment variables of the engine's process.
     """
+
+    NO_VALUE: ClassVar = (
+        "tensor_parallel_size",
+        "gpu_memory_utilization",
+        "prefix_caching",
+        "batch_size",
+        "max_concurrent_batches",
+        "env",
+    )
 
     tensor_parallel_size: int = 1
     gpu_memory_utilization: float = 0.9
@@ -81,6 +88,17 @@ class HttpConfig:
         extra: more fields of the request's body, for what a server has of its own.
     """
 
+    NO_VALUE: ClassVar = (
+        "base_url",
+        "api_key_variable",
+        "concurrency",
+        "timeout",
+        "max_attempts",
+        "patience",
+        "backoff",
+        "max_backoff",
+    )
+
     base_url: str = "http://localhost:8000/v1"
     api_key_variable: str = "OPENAI_API_KEY"
     concurrency: int = 16
@@ -109,7 +127,7 @@ class HttpConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class QualityConfig:
-    """What follows where a caption has a fault: it is flagged, rejected, or not looked for. An empty one is always rejected.
+    """For each fault of a caption: flag it, reject it, or do not look for it ("off"). Empty captions are always rejected.
 
     Args:
         refusal: the model excuses itself ("I'm sorry", "As an AI").
@@ -150,7 +168,7 @@ class QualityConfig:
             )
 
     def policies(self) -> dict[str, str]:
-        """By the name of the fault; without those that are not looked for."""
+        """The policies by fault, without those that are "off"."""
         found = {name: getattr(self, name) for name in FAULTS}
         return {name: policy for name, policy in found.items() if policy != "off"}
 
@@ -160,7 +178,7 @@ class CaptionerConfig:
     """A VLM with its prompt.
 
     Args:
-        name: of the table under captions/, and of the captioner wherever captions compete.
+        name: of the table under captions/, and of the captioner in scores and selection.
         model: a local folder, a hub id, or a zoo://, hf:// or fsspec URI; for `http` the name that the server knows it by.
         revision: of a hub id; for `http` a note of what the server runs.
         trust_remote_code: run the Python files that lie beside the weights. Only for a pinned revision that you have read.
@@ -175,10 +193,12 @@ class CaptionerConfig:
         device: "cpu", "cuda"; None: the first GPU that Ray gave the actor, or else the CPU. For `transformers`.
         vllm: settings of this engine.
         http: settings of this engine.
-        quality: what is looked for in a caption, and what follows.
+        quality: which faults to look for in captions, and what to do about each.
         resources: of the stage's actors; for `vllm` of each copy of the model.
         max_reject_share: the job fails when a larger share of the images is refused.
     """
+
+    NO_VALUE: ClassVar = ("name", "revision", "batch_size", "device", "vllm", "http", "resources", "max_reject_share")
 
     name: str
     model: str
@@ -221,15 +241,5 @@ class CaptionerConfig:
 
     @property
     def columns(self) -> list[str]:
-        """Of `images`, that captioning reads."""
+        """The columns of `images` that captioning reads."""
         return ["id", "image_bytes", "source_uri", *(["caption"] if ORIGINAL in self.prompt else [])]
-
-
-def value_settings(config: CaptionerConfig) -> dict[str, Any]:
-    """The settings that can change a caption: where it runs and how many at a time are left out."""
-    settings = {name: value for name, value in asdict(config).items() if name not in NO_VALUE}
-    if config.engine == "vllm":
-        settings |= {"engine_args": config.vllm.engine_args, "content_format": config.vllm.content_format}
-    elif config.engine == "http":
-        settings |= {"image_format": config.http.image_format, "extra": config.http.extra}
-    return settings

@@ -1,4 +1,4 @@
-"""What can be wrong with a caption that a VLM wrote, as pure functions of the text; a policy says what follows from it.
+"""Find faults in captions that a VLM wrote, by pure functions of the text; a policy decides what to do about them.
 
 The patterns know English openings and excuses. The language itself is told by its script alone: a French caption passes where a
 Chinese one is found.
@@ -41,20 +41,20 @@ OPEN_WORDS = frozenset((
     "his", "her", "which", "that", "is", "are", "was", "were",
 ))
 MAX_UNIT = 40
-"""Words of the longest passage whose repetition is looked for."""
+"""Longest repeated passage that is looked for, words."""
 SAME_CHARACTER = re.compile(r"(\S)\1{15,}")
 
 
 @dataclass(frozen=True)
 class Fault:
-    """`name` is a reject reason or a flag, `detail` is for people."""
+    """`name`: the reject reason or flag; `detail`: for people."""
 
     name: str
     detail: str
 
 
 def find_faults(caption: str, *, finish_reason: str, num_tokens: int, prompt: str, config: QualityConfig) -> list[Fault]:
-    """What is wrong with one caption, whatever the policies say. `num_tokens` are those of the budget."""
+    """All faults of one caption, whatever the policies are. `num_tokens` is counted for the token budget."""
     found = [
         ("refusal", REFUSAL.search(caption) and f"begins with {caption[:60]!r}"),
         ("prompt_echo", echoes(caption, prompt) and f"begins with the prompt {prompt[:60]!r}"),
@@ -68,26 +68,26 @@ def find_faults(caption: str, *, finish_reason: str, num_tokens: int, prompt: st
 
 
 def find_same_captions(captions: Sequence[str], config: QualityConfig) -> dict[str, int]:
-    """Captions that stand on too many of a shard's images, and on how many."""
+    """Captions that too many images of a shard share, with the number of images."""
     times = Counter(captions)
     least = max(config.same_caption_min, config.same_caption_share * len(captions))
     return {caption: count for caption, count in times.items() if count >= least}
 
 
 def strip_boilerplate(caption: str) -> str:
-    """Without its opening, and with a capital again; as it was if nothing else is in it."""
+    """Remove the opening and capitalize the rest; a caption that is only an opening is returned as it is."""
     rest = BOILERPLATE.sub("", caption, count=1).strip()
     return rest[:1].upper() + rest[1:] if rest and rest != caption else caption
 
 
 def echoes(caption: str, prompt: str) -> bool:
-    """Whether it begins with the prompt; a prompt of one or two words proves nothing."""
+    """Whether a caption begins with the prompt; prompts of one or two words are not checked."""
     asked = _words(prompt)
     return len(asked) > 2 and _words(caption)[: len(asked)] == asked
 
 
 def repetition(caption: str) -> str | None:
-    """How the caption goes round in circles, or None.
+    """A description of the caption's repetition, or None.
 
     A passage that stands three times in a row (a single word five times, two words four times), one character sixteen times,
     or one sentence three times anywhere.
@@ -108,7 +108,7 @@ def repetition(caption: str) -> str | None:
 
 
 def cut_off(caption: str, finish_reason: str) -> str | None:
-    """Why the caption seems to lack its end, or None. A caption without a full stop may be whole: many are no sentences."""
+    """Why the caption seems to be cut off, or None. A missing full stop alone does not count."""
     if finish_reason == "length":
         return "the model was stopped by the limit on its tokens"
     text = caption.rstrip()
@@ -121,7 +121,7 @@ def cut_off(caption: str, finish_reason: str) -> str | None:
 
 
 def wrong_script(caption: str, script: str) -> str | None:
-    """Which other scripts over a fifth of the letters are of, or None."""
+    """A description of the other scripts if over a fifth of the letters are not of `script`, or None."""
     scripts = Counter(_script(character) for character in caption if character.isalpha())
     others = scripts.total() - scripts[script]
     if others <= 0.2 * scripts.total():

@@ -6,26 +6,22 @@ A row that the server refuses is a reject; a server that is down ends the job, a
 import json
 import logging
 import os
-import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from itertools import count
 from typing import Any
 
 import httpx
 import pyarrow as pa
 from PIL import Image
+from tenacity import RetryCallState, Retrying, retry_if_result
 
-from pipelines.caption.config import CaptionerConfig
+from pipelines.caption.config import CaptionerConfig, HttpConfig
 from pipelines.caption.rows import (
     Answer,
     CaptionJudge,
     Outcome,
     Question,
-    Refusal,
     data_uri,
     make_question,
     message,
@@ -35,12 +31,13 @@ from pipelines.caption.rows import (
 from pipelines.stages.contract import ShardOutput
 from pipelines.tables.chance import row_seed
 from pipelines.tables.errors import StageError
+from pipelines.tables.rejects import RowRefused
 from pipelines.tables.schema import Row
-from pipelines.workers.images import BadImageError
+from sana_model.files.retry import TRANSIENT_STATUS, Backoff, parse_retry_after
 
 ROW_STATUS = {400, 413, 415, 422}
 """The server has read the request, and will not have it: the row is refused."""
-BUSY_STATUS = {408, 409, 425, 429, 503}
+BUSY_STATUS = {409, *TRANSIENT_STATUS} - {500, 502, 504}
 """Not now: the row has no part in it, and waits. For any other status from 500 on it may be blamed; what is left under 500 (no
 key, no such model) ends the job at once."""
 SIZE_OF_TRIAL = 32  # pixels
@@ -83,36 +80,32 @@ class HttpCaptioner:
     def _describe(self, row: Row) -> Outcome:
         try:
             question = make_question(row, self.config)
-        except BadImageError as error:
-            return Refusal(error.reason, error.detail)
+        except RowRefused as error:
+            return error.bare()
         return self.answer(question)
 
     def answer(self, question: Question) -> Outcome:
         """Ask, again and again where it helps. Raises StageError if no other row would fare better."""
-        body, faults, patience = self._body(question), 0, self.options.patience
-        for attempt in count(1):
-            begun = time.monotonic()
-            told = self._ask(body)
-            if not isinstance(told, Trouble):
-                return told
-            faults += not told.is_busy
-            if told.is_busy and patience <= 0:
-                raise StageError(f"{self.url} is busy for {self.options.patience:g} s: {told.detail}. {AGAIN}")
-            if faults == self.options.max_attempts:
-                return self._blame(told)
-            wait = self._pause(attempt, told.retry_after)
-            logger.warning("%s: %s; attempt %d, again in %.1f s", self.url, told.detail, attempt, wait)
-            time.sleep(wait)
-            patience -= (time.monotonic() - begun) * told.is_busy
-        raise AssertionError("an attempt returns or raises")
+        limits = _Limits(self.url, self.options)
+        told = Retrying(
+            retry=retry_if_result(lambda told: isinstance(told, Trouble)),
+            stop=limits.are_reached,
+            wait=Backoff(first=self.options.backoff, longest=self.options.max_backoff),
+            before_sleep=limits.spend,
+            retry_error_callback=lambda state: self._give_up(_trouble(state)),
+        )(self._ask, self._body(question))
+        assert not isinstance(told, Trouble)
+        return told
 
-    def _blame(self, told: Trouble) -> Refusal:
-        """The row is refused if the server answers something else. Raises StageError if it does not."""
+    def _give_up(self, told: Trouble) -> RowRefused:
+        """Refuse the row if the server answers something else. Raises StageError if it does not, or is busy."""
+        if told.is_busy:
+            raise StageError(f"{self.url} is busy for {self.options.patience:g} s: {told.detail}. {AGAIN}")
         trial = Question("trial", Image.new("RGB", (SIZE_OF_TRIAL, SIZE_OF_TRIAL), "white"), "Describe the image.")
         if isinstance(self._ask(self._body(trial) | {"max_tokens": 1}), Trouble):
             attempts = f"{self.options.max_attempts} attempts at a request"
             raise StageError(f"{self.url} gave up after {attempts}: {told.detail}. {AGAIN}")
-        return Refusal("server_error", f"the server answers others, but not this row: {told.detail}"[:500])
+        return RowRefused("server_error", f"the server answers others, but not this row: {told.detail}"[:500])
 
     def _ask(self, body: Row) -> Outcome | Trouble:
         """One attempt. Raises StageError for what no attempt can change."""
@@ -124,7 +117,11 @@ class HttpCaptioner:
         if status in ROW_STATUS:
             return refusal_of(f"{status}: {_complaint(response)}")
         if status in BUSY_STATUS or status >= 500:
-            return Trouble(f"{status}: {_complaint(response)}", status in BUSY_STATUS, _retry_after(response))
+            return Trouble(
+                f"{status}: {_complaint(response)}",
+                status in BUSY_STATUS,
+                parse_retry_after(response.headers.get("retry-after")),
+            )
         if status != 200:
             raise StageError(f"{self.url} answers {status}: {_complaint(response)}. Look at http.base_url, model and the key")
         return self._read(response)
@@ -143,7 +140,7 @@ class HttpCaptioner:
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             return Trouble(f"200 with what is no chat completion ({type(error).__name__}): {response.text[:200]!r}")
         if reason == "content_filter" or choice["message"].get("refusal"):
-            return Refusal("refusal", f"the server refused: {choice['message'].get('refusal') or reason}"[:500])
+            return RowRefused("refusal", f"the server refused: {choice['message'].get('refusal') or reason}"[:500])
         caption = caption if isinstance(caption, str) else ""
         ended = reason != "length"
         # The token that ends a caption is counted by servers; one that counts none is helped out by words.
@@ -162,24 +159,33 @@ class HttpCaptioner:
             body |= {"top_p": sampling.top_p, "seed": row_seed(sampling.seed, question.row_id)}
         return body | self.options.extra
 
-    def _pause(self, attempt: int, retry_after: float | None) -> float:
-        """Seconds; spread, so that not all requests come back at once."""
-        if retry_after is not None:
-            return min(retry_after, self.options.max_backoff) + random.uniform(0, min(1.0, self.options.backoff))
-        return min(self.options.backoff * 2 ** min(attempt - 1, 30), self.options.max_backoff) * random.uniform(0.5, 1.0)
+
+class _Limits:
+    """How long one request is asked again: `max_attempts` faults, or `patience` seconds of a busy server."""
+
+    def __init__(self, url: str, options: HttpConfig):
+        self.url, self.max_attempts, self.patience = url, options.max_attempts, options.patience
+        self.faults = 0
+        self.begun = time.monotonic()  # of the attempt
+
+    def are_reached(self, state: RetryCallState) -> bool:
+        """tenacity's `stop`."""
+        told = _trouble(state)
+        self.faults += not told.is_busy
+        return self.patience <= 0 if told.is_busy else self.faults == self.max_attempts
+
+    def spend(self, state: RetryCallState) -> None:
+        """tenacity's `before_sleep`: log the attempt, and count its time and the wait that follows as patience."""
+        told, wait = _trouble(state), state.upcoming_sleep
+        logger.warning("%s: %s; attempt %d, again in %.1f s", self.url, told.detail, state.attempt_number, wait)
+        next_begin = time.monotonic() + wait
+        self.patience -= (next_begin - self.begun) * told.is_busy
+        self.begun = next_begin
 
 
-def _retry_after(response: httpx.Response) -> float | None:
-    """Seconds; the header has these, or a date."""
-    value = response.headers.get("retry-after", "")
-    try:
-        return max(float(value), 0.0)
-    except ValueError:
-        pass
-    try:
-        return max((parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds(), 0.0)
-    except (ValueError, TypeError):
-        return None
+def _trouble(state: RetryCallState) -> Trouble:
+    assert state.outcome is not None
+    return state.outcome.result()
 
 
 def _complaint(response: httpx.Response) -> str:

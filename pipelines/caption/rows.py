@@ -1,4 +1,4 @@
-"""What happens to a row before and after a VLM, whichever engine runs it: questions are made, answers judged."""
+"""The work on a row before and after the VLM, the same for all engines: make its question, judge its answer."""
 
 import base64
 import re
@@ -14,22 +14,23 @@ from transformers import AutoTokenizer
 
 from pipelines.caption.config import ORIGINAL, CaptionerConfig, QualityConfig
 from pipelines.caption.faults import find_faults, find_same_captions, strip_boilerplate
-from pipelines.stages.contract import ShardOutput, reject
+from pipelines.stages.contract import ShardOutput
+from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.schema import Row
 from pipelines.tables.text import clean
 from pipelines.workers.images import decode
-from pipelines.workers.models import local_model
+from pipelines.workers.models import pretrained
 
 TAG = re.compile(r"<[^<>\s][^<>]{0,60}>|\[/?INST\]")
 TOO_LONG = re.compile(r"context length|maximum (model|context)|max_model_len|too (long|many tokens)|longer than", re.IGNORECASE)
-"""What vLLM and OpenAI-compatible servers say of a prompt over their length."""
+"""Messages of vLLM and OpenAI-compatible servers about a prompt that is too long."""
 ENGINE_DIED = "engine_died"
-"""What the error of a row begins with that ended its engine."""
+"""Prefix of the error of a row that killed its engine."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """An RGB image and what is asked about it; `row_id` is the image's."""
+    """An RGB image and the prompt about it; `row_id` is the image's id."""
 
     row_id: str
     image: Image.Image
@@ -38,35 +39,27 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """`num_tokens` without the one that ends it; `finish_reason` is "stop", or "length" where it was cut."""
+    """A caption. `num_tokens`: without the end token; `finish_reason`: "stop", or "length" if it was cut."""
 
     caption: str
     num_tokens: int
     finish_reason: str
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """No caption for this row: `reason` is a short code, `detail` for people."""
-
-    reason: str
-    detail: str
-
-
-Outcome = Answer | Refusal
+Outcome = Answer | RowRefused
 
 
 def make_question(row: Row, config: CaptionerConfig) -> Question:
-    """Of a row of `images`. Raises BadImageError."""
+    """The question about a row of `images`. Raises RowRefused."""
     image = decode(row["image_bytes"])
     image.thumbnail((config.max_image_size,) * 2)
     return Question(row["id"], image, fill_prompt(config.prompt, row))
 
 
 def fill_prompt(prompt: str, row: Row) -> str:
-    """With the image's own caption in its place.
+    """Put the image's own caption into the prompt.
 
-    It is found text: tags are taken out of it, lest a model takes "<image>" or "</s>" in it for its own special tokens.
+    Tags are removed from it: a model would take "<image>" or "</s>" for its special tokens.
     """
     return prompt.replace(ORIGINAL, TAG.sub("", row.get("caption") or ""))
 
@@ -92,7 +85,8 @@ class CaptionJudge:
         self.quality: QualityConfig = config.quality
         self.count_tokens: Callable[[str], int] | None = None
         if self.quality.budget_tokenizer:
-            tokenizer = AutoTokenizer.from_pretrained(local_model(self.quality.budget_tokenizer))
+            path, options = pretrained(self.quality.budget_tokenizer)
+            tokenizer = AutoTokenizer.from_pretrained(path, **options)
             self.count_tokens = lambda text: len(tokenizer(text)["input_ids"])
 
     def judge(self, source: Sequence[Row], outcomes: Sequence[Outcome]) -> ShardOutput:
@@ -102,28 +96,28 @@ class CaptionJudge:
         rows: list[Row] = []
         rejects: list[Row] = []
         for row, answer in zip(source, answers, strict=True):
-            if isinstance(answer, Refusal):
-                rejects.append(reject(row, answer.reason, answer.detail))
+            if isinstance(answer, RowRefused):
+                rejects.append(reject(row, answer))
                 continue
             flags, refusal = self._faults(row, answer, repeated)
             if refusal is not None:
-                rejects.append(reject(row, refusal.reason, refusal.detail))
+                rejects.append(reject(row, refusal))
                 continue
             rows.append({"id": row["id"], **vars(answer), "flags": flags})
         return ShardOutput(rows, rejects, self._figures(rows))
 
     def _clean(self, outcome: Outcome) -> Outcome:
-        if isinstance(outcome, Refusal):
+        if isinstance(outcome, RowRefused):
             return outcome
         caption = clean(outcome.caption) or ""  # a server may send half a character of UTF-16
         if self.quality.boilerplate == "strip":
             caption = strip_boilerplate(caption)
         if not caption:
-            return Refusal("empty_caption", f"{self.config.model} answered with nothing")
+            return RowRefused("empty_caption", f"{self.config.model} answered with nothing")
         return Answer(caption, outcome.num_tokens, outcome.finish_reason)
 
-    def _faults(self, row: Row, answer: Answer, repeated: Mapping[str, int]) -> tuple[list[str], Refusal | None]:
-        """Flags, and the first fault for which the policy is to reject."""
+    def _faults(self, row: Row, answer: Answer, repeated: Mapping[str, int]) -> tuple[list[str], RowRefused | None]:
+        """The flags, or the refusal for the first fault whose policy is to reject."""
         policies = self.quality.policies()
         budgeted = answer.num_tokens if self.count_tokens is None else self.count_tokens(answer.caption)
         faults = {
@@ -143,12 +137,12 @@ class CaptionJudge:
             if name not in faults:
                 continue
             if policy == "reject":
-                return [], Refusal(name, f"{faults[name]}: {answer.caption[:200]!r}")
+                return [], RowRefused(name, f"{faults[name]}: {answer.caption[:200]!r}")
             flags.append(name)
         return flags, None
 
     def _figures(self, rows: Sequence[Row]) -> dict[str, float]:
-        """What share of the shard's captions has each flag."""
+        """The share of the shard's captions with each flag."""
         if not rows:
             return {}
         times = Counter(flag for row in rows for flag in row["flags"])
@@ -157,12 +151,12 @@ class CaptionJudge:
 
 
 def source_rows(table: pa.Table) -> list[Row]:
-    """What is kept of each row of `images` while its image is being described."""
+    """The rows of `images` without the image bytes, kept while the images are captioned."""
     return table.drop_columns(["image_bytes"]).to_pylist()
 
 
-def refusal_of(error: str) -> Refusal:
-    """What an engine's or a server's complaint about one row amounts to."""
+def refusal_of(error: str) -> RowRefused:
+    """The refusal of a row from an engine's or a server's error message."""
     if error.startswith(ENGINE_DIED):
-        return Refusal(ENGINE_DIED, error.removeprefix(f"{ENGINE_DIED}: "))
-    return Refusal("prompt_too_long" if TOO_LONG.search(error) else "caption_failed", error[:500])
+        return RowRefused(ENGINE_DIED, error.removeprefix(f"{ENGINE_DIED}: "))
+    return RowRefused("prompt_too_long" if TOO_LONG.search(error) else "caption_failed", error[:500])

@@ -22,22 +22,22 @@ from pipelines.caption.rows import (
     CaptionJudge,
     Outcome,
     Question,
-    Refusal,
     make_question,
     source_rows,
 )
 from pipelines.stages.contract import ShardOutput
 from pipelines.tables.chance import row_seed
 from pipelines.tables.errors import StageError
-from pipelines.workers.images import BadImageError
-from pipelines.workers.models import local_model, pick_device
+from pipelines.tables.rejects import RowRefused
+from pipelines.workers.halving import OUT_OF_MEMORY, refuse_out_of_memory, run_halving
+from pipelines.workers.models import pick_device, pretrained
 from pipelines.workers.prepare import prepare_ahead
 
 # What processors and models raise for one row: a placeholder too many in its prompt, an image that they cannot cut up.
 ROW_ERRORS = (ValueError, RuntimeError, LookupError, TypeError, StopIteration)
-FAILURES = ("out_of_memory", "caption_failed")
+FAILURES = (OUT_OF_MEMORY, "caption_failed")
 MANY_ROWS = 8
-"""Where so many rows of a shard fail, and no other is captioned, the rows are not at fault."""
+"""If this many rows of a shard fail and none is captioned, the rows are not at fault."""
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +47,8 @@ class TransformersCaptioner:
 
     def __init__(self, config: CaptionerConfig):
         self.config = config
-        path = local_model(config.model)
-        options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-        options |= {"revision": config.revision} if config.revision else {}
+        path, pinned = pretrained(config.model, config.revision)
+        options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, **pinned}
         self.device = pick_device(config.device)
         model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, config.dtype), **options)
         self.model = model.to(self.device).eval()
@@ -72,8 +71,8 @@ class TransformersCaptioner:
             num_threads=min(8, os.cpu_count() or 1),
         )
         for place, (_, question) in enumerate(ahead):
-            if isinstance(question, BadImageError):
-                outcomes[place] = Refusal(question.reason, question.detail)
+            if isinstance(question, RowRefused):
+                outcomes[place] = question
             else:
                 places.append(place)
                 questions.append(question)
@@ -84,25 +83,25 @@ class TransformersCaptioner:
         return self.judge.judge(source, _all_told(outcomes, self.config.model))
 
     def answer(self, questions: list[Question]) -> list[Outcome]:
-        """An outcome for each question. What fails together is tried in halves, down to one: only that row is lost."""
-        try:
-            return self._answer_together(questions)
-        except torch.OutOfMemoryError as error:
-            failure = Refusal("out_of_memory", _first_line(error))
-        except torch.AcceleratorError:  # the device is lost to this process: no half of it fares better
-            raise
-        except ROW_ERRORS as error:
-            failure = Refusal("caption_failed", f"{type(error).__name__}: {_first_line(error)}")
-        # Out here nothing holds the failed batch's tensors any more.
-        if failure.reason == "out_of_memory" and self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if len(questions) == 1:
-            return [failure]
-        half = len(questions) // 2
-        if failure.reason == "out_of_memory" and half < self.batch_size:
-            logger.warning("%s: %d images do not fit into memory, going on with %d", self.config.name, len(questions), half)
-            self.batch_size = half
-        return self.answer(questions[:half]) + self.answer(questions[half:])
+        """An outcome for each question. A batch that fails is halved: only a row that fails alone is lost."""
+        return run_halving(self._answer_together, questions, refuse=self._refuse)
+
+    def _refuse(self, error: Exception, size: int) -> RowRefused | None:
+        """The refusal of a row that fails alone with this error; None if the row is not at fault.
+
+        What does not fit into memory makes all later batches smaller as well.
+        """
+        refused = refuse_out_of_memory(error, size)
+        if refused is not None:
+            if 1 <= size // 2 < self.batch_size:
+                self.batch_size = size // 2
+                logger.warning(
+                    "%s: %d images do not fit into memory; batches have %d from now on", self.config.name, size, size // 2
+                )
+            return refused
+        if isinstance(error, torch.AcceleratorError) or not isinstance(error, ROW_ERRORS):
+            return None  # this process has lost its device, or the program is wrong: no smaller batch fares better
+        return RowRefused("caption_failed", f"{type(error).__name__}: {_first_line(error)}")
 
     @torch.inference_mode()
     def _answer_together(self, questions: list[Question]) -> list[Outcome]:
@@ -114,7 +113,7 @@ class TransformersCaptioner:
         if min(rooms) < wanted and len(questions) > 1:  # those with less room go alone, so that they shorten no other's caption
             return self._answer_apart(questions, [room < wanted for room in rooms])
         if rooms[0] < 1:
-            return [Refusal("prompt_too_long", f"{limit - rooms[0]} tokens, and the context has {limit}")]  # type: ignore[operator]
+            return [RowRefused("prompt_too_long", f"{limit - rooms[0]} tokens, and the context has {limit}")]  # type: ignore[operator]
         inputs = inputs.to(self.device)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
@@ -180,14 +179,14 @@ class Gumbel(LogitsProcessor):
 
 
 def _context_length(config: Any) -> int | None:
-    """Of a model's configuration: positions of its language model."""
+    """The number of positions of the language model, from the model's configuration."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _all_told(outcomes: list[Outcome | None], model: str) -> list[Outcome]:
     told = [outcome for outcome in outcomes if outcome is not None]
     assert len(told) == len(outcomes)
-    failed = [outcome for outcome in told if isinstance(outcome, Refusal) and outcome.reason in FAILURES]
+    failed = [outcome for outcome in told if isinstance(outcome, RowRefused) and outcome.reason in FAILURES]
     if len(failed) >= MANY_ROWS and not any(isinstance(outcome, Answer) for outcome in told):
         raise StageError(f"{model} failed with each of {len(failed)} images alone, at last by {failed[-1].detail}")
     return told

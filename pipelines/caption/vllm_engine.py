@@ -12,7 +12,6 @@ from pipelines.caption.rows import (
     Answer,
     CaptionJudge,
     Outcome,
-    Refusal,
     data_uri,
     make_question,
     message,
@@ -22,23 +21,24 @@ from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.rows import stream_rows
 from pipelines.stages.run import run_stream
 from pipelines.stages.shards import LIGHT
+from pipelines.storage.lease import Leases
 from pipelines.tables.chance import row_seed
 from pipelines.tables.errors import StageError
 from pipelines.tables.identity import Identity
+from pipelines.tables.rejects import RowRefused
 from pipelines.tables.schema import Row
 from pipelines.tables.table import Table
-from pipelines.workers.images import BadImageError
-from pipelines.workers.models import local_model
+from pipelines.workers.models import pretrained
 
 ERROR = "__inference_error__"
-"""ray.data.llm's column: a row that has something in it passes by the engine."""
+"""Column of ray.data.llm: rows that have a value in it skip the engine."""
 ASKED = ("shard", "place", "shard_rows", "id", "source_uri", "caption", "reason", "detail")
 INSTALL = 'pip install "sana-on-ray[vllm]"'
 ANSWERED = ("generated_text", "generated_tokens", ERROR)
 
 
 def run_vllm(
-    output: Table, identity: Identity, images: Table, config: CaptionerConfig, *, on_progress: OnProgress
+    output: Table, identity: Identity, images: Table, config: CaptionerConfig, *, on_progress: OnProgress, leases: Leases | None
 ) -> StageResult:
     """Make the missing shards of `output`. Raises as `run_stream`."""
     stream = partial(
@@ -52,23 +52,29 @@ def run_vllm(
         make_finisher=partial(AnswerReader, config),
     )
     return run_stream(
-        output, identity, images.list_shards(), stream, max_reject_share=config.max_reject_share, on_progress=on_progress
+        output,
+        identity,
+        images.list_shards(),
+        stream,
+        max_reject_share=config.max_reject_share,
+        on_progress=on_progress,
+        leases=leases,
     )
 
 
 def make_request(row: Row, config: CaptionerConfig) -> Row:
-    """A row of `images` as plain strings; one whose image cannot be decoded will pass by the engine, with the reason."""
+    """A row of `images` as plain strings. If its image cannot be decoded, the engine skips it, and the row has the reason."""
     kept = {name: row.get(name) or "" for name in ("id", "source_uri", "caption")}
     try:
         question = make_question(row, config)
-    except BadImageError as error:
+    except RowRefused as error:
         return {**kept, "reason": error.reason, "detail": error.detail, ERROR: error.reason, "question": "", "image_uri": ""}
     uri = data_uri(question.image, "png")
     return {**kept, "reason": "", "detail": "", ERROR: "", "question": question.prompt, "image_uri": uri}
 
 
 def ask(row: Row, config: CaptionerConfig) -> Row:
-    """What ray.data.llm's stages read."""
+    """The columns that the stages of ray.data.llm read."""
     if row[ERROR]:
         return {}
     sampling = config.sampling
@@ -86,8 +92,8 @@ def run_engine(dataset: ray.data.Dataset, config: CaptionerConfig) -> ray.data.D
 
     if not ray.get(ray.remote(num_cpus=LIGHT)(_has_vllm).remote()):
         raise StageError(f"captioner {config.name!r}: engine=vllm needs vLLM on the nodes of the cluster: {INSTALL}")
-    options, model = config.vllm, local_model(config.model)
-    code = {"trust_remote_code": config.trust_remote_code, **({"revision": config.revision} if config.revision else {})}
+    options, (model, pinned) = config.vllm, pretrained(config.model, config.revision)
+    code = {"trust_remote_code": config.trust_remote_code, **pinned}
     engine_kwargs: dict[str, Any] = {
         "dtype": config.dtype,
         "tensor_parallel_size": options.tensor_parallel_size,
@@ -130,12 +136,12 @@ def _has_vllm() -> bool:
 
 
 def keep_answer(row: Row) -> Row:
-    """Without the image, so that the driver never sees it."""
+    """Keep the answer and drop the image, so that it never reaches the driver."""
     return {name: row.get(name) for name in ASKED + ANSWERED}
 
 
 class AnswerReader:
-    """Reads what came back from the engine, and judges it."""
+    """Reads the answers of the engine and judges them."""
 
     def __init__(self, config: CaptionerConfig):
         self.judge = CaptionJudge(config)
@@ -146,7 +152,7 @@ class AnswerReader:
 
     def _read(self, row: Row) -> Outcome:
         if row["reason"]:
-            return Refusal(row["reason"], row["detail"])
+            return RowRefused(row["reason"], row["detail"])
         if row[ERROR]:
             return refusal_of(row[ERROR])
         tokens = list(row["generated_tokens"])
@@ -155,9 +161,9 @@ class AnswerReader:
 
 
 def stop_tokens(config: CaptionerConfig) -> set[int]:
-    """Ids that end a caption, as vLLM knows them: of the tokenizer and of the generation settings."""
-    model = local_model(config.model)
-    options: dict[str, Any] = {"revision": config.revision} if config.revision else {}
+    """The token ids that end a caption, as vLLM has them: from the tokenizer and the generation settings."""
+    model, pinned = pretrained(config.model, config.revision)
+    options: dict[str, Any] = dict(pinned)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=config.trust_remote_code, **options)
     try:
         known = GenerationConfig.from_pretrained(model, **options).eos_token_id

@@ -23,11 +23,11 @@ from pipelines.tables.schema import Row
 
 STAGE = "vLLMEngineStage"
 MAX_DEATHS = 4
-"""After so many a row is refused."""
+"""Deaths after which a row is refused."""
 COMPANY = {2: 8, 3: 1}
-"""After so many deaths: how many such rows are asked about at a time, with no other row beside them."""
+"""By number of deaths: how many such rows are asked about at a time, with no other row in flight."""
 MAX_REFUSED_IN_A_ROW = 5
-"""With more, and no answer between them, what is wrong is not with the rows."""
+"""If more rows are refused without an answer between them, the rows are not at fault."""
 
 
 class EngineDeaths:
@@ -73,7 +73,7 @@ class CarefulEngine(vLLMEngineStageUDF):
         self.num_asking = 0
 
     async def udf(self, batch: list[Row]) -> AsyncIterator[Row]:  # type: ignore[override]  # like Ray's own
-        """What the engine, or `MAX_DEATHS` deaths, say of each row, in any order. Raises StageError if no row is answered."""
+        """Yield each row's answer, or a refusal after `MAX_DEATHS` deaths, in any order. StageError if none is answered."""
         counts = await self.deaths.count.remote([_name_of(row) for row in batch])
         for row, deaths in zip(batch, counts, strict=True):
             if deaths >= MAX_DEATHS:

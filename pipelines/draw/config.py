@@ -1,7 +1,7 @@
 """Configuration of the sample stage, which draws pictures."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pipelines.stages.contract import Resources
 
@@ -11,17 +11,19 @@ class DrawConfig:
     """How pictures are drawn.
 
     Args:
-        height, width: pixels; the size that the model was made for unless given.
-        num_steps: of the solver.
-        guidance_scale: of classifier-free guidance; 1 turns it off.
+        height, width: of the pictures, in pixels; None takes the size that the model was trained for.
+        num_steps: steps of the solver.
+        guidance_scale: classifier-free guidance weight; 1 turns guidance off.
         solver: "flow_dpm_solver" (14 to 20 steps) or "flow_euler" (28 to 50).
         seed: picture i is drawn from seed + i, whatever its batch.
-        batch_size: pictures in one call of the model; changes no value but rounding.
-        rows_per_shard: pictures that are lost, at most, when an actor dies.
-        dtype: of the weights; None: the checkpoint's.
-        device: "cpu", "cuda"; None: the first GPU that Ray gave the actor, or else the CPU.
-        resources: of the stage's actors.
+        batch_size: pictures in one call of the model; changes values by rounding only.
+        rows_per_shard: pictures in a shard: as many are lost, at most, when an actor dies.
+        dtype: of the weights; None keeps the checkpoint's.
+        device: "cpu" or "cuda"; None picks the first GPU that Ray gave the actor, otherwise the CPU.
+        resources: what Ray reserves for the stage's actors.
     """
+
+    NO_VALUE: ClassVar = ("batch_size", "device", "resources")
 
     height: int | None = None
     width: int | None = None
@@ -38,14 +40,16 @@ class DrawConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """Prompts, and what draws their pictures.
+    """Prompts, and the pipeline that draws their pictures.
 
     Args:
-        name: of the table under samples/.
+        name: of the table written under samples/.
         pipeline: a folder, or a zoo://, hf:// or fsspec URI; ours, diffusers' SanaPipeline, or an NVlabs .pth.
-        prompts: the prompts, or a text file with one on each line.
+        prompts: the prompts, or the path of a text file with one on each line.
         draw: how the pipeline draws.
     """
+
+    NO_VALUE: ClassVar = ("name",)
 
     name: str
     pipeline: str

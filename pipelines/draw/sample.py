@@ -1,7 +1,8 @@
-"""The sample stage: prompts to pictures, by actors that each hold the whole pipeline."""
+"""The sample stage: prompts -> pictures, drawn by actors that each hold the whole pipeline."""
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -13,47 +14,54 @@ from PIL import Image
 from pipelines.draw.config import SampleConfig
 from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
-from pipelines.tables.identity import Identity
+from pipelines.storage.lease import Leases
+from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.schema import SAMPLES, Row, samples_path
 from pipelines.tables.table import Table
 from pipelines.workers.images import to_png
-from pipelines.workers.models import model_version, pick_device
+from pipelines.workers.models import find_model, pick_device
 from sana_model.pipeline import TextToImage
 
 
 def read_prompts(prompts: list[str] | str) -> list[str]:
-    """The prompts themselves, or those of a text file, one on each line; blank ones are left out.
+    """Strip the given prompts, or read them from a text file with one on each line. Blank prompts are left out.
 
-    Raises FileNotFoundError, or ValueError if there is none.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no prompt is left.
     """
     lines = prompts if isinstance(prompts, list) else Path(prompts).read_text().splitlines()
     found = [line.strip() for line in lines if line.strip()]
     if not found:
-        raise ValueError(f"prompts={prompts!r} holds no prompt")
+        raise ValueError(f"prompts={prompts!r} holds no prompt: give at least one that is not blank")
     return found
 
 
-def sample_identity(config: SampleConfig, prompts: Sequence[str]) -> Identity:
-    """What the pictures depend on."""
-    names = ("height", "width", "num_steps", "guidance_scale", "solver", "seed", "rows_per_shard", "dtype")
-    settings = {"pipeline": config.pipeline} | {name: getattr(config.draw, name) for name in names}
+def sample_identity(config: SampleConfig, prompts: Sequence[str], models: dict[str, str]) -> Identity:
+    """Everything that the pictures depend on."""
+    settings = value_settings(config)
+    settings |= settings.pop("draw")
     settings["prompts"] = f"{len(prompts)}, sha256 {hashlib.sha256(repr(prompts).encode()).hexdigest()[:16]}"
-    return Identity("sample", settings, {"pipeline": model_version(config.pipeline)}, {})
+    return Identity("sample", settings, models, {})
 
 
-def run_sample(dataset_uri: str, config: SampleConfig, *, on_progress: OnProgress = lambda _: None) -> StageResult:
-    """Draw a picture for each prompt into `samples/<name>`. Raises as `run_shards` and `read_prompts`."""
+def run_sample(
+    dataset_uri: str, config: SampleConfig, *, on_progress: OnProgress = lambda _: None, leases: Leases | None = None
+) -> StageResult:
+    """Draw a picture for each prompt and write it to `samples/<name>`. Raises what `read_prompts` and `run_shards` raise."""
     prompts = read_prompts(config.prompts)
+    pipeline = find_model(config.pipeline)
     size = config.draw.rows_per_shard
     return run_shards(
         Table(dataset_uri, samples_path(config.name), SAMPLES),
-        sample_identity(config, prompts),
+        sample_identity(config, prompts, {"pipeline": pipeline.version}),
         [f"{number:05d}" for number in range(-(-len(prompts) // size))],
         read_shard=partial(_read_prompts_shard, prompts, config.draw.seed, size),
-        make_worker=partial(Sampler, config),
+        make_worker=partial(Sampler, replace(config, pipeline=pipeline.path)),
         resources=config.draw.resources,
         max_reject_share=0.0,
         on_progress=on_progress,
+        leases=leases,
     )
 
 
@@ -73,7 +81,7 @@ class Sampler:
         self.pipeline = TextToImage.from_pretrained(config.pipeline, dtype=dtype).to(device)
 
     def process(self, table: pa.Table) -> ShardOutput:
-        """A row of samples for each prompt; no rejects."""
+        """Make one row of samples for each row with a prompt and a seed; nothing is refused."""
         rows: list[Row] = []
         source = table.to_pylist()
         for start in range(0, len(source), self.config.batch_size):
@@ -83,6 +91,7 @@ class Sampler:
         return ShardOutput(rows, [])
 
     def draw(self, prompts: list[str], seeds: list[int]) -> list[Image.Image]:
+        """Draw one picture for each prompt and its seed, in one call of the pipeline."""
         config = self.config
         return self.pipeline(
             prompts,
@@ -96,7 +105,7 @@ class Sampler:
 
 
 def read_pictures(table: Table, limit: int = 64) -> tuple[list[str], list[Image.Image]]:
-    """Prompts and pictures of the first rows of a samples table."""
+    """Read the prompts and pictures of the first `limit` rows of a samples table."""
     rows: list[Row] = []
     for shard in table.list_shards():
         rows += table.read_shard(shard, ["prompt", "image_bytes"]).slice(0, limit - len(rows)).to_pylist()

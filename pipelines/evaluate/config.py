@@ -1,22 +1,25 @@
 """Configuration of the evaluate stage."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from pipelines.stages.contract import Resources
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Whose pictures are judged, and by whom.
+    """Which pictures are judged, and the model that judges them.
 
     Args:
-        name: of the tables under samples/ and evaluations/.
+        name: of the table under samples/, and of the one written under evaluations/.
         model: a transformers CLIP or SigLIP: a local folder, a hub id, or a zoo://, hf:// or fsspec URI.
         revision: of a hub id.
         batch_size: pictures in one call of the model; changes no value.
-        device: "cpu", "cuda"; None: the first GPU that Ray gave the actor, or else the CPU.
-        resources: of the stage's actors.
+        device: "cpu" or "cuda"; None picks the first GPU that Ray gave the actor, otherwise the CPU.
+        resources: what Ray reserves for the stage's actors.
     """
+
+    NO_VALUE: ClassVar = ("name", "revision", "batch_size", "device", "resources")
 
     name: str
     model: str

@@ -1,6 +1,7 @@
 """The evaluate stage: how well pictures show what their prompts ask for."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from io import BytesIO
 
@@ -9,37 +10,38 @@ import pyarrow as pa
 from PIL import Image
 
 from pipelines.evaluate.config import EvaluateConfig
-from pipelines.evaluate.shapes import AttributeJudge, attribute_accuracy
-from pipelines.shapes.grammar import parse, phrasings, write_caption
-from pipelines.shapes.scenes import Scene
+from pipelines.evaluate.shapes import AttributeJudge, accuracy_figures, asks_for_color, asks_for_one_object
 from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
-from pipelines.tables.identity import Identity
+from pipelines.storage.lease import Leases
+from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.schema import EVALUATIONS, SAMPLES, Row, evaluations_path, samples_path
 from pipelines.tables.table import Table
 from pipelines.workers.clip import ClipModel
-from pipelines.workers.models import model_version, pinned
+from pipelines.workers.models import find_model
 
 
-def run_evaluate(dataset_uri: str, config: EvaluateConfig, *, on_progress: OnProgress = lambda _: None) -> StageResult:
-    """Judge the pictures of `samples/<name>` into `evaluations/<name>`.
+def run_evaluate(
+    dataset_uri: str, config: EvaluateConfig, *, on_progress: OnProgress = lambda _: None, leases: Leases | None = None
+) -> StageResult:
+    """Judge the pictures of `samples/<name>` and write the judgements to `evaluations/<name>`.
 
-    Raises as `run_shards`, and MissingTableError if there are no such pictures.
+    Raises MissingTableError if there are no such pictures, and what `run_shards` raises.
     """
-    config = pinned(config)
+    model = find_model(config.model, config.revision)
     samples = Table(dataset_uri, samples_path(config.name), SAMPLES)
     inputs = {samples.path: samples.require().fingerprint}
-    models = {"clip": model_version(config.model, config.revision)}
-    identity = Identity("evaluate", {"model": config.model}, models, inputs)
+    identity = Identity("evaluate", value_settings(config), {"clip": model.version}, inputs)
     return run_shards(
         Table(dataset_uri, evaluations_path(config.name), EVALUATIONS),
         identity,
         samples.list_shards(),
         read_shard=samples.read_shard,
-        make_worker=partial(PictureJudge, config),
+        make_worker=partial(PictureJudge, replace(config, model=model.path, revision=model.revision)),
         resources=config.resources,
         max_reject_share=0.0,
         on_progress=on_progress,
+        leases=leases,
     )
 
 
@@ -49,10 +51,10 @@ class PictureJudge:
     def __init__(self, config: EvaluateConfig):
         self.config = config
         self.clip = ClipModel(config.model, revision=config.revision, device=config.device)
-        self.attributes: AttributeJudge | None = None
+        self.attributes: AttributeJudge | None = None  # made when the first prompt needs it
 
     def process(self, table: pa.Table) -> ShardOutput:
-        """A row of evaluations for each picture; no rejects."""
+        """Make one row of evaluations for each row of samples; nothing is refused."""
         rows: list[Row] = []
         source = table.to_pylist()
         for start in range(0, len(source), self.config.batch_size):
@@ -63,39 +65,24 @@ class PictureJudge:
         images = [Image.open(BytesIO(row["image_bytes"])).convert("RGB") for row in batch]
         prompts = [row["prompt"] for row in batch]
         scores = 100 * (self.clip.embed_images(images) * self.clip.embed_texts(prompts)).sum(-1)
-        asked = [scene if (scene := parse(prompt)) and len(scene.things) == 1 else None for prompt in prompts]
-        seen: list[Scene] = []
-        if any(asked):
+        seen: list[str | None] = [None] * len(batch)
+        if any(asks_for_one_object(prompt) for prompt in prompts):
             self.attributes = self.attributes or AttributeJudge(self.clip)
-            seen = self.attributes.read(images)
+            seen = self.attributes.describe(prompts, images)
         return [
-            {
-                "id": row["id"],
-                "prompt": row["prompt"],
-                "clip_score": score,
-                "asked": row["prompt"] if wanted else None,
-                "seen": write_caption(seen[index], phrasings(seen[index])[0]) if wanted else None,
-            }
-            for index, (row, score, wanted) in enumerate(zip(batch, scores.tolist(), asked, strict=True))
+            {"id": row["id"], "prompt": prompt, "clip_score": score, "asked": prompt if caption else None, "seen": caption}
+            for row, prompt, score, caption in zip(batch, prompts, scores.tolist(), seen, strict=True)
         ]
 
 
 def summarize(table: Table, *, colors: Sequence[str] | None = None) -> dict[str, float]:
-    """Mean CLIP score of an evaluations table; and `accuracy.<attribute>` over its prompts from the Shapes world, if any.
+    """Figures over an evaluations table: the mean `clip_score`, and `accuracy_figures` if it has prompts of the Shapes world.
 
-    `colors` leaves only the prompts that ask for an object of such a color.
+    Args:
+        colors: if given, only prompts that ask for an object of one of these colors count; empty if there are none.
     """
     rows = [row for shard in table.list_shards() for row in table.read_shard(shard).to_pylist()]
-    asked, seen, scores = [], [], []
-    for row in rows:
-        scene = parse(row["asked"]) if row["asked"] else None
-        if colors is not None and (scene is None or scene.things[0].color not in colors):
-            continue
-        scores.append(row["clip_score"])
-        if scene is not None and (found := parse(row["seen"])) is not None:
-            asked.append(scene)
-            seen.append(found)
-    metrics = {"clip_score": float(np.mean(scores))} if scores else {}
-    if asked:
-        metrics |= {f"accuracy.{name}": value for name, value in attribute_accuracy(asked, seen).items()}
-    return metrics
+    if colors is not None:
+        rows = [row for row in rows if asks_for_color(row, colors)]
+    metrics = {"clip_score": float(np.mean([row["clip_score"] for row in rows]))} if rows else {}
+    return metrics | accuracy_figures(rows)

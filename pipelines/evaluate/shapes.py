@@ -1,4 +1,5 @@
-"""What is about the Shapes world alone: which attributes a picture shows, and whether its prompt asked for them."""
+"""The part of the evaluation that is about the Shapes world: which attributes a picture shows, and whether its prompt asked for
+them."""
 
 from collections.abc import Sequence
 
@@ -6,36 +7,77 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipelines.shapes.grammar import phrasings, write_caption
+from pipelines.shapes.grammar import full_caption, parse
 from pipelines.shapes.scenes import Scene, all_singles
+from pipelines.tables.schema import Row
 from pipelines.workers.clip import ClipModel
 
 ATTRIBUTES = ("shape", "color", "background")
+"""The attributes that are judged unless others are named."""
+OBJECT_ATTRIBUTES = ("shape", "color", "fill")
+"""The attributes of an object; the others (size, position, background) are those of the scene."""
+CAPTIONS_PER_CALL = 512
 
 
 class AttributeJudge:
-    """Reads one-object pictures: of all scenes of the Shapes world, the one whose caption CLIP likes best."""
+    """Reads pictures of one object: finds the scene of the Shapes world whose caption gets the highest CLIP score."""
 
     def __init__(self, clip: ClipModel):
         self.clip = clip
         self.scenes = all_singles()
-        captions = [write_caption(scene, phrasings(scene)[0]) for scene in self.scenes]
-        spans = (slice(start, start + 512) for start in range(0, len(captions), 512))
-        self.embeds = torch.cat([clip.embed_texts(captions[span]) for span in spans])
+        captions = [full_caption(scene) for scene in self.scenes]
+        starts = range(0, len(captions), CAPTIONS_PER_CALL)
+        self.embeds = torch.cat([clip.embed_texts(captions[start : start + CAPTIONS_PER_CALL]) for start in starts])
 
     def read(self, images: Sequence[Image.Image]) -> list[Scene]:
         """The scene that each RGB picture shows."""
         best = (self.clip.embed_images(images) @ self.embeds.T).argmax(1)
         return [self.scenes[index] for index in best.tolist()]
 
+    def describe(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[str | None]:
+        """A caption of what each RGB picture shows; None if its prompt does not ask for a scene of one object."""
+        seen = self.read(images)
+        return [
+            full_caption(scene) if asks_for_one_object(prompt) else None for prompt, scene in zip(prompts, seen, strict=True)
+        ]
 
-def attribute(scene: Scene, name: str) -> str | None:
-    """shape, color, fill, size, position or background of a scene of one object."""
-    return getattr(scene.things[0] if name in ("shape", "color", "fill") else scene, name)
+
+def asks_for_one_object(prompt: str) -> bool:
+    """Whether a prompt is a caption of the Shapes world that names exactly one object."""
+    scene = parse(prompt)
+    return scene is not None and len(scene.things) == 1
+
+
+def asks_for_color(row: Row, colors: Sequence[str]) -> bool:
+    """Whether the prompt of a row of evaluations asks for an object of one of these colors."""
+    scene = parse(row["asked"]) if row["asked"] else None
+    return scene is not None and scene.things[0].color in colors
+
+
+def accuracy_figures(rows: Sequence[Row]) -> dict[str, float]:
+    """`accuracy.<attribute>` for rows of evaluations, as in `attribute_accuracy`; empty if no prompt is of the Shapes world."""
+    scenes = [(parse(row["asked"]), parse(row["seen"])) for row in rows if row["asked"] and row["seen"]]
+    pairs = [(asked, seen) for asked, seen in scenes if asked is not None and seen is not None]
+    if not pairs:
+        return {}
+    accuracy = attribute_accuracy([asked for asked, _ in pairs], [seen for _, seen in pairs])
+    return {f"accuracy.{name}": value for name, value in accuracy.items()}
 
 
 def attribute_accuracy(asked: Sequence[Scene], seen: Sequence[Scene], names: Sequence[str] = ATTRIBUTES) -> dict[str, float]:
-    """Share of pictures right in each attribute that was asked for, and in `all` of them together."""
+    """The share of pictures, from 0 to 1, that show each attribute as asked, and under `all` the share that show every one.
+
+    An attribute that a prompt leaves out counts as right.
+
+    Args:
+        asked, seen: for each picture, the scene that its prompt asks for and the scene that it shows; at least one picture.
+        names: of the attributes: shape, color, fill, size, position or background.
+    """
     pairs = list(zip(asked, seen, strict=True))
-    right = np.array([[attribute(a, name) in (None, attribute(s, name)) for name in names] for a, s in pairs])
+    right = np.array([[_attribute(a, name) in (None, _attribute(s, name)) for name in names] for a, s in pairs])
     return {**dict(zip(names, right.mean(0).tolist(), strict=True)), "all": float(right.all(1).mean())}
+
+
+def _attribute(scene: Scene, name: str) -> str | None:
+    """An attribute of a scene of one object; None if a caption left it out."""
+    return getattr(scene.things[0] if name in OBJECT_ATTRIBUTES else scene, name)

@@ -1,7 +1,7 @@
 """Configuration of the extract and embed_captions stages."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 from PIL import Image
 
@@ -17,7 +17,7 @@ PUBLISHED_INTERPOLATION: dict[int, Interpolation] = {2048: "lanczos"}
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFilter:
-    """Which scores of an image scorer let an image in: from `min` to `max`, both included; None: no limit."""
+    """The scores of an image scorer that admit an image: from `min` to `max`, both included; None: no limit."""
 
     min: float | None = None
     max: float | None = None
@@ -27,7 +27,7 @@ class ImageFilter:
             raise ValueError("an image filter needs min, max or both, such as {min: 5.0}")
 
     def admits(self, score: float | None) -> bool:
-        """An image without a score is not let in."""
+        """Whether a score is within the limits. An image without a score is not admitted."""
         if score is None:
             return False
         return (self.min is None or score >= self.min) and (self.max is None or score <= self.max)
@@ -62,6 +62,8 @@ class ExtractConfig:
         resources: of the stage's actors.
         max_reject_share: the job fails when a larger share of the images is refused.
     """
+
+    NO_VALUE: ClassVar = ("name", "check_rows", "batch_size", "prepare_threads", "device", "resources", "max_reject_share")
 
     name: str
     autoencoder: str
@@ -104,16 +106,9 @@ class ExtractConfig:
         return self.interpolation or PUBLISHED_INTERPOLATION.get(self.resolution, "bicubic")
 
     def at(self, resolution: int) -> "ExtractConfig":
-        """The same for another resolution: batches of about as many pixels."""
+        """The same configuration for another resolution, with batches of about as many pixels."""
         batch_size = max(1, round(self.batch_size * (self.resolution / resolution) ** 2))
         return replace(self, resolution=resolution, batch_size=batch_size)
-
-    def settings(self) -> dict[str, Any]:
-        """What of it can change a value in the table, or which rows it has."""
-        names = ("autoencoder", "resolution", "scorer", "dtype", "compute_dtype", "max_upscale", "min_best_score")
-        settings: dict[str, Any] = {name: getattr(self, name) for name in (*names, "max_latent", "tile_size")}
-        filters = {name: {"min": limits.min, "max": limits.max} for name, limits in self.image_filters.items()}
-        return settings | {"interpolation": self.resolved_interpolation, "image_filters": filters}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +128,8 @@ class EmbedConfig:
         resources: of the stage's actors.
         max_reject_share: the job fails when a larger share of the captions is refused.
     """
+
+    NO_VALUE: ClassVar = ("name", "batch_size", "device", "resources", "max_reject_share")
 
     name: str
     text_encoder: str

@@ -1,10 +1,11 @@
-"""The embed_captions stage, which training can do without: every caption of an image to the text encoder's output, once.
+"""The embed_captions stage (optional): compute the text encoder's output of every caption once.
 
 Only real tokens are kept. With Gemma-2-2B that is still 0.7 MB for a caption of 150 tokens: ingest into shards of a few
 hundred images for it, since a shard is held in memory whole.
 """
 
 import hashlib
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,29 +13,31 @@ import pyarrow as pa
 import torch
 
 from pipelines.extract.config import EmbedConfig
-from pipelines.stages.contract import OnProgress, ShardOutput, StageResult, reject
+from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
-from pipelines.tables.identity import Identity
+from pipelines.storage.lease import Leases
+from pipelines.tables.identity import Identity, value_settings
+from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.schema import CAPTION_EMBEDS, SCORES, Row, scores_path
 from pipelines.tables.table import Table
 from pipelines.workers.halving import run_halving
-from pipelines.workers.images import BadImageError
-from pipelines.workers.models import local_model, model_version, pick_device
+from pipelines.workers.models import find_model, pick_device, pretrained
 from sana_model.nn.config import TextEncoderConfig
 from sana_model.nn.text_encoder import TextEncoder
 
 
-def embed_identity(dataset_uri: str, config: EmbedConfig) -> Identity:
-    """What the embeddings depend on."""
-    names = ("text_encoder", "scorer", "attn_implementation", "compute_dtype", "dtype")
-    settings = {name: getattr(config, name) for name in names} | prompt_settings(config.prompts)
+def embed_identity(dataset_uri: str, config: EmbedConfig, models: dict[str, str]) -> Identity:
+    """Everything that the embeddings depend on; `models`: the version of the text encoder."""
+    settings = value_settings(config)
+    del settings["prompts"]  # a long text: its hash stands for it
+    settings |= prompt_settings(config.prompts)
     scores = Table(dataset_uri, scores_path(config.scorer), SCORES)
     inputs = {scores.path: scores.require().fingerprint}
-    return Identity("embed_captions", settings, {config.name: model_version(config.text_encoder)}, inputs)
+    return Identity("embed_captions", settings, models, inputs)
 
 
 def prompt_settings(prompts: TextEncoderConfig) -> dict[str, Any]:
-    """How captions become tokens, for a fingerprint. Of the instruction, which is long, the hash."""
+    """How captions become tokens, for an identity; the instruction, which is long, by its hash."""
     return {
         "instruction": f"sha256:{hashlib.sha256(prompts.instruction.encode()).hexdigest()[:32]}",
         "max_tokens": prompts.max_tokens,
@@ -42,22 +45,26 @@ def prompt_settings(prompts: TextEncoderConfig) -> dict[str, Any]:
     }
 
 
-def run_embed_captions(dataset_uri: str, config: EmbedConfig, *, on_progress: OnProgress = lambda _: None) -> StageResult:
+def run_embed_captions(
+    dataset_uri: str, config: EmbedConfig, *, on_progress: OnProgress = lambda _: None, leases: Leases | None = None
+) -> StageResult:
     """Embed every caption of `scores/<scorer>` into `caption_embeds/<name>`.
 
     Raises as `run_shards`, and MissingTableError if there are no scores.
     """
-    identity = embed_identity(dataset_uri, config)
+    encoder = find_model(config.text_encoder)
+    identity = embed_identity(dataset_uri, config, {config.name: encoder.version})
     scores = Table(dataset_uri, scores_path(config.scorer), SCORES)
     return run_shards(
         Table(dataset_uri, config.path, CAPTION_EMBEDS),
         identity,
         scores.list_shards(),
         read_shard=scores.read_shard,
-        make_worker=partial(CaptionEmbedder, config),
+        make_worker=partial(CaptionEmbedder, replace(config, text_encoder=encoder.address)),
         resources=config.resources,
         max_reject_share=config.max_reject_share,
         on_progress=on_progress,
+        leases=leases,
     )
 
 
@@ -66,8 +73,10 @@ class CaptionEmbedder:
 
     def __init__(self, config: EmbedConfig):
         self.config = config
+        path, options = pretrained(config.text_encoder)
         self.encoder = TextEncoder.from_pretrained(
-            local_model(config.text_encoder),
+            path,
+            **options,
             config=config.prompts,
             dtype=getattr(torch, config.compute_dtype),
             attn_implementation=config.attn_implementation,
@@ -84,10 +93,11 @@ class CaptionEmbedder:
             texts = [entry["caption"] for entry in batch]
             num_cut += sum(count > self.config.prompts.max_tokens for count in self.encoder.count_tokens(texts))
             for entry, embeds in zip(batch, run_halving(self._embed, texts), strict=True):
-                if isinstance(embeds, BadImageError):
-                    rejects.append(reject(entry, embeds.reason, f"{entry['captioner']}: {embeds.detail}"))
-                elif not embeds.isfinite().all():
-                    rejects.append(reject(entry, "bad_embeds", f"{entry['captioner']}: values that are not finite"))
+                if not isinstance(embeds, RowRefused) and not embeds.isfinite().all():
+                    embeds = RowRefused("bad_embeds", "values that are not finite")
+                if isinstance(embeds, RowRefused):
+                    refused = RowRefused(embeds.reason, f"{entry['captioner']}: {embeds.detail}")
+                    rejects.append(reject(entry, refused))
                 else:
                     rows.append(_embeds_row(entry, embeds))
         return ShardOutput(rows, rejects, {"captions": len(captions), "cut_captions": num_cut})

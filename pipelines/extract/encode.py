@@ -12,17 +12,18 @@ from PIL import Image
 from pipelines.extract.buckets import Bucket, buckets_for, name_bucket, nearest_bucket
 from pipelines.extract.config import ExtractConfig
 from pipelines.score.selection import best_score, is_below
-from pipelines.stages.contract import ShardOutput, reject
+from pipelines.stages.contract import ShardOutput
+from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.sampling import spread
 from pipelines.tables.schema import Row
 from pipelines.workers.halving import run_halving
-from pipelines.workers.images import BadImageError, decode, resize_and_crop
+from pipelines.workers.images import decode, resize_and_crop
 from pipelines.workers.models import pick_device
 from pipelines.workers.prepare import iter_rows, prepare_ahead
 from sana_model.nn.autoencoder import DCAutoencoder
 
 MAX_WAITING_BYTES = 2**31
-"""Of prepared images that wait for a batch of their bucket; beyond it the fullest bucket goes as it is."""
+"""Most bytes of prepared images that wait for a batch of their bucket; beyond it the fullest bucket is encoded."""
 SMALLEST_ERROR = 1e-6  # mean square, of 255 steps: a perfect reconstruction has 108 dB
 
 
@@ -34,8 +35,8 @@ class Cropped:
     pixels: np.ndarray
 
 
-Fitted = Mapping[int, Cropped | BadImageError]
-"""What becomes of an image at each resolution."""
+Fitted = Mapping[int, Cropped | RowRefused]
+"""An image cropped, or refused, at each resolution."""
 
 
 class LatentEncoder:
@@ -54,7 +55,7 @@ class LatentEncoder:
         return self.process_all(table, [self.config.resolution])[self.config.resolution]
 
     def process_all(self, table: pa.Table, resolutions: Sequence[int]) -> dict[int, ShardOutput]:
-        """The same for several resolutions; each image is decoded once."""
+        """As `process`, for several resolutions; each image is decoded once."""
         ids = table["id"].to_pylist()
         checked = {ids[index] for index in spread(len(ids), self.config.check_rows)}
         shards = {resolution: _Shard(self, self.configs[resolution], checked) for resolution in resolutions}
@@ -68,21 +69,21 @@ class LatentEncoder:
         for row, ready in rows:
             source = {name: row[name] for name in ("id", "source_uri", "captions")}
             for resolution, shard in shards.items():
-                shard.add(source, ready if isinstance(ready, BadImageError) else ready[resolution])
+                shard.add(source, ready if isinstance(ready, RowRefused) else ready[resolution])
         return {resolution: shard.finish(ids) for resolution, shard in shards.items()}
 
     def _fit(self, row: Row, resolutions: Sequence[int]) -> Fitted:
-        """The image cropped to each resolution's bucket. Raises BadImageError where it is refused altogether."""
+        """The image cropped to each resolution's bucket. Raises RowRefused where it is refused altogether."""
         check_scores(row, self.config)
         image = decode(row["image_bytes"])
         return {resolution: self._crop(image, self.configs[resolution]) for resolution in resolutions}
 
-    def _crop(self, image: Image.Image, config: ExtractConfig) -> Cropped | BadImageError:
+    def _crop(self, image: Image.Image, config: ExtractConfig) -> Cropped | RowRefused:
         bucket = nearest_bucket(image.height, image.width, self.buckets[config.resolution])
         scale = max(bucket[0] / image.height, bucket[1] / image.width)
         if config.max_upscale is not None and scale > config.max_upscale:
             detail = f"{image.width}x{image.height} must grow {scale:.2f} times to fill its bucket of {bucket[1]}x{bucket[0]}"
-            return BadImageError("too_small_for_bucket", f"{detail}; max_upscale={config.max_upscale:g}")
+            return RowRefused("too_small_for_bucket", f"{detail}; max_upscale={config.max_upscale:g}")
         return Cropped(bucket, np.asarray(resize_and_crop(image, *bucket, resample=config.resample)))
 
     @torch.inference_mode()
@@ -103,7 +104,7 @@ class LatentEncoder:
 
 @dataclass
 class _Shard:
-    """A shard of one resolution in the making."""
+    """A shard of one resolution that is being made."""
 
     encoder: LatentEncoder
     config: ExtractConfig
@@ -115,9 +116,9 @@ class _Shard:
     psnrs: list[float] = field(default_factory=list)
     sums: np.ndarray = field(default_factory=lambda: np.zeros(3))  # of the latents: count, sum, sum of squares
 
-    def add(self, row: Row, image: Cropped | BadImageError) -> None:
-        if isinstance(image, BadImageError):
-            self.rejects.append(reject(row, image.reason, image.detail))
+    def add(self, row: Row, image: Cropped | RowRefused) -> None:
+        if isinstance(image, RowRefused):
+            self.rejects.append(reject(row, image))
             return
         batch = self.waiting.setdefault(image.bucket, [])
         batch.append((row, image))
@@ -145,9 +146,9 @@ class _Shard:
         encoded = run_halving(self.encoder.encode, [image for _, image in batch])
         good: list[tuple[Cropped, torch.Tensor]] = []
         for (row, image), latents in zip(batch, encoded, strict=True):
-            fault = latents if isinstance(latents, BadImageError) else find_fault(latents, self.config.max_latent)
+            fault = latents if isinstance(latents, RowRefused) else find_fault(latents, self.config.max_latent)
             if fault is not None:
-                self.rejects.append(reject(row, fault.reason, fault.detail))
+                self.rejects.append(reject(row, fault))
                 continue
             assert isinstance(latents, torch.Tensor)
             self.rows[row["id"]] = _latents_row(row, bucket, latents)
@@ -159,33 +160,33 @@ class _Shard:
             self._measure(good)
 
     def _measure(self, pairs: list[tuple[Cropped, torch.Tensor]]) -> None:
-        """What is lost between images and their stored latents."""
+        """Measure the PSNR between images and their decoded latents."""
         decoded = run_halving(self.encoder.decode, [latents for _, latents in pairs])
         for (image, _), again in zip(pairs, decoded, strict=True):
-            if not isinstance(again, BadImageError):
+            if not isinstance(again, RowRefused):
                 self.psnrs.append(psnr(image.pixels, again))
 
 
 def check_scores(row: Row, config: ExtractConfig) -> None:
-    """Raises BadImageError where an image's own scores, or its best caption's, do not let it in."""
+    """Raises RowRefused where an image's own scores, or its best caption's, do not let it in."""
     if is_below(row["captions"], config.min_best_score):
         detail = f"its best caption scores {best_score(row['captions']):.1f}, min_best_score={config.min_best_score}"
-        raise BadImageError("low_score", detail)
+        raise RowRefused("low_score", detail)
     scores = {entry["scorer"]: entry["score"] for entry in row.get("image_scores") or []}
     for name, allowed in config.image_filters.items():
         if not allowed.admits(scores.get(name)):
             shown = "no score" if scores.get(name) is None else f"{scores[name]:.4g}"
-            raise BadImageError("filtered", f"{name}: {shown}, allowed is {allowed}")
+            raise RowRefused("filtered", f"{name}: {shown}, allowed is {allowed}")
 
 
-def find_fault(latents: torch.Tensor, max_latent: float) -> BadImageError | None:
-    """What is wrong with the latents of an image: values that are not finite, or far out."""
+def find_fault(latents: torch.Tensor, max_latent: float) -> RowRefused | None:
+    """The refusal of latents with values that are not finite or too large; None if they are good."""
     bad = int((~torch.isfinite(latents)).sum())
     if bad:
-        return BadImageError("bad_latents", f"{bad} of {latents.numel()} values are not finite")
+        return RowRefused("bad_latents", f"{bad} of {latents.numel()} values are not finite")
     largest = float(latents.abs().max())
     if largest > max_latent:
-        return BadImageError("bad_latents", f"the largest value is {largest:.4g}, max_latent={max_latent:g}")
+        return RowRefused("bad_latents", f"the largest value is {largest:.4g}, max_latent={max_latent:g}")
     return None
 
 

@@ -1,8 +1,7 @@
 """The extract stage: images to scaled DC-AE latents, one bucket size each, with the captions that compete for them."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pyarrow as pa
@@ -13,49 +12,58 @@ from pipelines.extract.encode import LatentEncoder
 from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
 from pipelines.stages.shards import write_output
-from pipelines.storage.lease import Ticket, hold
-from pipelines.tables.identity import Identity
+from pipelines.storage.lease import Leases, Ticket, shared
+from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.schema import IMAGE_SCORES, IMAGES, IMAGES_PATH, LATENTS, SCORES, Row, image_scores_path, scores_path
 from pipelines.tables.table import Table
-from pipelines.workers.models import model_version
+from pipelines.workers.models import find_model
 
 SHARD = b"shard"
-"""Of the schema's metadata of what the actor gets: which shard it is."""
+"""Key in the metadata of the actor's input for the name of the shard."""
 NAMED_SCORE = pa.struct([("scorer", pa.string()), ("score", pa.float32())])
 
 
-def extract_identity(dataset_uri: str, config: ExtractConfig) -> Identity:
-    """What the latents depend on."""
+def extract_identity(dataset_uri: str, config: ExtractConfig, models: dict[str, str]) -> Identity:
+    """Everything that the latents depend on; `models`: the version of the autoencoder."""
     images, scores, *image_scores = _input_tables(dataset_uri, config)
     inputs = {table.path: table.require().fingerprint for table in (images, scores, *image_scores)}
-    return Identity("extract", config.settings(), {config.name: model_version(config.autoencoder)}, inputs)
+    settings = value_settings(config) | {"interpolation": config.resolved_interpolation}
+    return Identity("extract", settings, models, inputs)
 
 
 def run_extract(
-    dataset_uri: str, config: ExtractConfig, *, also: Sequence[int] = (), on_progress: OnProgress = lambda _: None
+    dataset_uri: str,
+    config: ExtractConfig,
+    *,
+    also: Sequence[int] = (),
+    on_progress: OnProgress = lambda _: None,
+    leases: Leases | None = None,
 ) -> StageResult:
     """Encode every scored image of a dataset into `latents/<name>-<resolution>`.
 
     Args:
-        also: other resolutions. Where this one lacks a shard and another does too, both are made from one decode; what is
-            missing of the others then is theirs to make, each by a call of its own.
+        also: other resolutions. A shard that is missing here and there is made for both from one decode. The shards that the
+            others then still miss are made by a call for each.
 
     Raises as `run_shards`, and MissingTableError if images or scores are not there.
     """
-    identity = extract_identity(dataset_uri, config)
+    autoencoder = find_model(config.autoencoder)
+    models = {config.name: autoencoder.version}
+    identity = extract_identity(dataset_uri, config, models)
     images, scores, *image_scores = _input_tables(dataset_uri, config)
     shards = set(images.list_shards()).intersection(*(table.list_shards() for table in (scores, *image_scores)))
-    with ExitStack() as leases:
-        sides = [_claim_side(dataset_uri, config.at(resolution), shards, leases) for resolution in also]
+    with shared(leases) as held:
+        sides = [_claim_side(dataset_uri, config.at(resolution), models, shards, held) for resolution in also]
         return run_shards(
             Table(dataset_uri, config.path, LATENTS),
             identity,
             sorted(shards),
             read_shard=partial(read_scored_images, images, scores, dict(zip(config.image_filters, image_scores, strict=True))),
-            make_worker=partial(Extractor, config, sides),
+            make_worker=partial(Extractor, replace(config, autoencoder=autoencoder.path), sides),
             resources=config.resources,
             max_reject_share=config.max_reject_share,
             on_progress=on_progress,
+            leases=held,
         )
 
 
@@ -67,7 +75,7 @@ def _input_tables(dataset_uri: str, config: ExtractConfig) -> list[Table]:
 
 @dataclass(frozen=True)
 class SideTable:
-    """A table of another resolution, and which of its shards are still to be made."""
+    """The table of another resolution, and its missing shards."""
 
     resolution: int
     table: Table
@@ -76,9 +84,9 @@ class SideTable:
     missing: frozenset[str]
 
 
-def _claim_side(dataset_uri: str, config: ExtractConfig, shards: set[str], leases: ExitStack) -> SideTable:
-    table, identity = Table(dataset_uri, config.path, LATENTS), extract_identity(dataset_uri, config)
-    ticket = leases.enter_context(hold(table.uri)).ticket
+def _claim_side(dataset_uri: str, config: ExtractConfig, models: dict[str, str], shards: set[str], leases: Leases) -> SideTable:
+    table, identity = Table(dataset_uri, config.path, LATENTS), extract_identity(dataset_uri, config, models)
+    ticket = leases.take(table.uri).ticket
     table.claim(identity)
     missing = frozenset(shards.difference(table.list_shards()))
     return SideTable(config.resolution, table, identity.fingerprint, ticket, missing)
@@ -98,7 +106,7 @@ def read_scored_images(images: Table, scores: Table, image_scores: dict[str, Tab
 
 
 def read_image_scores(table: Table, shard: str) -> dict[str, float]:
-    """What an image scorer says of a shard's images, by id."""
+    """The scores of a shard's images by one image scorer, by id."""
     rows = table.read_shard(shard, ["id", "score"])
     return dict(zip(rows["id"].to_pylist(), rows["score"].to_pylist(), strict=True))
 

@@ -1,7 +1,7 @@
 """Configuration of the ingest stage."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pipelines.stages.contract import Resources
 from pipelines.workers.images import ImageLimits
@@ -15,15 +15,25 @@ class DownloadConfig:
     actors (`resources.num_actors`), wherever in the cluster they are.
 
     Args:
-        connections: at once.
-        connections_per_host: at once, to one host and port.
+        connections: open at the same time.
+        connections_per_host: open at the same time to one host and port.
         timeout: of one attempt, from connecting to the last byte, seconds.
-        attempts: for failures that may pass (no answer, timeouts, 408, 425, 429, 5xx); "Retry-After" is obeyed.
-        first_wait: before the second attempt, seconds; doubled after each.
-        max_redirects: followed.
-        user_agent: what servers see. Say who you are, and where you can be reached.
+        attempts: at one URL, if its failures may pass (no answer, timeouts, 408, 425, 429, 500, 502, 503, 504).
+        first_wait: seconds before the second attempt; doubled after each. A server's "Retry-After" goes before it.
+        max_redirects: how many redirects are followed.
+        user_agent: sent to servers. Say who you are, and where you can be reached.
         obey_robots_tag: leave out images whose server answers with "X-Robots-Tag" noai, noimageai, noindex or noimageindex.
     """
+
+    NO_VALUE: ClassVar = (
+        "connections",
+        "connections_per_host",
+        "timeout",
+        "attempts",
+        "first_wait",
+        "max_redirects",
+        "user_agent",
+    )
 
     connections: int = 64
     connections_per_host: int = 8
@@ -54,16 +64,18 @@ class IngestConfig:
         url_column: of lists; found by its name unless given. Columns beside these become the images' metadata.
         base_uri: what the keys of a list are relative to; the folder of the list unless given.
         download: how URLs are fetched.
-        retry_rejects: try once more what finished shards could not download for reasons that pass; what comes now goes into new
-            shards, for the others must stay as they are.
+        retry_rejects: try again to download what finished shards could not, if the reason may have passed. The images go into
+            new shards, since finished shards must stay as they are.
         license: of the images, for the record: it is kept in the manifest, and may be given or changed at any time.
         limits: which images are let in.
-        rows_per_shard: at most; a shard is what a stage does in one go, and what is lost if it is killed.
-        bytes_per_shard: at most, of image files; several times as much is held in memory for each actor. Of a list nobody knows
-            how large its images are: only `rows_per_shard` counts.
+        rows_per_shard: at most. A stage works on one shard at a time, and loses that much work if it is killed.
+        bytes_per_shard: of image files, at most. Each actor holds several times as much in memory. The sizes of a list's images
+            are unknown: only `rows_per_shard` counts there.
         max_reject_share: the job fails if a larger share of the images is refused.
         resources: of the actors that decode.
     """
+
+    NO_VALUE: ClassVar = ("retry_rejects", "license", "max_reject_share", "resources")
 
     source: str
     source_kind: Kind | Literal["auto"] = "auto"

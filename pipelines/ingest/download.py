@@ -1,48 +1,47 @@
-"""Fetches the images that a list names: over HTTP with limits and patience, or from any fsspec file system.
+"""Fetches the images that a list names, over HTTP or from any fsspec file system.
 
-A failure is a value and not an exception: a short code that becomes the row's reject reason.
+A failure is returned and not raised: its short code becomes the row's reject reason.
 """
 
 import asyncio
-import random
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import aiohttp
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
 
 from pipelines.ingest.config import DownloadConfig
 from pipelines.storage.errors import StorageError
-from pipelines.storage.files import call, is_transient, open_filesystem
+from pipelines.storage.retry import call
+from pipelines.tables.rejects import RowRefused
+from sana_model.files.filesystems import open_filesystem
+from sana_model.files.retry import TRANSIENT_STATUS, Backoff, is_transient, parse_retry_after
 
-TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
-TRANSIENT_REASONS = ("download_failed", "timeout", *(f"http_{status}" for status in TRANSIENT_STATUS))
-"""Reject reasons that another try at another time may undo."""
+TRANSIENT_REASONS = {"download_failed", "timeout", *(f"http_{status}" for status in TRANSIENT_STATUS)}
+"""Reject reasons of downloads that may succeed at another time."""
 
 NUM_THREADS = 16
-LONGEST_WAIT = 60.0  # seconds between two attempts, whatever the server asks for
+LONGEST_WAIT = 60.0  # seconds between two attempts, even if the server asks for more
 CHUNK = 2**16
 
 
-class FetchError(Exception):
-    """`reason` is a short code, `detail` for people; `wait`: seconds that the server asks to wait."""
+class FetchError(RowRefused):
+    """`retry_after`: seconds that the server asks to wait before it is asked again. None: it names no time."""
 
-    def __init__(self, reason: str, detail: str, wait: float = 0.0):
+    def __init__(self, reason: str, detail: str, retry_after: float | None = None):
         super().__init__(reason, detail)
-        self.reason, self.detail, self.wait = reason, detail, wait
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}"
+        self.retry_after = retry_after
 
 
-def fetch_all(uris: Sequence[str], config: DownloadConfig, max_bytes: int) -> list[bytes | FetchError]:
-    """The content at each URI, or why there is none, in the same order.
+def fetch_all(uris: Sequence[str], config: DownloadConfig, max_bytes: int) -> list[bytes | RowRefused]:
+    """Fetch the content of each URI. Return it, or the reason why it could not be fetched, in the order of `uris`.
 
     Reasons: http_<status>, timeout, download_failed, too_many_redirects, too_many_bytes, robots_tag, bad_url; for keys of a
     file system missing_source, too_many_bytes, unreadable, bad_url, and download_failed where it cannot be connected to.
 
-    Raises StorageError: a file system does not answer, whatever the key.
+    Raises StorageError if a file system does not answer.
     """
     different = dict.fromkeys(uris)
     over_http = [uri for uri in different if uri.lower().startswith(("http://", "https://"))]
@@ -53,10 +52,10 @@ def fetch_all(uris: Sequence[str], config: DownloadConfig, max_bytes: int) -> li
     return [found[uri] for uri in uris]
 
 
-def read_key(uri: str, max_bytes: int, size: int | None = None) -> bytes | FetchError:
-    """A file on any file system, if it is not too large; `size`: its own, where a listing told it.
+def read_key(uri: str, max_bytes: int, size: int | None = None) -> bytes | RowRefused:
+    """Read a file from any file system, unless it is too large. `size` is the file's size, if a listing told it.
 
-    Raises StorageError: it may be there, but the file system does not answer.
+    Raises StorageError if the file system does not answer.
     """
     try:
         filesystem, path = open_filesystem(uri)
@@ -77,13 +76,13 @@ def read_key(uri: str, max_bytes: int, size: int | None = None) -> bytes | Fetch
 
 
 class _Downloads:
-    """One session's downloads. Must be made anew for every event loop."""
+    """The downloads of one HTTP session. Each event loop needs an object of its own."""
 
     def __init__(self, config: DownloadConfig, max_bytes: int):
         self.config, self.max_bytes = config, max_bytes
 
-    async def fetch(self, urls: Sequence[str]) -> list[bytes | FetchError]:
-        # Waiting for a turn must not count as the server's time: the limits are ours and not the connector's.
+    async def fetch(self, urls: Sequence[str]) -> list[bytes | RowRefused]:
+        # These limits are ours and not the connector's, so that waiting for a turn does not count towards the timeout.
         self.turn = asyncio.Semaphore(self.config.connections)
         self.turns_of_host: dict[str, asyncio.Semaphore] = defaultdict(
             lambda: asyncio.Semaphore(self.config.connections_per_host)
@@ -92,26 +91,29 @@ class _Downloads:
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=self.config.timeout),
             headers={"User-Agent": self.config.user_agent, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"},
-            auto_decompress=False,  # nobody asked for it, and a few KB could unfold into much
+            auto_decompress=False,  # we ask for no compression, and a few KB could unfold into gigabytes
         ) as self.session:
             return await asyncio.gather(*(self._fetch_patiently(url) for url in urls))
 
-    async def _fetch_patiently(self, url: str) -> bytes | FetchError:
+    async def _fetch_patiently(self, url: str) -> bytes | RowRefused:
         try:
             host = urlsplit(url).netloc
         except ValueError as error:
             return FetchError("bad_url", str(error))
-        for attempt in range(1, self.config.attempts + 1):
-            async with self.turns_of_host[host], self.turn:
-                try:
-                    return await self._fetch_once(url)
-                except FetchError as error:
-                    failure = error
-            if failure.reason not in TRANSIENT_REASONS or attempt == self.config.attempts:
-                break
-            wait = self.config.first_wait * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)
-            await asyncio.sleep(min(max(wait, failure.wait), LONGEST_WAIT))
-        return failure
+        retrying = AsyncRetrying(
+            retry=retry_if_exception(lambda error: isinstance(error, FetchError) and error.reason in TRANSIENT_REASONS),
+            stop=stop_after_attempt(self.config.attempts),
+            wait=Backoff(first=self.config.first_wait, longest=LONGEST_WAIT),
+            reraise=True,
+        )
+        try:
+            return await retrying(self._fetch_in_turn, url, host)
+        except FetchError as error:
+            return error
+
+    async def _fetch_in_turn(self, url: str, host: str) -> bytes:
+        async with self.turns_of_host[host], self.turn:
+            return await self._fetch_once(url)
 
     async def _fetch_once(self, url: str) -> bytes:
         try:
@@ -134,8 +136,8 @@ class _Downloads:
 
     def _check(self, response: aiohttp.ClientResponse) -> None:
         if response.status != 200:
-            wait = response.headers.get("Retry-After", "")
-            raise FetchError(f"http_{response.status}", f"{response.reason}", float(wait) if wait.isdecimal() else 0.0)
+            retry_after = parse_retry_after(response.headers.get("Retry-After"))
+            raise FetchError(f"http_{response.status}", f"{response.reason}", retry_after)
         if self.config.obey_robots_tag:
             tags = {tag.strip().lower() for value in response.headers.getall("X-Robots-Tag", []) for tag in value.split(",")}
             if forbidden := tags & {"noai", "noimageai", "noindex", "noimageindex"}:

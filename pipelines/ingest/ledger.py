@@ -1,9 +1,9 @@
-"""Which images came before: exact duplicates across a whole dataset, while every image is read once.
+"""Finds exact duplicates across a whole dataset, while every image is read once.
 
-Of equal images the one that comes first in the order of the plan stays. Shards are read side by side, and before a shard is
-passed on, its ids are claimed, in the order of the plan: so every shard learns what all earlier ones hold, whatever is killed,
-and nothing is read twice for it. The ids lie in one actor on the driver's node, 20 bytes for each image (three times that for
-a moment while they are merged): 2 GB for 100 million. Claiming takes about 1 ms per thousand images.
+Of equal images, the one that comes first in the order of the plan stays. Shards are read in parallel. Before a shard is passed
+on, its ids are claimed in the order of the plan, so every shard learns what all earlier shards hold, even after kills, and no
+shard is read twice for it. The ids lie in one actor on the driver's node, 20 bytes for each image (three times that for a
+moment while they are merged): 2 GB for 100 million. Claiming takes about 1 ms per thousand images.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ import ray
 
 from pipelines.stages.placement import on_this_node
 
-STALL = 120.0  # seconds without a claim, after which who waits reads the shard that is missing: its task may wait for our slot
+STALL = 120.0  # seconds without a claim; then a waiting task reads the missing shard itself: it may hold that task's slot
 UNSEEN = -1
 
 
@@ -26,13 +26,13 @@ def to_digests(ids: Sequence[str]) -> np.ndarray:
 
 
 class DigestSet:
-    """Digests and the shard that each came first in, in sorted runs of which each is more than twice as long as the next."""
+    """Digests, each with the first shard that holds it, in sorted runs; each run is more than twice as long as the next."""
 
     def __init__(self) -> None:
         self.runs: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # high, low, shard; sorted by high
 
     def find(self, digests: np.ndarray) -> np.ndarray:
-        """(N, 2) uint64 -> shards (N,) int32, UNSEEN where there is none."""
+        """Look digests up: (N, 2) uint64 -> their first shards (N,) int32, UNSEEN for unknown digests."""
         found = np.full(len(digests), UNSEEN, np.int32)
         for high, low, shards in self.runs:
             rows = np.arange(len(digests))
@@ -47,7 +47,7 @@ class DigestSet:
         return found
 
     def add(self, digests: np.ndarray, shards: np.ndarray) -> None:
-        """Digests that are not there yet, each once."""
+        """Add digests. None of them may be known yet, or occur twice."""
         if len(digests):
             self._append(digests[:, 0], digests[:, 1], shards.astype(np.int32))
         while len(self.runs) > 1 and len(self.runs[-2][0]) <= 2 * len(self.runs[-1][0]):
@@ -55,7 +55,7 @@ class DigestSet:
             self._append(*(np.concatenate(columns) for columns in zip(before, last, strict=True)))
 
     def remove(self, shard: int) -> None:
-        """What came first in this shard."""
+        """Remove the digests whose first shard is this one."""
         others = [shards != shard for _, _, shards in self.runs]
         self.runs = [(high[rows], low[rows], shards[rows]) for (high, low, shards), rows in zip(self.runs, others, strict=True)]
 
@@ -65,11 +65,11 @@ class DigestSet:
 
 
 class Ledger:
-    """Ray actor: what each shard holds, claimed in the order of the plan.
+    """Ray actor: records which images each shard holds. Shards claim their images in the order of the plan.
 
     Args:
         missing: numbers of the shards that will be claimed, in order.
-        stall: seconds without progress, after which who waits is told for whom.
+        stall: seconds without progress, after which a waiting task is told which shard it waits for.
     """
 
     def __init__(self, missing: list[int], stall: float = STALL):
@@ -82,19 +82,19 @@ class Ledger:
         self.changed = asyncio.Condition()
 
     async def add_done(self, shard: int, digests: np.ndarray) -> None:
-        """What a finished shard holds."""
+        """Record the images of a finished shard."""
         self._add(shard, digests)
         self.claimed.add(shard)
 
     async def claim(self, shard: int, digests: np.ndarray) -> np.ndarray | int:
-        """For each digest the other shard that it came from before, or UNSEEN: (N,) int32.
+        """Claim a shard's digests. Return for each the earlier shard that holds it, or UNSEEN: (N,) int32.
 
-        A shard that is claimed again was read again, and as downloads fail or succeed it may hold other images now: its last
-        claim counts, for that is what is written. (What it held before and others were refused for stays away with them; it is
-        among this shard's failed downloads.)
+        A shard that is read again is claimed again, and may hold other images then, as downloads fail or succeed. Its last
+        claim counts, since that is what is written. (An image that only its first reading held stays refused in other shards;
+        here it is among the failed downloads.)
 
-        Waits until all earlier shards are claimed or skipped; if that makes no progress for so long, returns the number
-        of the shard that everybody waits for, once, and skips it the next time.
+        Waits until all earlier shards are claimed or skipped. After `stall` seconds without progress it returns the number of
+        the shard that everybody waits for; if there is none the next time either, that shard is skipped.
         """
         async with self.changed:
             while self._must_wait(shard):
@@ -116,11 +116,11 @@ class Ledger:
         return places
 
     def _must_wait(self, shard: int) -> bool:
-        """A shard that was there when the ledger was opened, and is made anew all the same, waits for nobody."""
+        """Whether an earlier shard is still expected. A shard that was finished at the start and is made again never waits."""
         return shard in self.expected and shard not in self.passed and self.missing[self.num_passed] != shard
 
     async def skip(self, shard: int) -> None:
-        """It cannot be read now: the others go on. When it is claimed after all, it comes after those that were not held up."""
+        """Stop waiting for a shard that cannot be read now. If it is claimed later, it comes after the shards that went on."""
         async with self.changed:
             self._pass(shard)
 
@@ -136,16 +136,16 @@ class Ledger:
 
 
 def start_ledger(missing: list[int]) -> Any:
-    """The handle of an actor on this node: if the driver's node is lost, so is the job, and the next one begins with what is
-    finished."""
+    """Start the ledger as an actor on this node. If the driver's node is lost, so is the job; the next one begins with the
+    finished shards."""
     return ray.remote(Ledger).options(num_cpus=0, scheduling_strategy=on_this_node()).remote(missing)
 
 
 def claim(ledger: Any, shard: int, digests: np.ndarray, read_digests: Callable[[int], np.ndarray] | None) -> np.ndarray:
-    """`Ledger.claim`, from a task that can read the digests of other shards: so none waits for ever.
+    """Call `Ledger.claim` from a task. If a shard is missing for too long, the task reads it itself: no task waits for ever.
 
     Args:
-        read_digests: None: another reading may give other images; the shard that all wait for comes after them then.
+        read_digests: reads the digests of another shard. None: reading it twice may give other images; it is skipped then.
     """
     while True:
         answer = ray.get(ledger.claim.remote(shard, digests))
@@ -154,13 +154,13 @@ def claim(ledger: Any, shard: int, digests: np.ndarray, read_digests: Callable[[
         try:
             action = ledger.claim.remote(answer, read_digests(answer)) if read_digests else ledger.skip.remote(answer)
             ray.get(action)
-        except Exception:  # why it cannot be read is for its own task to say
+        except Exception:  # the shard's own task reports why it cannot be read
             ray.get(ledger.skip.remote(answer))
 
 
 @contextmanager
 def skipping(ledger: Any, shard: int) -> Iterator[None]:
-    """What fails within keeps no other shard waiting."""
+    """If the body fails, skip the shard, so that no other shard waits for it."""
     try:
         yield
     except Exception:

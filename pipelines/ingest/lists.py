@@ -1,7 +1,7 @@
 """Lists of URLs or keys: CSV, TSV, JSON lines or Parquet files with one image in a row.
 
-A list is copied into the dataset once, when it is planned, in pieces of PIECE_ROWS rows: then any slice of it can be read
-without reading what comes before, and what a shard holds no longer changes with the file at the source.
+When a list is planned, it is copied into the dataset in pieces of PIECE_ROWS rows. So any slice of it can be read without
+reading what comes before, and a later change of the file at the source does not change what a shard holds.
 """
 
 import csv
@@ -15,18 +15,19 @@ from itertools import chain, islice
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.ingest.download import FetchError, fetch_all
+from pipelines.ingest.download import fetch_all
 from pipelines.ingest.sidecars import to_json
 from pipelines.ingest.sources import CAPTION_COLUMNS, URL_COLUMNS, Part, Source, find_column, holds_text, is_binary
 from pipelines.storage.errors import StorageError
 from pipelines.storage.files import open_file, read_file, write_file
+from pipelines.tables.rejects import RowRefused
 from pipelines.tables.schema import Row
 from pipelines.tables.text import clean
 
 PIECE_ROWS = 100_000
-ROW_GROUP = 1000  # about what a shard reads
+ROW_GROUP = 1000  # about the rows of a shard
 MAX_FIELD = 2**24  # characters of a CSV's field; Python's own limit is 128 KiB
-LIST_ERROR = "list_error"  # in the metadata of a line that is no record
+LIST_ERROR = "list_error"  # key in the metadata of a line that could not be parsed
 LIST_ROWS = pa.schema([("url", pa.string()), ("caption", pa.string()), ("metadata", pa.string())])
 
 
@@ -53,7 +54,7 @@ def copy_list(source: Source, part: Part) -> int:
 
 
 def read_listed(source: Source, parts: Iterable[Part]) -> Iterator[Row]:
-    """The images that slices of lists name, all fetched together, as rows of `readers.SOURCE_ROWS`.
+    """Fetch the images that slices of lists name, all together, as rows of `readers.SOURCE_ROWS`.
 
     Raises as `slice_lists` and `download.fetch_all`.
     """
@@ -67,19 +68,19 @@ def read_listed(source: Source, parts: Iterable[Part]) -> Iterator[Row]:
             yield found | {"source_uri": uri, "error": "no_url", "detail": f"row {index} of the list names no image"}
             continue
         found["source_uri"], content = next(contents)
-        if isinstance(content, FetchError):
+        if isinstance(content, RowRefused):
             yield found | {"error": content.reason, "detail": content.detail}
         else:
             yield found | {"image_bytes": content}
 
 
 def slice_lists(source: Source, parts: Iterable[Part]) -> Iterator[tuple[Part, int, Row]]:
-    """The rows of parts, from the copies: LIST_ROWS, with the part and the row's number in its list.
+    """Read the rows of parts from the copies: (part, row number in its list, row of LIST_ROWS).
 
-    Raises StorageError, also where a copy is gone.
+    Raises StorageError, also if a copy is gone.
     """
 
-    @lru_cache(maxsize=1)  # parts are in order: one after another is in the same piece, and in the same row group
+    @lru_cache(maxsize=1)  # parts are in order, so neighbours lie in the same piece and the same row group
     def open_piece(path: str, piece: int) -> pq.ParquetFile:
         return pq.ParquetFile(io.BytesIO(read_file(_piece_uri(source, path, piece))))
 
@@ -94,7 +95,7 @@ def slice_lists(source: Source, parts: Iterable[Part]) -> Iterator[tuple[Part, i
             try:
                 file = open_piece(part.path, piece)
             except FileNotFoundError as error:
-                if part.stop is None and place == 0 and index > part.start:  # it ends with a full piece
+                if part.stop is None and place == 0 and index > part.start:  # the list ends with a full piece
                     break
                 raise StorageError(f"row {index} of the copy of {source.uri_of(part.path)} is gone: {error}") from error
             if place >= file.metadata.num_rows:
@@ -111,7 +112,7 @@ def _piece_uri(source: Source, path: str, piece: int) -> str:
 
 
 def _read_list(source: Source, path: str) -> Iterator[Row]:
-    """Rows of LIST_ROWS; a line that is no record has no URL, and says why in its metadata."""
+    """Read a list as rows of LIST_ROWS. A line that cannot be parsed has no URL, and its metadata says why."""
     with open_file(source.uri_of(path)) as file:
         if path.lower().endswith(".parquet"):
             parquet = pq.ParquetFile(file)
@@ -134,14 +135,14 @@ def _read_list(source: Source, path: str) -> Iterator[Row]:
 
 
 def _schema_of(records: list[Row]) -> pa.Schema:
-    """The keys whose values are text, or null, in any of the records: not each of them has all."""
+    """The schema of some records: all keys whose value is text, or null, in any of them. Records may have different keys."""
     keys = {name: None for record in records for name, value in record.items() if value is None or isinstance(value, str)}
     keys.pop(LIST_ERROR, None)
     return pa.schema([(name, pa.string()) for name in keys])
 
 
 def _find_columns(schema: pa.Schema, source: Source, path: str) -> tuple[str, str | None]:
-    """Names of the columns of URLs and of captions, if there is one."""
+    """Find the column of URLs, and the column of captions if there is one. Raises ValueError if a column is missing."""
     url_column = find_column(schema, source.url_column, URL_COLUMNS, holds_text)
     caption_column = find_column(schema, source.caption_column, CAPTION_COLUMNS, holds_text)
     uri, there = source.uri_of(path), ", ".join(schema.names)

@@ -1,6 +1,6 @@
-"""Which samples of a source belong to which shard: planned once, kept in `images/_sources.json`, and only ever extended.
+"""The plan says which samples of a source belong to which shard. It is kept in `images/_sources.json`, and only extended.
 
-A later run with more files at the source appends shards and never renames or redoes one. A file that has gone, or has changed,
+A later run with more files at the source appends shards; it never renames or repeats one. A file that was deleted or changed
 matters only to shards that are not made yet.
 """
 
@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-import ray
-
 from pipelines.ingest.config import Kind
 from pipelines.ingest.download import TRANSIENT_REASONS
 from pipelines.ingest.lists import slice_lists
@@ -26,12 +24,12 @@ from pipelines.tables.table import Table
 
 PLAN = "_sources.json"
 MAX_SHARDS = 100_000  # names have five digits
-SHARDS_PER_PIECE = 16  # few enough to be fetched with one of them, and of 100,000 shards the pieces are few enough to be named
+SHARDS_PER_PIECE = 16  # a task fetches one piece for its shard; 100,000 shards make few enough pieces
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSize:
-    """Of the shards of `images`, and so of all tables: at most so many rows, and bytes of image files."""
+    """The largest number of rows, and of bytes of image files, in a shard of `images` (and so of every table)."""
 
     rows: int
     bytes: int
@@ -39,32 +37,36 @@ class ShardSize:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which samples belong to which shard, and the shards of which what failed was planned again."""
+    """The parts of files that make each shard. `retried`: shards whose failed downloads were planned again as new shards."""
 
     kind: Kind
     first_listing: str
-    """Hash of the files that the plan began with: the same shards mean the same images only within one such."""
+    """Hash of the files that the plan began with. Shards of plans that began differently hold different images."""
     shards: dict[str, list[Part]]
     retried: tuple[str, ...] = ()
 
 
 class SharedPlan:
-    """What some shards hold, for tasks on any machine: in Ray's object store in pieces, so that a task that reads one shard is
-    not sent the whole plan, which may name millions of files.
+    """The parts of some shards, for tasks on any machine. They lie in Ray's object store in pieces, so that a task that reads
+    one shard does not receive the whole plan, which may name millions of files.
     """
 
     def __init__(self, shards: Mapping[str, list[Part]]):
+        import ray
+
         pieces: defaultdict[int, dict[str, bytes]] = defaultdict(dict)
         for shard, parts in shards.items():
             pieces[int(shard) // SHARDS_PER_PIECE][shard] = pickle.dumps(parts)
         self.pieces = {number: ray.put(piece) for number, piece in pieces.items()}
 
     def __call__(self, shard: str) -> list[Part]:
+        import ray
+
         return pickle.loads(ray.get(self.pieces[int(shard) // SHARDS_PER_PIECE])[shard])
 
 
 def read_plan(images: Table) -> Plan | None:
-    """The plan of a dataset. Raises ValueError if it is of another version."""
+    """Read the plan of a dataset; None if it has none. Raises ValueError if the plan is of another version."""
     try:
         content = read_file(f"{images.uri}/{PLAN}")
     except FileNotFoundError:
@@ -82,7 +84,7 @@ def write_plan(images: Table, plan: Plan) -> None:
 
 
 def extend_plan(plan: Plan | None, source: Source, size: ShardSize, exclude: str) -> Plan:
-    """The plan with the files at the source that it does not know yet, as new shards at its end; they are counted for it.
+    """Append shards for the files at the source that the plan does not know yet, whose samples are counted for it.
 
     Raises ValueError if there would be too many shards.
     """
@@ -95,9 +97,9 @@ def extend_plan(plan: Plan | None, source: Source, size: ShardSize, exclude: str
 
 
 def plan_retries(plan: Plan, source: Source, images: Table, size: ShardSize) -> Plan:
-    """The plan with what finished shards could not download, for reasons that pass, as new shards at its end.
+    """Append shards for the images that finished shards could not download, for reasons that may have passed.
 
-    The shards that there are stay as they are, and so do the tables that are aligned to them.
+    Existing shards stay as they are, and so do the tables that are aligned to them.
     """
     done = [shard for shard in images.list_shards() if shard in plan.shards and shard not in plan.retried]
     refused: dict[Part, set[str]] = {}
@@ -124,9 +126,9 @@ def _append(plan: Plan, new: list[list[Part]]) -> Plan:
 
 
 def pack(parts: list[Part], counts: list[int | None], size: ShardSize) -> list[list[Part]]:
-    """Fill shards with whole files or slices of them, in order. A file that could not be counted is a shard by itself."""
+    """Fill shards with whole files or slices of them, in order. A file that could not be counted gets its own shard."""
     shards: list[list[Part]] = []
-    rows, filled = size.rows, size.bytes  # of the last shard: full, so that one is begun
+    rows, filled = size.rows, size.bytes  # of the last shard; full at first, so that a shard is begun
     for part, count in zip(parts, counts, strict=True):
         if count is None:
             shards.append([part])

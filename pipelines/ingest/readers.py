@@ -1,6 +1,6 @@
-"""Reads the files of a source of images, of every kind, as rows of one form.
+"""Reads the files of a source, whatever its kind, as rows of one schema.
 
-A file that cannot be read, or not to its end, gives a row that says so; the rows before it are kept.
+A file that cannot be read, or not to its end, gives a row with an error; the rows before it are kept.
 """
 
 import tarfile
@@ -13,7 +13,7 @@ from posixpath import splitext
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.ingest.download import FetchError, fetch_all, read_key
+from pipelines.ingest.download import fetch_all, read_key
 from pipelines.ingest.lists import copy_list, read_listed
 from pipelines.ingest.sidecars import read_sidecars, to_json
 from pipelines.ingest.sources import (
@@ -28,10 +28,12 @@ from pipelines.ingest.sources import (
     is_binary,
 )
 from pipelines.storage.errors import StorageError
-from pipelines.storage.files import is_transient, open_file
+from pipelines.storage.files import open_file
+from pipelines.tables.rejects import RowRefused
 from pipelines.tables.schema import Row
 from pipelines.tables.text import clean
 from pipelines.workers.images import EXTENSIONS, too_many_bytes
+from sana_model.files.retry import is_transient
 
 SOURCE_ROWS = pa.schema(
     [
@@ -47,15 +49,15 @@ NUM_THREADS = 16  # they wait for the disk or the network
 PARQUET_BATCH = 64  # rows decoded at once
 TAR_BLOCK = 512
 
-# What reading raises that tells of the file and not of us.
+# Errors of reading that mean a bad file, and not a fault of this program.
 READ_ERRORS = (OSError, EOFError, zlib.error, tarfile.TarError, pa.ArrowException)
 
 
 def count_samples(source: Source, part: Part) -> int | None:
-    """How many samples a whole file holds, by its headers; None if they cannot be read. A list is copied by it.
+    """Count the samples of a whole file by its headers; None if they cannot be read. A list is copied into the dataset.
 
     Raises:
-        ValueError: a Parquet file without an image column, a list that is none.
+        ValueError: a Parquet file has no image column, or a list cannot be read as one.
         StorageError: the storage does not answer.
     """
     if source.kind == "folder":
@@ -79,12 +81,12 @@ def count_samples(source: Source, part: Part) -> int | None:
 
 
 def read_parts(source: Source, parts: list[Part]) -> pa.Table:
-    """The samples of some parts in order, as SOURCE_ROWS.
+    """Read the samples of some parts in order, as SOURCE_ROWS.
 
     Errors: missing_source (the file is gone), truncated (a tar that ends too early), too_many_bytes, unreadable, those of
     `download.fetch_all`, and no_url (a row of a list without one).
 
-    Raises StorageError: the storage does not answer; no row is given up for that.
+    Raises StorageError if the storage does not answer; no row is refused for that.
     """
     rows = list(_read_rows(source, parts))
     for row in rows:  # names in an archive or a folder may be no UTF-8, and errors name them
@@ -119,14 +121,14 @@ def _failed(uri: str, error: Exception) -> Row:
     return {"source_uri": uri, "error": code, "detail": f"{type(error).__name__}: {error}"}
 
 
-def _refused(uri: str, error: FetchError) -> Row:
-    return {"source_uri": uri, "error": error.reason, "detail": error.detail}
+def _refused(uri: str, refused: RowRefused) -> Row:
+    return {"source_uri": uri, "error": refused.reason, "detail": refused.detail}
 
 
 def _read_image_file(source: Source, part: Part) -> Row:
     uri = source.uri_of(part.path)
     content = read_key(uri, source.max_bytes, part.size)
-    if isinstance(content, FetchError):
+    if isinstance(content, RowRefused):
         if content.reason in ("bad_url", "download_failed"):  # the folder was listed: it can be opened, if not now
             raise StorageError(f"cannot read {uri}: {content.detail}")
         return _refused(uri, content)
@@ -140,8 +142,7 @@ def _read_tar(source: Source, part: Part) -> Iterator[Row]:
         for member in images[part.start : part.stop]:
             uri = f"{source.uri_of(part.path)}#{member.name}"
             if member.size > source.max_bytes:
-                refusal = too_many_bytes(member.size, source.max_bytes)
-                yield {"source_uri": uri, "error": refusal.reason, "detail": refusal.detail}
+                yield _refused(uri, too_many_bytes(member.size, source.max_bytes))
                 continue
             beside = {ending: texts.get(splitext(member.name)[0] + ending) for ending in SIDECARS}
             contents = _extract(archive, {"": member} | {ending: text for ending, text in beside.items() if text})
@@ -149,14 +150,14 @@ def _read_tar(source: Source, part: Part) -> Iterator[Row]:
             if isinstance(image_bytes, Exception):
                 if cut_off is None:
                     raise image_bytes
-                break  # the last member, of which only a part is there
+                break  # the last member is cut off
             yield {"image_bytes": image_bytes, "source_uri": uri, **read_sidecars(contents)}
         if part.stop is None and cut_off is not None:
             raise cut_off
 
 
 def _scan_tar(archive: tarfile.TarFile) -> tuple[list[tarfile.TarInfo], dict[str, tarfile.TarInfo], EOFError | None]:
-    """The images in order, the captions by name, and the error if the archive is cut off; `tarfile` often ends silently."""
+    """List the images in order, captions by name, and the error if the archive is cut off, which `tarfile` may not notice."""
     images, texts = [], {}
     try:
         for member in archive:
@@ -177,8 +178,8 @@ def _scan_tar(archive: tarfile.TarFile) -> tuple[list[tarfile.TarInfo], dict[str
 
 
 def _extract(archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> dict[str, bytes | Exception]:
-    """Their contents, read in the order in which they lie there: a compressed archive is read anew from its start for each step
-    back."""
+    """Read members, in the order in which the archive holds them: for each step back, a compressed archive is read again from
+    its start."""
     contents: dict[str, bytes | Exception] = {}
     for name, member in sorted(members.items(), key=lambda named: named[1].offset_data):
         content = archive.extractfile(member)
@@ -201,24 +202,24 @@ def _read_parquet(source: Source, part: Part) -> Iterator[Row]:
             for index, (row, content) in enumerate(zip(batch, contents, strict=True), first):
                 caption = clean(row.pop(caption_column)) if caption_column else None
                 found = {"caption": caption, "metadata": to_json(row)}
-                if isinstance(content, FetchError):
+                if isinstance(content, RowRefused):
                     yield found | _refused(f"{uri}#{index}", content)
                 else:
                     yield found | {"image_bytes": content, "source_uri": f"{uri}#{index}"}
 
 
-def _image_contents(source: Source, path: str, values: list[bytes | Row | None]) -> list[bytes | FetchError]:
-    """Bytes as they are, or of `datasets`' struct of bytes and path, where there may be only the path."""
+def _image_contents(source: Source, path: str, values: list[bytes | Row | None]) -> list[bytes | RowRefused]:
+    """Image bytes from cells that hold bytes, or the struct of bytes and path of `datasets`, which may have only the path."""
     wrapped: list[Row] = [value if isinstance(value, dict) else {"bytes": value} for value in values]
     keys = {value["path"]: None for value in wrapped if value["bytes"] is None and value.get("path")}
     fetched = fetch_all([source.resolve(path, key) for key in keys], source.download, source.max_bytes) if keys else []
     by_key = dict(zip(keys, fetched, strict=True))
-    nothing = FetchError("unreadable", "the row holds neither bytes nor a path")
+    nothing = RowRefused("unreadable", "the row holds neither bytes nor a path")
     return [by_key.get(value.get("path"), nothing) if value["bytes"] is None else value["bytes"] for value in wrapped]
 
 
 def _parquet_batches(parquet: pq.ParquetFile, image_column: str, start: int, stop: int) -> Iterator[tuple[list[Row], int]]:
-    """Rows `start` to `stop` and the first one's index, from the row groups that hold them, without other binary columns."""
+    """Read rows `start` to `stop` in batches, each with its first row's index, without other binary columns."""
     columns = [field.name for field in parquet.schema_arrow if field.name == image_column or not is_binary(field.type)]
     first = 0
     for group in range(parquet.metadata.num_row_groups):
@@ -234,7 +235,7 @@ def _parquet_batches(parquet: pq.ParquetFile, image_column: str, start: int, sto
 
 
 def _find_columns(schema: pa.Schema, source: Source, uri: str) -> tuple[str, str | None]:
-    """Names of the image column and of the caption column, if there is one."""
+    """Find the image column, and the caption column if there is one. Raises ValueError if a column is missing."""
     image = find_column(schema, source.image_column, IMAGE_COLUMNS, holds_images)
     caption = find_column(schema, source.caption_column, CAPTION_COLUMNS, holds_text)
     there = ", ".join(f"{field.name} ({field.type})" for field in schema)

@@ -1,14 +1,14 @@
-"""Ingest: raw images of any source -> the `images` table, every one of them decoded once to see that it can be.
+"""Ingest: raw images from a source -> the `images` table. Every image is decoded once to see whether it is whole.
 
-Which samples belong to which shard is planned before any shard is made (`plan`), and of equal images the first in that order
-stays (`ledger`): the others are refused, whether or not the first was let in itself. The id is the hash of the bytes.
+Before any shard is made, `plan` decides which samples belong to which shard. Of equal images the first in that order stays
+(`ledger`), and the others are refused, even if the first was refused itself. An image's id is the hash of its bytes.
 """
 
 import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -22,32 +22,39 @@ from pipelines.ingest.ledger import UNSEEN, claim, skipping, start_ledger, to_di
 from pipelines.ingest.plan import Plan, ShardSize, SharedPlan, extend_plan, plan_retries, read_plan, write_plan
 from pipelines.ingest.readers import NUM_THREADS, read_parts
 from pipelines.ingest.sources import ACCEPTED, Part, Source, find_source
-from pipelines.stages.contract import OnProgress, ShardOutput, StageResult, reject
+from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
-from pipelines.storage.lease import hold
-from pipelines.tables.identity import Identity
+from pipelines.storage.lease import Leases, shared
+from pipelines.tables.identity import Identity, value_settings
+from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.schema import IMAGES, IMAGES_PATH, Row
 from pipelines.tables.table import Table, absolute_uri
-from pipelines.workers.images import BadImageError, ImageLimits, open_image, perceptual_hash, to_rgb
+from pipelines.workers.images import ImageLimits, open_image, perceptual_hash, to_rgb
 
 STAGE = "ingest"
 COPIES = "_lists"
 DUPLICATE = "duplicate"
 
 
-def run_ingest(dataset_uri: str, config: IngestConfig, on_progress: OnProgress = lambda progress: None) -> StageResult:
-    """Make the shards of `images` that are absent, of the source's present files and of those that were there before.
+def run_ingest(
+    dataset_uri: str,
+    config: IngestConfig,
+    on_progress: OnProgress = lambda progress: None,
+    leases: Leases | None = None,
+) -> StageResult:
+    """Make the missing shards of `images`, from the source's files of today and those that were planned before.
 
     Rejects: the reasons of `images.decode` and of `readers.read_parts`, and "duplicate".
 
     Raises:
         ValueError: the source holds nothing to ingest, or files of several kinds.
-        StaleTableError, TooManyRejectsError: see `stage.run_shards`.
+        StaleTableError, TooManyRejectsError: see `stages.run.run_shards`.
     """
     images = Table(absolute_uri(dataset_uri), IMAGES_PATH, IMAGES)
-    source, plan = _plan_sources(images, config)
-    identity = _identity(config, source, plan)
-    with hold(images.uri):
+    with shared(leases) as held:
+        held.take(images.uri)  # before the plan of the sources is made
+        source, plan = _plan_sources(images, config)
+        identity = _identity(config, source, plan)
         manifest = images.claim(identity)
         if config.license is not None and manifest.license != config.license:
             images.write_manifest(replace(manifest, license=config.license))
@@ -62,31 +69,32 @@ def run_ingest(dataset_uri: str, config: IngestConfig, on_progress: OnProgress =
             resources=config.resources,
             max_reject_share=config.max_reject_share,
             on_progress=on_progress,
+            leases=held,
         )
 
 
 class IngestWorker:
-    """Rows of a source -> rows of `images`; each image is decoded, to see that it can be."""
+    """Rows of a source -> rows of `images`. Each image is decoded once to see whether it is whole."""
 
     def __init__(self, limits: ImageLimits):
         self.limits = limits
 
     def process(self, table: pa.Table) -> ShardOutput:
-        """What `ShardReader` reads of a shard -> IMAGES rows and rejects."""
+        """Turn the table that `ShardReader` reads for a shard into IMAGES rows and rejects."""
         rows: list[Row] = []
         rejects: list[Row] = []
         seen: dict[str, str] = {}
         for row in table.to_pylist():
             if row["error"]:
-                rejects.append(reject(row, row["error"], row["detail"]))
+                rejects.append(reject(row, RowRefused(row["error"], row["detail"])))
             elif row["id"] in seen:
-                rejects.append(reject(row, DUPLICATE, _same_as(seen[row["id"]])))
+                rejects.append(reject(row, RowRefused(DUPLICATE, _same_as(seen[row["id"]]))))
             else:
                 seen[row["id"]] = row["source_uri"]
                 try:
                     rows.append(self._describe(row))
-                except BadImageError as error:
-                    rejects.append(reject(row, error.reason, error.detail))
+                except RowRefused as error:
+                    rejects.append(reject(row, error))
         return ShardOutput(rows, rejects)
 
     def _describe(self, row: Row) -> Row:
@@ -106,9 +114,9 @@ def _same_as(source_uri: str) -> str:
 
 @dataclass(frozen=True)
 class ShardReader:
-    """Reads the raw rows of a shard, on any machine: SOURCE_ROWS with an `id`, null where there are no bytes.
+    """Reads the raw rows of a shard, on any machine: SOURCE_ROWS with an `id`, which is null if the image could not be read.
 
-    `parts_of`: what a shard holds; `ledger`: None where there is but one.
+    `parts_of` gives the parts of a shard. `ledger` is None if there is only one shard.
     """
 
     source: Source
@@ -142,7 +150,7 @@ def _digests(table: pa.Table) -> np.ndarray:
 
 
 def _open_ledger(images: Table, plan: Plan, done: set[str]) -> ActorHandle | None:
-    """With the ids of the shards that are `done`; without those that were refused for coming from others."""
+    """Start a ledger that knows the images of the `done` shards, without those refused as duplicates. None: no need."""
     missing = [int(shard) for shard in plan.shards if shard not in done]
     if not missing or len(plan.shards) == 1:
         return None
@@ -160,16 +168,15 @@ def _open_ledger(images: Table, plan: Plan, done: set[str]) -> ActorHandle | Non
 
 
 def _identity(config: IngestConfig, source: Source, plan: Plan) -> Identity:
-    """Resources and how patiently URLs are fetched change no value; the sizes of shards do, for the other tables are aligned to
-    them."""
-    names = ("image_column", "caption_column", "url_column", "base_uri", "rows_per_shard", "bytes_per_shard")
-    settings = {name: getattr(config, name) for name in names} | {"obey_robots_tag": config.download.obey_robots_tag}
+    """Everything that the images depend on. The sizes of shards count too: all other tables are aligned to these shards."""
+    settings = value_settings(config)
+    settings |= settings.pop("download")
     settings |= {"source": source.uri, "source_kind": source.kind, "first_listing": plan.first_listing}
-    return Identity(STAGE, settings | {"limits": asdict(config.limits)}, models={}, inputs={})
+    return Identity(STAGE, settings, models={}, inputs={})
 
 
 def _plan_sources(images: Table, config: IngestConfig) -> tuple[Source, Plan]:
-    """The source, and the plan of all its shards, extended by what is new; it is written before it is used."""
+    """Find the source, extend the plan of its shards by new files, and write the plan before it is used."""
     plan = read_plan(images)
     exclude = images.dataset_uri
     if absolute_uri(os.path.expanduser(config.source)) == exclude:

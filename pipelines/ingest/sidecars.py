@@ -1,4 +1,4 @@
-"""What came with an image: its caption, and whatever else is known of it as a JSON object."""
+"""Reads the files beside an image: its caption, and other metadata as a JSON object."""
 
 import json
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from pipelines.tables.text import clean
 
 
 def read_sidecars(sidecars: Mapping[str, bytes | Exception]) -> Row:
-    """`caption` and `metadata` of the files beside an image, by their ending. The .txt is the caption before the .json."""
+    """Read `caption` and `metadata` from an image's sidecars by their ending. The .txt's caption goes before the .json's."""
     caption, metadata = None, {}
     content = sidecars.get(".json")
     if isinstance(content, bytes):
@@ -33,7 +33,7 @@ def read_sidecars(sidecars: Mapping[str, bytes | Exception]) -> Row:
 
 
 def to_json(metadata: Mapping[str, Any]) -> str | None:
-    """A strict JSON object of the values that are there; what JSON does not know as text, NaN as null."""
+    """Write the values that are not None as strict JSON. Types that JSON does not have become text, NaN becomes null."""
     present = {name: value for name, value in metadata.items() if value is not None}
     loose = json.dumps(present, default=lambda value: f"<{len(value)} bytes>" if isinstance(value, bytes) else str(value))
     return json.dumps(json.loads(loose, parse_constant=lambda name: None)) if present else None

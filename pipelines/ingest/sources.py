@@ -1,4 +1,4 @@
-"""What lies at a source of images, on any fsspec URI: a folder of them, WebDataset tars, Parquet files, or lists of URLs."""
+"""Finds the files of a source at any fsspec URI: a folder of images, WebDataset tars, Parquet files, or lists of URLs."""
 
 import os
 from collections.abc import Callable
@@ -10,9 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.ingest.config import DownloadConfig, Kind
-from pipelines.storage.files import find_files, open_file, open_filesystem
+from pipelines.storage.files import find_files, open_file
+from pipelines.storage.retry import call
 from pipelines.tables.table import absolute_uri
 from pipelines.workers.images import EXTENSIONS, ImageLimits
+from sana_model.files.filesystems import open_filesystem
 
 TEXT_LISTS = (".csv", ".tsv", ".jsonl", ".ndjson")
 ENDINGS: dict[Kind, tuple[str, ...]] = {
@@ -22,7 +24,7 @@ ENDINGS: dict[Kind, tuple[str, ...]] = {
     "list": (*TEXT_LISTS, ".parquet"),
 }
 SIDECARS = (".txt", ".json")
-"""What may lie beside an image under the same stem: its caption, and what else is known."""
+"""Files that may lie beside an image, with the same stem: its caption, and other metadata."""
 IMAGE_COLUMNS = ("image", "image_bytes", "jpg", "jpeg", "png", "webp", "img", "bytes")
 CAPTION_COLUMNS = ("caption", "text", "txt")
 URL_COLUMNS = ("url", "image_url", "uri", "key", "file_name", "path")
@@ -38,7 +40,7 @@ class Part:
 
     path: str
     size: int
-    """Of the file, bytes."""
+    """Bytes of the whole file."""
     sidecars: tuple[str, ...] = ()
     start: int = 0
     stop: int | None = None
@@ -46,16 +48,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the images are and how they are kept.
+    """Where the images are, and in which kind of files.
 
     Args:
         root: URI of the folder.
-        name: of the one file in it, where the source is a file.
-        image_column, caption_column, url_column: of Parquet files and lists; None: found by their names.
-        base_uri: what the keys of a list, and the paths that Parquet rows hold instead of bytes, are relative to; None: the
-            folder of the file that holds them.
+        name: name of the only file, if the source is a file in `root`.
+        image_column, caption_column, url_column: columns of Parquet files and lists; None: found by usual names.
+        base_uri: the folder to which the keys of a list, and the paths that Parquet rows hold instead of bytes, are relative;
+            None: the folder of the file that holds them.
         copies_uri: where lists are copied to.
-        max_bytes: of an image.
+        max_bytes: size of the largest image that is read.
     """
 
     root: str
@@ -96,14 +98,16 @@ def find_source(
     download: DownloadConfig | None = None,
     exclude: str | None = None,
 ) -> Source:
-    """The source at a path or URI; "auto" tells its kind by the files there. What lies under the URI `exclude` is not seen.
+    """Find the source at a path or URI. Kind "auto" is decided by the files there. Files below the URI `exclude` are ignored.
 
     Raises:
-        ValueError: "auto", and there are files of no kind or of several.
+        ValueError: the kind is "auto", and there are files of no kind or of several.
+        StorageError: the storage does not answer.
     """
     root, name = absolute_uri(os.path.expanduser(uri)), None
     filesystem, path = open_filesystem(root)
-    if path.lower().endswith(sum(ENDINGS.values(), ())) and not filesystem.isdir(path):
+    is_named_as_file = path.lower().endswith(sum(ENDINGS.values(), ()))
+    if is_named_as_file and not call(lambda: filesystem.isdir(path), "read", uri):
         root, _, name = root.rpartition("/")
     if kind == "auto":
         kind = _tell_kind(root, _list_files(root, name, exclude), uri, url_column)
@@ -114,7 +118,7 @@ def find_source(
 
 
 def list_parts(source: Source, exclude: str | None = None) -> list[Part]:
-    """All files of the source's kind, whole and sorted by path; not hidden ones, nor what lies under the URI `exclude`."""
+    """List the files of the source's kind, sorted by path, without hidden files and files below the URI `exclude`."""
     files = _list_files(source.root, source.name, exclude)
     parts = []
     for path in sorted(files):
@@ -127,7 +131,7 @@ def list_parts(source: Source, exclude: str | None = None) -> list[Part]:
 def find_column(
     schema: pa.Schema, given: str | None, names: tuple[str, ...], fits: Callable[[pa.DataType], bool]
 ) -> str | None:
-    """The column that was given, or the first of these names in any case, if it is there and of such a type."""
+    """Find the given column, or the first of `names` (in any case), whose type `fits`; None if there is none."""
     there = {given: given} if given in schema.names else {name.lower(): name for name in schema.names}
     wanted = [there[name] for name in ((given,) if given else names) if name in there]
     return next((name for name in wanted if fits(schema.field(name).type)), None)
@@ -151,7 +155,7 @@ def _tell_kind(root: str, files: dict[str, int], uri: str, url_column: str | Non
 
 
 def _without_logs(files: dict[str, int]) -> dict[str, int]:
-    """Without the Parquet files that img2dataset writes beside the tar, or the folder of images, of the same name."""
+    """Drop the logs of img2dataset: Parquet files beside a tar, or a folder of images, of the same name."""
     folders = {dirname(path) for path in files}
 
     def is_log(path: str) -> bool:
@@ -162,7 +166,7 @@ def _without_logs(files: dict[str, int]) -> dict[str, int]:
 
 
 def _holds_urls(uri: str) -> bool:
-    """A Parquet file with a column of URLs and none of images. False for one that cannot be read: its reader will say why."""
+    """Whether a Parquet file has a column of URLs and none of images. False if it cannot be read: its reader will say why."""
     try:
         with open_file(uri) as file:
             schema = pq.read_schema(file)
@@ -187,12 +191,9 @@ def is_binary(kind: pa.DataType) -> bool:
 
 
 def _list_files(root: str, name: str | None, exclude: str | None) -> dict[str, int]:
-    """Relative path and size of every file that is not hidden."""
-    filesystem, path = open_filesystem(root)
-    if name is None:
-        found = find_files(root)
-    else:
-        found = {name: filesystem.size(f"{path}/{name}") or 0} if filesystem.exists(f"{path}/{name}") else {}
+    """Find every file that is not hidden: relative path -> size in bytes."""
+    _, path = open_filesystem(root)
+    found = find_files(root) if name is None else _find_file(root, name)
     excluded = f"{open_filesystem(exclude)[1]}/" if exclude else None
     if excluded and f"{path}/".startswith(excluded):  # a folder inside the dataset, given by name, is meant
         excluded = None
@@ -202,3 +203,12 @@ def _list_files(root: str, name: str | None, exclude: str | None) -> dict[str, i
         if not any(part.startswith(".") for part in relative.split("/"))
         and not (excluded and f"{path}/{relative}".startswith(excluded))
     }
+
+
+def _find_file(root: str, name: str) -> dict[str, int]:
+    """Find one file: name -> size in bytes; empty if it does not exist."""
+    filesystem, path = open_filesystem(f"{root}/{name}")
+    try:
+        return {name: call(lambda: filesystem.size(path), "read", f"{root}/{name}") or 0}
+    except FileNotFoundError:
+        return {}

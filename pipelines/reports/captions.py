@@ -1,4 +1,4 @@
-"""The page of several captioners side by side: what each says of the same images, and which faults its captions have."""
+"""The pages of `captions/...`: one captioner, and several captioners side by side."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,22 +15,42 @@ from pipelines.reports.templates import render
 from pipelines.storage.files import write_file
 from pipelines.tables.identity import Manifest
 from pipelines.tables.sampling import DEFAULT_SCOPE, LightRows, ReportScope, read_light, sample_rows
-from pipelines.tables.schema import (
-    CAPTIONS,
-    IMAGES,
-    IMAGES_PATH,
-    Row,
-    captions_path,
-)
+from pipelines.tables.schema import CAPTIONS, IMAGES, IMAGES_PATH, Row, captions_path
 from pipelines.tables.table import REPORT, Table
 
-NUM_EXAMPLES = 4  # of each flag
-NUM_REPEATED = 10
+NUM_EXAMPLES = 4  # captions shown for each flag
+NUM_REPEATED = 10  # repeated captions shown
+
+
+def captions_report(dataset_uri: str, captioner: str, *, sample: ReportScope = DEFAULT_SCOPE) -> str:
+    """The page of `captions/<captioner>`, as HTML: lengths, flags, repetitions, images with their captions, and rejects.
+
+    Raises MissingTableError if there is no such table.
+    """
+    table = Table(dataset_uri, captions_path(captioner), CAPTIONS)
+    light = read_light(table, ["caption", "num_tokens", "finish_reason", "flags"], sample)
+    times = Counter(light.rows["caption"].to_pylist())
+    flags = Counter(pc.list_flatten(light.rows["flags"]).to_pylist())
+    rows = with_pictures(dataset_uri, sample_rows(table, sample), lambda row: [row["caption"]])
+    return table_page(
+        "captions.html.jinja",
+        table,
+        light,
+        read_rejects(table, sample),
+        title=f"Captions by {captioner}",
+        about=f"What the captioner {captioner!r} says about each image.",
+        lengths=histograms({"": light.rows["num_tokens"].to_numpy()}, title="Caption length", x_label="tokens"),
+        finish_reasons=dict(Counter(light.rows["finish_reason"].to_pylist()).most_common()),
+        flags=[(flag, count, f"{count / light.rows.num_rows:.1%}") for flag, count in flags.most_common()],
+        repeated=[(caption, count) for caption, count in times.most_common(NUM_REPEATED) if count > 1],
+        num_distinct=len(times),
+        samples=rows,
+    )
 
 
 @dataclass(frozen=True)
 class Captioner:
-    """A captioner's table, and what was read of it."""
+    """A captioner's table and the part of it that was read."""
 
     name: str
     table: Table
@@ -39,16 +59,20 @@ class Captioner:
 
     @property
     def flags(self) -> Counter[str]:
+        """How many of the captions read have each flag."""
         return Counter(pc.list_flatten(self.light.rows["flags"]).to_pylist())
 
     def share(self, count: int) -> str:
-        """For people: of the captions that were read."""
+        """`count` as text, with its share of the captions read."""
         total = self.light.rows.num_rows
         return f"{count:,} ({count / total:.1%})" if total else "–"
 
 
 def captioners_report(dataset_uri: str, names: Sequence[str], *, sample: ReportScope = DEFAULT_SCOPE) -> str:
-    """The page of several `captions/<name>` tables. Raises MissingTableError if one is not there."""
+    """The page that compares the tables `captions/<name>`, as HTML: lengths, faults, and what each says about the same images.
+
+    Raises MissingTableError if one of the tables, or `images`, is missing.
+    """
     captioners = [_read(dataset_uri, name, sample) for name in names]
     flags = sorted({flag for captioner in captioners for flag in captioner.flags})
     reasons = sorted({reason for captioner in captioners for reason in captioner.manifest.rejects_by_reason})
@@ -83,7 +107,7 @@ def captioners_report(dataset_uri: str, names: Sequence[str], *, sample: ReportS
 
 
 def write_captioners_report(dataset_uri: str, names: Sequence[str]) -> str:
-    """Put the page beside the captioners' tables; returns where."""
+    """Write the comparing page to `captions/report.html`, beside the captioners' tables. Returns its URI."""
     uri = f"{dataset_uri.rstrip('/')}/captions/{REPORT}"
     write_file(uri, captioners_report(dataset_uri, names).encode())
     return uri
@@ -95,6 +119,7 @@ def _read(dataset_uri: str, name: str, sample: ReportScope) -> Captioner:
 
 
 def _describe(captioner: Captioner) -> list[object]:
+    """The captioner's row in the table of captioners."""
     rows, manifest = captioner.light.rows, captioner.manifest
     mean = f"{pc.mean(rows['num_tokens']).as_py():.1f}" if rows.num_rows else "–"
     different = captioner.share(pc.count_distinct(rows["caption"]).as_py())
@@ -103,7 +128,7 @@ def _describe(captioner: Captioner) -> list[object]:
 
 
 def _examples(captioners: Sequence[Captioner], flag: str) -> list[tuple[str, str]]:
-    """Captioner and caption of a few captions with this flag, from every captioner in turn."""
+    """(captioner, caption) of a few captions with this flag, taken from the captioners in turn."""
     by_captioner = []
     for captioner in captioners:
         rows = captioner.light.rows
@@ -116,7 +141,7 @@ def _examples(captioners: Sequence[Captioner], flag: str) -> list[tuple[str, str
 
 
 def _side_by_side(dataset_uri: str, captioners: Sequence[Captioner], sample: ReportScope) -> list[Row]:
-    """Images of the first captioner's sample, with what each captioner says of them; None where it says nothing."""
+    """Sample images of the first captioner, each with every captioner's caption, or None where it has none."""
     chosen = sample_rows(captioners[0].table, sample)
     rows = with_pictures(dataset_uri, chosen, lambda row: [row["caption"]])
     by_shard: dict[str, list[str]] = {}
@@ -130,34 +155,9 @@ def _side_by_side(dataset_uri: str, captioners: Sequence[Captioner], sample: Rep
 
 
 def _captions_of(table: Table, by_shard: dict[str, list[str]]) -> dict[str, Row]:
+    """The rows with the given ids (by shard), by id."""
     found: dict[str, Row] = {}
     for shard in by_shard.keys() & set(table.list_shards()):
         content = table.read_shard(shard)
         found |= {row["id"]: row for row in content.filter(pc.is_in(content["id"], pa.array(by_shard[shard]))).to_pylist()}
     return found
-
-
-def captions_report(dataset_uri: str, captioner: str, *, sample: ReportScope = DEFAULT_SCOPE) -> str:
-    """The page of `captions/<captioner>`: lengths, repetitions, images with their captions, rejects.
-
-    Raises MissingTableError if there is no such table.
-    """
-    table = Table(dataset_uri, captions_path(captioner), CAPTIONS)
-    light = read_light(table, ["caption", "num_tokens", "finish_reason", "flags"], sample)
-    times = Counter(light.rows["caption"].to_pylist())
-    flags = Counter(pc.list_flatten(light.rows["flags"]).to_pylist())
-    rows = with_pictures(dataset_uri, sample_rows(table, sample), lambda row: [row["caption"]])
-    return table_page(
-        "captions.html.jinja",
-        table,
-        light,
-        read_rejects(table, sample),
-        title=f"Captions by {captioner}",
-        about=f"What the captioner {captioner!r} says about each image.",
-        lengths=histograms({"": light.rows["num_tokens"].to_numpy()}, title="Caption length", x_label="tokens"),
-        finish_reasons=dict(Counter(light.rows["finish_reason"].to_pylist()).most_common()),
-        flags=[(flag, count, f"{count / light.rows.num_rows:.1%}") for flag, count in flags.most_common()],
-        repeated=[(caption, count) for caption, count in times.most_common(NUM_REPEATED) if count > 1],
-        num_distinct=len(times),
-        samples=rows,
-    )

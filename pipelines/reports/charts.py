@@ -1,6 +1,6 @@
-"""Small charts as inline SVG: histograms, curves and spreads, in the colours of the page that shows them.
+"""Small charts as inline SVG: histograms, curves and spreads, colored by the style sheet of the page.
 
-matplotlib would do too, but its SVG has fixed colours and weighs five times as much; these follow the page into the dark.
+matplotlib is not used: its SVG has fixed colors, which do not follow a dark theme, and is five times as large.
 """
 
 import math
@@ -13,18 +13,18 @@ from numpy.typing import ArrayLike
 
 from pipelines.reports.templates import render
 
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 560, 58, 14, 10, 46
-PANEL_HEIGHT, SMALL_PANEL_HEIGHT, PANEL_GAP = 170, 74, 32
-NAME_HEIGHT = 12
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 560, 58, 14, 10, 46  # pixels: a chart's width and the margins around its panels
+PANEL_HEIGHT, SMALL_PANEL_HEIGHT, PANEL_GAP = 170, 74, 32  # pixels
+NAME_HEIGHT = 12  # pixels, of the name above a panel
 MIN_BINS, MAX_BINS = 7, 30
-MAX_POINTS = 600
+MAX_POINTS = 600  # of a curve; more are averaged
 FOCUS = "focus"
-"""The colour of what a page is about, beside the numbered colours of its captioners."""
+"""The color of the values that a page is about; captioners have numbered colors (see page.py)."""
 
 
 @dataclass
 class Axis:
-    """A range of values laid over a range of pixels."""
+    """Maps the values from `low` to `high` linearly to the pixels from `start` to `end`."""
 
     low: float
     high: float
@@ -32,12 +32,12 @@ class Axis:
     end: float
 
     def __call__(self, value: float) -> float:
-        """The pixel of a value; outside the range, that of the nearest end."""
+        """The pixel of a value. A value outside the range gives the pixel of the nearest end."""
         share = (min(max(value, self.low), self.high) - self.low) / (self.high - self.low)
         return round(self.start + share * (self.end - self.start), 2)
 
     def ticks(self, count: int = 5) -> list[tuple[float, str]]:
-        """About `count` round values: (pixel, text)."""
+        """(pixel, text) of about `count` round values in the range."""
         rough = (self.high - self.low) / count
         magnitude = 10.0 ** math.floor(math.log10(rough))
         step = next(factor * magnitude for factor in (1, 2, 5, 10) if factor * magnitude >= rough * 0.999)
@@ -47,7 +47,7 @@ class Axis:
 
 @dataclass
 class Panel:
-    """One plot of a chart. A bar is (x, y, width, height, tip), a path (its d, its class), a dot (x, y, tip)."""
+    """One plot of a chart. In pixels, a bar is (x, y, width, height, tip), a path (SVG path, CSS class), a dot (x, y, tip)."""
 
     top: float
     height: float
@@ -62,7 +62,7 @@ class Panel:
 
 
 def number(value: float) -> str:
-    """A number for people: 1,234 or 0.1235."""
+    """A number as text, with separators or 4 significant digits: 1,234 or 0.1235."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     if float(value).is_integer() and abs(value) < 1e12:
@@ -71,12 +71,12 @@ def number(value: float) -> str:
 
 
 def histograms(series: Mapping[str, ArrayLike], *, title: str, x_label: str, colors: Mapping[str, str] | None = None) -> Markup:
-    """One histogram below the other on the same axes, each with a line at its mean.
+    """Histograms one below the other on the same axes, each with a line at its mean.
 
     Args:
-        series: values by name; those that are not finite are left out. One that is named "" has no label.
-        x_label: with the unit.
-        colors: by name: a captioner's number, or FOCUS.
+        series: values by name; the name "" gives a histogram without a label. Values that are not finite are left out.
+        x_label: the quantity with its unit.
+        colors: by name, a captioner's color (see `captioner_colors`) or FOCUS; "0" unless given.
     """
     arrays = {name: _finite(values) for name, values in series.items()}
     everything = np.concatenate([values for values in arrays.values() if values.size] or [np.zeros(0)])
@@ -107,7 +107,10 @@ def histograms(series: Mapping[str, ArrayLike], *, title: str, x_label: str, col
 
 
 def curve(points: Sequence[tuple[float, float]], *, title: str, x_label: str, y_label: str) -> Markup:
-    """Values over steps: a fine line, and a bold one that averages 1/30 of all points around each."""
+    """A curve through (step, value) points: a bold line of running means over 1/30 of the points, a fine line of the values.
+
+    Points whose value is not finite are left out. A curve of 60 points or fewer has no fine line.
+    """
     values = np.array([point for point in points if math.isfinite(point[1])], dtype=float).reshape(-1, 2)
     if not len(values):
         return render("chart.html.jinja", title=title, empty="No values.")
@@ -126,7 +129,10 @@ def curve(points: Sequence[tuple[float, float]], *, title: str, x_label: str, y_
 
 
 def spreads(means: ArrayLike, stds: ArrayLike, *, title: str, x_label: str, y_label: str) -> Markup:
-    """For each of a row of channels its mean as a dot, and a line one standard deviation to either side."""
+    """For each channel, a dot at its mean and a line that reaches one standard deviation to either side.
+
+    `means` and `stds` have shape (channels,).
+    """
     mean, std = np.asarray(means, float), np.asarray(stds, float)
     x_axis = Axis(-0.5, len(mean) - 0.5, LEFT, WIDTH - RIGHT)
     low, high = _widened((mean - std).min(), (mean + std).max())
@@ -142,7 +148,10 @@ def spreads(means: ArrayLike, stds: ArrayLike, *, title: str, x_label: str, y_la
 
 
 def bin_edges(values: np.ndarray) -> np.ndarray:
-    """Edges of about MAX_BINS bins at most; integers lie in the middle of theirs. The outermost 1 % may lie beyond."""
+    """Edges of MIN_BINS to about MAX_BINS equal bins; integers lie in the middle of a bin.
+
+    Of 200 values or more, the lowest and the highest 0.5 % may lie outside.
+    """
     low, high = (values.min(), values.max()) if len(values) < 200 else np.percentile(values, [0.5, 99.5])
     if values.dtype.kind in "iu":
         low, high = math.floor(low), math.ceil(high)
@@ -184,6 +193,7 @@ def _summary(values: np.ndarray) -> str:
 
 
 def _path(x: np.ndarray, y: np.ndarray, x_axis: Axis, y_axis: Axis) -> str:
+    """The SVG path through the points; more than MAX_POINTS are averaged in groups."""
     chunks = np.array_split(np.arange(len(x)), min(len(x), MAX_POINTS))
     corners = (f"{x_axis(x[chunk].mean())} {y_axis(y[chunk].mean())}" for chunk in chunks)
     return "M" + "L".join(corners)

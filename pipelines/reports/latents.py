@@ -1,10 +1,11 @@
-"""The pages of what the training reads: `latents/...` and `caption_embeds/...`."""
+"""The page of `latents/...`."""
 
 from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
 import pyarrow.compute as pc
+from markupsafe import Markup
 from PIL import Image
 
 from pipelines.extract.config import Dtype
@@ -14,20 +15,21 @@ from pipelines.reports.page import caption_texts, captioner_colors, format_mean,
 from pipelines.reports.pictures import thumbnail, with_pictures
 from pipelines.reports.rejects import read_rejects
 from pipelines.tables.sampling import DEFAULT_SCOPE, ReportScope, read_light, sample_rows
-from pipelines.tables.schema import (
-    CAPTION_EMBEDS,
-    LATENTS,
-)
+from pipelines.tables.schema import LATENTS
 from pipelines.tables.table import Table
 
 DecodeLatents = Callable[[np.ndarray], Image.Image]
-"""Latents (channels, height, width), float32 -> the image."""
+"""Decodes the latents of one image, (channels, height, width) float32."""
 
 
 def latents_report(
     dataset_uri: str, path: str, decode: DecodeLatents | None = None, *, sample: ReportScope = DEFAULT_SCOPE
 ) -> str:
-    """The page of `latents/...`: statistics of the values, buckets, images with captions and what `decode` makes of them.
+    """The page of `latents/...`, as HTML: statistics of the values, buckets, and images with their captions.
+
+    Args:
+        path: the table's path, such as "latents/dc-ae-512".
+        decode: if given, each image is shown beside what its latents decode to.
 
     Raises MissingTableError if there is no such table.
     """
@@ -65,31 +67,7 @@ def latents_report(
     )
 
 
-def embeds_report(dataset_uri: str, path: str, *, sample: ReportScope = DEFAULT_SCOPE) -> str:
-    """The page of `caption_embeds/...`: lengths, captioners, how many captions were cut, rejects.
-
-    Raises MissingTableError if there is no such table.
-    """
-    table = Table(dataset_uri, path, CAPTION_EMBEDS)
-    manifest = table.require()
-    light = read_light(table, ["captioner", "num_tokens"], sample)
-    cut = manifest.figures.get("cut_captions.mean")
-    return table_page(
-        "embeds.html.jinja",
-        table,
-        light,
-        read_rejects(table, sample),
-        title=f"Caption embeddings by {path.removeprefix('caption_embeds/')}",
-        about="What the text encoder makes of every caption: computed once, so that training need not.",
-        dtype=manifest.config["dtype"],
-        max_tokens=manifest.config["max_tokens"],
-        num_cut=None if cut is None else round(cut * manifest.num_shards),
-        lengths=histograms({"": light.rows["num_tokens"].to_numpy()}, title="Caption length", x_label="tokens"),
-        captioners=dict(Counter(light.rows["captioner"].to_pylist()).most_common()),
-    )
-
-
-def _channels(values: np.ma.MaskedArray) -> str:
-    """`values`: (channels, anything)."""
+def _channels(values: np.ma.MaskedArray) -> Markup:
+    """The chart of each channel's mean and spread; `values` has shape (channels, values)."""
     mean, std = (np.ma.filled(measure, 0.0) for measure in (values.mean(1), values.std(1)))
     return spreads(mean, std, title="Channels: mean ± standard deviation", x_label="channel", y_label="value")

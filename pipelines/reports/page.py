@@ -1,4 +1,4 @@
-"""What every page of a table has: its head, counts and rejects, and the formats and colors that pages share."""
+"""Parts that several pages share: the head, the frame of a table's page, and the texts and colors of captions."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,13 +11,11 @@ from pipelines.reports.rejects import Rejects
 from pipelines.reports.templates import render
 from pipelines.tables.identity import Manifest
 from pipelines.tables.sampling import LightRows
-from pipelines.tables.schema import (
-    ORIGINAL_CAPTIONER,
-    Row,
-)
+from pipelines.tables.schema import ORIGINAL_CAPTIONER, Row
 from pipelines.tables.table import Table
 
 NUM_COLORS = 8
+"""Colors in the style sheet; `str(0)` to `str(NUM_COLORS - 1)` name them."""
 
 
 def page_head(
@@ -31,7 +29,17 @@ def page_head(
     notice: str = "",
     origin: Mapping[str, object] | None = None,
 ) -> Row:
-    """What every page begins with, and `origin`, the configuration, that it ends with."""
+    """Build the `head` that every page template takes.
+
+    Args:
+        table: names the dataset, and the page's kind unless `kind` does.
+        manifest: gives the fingerprint in the head.
+        about: one sentence below the title.
+        facts: name and value of each entry in the head; the fingerprint and the time of writing follow them.
+        kind: small text above the title.
+        notice: a warning below the facts.
+        origin: the configuration, shown as JSON at the end of the page.
+    """
     made = {"Fingerprint": manifest.fingerprint[:12], "Made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")}
     return {
         "kind": kind or table.path,
@@ -47,6 +55,11 @@ def page_head(
 def table_page(
     template: str, table: Table, light: LightRows, refused: Rejects, *, title: str, about: str, **content: object
 ) -> str:
+    """Render the page of one table: its head, the values in `content` that `template` asks for, and its rejects.
+
+    The head counts rows and rejects. If only some shards were read, it shows the manifest's counts where they are larger.
+    Raises MissingTableError if the table has no manifest.
+    """
     manifest = table.require()
     num_rows, num_rejects = light.rows.num_rows, sum(refused.counts.values())
     if light.num_shards < light.total_shards:
@@ -59,21 +72,23 @@ def table_page(
 
 
 def caption_texts(row: Row) -> list[str | None]:
+    """The texts of the captions that compete in a row of scores or latents."""
     return [entry["caption"] for entry in row["captions"]]
 
 
 def with_score_texts(captions: list[Row]) -> list[Row]:
+    """Copies of competing captions with `score`, the CLIP score as text."""
     return [entry | {"score": format_mean([entry["clip_score"]])} for entry in captions]
 
 
 def format_mean(values: Sequence[float] | np.ndarray) -> str:
-    """With two digits, over what is finite."""
+    """The mean of the finite values with two decimal places, or a dash if there are none."""
     array = np.asarray(values, dtype=float)
     array = array[np.isfinite(array)]
     return f"{array.mean():.2f}" if array.size else "–"
 
 
 def captioner_colors(captioners: Iterable[str]) -> dict[str, str]:
-    """A colour's number for each: the original captions first, then by name."""
+    """A color for each captioner: the original captions come first, the others follow by name."""
     names = sorted(set(captioners), key=lambda name: (name != ORIGINAL_CAPTIONER, name))
     return {name: str(index % NUM_COLORS) for index, name in enumerate(names)}

@@ -1,24 +1,24 @@
-"""What a report shows of the rows that a stage refused: counts by reason, and a few examples with their pictures."""
+"""The part of a page about refused rows: counts by reason, and a few examples with their pictures."""
 
 import tarfile
 from collections import Counter
 from dataclasses import dataclass
 
-import fsspec
 import pyarrow as pa
 
 from pipelines.reports.pictures import Picture, no_picture, read_image_bytes, thumbnail
+from pipelines.storage.files import open_file
 from pipelines.tables.sampling import ReportScope, read_light, spread
 from pipelines.tables.schema import IMAGES, IMAGES_PATH, Row
 from pipelines.tables.table import Table
 
-MAX_SOURCE_BYTES = 32 * 2**20
-EXCERPT_BYTES = 200
+MAX_SOURCE_BYTES = 32 * 2**20  # read from a refused source file
+EXCERPT_BYTES = 200  # shown of a file that is not a picture
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """A refused row, with its picture, or the first bytes of what is not a picture (unless a list named it)."""
+    """A refused row and its picture. `excerpt` is the beginning of a file that is not a picture, if it may be shown."""
 
     id: str | None
     source_uri: str | None
@@ -30,7 +30,7 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Rejects:
-    """Counts by reason, the largest first, and examples."""
+    """Refused rows of a table: counts by reason, the largest first; how much was read; and examples."""
 
     counts: dict[str, int]
     scope: str
@@ -38,7 +38,11 @@ class Rejects:
 
 
 def read_rejects(table: Table, config: ReportScope) -> Rejects:
-    """What the stage that makes `table` refused. Pictures come from `images`, or else from where the row came from."""
+    """Count the rows that the stage that makes `table` refused, and read a few examples.
+
+    Their pictures come from the `images` table, or else from the file that the row was read from. If a list named the files, no
+    excerpt of a file that is not a picture is shown: a list may come from strangers and name any file of this host.
+    """
     rejects = table.rejects()
     light = read_light(rejects, rejects.schema.names, config)
     counts = Counter(light.rows["reject_reason"].to_pylist())
@@ -55,14 +59,13 @@ def read_rejects(table: Table, config: ReportScope) -> Rejects:
         picture = (
             no_picture("bytes not at hand") if content is None else thumbnail(content, f"rejected: {row['reject_reason']}")
         )
-        # A list may come from strangers and name any file of this host: of what is no picture nothing is shown.
         excerpt = "" if content is None or picture.src or is_listed else _excerpt(content)
         shown.append(Rejected(row["id"], row["source_uri"], row["reject_reason"], row["detail"], picture, excerpt))
     return Rejects(dict(counts.most_common()), light.scope, shown)
 
 
 def _take_turns(rejects: pa.Table, limit: int) -> list[Row]:
-    """At most `limit` rows, from every reason in turn, ordered by reason."""
+    """At most `limit` rows, taken from the reasons in turn; the most frequent reason comes first."""
     reasons = rejects["reject_reason"].to_pylist()
     seen: Counter[str] = Counter()
     turns = []
@@ -76,7 +79,7 @@ def _take_turns(rejects: pa.Table, limit: int) -> list[Row]:
 
 
 def _locate(rejects: Table, ids: set[str | None], config: ReportScope) -> list[tuple[str, str]]:
-    """(shard, id) of those rejects that lie in the first `config.picture_shards` shards that have any."""
+    """(shard, id) of the rejects with these ids, from the first `config.picture_shards` shards that hold any of them."""
     found: list[tuple[str, str]] = []
     shards = rejects.list_shards()
     with_any = 0
@@ -90,23 +93,25 @@ def _locate(rejects: Table, ids: set[str | None], config: ReportScope) -> list[t
 
 
 def _read_source(uri: str | None) -> bytes | None:
-    """The first MAX_SOURCE_BYTES of a file, or of a member of a local tar ("a.tar#name"); None where they cannot be had."""
-    if not uri or uri.startswith(("http://", "https://")):  # no server is asked again for a report
+    """The first MAX_SOURCE_BYTES of a file, or of a member of a local tar ("a.tar#name"); None if they cannot be read."""
+    if not uri or uri.startswith(("http://", "https://")):  # a report requests nothing from a server
         return None
     archive, _, member = uri.partition("#")
-    if member and archive.endswith(".tar"):
-        if "://" in archive:  # a remote one would have to be read through
-            return None
-        uri = f"tar://{member}::{archive}"
     try:
-        with fsspec.open(uri) as file:
-            return file.read(MAX_SOURCE_BYTES)
-    except (OSError, ValueError, ImportError, tarfile.TarError):  # gone, not a file, or of a protocol that is not installed
+        if not (member and archive.endswith(".tar")):
+            with open_file(uri) as file:
+                return file.read(MAX_SOURCE_BYTES)
+        if "://" in archive:  # a remote tar would have to be read from its beginning
+            return None
+        with tarfile.open(archive) as tar:
+            content = tar.extractfile(member)
+            return content.read(MAX_SOURCE_BYTES) if content else None
+    except (OSError, ValueError, KeyError, ImportError, tarfile.TarError):  # gone, no file, or its protocol is not installed
         return None
 
 
 def _excerpt(content: bytes) -> str:
-    """The first bytes of what is not a picture: as text if it is text, or else in hex."""
+    """The first bytes of a file that is not a picture: as text if they are text, otherwise in hex."""
     head = content[:EXCERPT_BYTES]
     text = head.decode("utf-8", errors="ignore")
     if not head:

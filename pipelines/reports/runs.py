@@ -1,27 +1,32 @@
-"""Reports of runs: the page of a training, and the front page of the whole way."""
+"""Pages that are not about one table: a training, and the front page of a run of the full pipeline."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import fsspec
-
 from pipelines.reports.charts import curve
 from pipelines.reports.page import page_head
-from pipelines.reports.pictures import Picture, thumbnail
+from pipelines.reports.pictures import Picture, no_picture, thumbnail
 from pipelines.reports.templates import render
+from pipelines.storage.files import read_file
 from pipelines.tables.schema import IMAGES, IMAGES_PATH, LATENTS, Row
 from pipelines.tables.table import Table
 
 GRID_SIDE = 1600  # px
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A part of a page: text, a table, pictures. Numbers of `rows` are set to the right, a fraction is to be written as text.
+    """A part of a page with a heading: text, a table and pictures, each of which may be left out.
 
     Args:
-        pictures: (label, path or URI) of each.
+        title: the heading.
+        columns: the names of the table's columns.
+        rows: the table's cells. Numbers are aligned right; fractions get 4 significant digits unless given as text.
+        pictures: label and path or URI of each.
     """
 
     title: str
@@ -33,11 +38,10 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """A link of the front page; `href` is relative to it."""
+    """A link on the front page; `href` is relative to that page."""
 
     name: str
     href: str
-    text: str = ""
 
 
 def training_report(
@@ -50,16 +54,17 @@ def training_report(
     config: Mapping[str, object] | None = None,
     sections: Sequence[Section] = (),
 ) -> str:
-    """The page of a training: its loss over steps and what the model drew on the way.
+    """The page of a training, as HTML: its loss over steps, and the pictures that the model drew during training.
 
     Args:
-        path: of the table that it was trained on; the head of the page tells of it.
+        path: the latents table that it was trained on, or the first of them; the head shows its rows and rejects.
         losses: (step, loss).
         samples: (step, path or URI of a grid of pictures).
-        facts: more for the head, such as {"Steps": 400}.
-        config: the resolved one, for the end of the page.
+        facts: further entries of the head, such as {"Steps": 400}.
+        config: the resolved configuration, shown at the end of the page.
+        sections: parts that follow the pictures.
 
-    Raises MissingTableError if there is no such table.
+    A picture that cannot be read is replaced by a line that says so. Raises MissingTableError if there is no such table.
     """
     table = Table(dataset_uri, path, LATENTS)
     manifest = table.require()
@@ -77,36 +82,40 @@ def training_report(
     return render("training.html.jinja", head=head, losses=losses, chart=chart, samples=pictures, sections=_loaded(sections))
 
 
-def demo_report(
-    dataset_uri: str,
-    sections: Sequence[Section],
-    *,
-    title: str = "From raw images to pictures",
-    about: str = "Every stage, once: images, captions, scores, latents, training, and what the model draws now.",
-    links: Sequence[Link] = (),
-    notice: str = "",
-    facts: Mapping[str, object] | None = None,
-) -> str:
-    """The front page: links to the stages' pages, then `sections` (the closing table, grids of pictures).
+def demo_report(dataset_uri: str, sections: Sequence[Section], *, links: Sequence[Link] = (), notice: str = "") -> str:
+    """The front page of a run of the full pipeline, as HTML: links to the pages of tables and training, then `sections`.
 
-    Raises MissingTableError if the dataset has no images.
+    Args:
+        notice: a warning in the head.
+
+    A picture that cannot be read is replaced by a line that says so. Raises MissingTableError if the dataset has no images.
     """
     table = Table(dataset_uri, IMAGES_PATH, IMAGES)
     manifest = table.require()
-    counts = {"Images": manifest.num_rows, "Rejected images": manifest.num_rejects}
     head = page_head(
-        table, manifest, kind="Sana on Ray", title=title, about=about, facts={**counts, **(facts or {})}, notice=notice
+        table,
+        manifest,
+        kind="Sana on Ray",
+        title="From raw images to pictures",
+        about="Every stage, once: images, captions, scores, latents, training, and what the model draws now.",
+        facts={"Images": manifest.num_rows, "Rejected images": manifest.num_rejects},
+        notice=notice,
     )
     return render("demo.html.jinja", head=head, links=links, sections=_loaded(sections))
 
 
 def _grid(uri: str | Path, alt: str) -> Picture:
-    with fsspec.open(str(uri)) as file:
-        return thumbnail(file.read(), alt, GRID_SIDE)
+    """Read a grid of pictures. If it cannot be read, the page says so in its place."""
+    try:
+        content = read_file(str(uri))
+    except OSError as error:
+        logger.warning("a picture is missing on the report's page: %s", error)
+        return no_picture(f"{uri} could not be read")
+    return thumbnail(content, alt, GRID_SIDE)
 
 
 def _loaded(sections: Sequence[Section]) -> list[Row]:
-    """With their pictures read."""
+    """The sections as the templates take them, with their pictures read."""
     return [
         {"title": section.title, "text": section.text, "columns": section.columns, "rows": section.rows}
         | {"pictures": [(label, _grid(uri, label)) for label, uri in section.pictures]}

@@ -8,21 +8,17 @@ from pipelines.score.compare import compare_policies
 from pipelines.score.config import SelectionConfig
 from pipelines.score.selection import all_policies, choose_caption
 from pipelines.tables.sampling import DEFAULT_SCOPE, LightRows, ReportScope, read_light, sample_rows
-from pipelines.tables.schema import (
-    SCORES,
-    Row,
-    scores_path,
-)
+from pipelines.tables.schema import SCORES, Row, scores_path
 from pipelines.tables.table import Table
 from pipelines.workers.prepare import iter_rows
 
 
 def scores_report(dataset_uri: str, scorer: str, selection: SelectionConfig, *, sample: ReportScope = DEFAULT_SCOPE) -> str:
-    """The page of `scores/<scorer>`: captioners and selection policies compared, images with every caption, its score, and
-    which one is selected.
+    """The page of `scores/<scorer>`, as HTML: captioners and selection policies compared, and images with all their captions,
+    the scores, and the caption that is selected.
 
     Args:
-        selection: the policy that selects, as in epoch 0 with seed 0; the others are compared with its settings.
+        selection: the policy that selects, with seed 0 in epoch 0; the other policies are compared under its settings.
 
     Raises MissingTableError if there is no such table.
     """
@@ -67,7 +63,7 @@ def scores_report(dataset_uri: str, scorer: str, selection: SelectionConfig, *, 
 
 
 def _contest(light: LightRows, selection: SelectionConfig) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Scores by captioner: of all captions, and of the selected ones."""
+    """Scores by captioner: those of all captions, and those of the selected captions."""
     scores: dict[str, list[float]] = {}
     chosen: dict[str, list[float]] = {}
     for row in iter_rows(light.rows):
@@ -80,7 +76,7 @@ def _contest(light: LightRows, selection: SelectionConfig) -> tuple[dict[str, li
 
 
 def _count_long(table: Table) -> str:
-    """What was done with captions over the scorer's limit; empty where none was."""
+    """A sentence on captions longer than the model's limit and how they were scored; empty if there were none."""
     manifest = table.require()
     count = round(manifest.figures.get("long_captions.mean", 0.0) * manifest.num_shards)
     done = {"cut": "cut there", "chunks": "scored in parts"}.get(manifest.config.get("long_captions", ""), "")
@@ -88,4 +84,5 @@ def _count_long(table: Table) -> str:
 
 
 def _choose(row: Row, selection: SelectionConfig) -> Row | None:
+    """The caption that the policy selects for an image with seed 0 in epoch 0, or None."""
     return choose_caption(row["captions"], selection, seed=0, epoch=0, sample_id=row["id"])

@@ -1,8 +1,8 @@
-"""The score stage: CLIP says how well each of an image's captions fits it. Raw scores are kept; selection comes later."""
+"""The score stage: CLIP scores each caption against its image. Raw scores are stored; selection comes later."""
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
@@ -10,37 +10,39 @@ import pyarrow as pa
 import torch
 
 from pipelines.score.config import ScorerConfig
-from pipelines.stages.contract import OnProgress, ShardOutput, StageResult, reject
+from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
-from pipelines.tables.identity import Identity
+from pipelines.storage.lease import Leases
+from pipelines.tables.identity import Identity, value_settings
+from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.schema import CAPTIONS, IMAGES, IMAGES_PATH, ORIGINAL_CAPTIONER, SCORES, Row, captions_path, scores_path
 from pipelines.tables.table import Table
 from pipelines.workers.clip import ClipModel, PreparedImage
 from pipelines.workers.halving import run_halving
-from pipelines.workers.images import BadImageError, decode
-from pipelines.workers.models import model_version, pinned
+from pipelines.workers.images import decode
+from pipelines.workers.models import find_model
 from pipelines.workers.prepare import iter_rows, prepare_ahead
 
 CANDIDATE = pa.struct([("captioner", pa.string()), ("caption", pa.string())])
 Prepared = tuple[Row, PreparedImage]
 
 
-def score_identity(dataset_uri: str, config: ScorerConfig) -> Identity:
-    """What the scores depend on."""
-    values = asdict(config)
-    settings = {name: values[name] for name in ("model", "dtype", "long_captions")} | {"captioners": list(config.captioners)}
+def score_identity(dataset_uri: str, config: ScorerConfig, models: dict[str, str]) -> Identity:
+    """Everything that the scores depend on; `models`: the version of the CLIP."""
     tables = [Table(dataset_uri, IMAGES_PATH, IMAGES), *_caption_tables(dataset_uri, config)]
     inputs = {table.path: table.require().fingerprint for table in tables}
-    return Identity("score", settings, {config.name: model_version(config.model, config.revision)}, inputs)
+    return Identity("score", value_settings(config), models, inputs)
 
 
-def run_score(dataset_uri: str, config: ScorerConfig, *, on_progress: OnProgress = lambda _: None) -> StageResult:
+def run_score(
+    dataset_uri: str, config: ScorerConfig, *, on_progress: OnProgress = lambda _: None, leases: Leases | None = None
+) -> StageResult:
     """Score the captions of every image of a dataset into `scores/<name>`: of the shards that all captioners have done.
 
     Raises as `run_shards`, and MissingTableError if images or a captioner's captions are not there.
     """
-    config = pinned(config)
-    identity = score_identity(dataset_uri, config)
+    model = find_model(config.model, config.revision)
+    identity = score_identity(dataset_uri, config, {config.name: model.version})
     images, captions = Table(dataset_uri, IMAGES_PATH, IMAGES), _caption_tables(dataset_uri, config)
     shards = set(images.list_shards()).intersection(*(table.list_shards() for table in captions))
     return run_shards(
@@ -48,10 +50,11 @@ def run_score(dataset_uri: str, config: ScorerConfig, *, on_progress: OnProgress
         identity,
         sorted(shards),
         read_shard=partial(read_candidates, images, dict(zip(config.captioners, captions, strict=True))),
-        make_worker=partial(CaptionScorer, config),
+        make_worker=partial(CaptionScorer, replace(config, model=model.path, revision=model.revision)),
         resources=config.resources,
         max_reject_share=config.max_reject_share,
         on_progress=on_progress,
+        leases=leases,
     )
 
 
@@ -87,22 +90,23 @@ class CaptionScorer:
         self.num_captions = self.num_long = 0
         for batch in self._prepared_batches(table, rejects):
             for (row, _), found in zip(batch, run_halving(self._score, batch), strict=True):
-                if isinstance(found, BadImageError):
-                    rejects.append(reject(row, found.reason, found.detail))
+                if isinstance(found, RowRefused):
+                    rejects.append(reject(row, found))
                 elif not all(math.isfinite(caption["clip_score"]) for caption in found["captions"]):
-                    rejects.append(reject(row, "bad_score", f"{self.config.model} gives a score that is not finite"))
+                    refused = RowRefused("bad_score", f"{self.config.model} gives a score that is not finite")
+                    rejects.append(reject(row, refused))
                 else:
                     rows.append(found)
         return ShardOutput(rows, rejects, {"captions": self.num_captions, "long_captions": self.num_long})
 
     def _prepared_batches(self, table: pa.Table, rejects: list[Row]) -> Iterator[list[Prepared]]:
-        """Images decoded and resized in threads, while the model has the batch before."""
+        """Decode and resize images in threads while the model runs the batch before."""
         batch: list[Prepared] = []
         size = self.config.batch_size
         rows = prepare_ahead(iter_rows(table), self._prepare, num_ahead=size, num_threads=self.config.prepare_threads)
         for row, ready in rows:
-            if isinstance(ready, BadImageError):
-                rejects.append(reject(row, ready.reason, ready.detail))
+            if isinstance(ready, RowRefused):
+                rejects.append(reject(row, ready))
                 continue
             batch.append((row, ready))
             if len(batch) == size:
@@ -113,7 +117,7 @@ class CaptionScorer:
 
     def _prepare(self, row: Row) -> PreparedImage:
         if not row["candidates"]:
-            raise BadImageError("no_caption", "no captioner had a caption for it, and none came with it")
+            raise RowRefused("no_caption", "no captioner had a caption for it, and none came with it")
         return self.clip.prepare_image(decode(row["image_bytes"]))
 
     def _score(self, batch: list[Prepared]) -> list[Row]:
@@ -135,7 +139,7 @@ class CaptionScorer:
         ]
 
     def _parts(self, tokens: list[int]) -> list[list[int]]:
-        """What the model sees of a caption: its beginning, or all of it in as few and as equal parts as there can be."""
+        """The parts of a caption that the model sees: its beginning, or all of it in the fewest parts of equal length."""
         limit = self.clip.max_tokens
         if self.config.long_captions == "cut":
             return [tokens[:limit]]

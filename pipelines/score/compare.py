@@ -1,4 +1,4 @@
-"""What each selection policy would choose over a table of scores, side by side, before anything is extracted or trained.
+"""Compare what each selection policy would choose from a table of scores, before anything is extracted or trained.
 
 No caption is drawn: the figures are the expected ones of the policies' probabilities. Memory does not grow with the table.
 """
@@ -17,7 +17,7 @@ from pipelines.tables.table import Table
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyFigures:
-    """Of one policy; means are over the images that it keeps, and None where it keeps none.
+    """Figures of one policy; means are over the images that it keeps, and None if it keeps none.
 
     Args:
         shares: of those images, how many train on a captioner's caption.
@@ -35,7 +35,7 @@ class PolicyFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionerFigures:
-    """Of all captions of a captioner."""
+    """Figures of all captions of a captioner."""
 
     num_captions: int
     mean_score: float
@@ -43,7 +43,7 @@ class CaptionerFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Of the images that were read: captioners by name, the original captions first, and policies by name."""
+    """Figures of the images that were read: by captioner, the original captions first, and by policy."""
 
     num_images: int
     captioners: dict[str, CaptionerFigures]
@@ -105,7 +105,7 @@ def _figures(sums: _Sums, config: SelectionConfig, num_images: int) -> PolicyFig
 
 @dataclass(frozen=True, kw_only=True)
 class Scope:
-    """Which shards of a table are read: all, or `max_shards`, spread evenly."""
+    """The shards of a table that are read: all, or `max_shards` of them, spread evenly."""
 
     shards: list[str]
     total_shards: int

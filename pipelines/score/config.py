@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from pipelines.stages.contract import Resources
 from pipelines.tables.schema import ORIGINAL_CAPTIONER
@@ -14,12 +14,14 @@ POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 @dataclass(frozen=True, kw_only=True)
 class DuplicatesConfig:
-    """What counts as looking alike.
+    """Which images count as near duplicates.
 
     Args:
-        max_distance: of 64 bits, from 0 (the same hash) to 7. A copy that was scaled or compressed anew is mostly within 4.
+        max_distance: of 64 bits, from 0 (the same hash) to 7. A copy that was scaled or compressed again is mostly within 4.
         resources: of the actors that write; they compute nothing.
     """
+
+    NO_VALUE: ClassVar = ("resources",)
 
     max_distance: int = 3
     resources: Resources = field(default_factory=lambda: Resources(num_cpus=0.25))
@@ -50,6 +52,8 @@ class ScorerConfig:
         resources: of the stage's actors.
         max_reject_share: the job fails when a larger share of the images is refused.
     """
+
+    NO_VALUE: ClassVar = ("name", "revision", "batch_size", "prepare_threads", "device", "resources", "max_reject_share")
 
     name: str
     model: str
@@ -89,6 +93,8 @@ class ImageScorerConfig:
         resources: of the stage's actors.
         max_reject_share: the job fails when a larger share of the images is refused.
     """
+
+    NO_VALUE: ClassVar = ("name", "revision", "batch_size", "prepare_threads", "device", "resources", "max_reject_share")
 
     name: str
     model: str

@@ -29,9 +29,9 @@ from pipelines.score.config import NEAR_DUPLICATES, DuplicatesConfig
 from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
 from pipelines.storage.files import read_file
-from pipelines.storage.lease import hold
+from pipelines.storage.lease import Leases, shared
 from pipelines.tables.errors import MissingTableError
-from pipelines.tables.identity import Identity
+from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.schema import IMAGE_SCORES, IMAGES, IMAGES_PATH, image_scores_path
 from pipelines.tables.table import Table
 
@@ -46,7 +46,7 @@ MIX = np.uint64(0x9E3779B97F4A7C15)  # odd: times this, the high bits depend on 
 
 @dataclass(frozen=True)
 class Hashes:
-    """What is known of many images; a row's position is shard number * 2^32 + row."""
+    """Hashes and sizes of many images; a position is shard number * 2^32 + row."""
 
     positions: np.ndarray  # (N,) uint64
     hashes: np.ndarray  # (N,) uint64
@@ -63,16 +63,18 @@ class Verdicts:
     distances: np.ndarray  # (M,) int32
 
 
-def run_duplicates(dataset_uri: str, config: DuplicatesConfig, *, on_progress: OnProgress = lambda _: None) -> StageResult:
-    """Say of every image which other image, if any, stands for it, into `image_scores/near_duplicates`.
+def run_duplicates(
+    dataset_uri: str, config: DuplicatesConfig, *, on_progress: OnProgress = lambda _: None, leases: Leases | None = None
+) -> StageResult:
+    """Find for every image the image that stands for it, if any, and write `image_scores/near_duplicates`.
 
     Raises as `run_shards`, and MissingTableError if there are no images.
     """
     images = Table(dataset_uri, IMAGES_PATH, IMAGES)
     output = Table(dataset_uri, image_scores_path(NEAR_DUPLICATES), IMAGE_SCORES)
-    settings = {"max_distance": config.max_distance}
-    identity = Identity("duplicates", settings, models={}, inputs={IMAGES_PATH: images.require().fingerprint})
-    with hold(output.uri):  # what a run decides about is noted before its shards are made
+    identity = Identity("duplicates", value_settings(config), models={}, inputs={IMAGES_PATH: images.require().fingerprint})
+    with shared(leases) as held:
+        held.take(output.uri)  # before the run notes which shards it decides about
         output.claim(identity)
         generations = _plan_generations(images, output)
         found = set(output.list_shards())
@@ -94,6 +96,7 @@ def run_duplicates(dataset_uri: str, config: DuplicatesConfig, *, on_progress: O
                     resources=config.resources,
                     max_reject_share=0.0,
                     on_progress=on_progress,
+                    leases=held,
                 )
             older = shards
         if result is None:
@@ -102,14 +105,14 @@ def run_duplicates(dataset_uri: str, config: DuplicatesConfig, *, on_progress: O
 
 
 class DuplicatesWorker:
-    """Passes on what was decided, and counts it."""
+    """Passes the verdicts on and counts them."""
 
     def process(self, table: pa.Table) -> ShardOutput:
         return ShardOutput(table, [], {"duplicates": float(table.num_rows - table["detail"].null_count)})
 
 
 def decide(known: Hashes, max_distance: int, pairs: Iterator[tuple[np.ndarray, np.ndarray]] | None = None) -> Verdicts:
-    """Which images are duplicates, and of which.
+    """Decide which images are duplicates, and of which image.
 
     Args:
         pairs: of unique hashes at most `max_distance` apart, as `near_pairs` gives them; sought here unless given.
@@ -159,7 +162,7 @@ def near_pairs(unique: np.ndarray, max_distance: int) -> Iterator[tuple[np.ndarr
 def _pairs_of_band(
     unique: np.ndarray, rows: np.ndarray, band: int, max_distance: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Of the hashes in `rows`: those pairs that agree in this band and in none before it."""
+    """The pairs of hashes in `rows` that agree in this band and in none before it."""
     masks = band_masks(max_distance + 1)
     keys = unique[rows] & masks[band]
     order = np.argsort(keys, kind="stable")

@@ -7,7 +7,7 @@ over its image embedding, as the LAION aesthetic predictors are.
 import hashlib
 import math
 import re
-from dataclasses import asdict
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any, Protocol
@@ -20,52 +20,55 @@ from transformers import AutoModelForImageClassification, CLIPVisionModelWithPro
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the top-level name wants torchvision
 
 from pipelines.score.config import ImageScorerConfig
-from pipelines.stages.contract import OnProgress, ShardOutput, StageResult, reject
+from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
-from pipelines.tables.identity import Identity
+from pipelines.storage.lease import Leases
+from pipelines.tables.identity import Identity, value_settings
+from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.schema import IMAGE_SCORES, IMAGES, IMAGES_PATH, Row, image_scores_path
 from pipelines.tables.table import Table
 from pipelines.workers.halving import run_halving
-from pipelines.workers.images import BadImageError, decode
-from pipelines.workers.models import local_model, model_version, pick_device, pinned
+from pipelines.workers.images import decode
+from pipelines.workers.models import find_model, pick_device, pretrained
 from pipelines.workers.prepare import iter_rows, prepare_ahead
 from sana_model.files.places import resolve
 from sana_model.files.tensors import read_weights_file
 
 
-def run_image_scores(dataset_uri: str, config: ImageScorerConfig, *, on_progress: OnProgress = lambda _: None) -> StageResult:
+def run_image_scores(
+    dataset_uri: str, config: ImageScorerConfig, *, on_progress: OnProgress = lambda _: None, leases: Leases | None = None
+) -> StageResult:
     """Score every image of a dataset into `image_scores/<name>`.
 
     Raises as `run_shards`, and MissingTableError if there are no images.
     """
-    config = pinned(config)
+    model = find_model(config.model, config.revision)
     images = Table(dataset_uri, IMAGES_PATH, IMAGES)
-    values = asdict(config)
-    settings = {name: values[name] for name in ("model", "label", "head", "dtype")}
-    models = {config.name: model_version(config.model, config.revision)}
+    models = {config.name: model.version}
     if config.head:
         with resolve(config.head).open("rb") as file:
             models["head"] = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:32]}"
-    identity = Identity("score_images", settings, models, {IMAGES_PATH: images.require().fingerprint})
+    identity = Identity("score_images", value_settings(config), models, {IMAGES_PATH: images.require().fingerprint})
     return run_shards(
         Table(dataset_uri, image_scores_path(config.name), IMAGE_SCORES),
         identity,
         images.list_shards(),
         read_shard=partial(images.read_shard, columns=["id", "image_bytes", "source_uri"]),
-        make_worker=partial(ImageScorer, config),
+        make_worker=partial(ImageScorer, replace(config, model=model.path, revision=model.revision)),
         resources=config.resources,
         max_reject_share=config.max_reject_share,
         on_progress=on_progress,
+        leases=leases,
     )
 
 
 class ImageModel(Protocol):
-    """What gives each image one number; `processor`, of transformers, makes an RGB image ready for it."""
+    """A model that gives each image one number; its transformers `processor` prepares an RGB image for it."""
 
     processor: Any
 
     def score(self, pixels: Tensor) -> Tensor:
-        """What the processor made of images (B, 3, H, W) -> scores (B,), float32 on the CPU."""
+        """Prepared images (B, 3, H, W) -> scores (B,), float32 on the CPU."""
         ...
 
 
@@ -77,21 +80,22 @@ class ImageScorer:
         self.model: ImageModel = ClipHead(config) if config.head else Classifier(config)
 
     def process(self, table: pa.Table) -> ShardOutput:
-        """A score for each image, or a reject. Images are made ready in threads, while the model has the batch before."""
+        """A score for each image, or a reject. Threads prepare images while the model runs the batch before."""
         rows: list[Row] = []
         rejects: list[Row] = []
         ready = prepare_ahead(
             iter_rows(table), self._prepare, num_ahead=self.config.batch_size, num_threads=self.config.prepare_threads
         )
         for batch in iter(lambda: list(islice(ready, self.config.batch_size)), []):
-            images = [pixels for _, pixels in batch if not isinstance(pixels, BadImageError)]
+            images = [pixels for _, pixels in batch if not isinstance(pixels, RowRefused)]
             scores = iter(run_halving(self._score, images) if images else [])
             for row, pixels in batch:
-                score = pixels if isinstance(pixels, BadImageError) else next(scores)
-                if isinstance(score, BadImageError):
-                    rejects.append(reject(row, score.reason, score.detail))
+                score = pixels if isinstance(pixels, RowRefused) else next(scores)
+                if isinstance(score, RowRefused):
+                    rejects.append(reject(row, score))
                 elif not math.isfinite(score):
-                    rejects.append(reject(row, "bad_score", f"{self.config.model} gives a score that is not finite"))
+                    refused = RowRefused("bad_score", f"{self.config.model} gives a score that is not finite")
+                    rejects.append(reject(row, refused))
                 else:
                     rows.append({"id": row["id"], "score": score})
         return ShardOutput(rows, rejects)
@@ -110,11 +114,11 @@ class Classifier:
     """
 
     def __init__(self, config: ImageScorerConfig):
-        path, revision = local_model(config.model), config.revision or "main"
+        path, options = pretrained(config.model, config.revision)
         self.device = pick_device(config.device)
-        self.processor = AutoImageProcessor.from_pretrained(path, revision=revision, backend="pil")
+        self.processor = AutoImageProcessor.from_pretrained(path, **options, backend="pil")
         dtype = getattr(torch, config.dtype)
-        model = AutoModelForImageClassification.from_pretrained(path, dtype=dtype, revision=revision)
+        model = AutoModelForImageClassification.from_pretrained(path, dtype=dtype, **options)
         self.model = model.to(self.device).eval()
         labels = {str(name): int(number) for number, name in model.config.id2label.items()}
         assert config.label is not None
@@ -125,7 +129,7 @@ class Classifier:
 
     @torch.inference_mode()
     def score(self, pixels: Tensor) -> Tensor:
-        """What the processor made of images (B, 3, H, W) -> scores (B,), float32 on the CPU."""
+        """Prepared images (B, 3, H, W) -> scores (B,), float32 on the CPU."""
         logits = self.model(pixel_values=pixels.to(self.device, self.model.dtype)).logits
         return logits.float().softmax(-1)[:, self.label].cpu()
 
@@ -141,11 +145,11 @@ class ClipHead:
 
     def __init__(self, config: ImageScorerConfig):
         assert config.head is not None
-        path, revision = local_model(config.model), config.revision or "main"
+        path, options = pretrained(config.model, config.revision)
         self.device = pick_device(config.device)
-        self.processor = AutoImageProcessor.from_pretrained(path, revision=revision, backend="pil")
+        self.processor = AutoImageProcessor.from_pretrained(path, **options, backend="pil")
         dtype = getattr(torch, config.dtype)
-        model: torch.nn.Module = CLIPVisionModelWithProjection.from_pretrained(path, dtype=dtype, revision=revision)
+        model: torch.nn.Module = CLIPVisionModelWithProjection.from_pretrained(path, dtype=dtype, **options)
         self.model = model.to(self.device, dtype).eval()
         self.dtype = dtype
         weights = read_weights_file(resolve(config.head))
@@ -161,7 +165,7 @@ class ClipHead:
 
     @torch.inference_mode()
     def score(self, pixels: Tensor) -> Tensor:
-        """What the processor made of images (B, 3, H, W) -> scores (B,), float32 on the CPU."""
+        """Prepared images (B, 3, H, W) -> scores (B,), float32 on the CPU."""
         embeds = self.model(pixel_values=pixels.to(self.device, self.dtype)).image_embeds.float()
         hidden = F.normalize(embeds, dim=-1)
         for weight, bias in self.layers:

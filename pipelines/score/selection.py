@@ -1,4 +1,4 @@
-"""Which of an image's captions a sample trains on: a policy over their CLIP scores, applied when the sample is drawn."""
+"""Choose the caption that a sample trains on, by a policy over CLIP scores, when the sample is drawn."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ Caption = dict[str, Any]
 
 
 def caption_probabilities(captions: Sequence[Caption], config: SelectionConfig) -> list[float]:
-    """The chance of each caption; they sum to 1, or are all 0 where none may be chosen."""
+    """The probability of each caption; they sum to 1, or are all 0 if none may be chosen."""
     if not captions or is_below(captions, config.min_best_score):
         return [0.0] * len(captions)
     weights = _weights(captions, [caption["clip_score"] for caption in captions], config)
@@ -22,7 +22,7 @@ def caption_probabilities(captions: Sequence[Caption], config: SelectionConfig) 
 
 
 def is_below(captions: Sequence[Caption], min_best_score: float | None) -> bool:
-    """Whether an image is to be dropped: the best of its captions, of which there is one at least, scores too low."""
+    """Whether an image is dropped because its best caption scores too low. It must have a caption."""
     return min_best_score is not None and best_score(captions) < min_best_score
 
 
@@ -46,7 +46,7 @@ def _weights(captions: Sequence[Caption], scores: list[float], config: Selection
 def choose_caption(
     captions: Sequence[Caption], config: SelectionConfig, *, seed: int, epoch: int, sample_id: str
 ) -> Caption | None:
-    """The caption of a sample in an epoch: the same wherever it is drawn. None where the policy lets none pass."""
+    """The caption of a sample in an epoch, the same on every machine. None if the policy admits none."""
     probabilities = caption_probabilities(captions, config)
     if not any(probabilities):
         return None

@@ -1,4 +1,4 @@
-"""Pictures of scenes, and folders of them as a source for ingest."""
+"""Draws scenes, and writes folders of drawn images as a source for ingest."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from pipelines.shapes.grammar import phrasings, sample_caption, write_caption
+from pipelines.shapes.grammar import full_caption, sample_caption
 from pipelines.shapes.scenes import (
     BACKGROUNDS,
     BASE_SIZE,
@@ -20,16 +20,17 @@ from pipelines.shapes.scenes import (
     sample_scene_from,
 )
 
+# Lengths are in pixels of an image of BASE_SIZE.
 RADIUS = {"small": 12.0, "large": 19.0}
 OFFSET = {"small": 17.0, "large": 11.0}  # from the middle, for a position other than the center
-PAIR_OFFSET = 15.0
+PAIR_OFFSET = 15.0  # of either object of a pair from the middle
 STRIPE_PERIOD, STRIPE_WIDTH = 7.5, 4.5
-HOLE = 0.55  # inner radius of an outlined shape, as a share of the outer
+HOLE = 0.55  # inner radius of an outlined shape, as a share of the outer radius
 SUPERSAMPLING = 4
 
 
 def draw_row(index: int, config: ShapesConfig = ShapesConfig()) -> tuple[Scene, np.ndarray]:
-    """Scene and image (H, W, 3) uint8 of row `index`."""
+    """The scene of row `index` and its image, (H, W, 3) uint8."""
     rng = row_generator(index, config)
     scene = sample_scene_from(rng, config)
     return scene, draw_scene(scene, rng, config.image_size)
@@ -38,10 +39,10 @@ def draw_row(index: int, config: ShapesConfig = ShapesConfig()) -> tuple[Scene, 
 def write_folder(
     folder: str | Path, first: int, count: int, config: ShapesConfig = ShapesConfig(), *, captioned: bool = False
 ) -> None:
-    """Write rows as PNG files; what each shows (its `truth`, a complete caption) goes into a .json beside it.
+    """Write the images of rows `first` to `first + count` as PNG files, each with a .json file beside it.
 
-    That is not its caption: only if `captioned` there is one, in a phrasing of its own. Files that are there already stay as
-    they are.
+    The .json holds `truth`, a caption that names every attribute. If `captioned`, it also holds `caption`, in a random
+    phrasing; ingest takes that as the image's original caption. Files that exist are not written again.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     for index in range(first, first + count):
@@ -49,7 +50,7 @@ def write_folder(
         if path.exists():
             continue
         scene, pixels = draw_row(index, config)
-        facts = {"truth": write_caption(scene, phrasings(scene)[0])}
+        facts = {"truth": full_caption(scene)}
         if captioned:
             facts["caption"] = sample_caption(scene, np.random.default_rng(index))
         path.with_suffix(".json").write_text(json.dumps(facts))
@@ -57,7 +58,7 @@ def write_folder(
 
 
 def draw_scene(scene: Scene, rng: np.random.Generator, image_size: int = BASE_SIZE) -> np.ndarray:
-    """Draw a fully described scene, with small random shifts of place, size and colour: (H, W, 3) uint8."""
+    """Draw a scene that leaves no attribute out, with small random shifts of place, size and color: (H, W, 3) uint8."""
     scale = image_size * SUPERSAMPLING / BASE_SIZE
     side = image_size * SUPERSAMPLING
     assert scene.background is not None
@@ -71,6 +72,7 @@ def draw_scene(scene: Scene, rng: np.random.Generator, image_size: int = BASE_SI
 
 
 def _centers(scene: Scene) -> list[tuple[float, float]]:
+    """The center (x, y) of each object."""
     middle = BASE_SIZE / 2
     if scene.relation is None:
         assert scene.size is not None and scene.position is not None
@@ -85,11 +87,13 @@ def _radii(scene: Scene) -> list[float]:
 
 
 def _shade(color: tuple[int, int, int], rng: np.random.Generator) -> tuple[int, int, int]:
+    """The color, shifted at random by up to 9 of 255 in each channel."""
     r, g, b = (int(np.clip(channel + shift, 0, 255)) for channel, shift in zip(color, rng.integers(-9, 10, 3), strict=True))
     return r, g, b
 
 
 def _mask(thing: Thing, x: float, y: float, radius: float, side: int, scale: float) -> Image.Image:
+    """The pixels that an object covers, as 255 in a grayscale image of `side` pixels. `scale` is in pixels per base pixel."""
     mask = Image.new("L", (side, side))
     pen = ImageDraw.Draw(mask)
     _draw_outline(pen, thing.shape, x, y, radius, 255)

@@ -1,4 +1,4 @@
-"""Captions of scenes: written in one of several phrasings, and read back exactly."""
+"""Captions of scenes: written in one of several phrasings, and parsed back exactly."""
 
 import re
 
@@ -6,7 +6,6 @@ import numpy as np
 
 from pipelines.shapes.scenes import RELATIONS, VALUES, Scene, Thing
 
-# One phrasing is used by one captioner or another, so that captions of an image differ in more than their errors.
 SINGLE_PHRASINGS = (
     "a {size} {color} {fill} {shape} {position} of a {background} background",
     "on a {background} background , a {size} {color} {fill} {shape} {position}",
@@ -30,17 +29,22 @@ SHORT_PAIR_PHRASINGS = ("a {color} {shape} {relation} a {color2} {shape2}",)
 
 
 def phrasings(scene: Scene) -> tuple[str, ...]:
-    """The templates that say everything about a scene of this kind."""
+    """The templates that name every attribute of a scene with as many objects."""
     return SINGLE_PHRASINGS if len(scene.things) == 1 else PAIR_PHRASINGS
 
 
 def short_phrasings(scene: Scene) -> tuple[str, ...]:
-    """The templates that say a part."""
+    """The templates that leave attributes out."""
     return SHORT_PHRASINGS if len(scene.things) == 1 else SHORT_PAIR_PHRASINGS
 
 
 def write_caption(scene: Scene, phrasing: str, *, converse: bool = False) -> str:
-    """The caption of a scene in a phrasing; `converse` says of two objects the second first ("b right of a")."""
+    """Write the caption of a scene in a phrasing.
+
+    Args:
+        phrasing: a template, one of `phrasings(scene)` or `short_phrasings(scene)`.
+        converse: name the second of two objects first ("b right of a" instead of "a left of b").
+    """
     first, second = scene.things[0], scene.things[-1]
     relation = scene.relation
     if converse and relation is not None:
@@ -60,16 +64,21 @@ def write_caption(scene: Scene, phrasing: str, *, converse: bool = False) -> str
     return re.sub(r"\ba (?=[aeiou])", "an ", caption).replace(" ,", ",").replace(" .", ".")
 
 
+def full_caption(scene: Scene) -> str:
+    """The caption that names every attribute of a scene, in the first phrasing."""
+    return write_caption(scene, phrasings(scene)[0])
+
+
 def sample_caption(scene: Scene, rng: np.random.Generator, *, short_share: float = 0.0) -> str:
-    """A caption in a random phrasing; with probability `short_share` one that says only a part."""
+    """Write a caption in a random phrasing; with probability `short_share` it leaves attributes out."""
     choices = short_phrasings(scene) if rng.random() < short_share else phrasings(scene)
     return write_caption(scene, choices[rng.integers(len(choices))], converse=bool(rng.integers(2)))
 
 
 def parse(caption: str) -> Scene | None:
-    """The scene that a caption tells of, None for each attribute it leaves out; None if it is not in the grammar.
+    """Parse a caption in any of the phrasings; case, spaces and a final full stop do not matter.
 
-    Reads every phrasing, whatever the case, the spaces and the final full stop.
+    Returns the scene, in which attributes that the caption leaves out are None; or None if the caption is not in the grammar.
     """
     text = " ".join(re.findall(r"[a-z]+|[.,]", caption.lower())).strip(" .")
     for pattern in _PATTERNS:
@@ -90,6 +99,8 @@ def _to_scene(found: dict[str, str]) -> Scene:
 
 
 def _to_pattern(phrasing: str) -> re.Pattern[str]:
+    """The regular expression that matches a phrasing, with a named group for each attribute."""
+
     def group(match: re.Match[str]) -> str:
         name = match.group(1)
         return f"(?P<{name}>{'|'.join(VALUES[name.rstrip('2')])})"
@@ -105,7 +116,7 @@ _PATTERNS = [
 
 
 def vocabulary() -> list[str]:
-    """Every word and sign of the grammar, sorted."""
+    """Every word and punctuation mark of the grammar, sorted."""
     templates = (*SINGLE_PHRASINGS, *PAIR_PHRASINGS, *SHORT_PHRASINGS, *SHORT_PAIR_PHRASINGS)
     text = " ".join([*templates, *(word for values in VALUES.values() for word in values), "an"])
     return sorted(set(re.findall(r"[a-z]+|[.,]", re.sub(r"\{\w+\}", " ", text))))

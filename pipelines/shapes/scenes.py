@@ -1,7 +1,7 @@
-"""The Shapes world: drawn scenes whose every attribute is known, and captions that can be read back exactly.
+"""The Shapes world: drawn scenes with known attributes, and captions that can be parsed back exactly.
 
-It stands in for photographs where the truth must be known: the demo, the tests, and the training of the tiny
-checkpoints in `sana_model/zoo`. Row i is the same image and the same scene on every machine.
+It replaces photographs where one must know what an image shows: in the demo, in tests, and in the training of the tiny
+checkpoints in `sana_model/zoo`. Row i is the same scene and the same image on every machine.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ COLORS = {
     "cyan": (40, 205, 225),
 }
 KNOWN_COLORS = tuple(COLORS)[:6]
-"""What the shipped transformer has seen; it learns the others in the demo."""
+"""The colors that the shipped transformer was trained on; it learns the others in the demo."""
 NEW_COLORS = tuple(COLORS)[6:]
 FILLS = ("solid", "outlined", "striped")
 SIZES = ("small", "large")
@@ -34,8 +34,8 @@ POSITIONS = {
     "at the bottom": (0, 1),
 }
 RELATIONS = {"left of": "right of", "above": "below"}
-"""Each with its converse: "a left of b" is "b right of a"."""
-BASE_SIZE = 64  # pixels; the geometry of drawing.py is for this size
+"""Each relation with its converse: "a left of b" is "b right of a"."""
+BASE_SIZE = 64  # pixels a side; lengths in drawing.py are for this size
 BACKGROUNDS = {"white": (248, 248, 248), "gray": (135, 135, 135), "black": (12, 12, 12), "brown": (95, 62, 35)}
 VALUES: dict[str, tuple[str, ...]] = {
     "shape": SHAPES,
@@ -50,7 +50,7 @@ VALUES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Thing:
-    """One drawn object. None: not said (in a parsed caption only)."""
+    """One drawn object. `fill` is None only if a parsed caption leaves it out."""
 
     shape: str
     color: str
@@ -59,9 +59,9 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What an image shows. One object has a size and a position; two have a relation, of the first to the second.
+    """The content of an image: one object with a size and a position, or two and the relation of the first to the second.
 
-    None: not said (in a parsed caption only). Relations are kept as "left of" and "above".
+    An attribute that does not apply, or that a parsed caption leaves out, is None. `relation` is "left of" or "above".
     """
 
     things: tuple[Thing, ...]
@@ -73,7 +73,14 @@ class Scene:
 
 @dataclass(frozen=True, kw_only=True)
 class ShapesConfig:
-    """Which scenes there are. `pair_share` of them have two objects; `colors` are those that objects may have."""
+    """How scenes are drawn at random.
+
+    Args:
+        seed: together with the row's index, the seed of each row.
+        image_size: pixels a side.
+        colors: the colors that objects may have, from COLORS.
+        pair_share: the share of scenes with two objects.
+    """
 
     seed: int = 0
     image_size: int = BASE_SIZE
@@ -83,7 +90,7 @@ class ShapesConfig:
     def __post_init__(self) -> None:
         unknown = set(self.colors) - set(COLORS)
         if unknown or not self.colors:
-            raise ValueError(f"colors={self.colors} must be some of {', '.join(COLORS)}")
+            raise ValueError(f"colors={self.colors} must be at least one of {', '.join(COLORS)}")
 
 
 def sample_scene(index: int, config: ShapesConfig = ShapesConfig()) -> Scene:
@@ -92,10 +99,13 @@ def sample_scene(index: int, config: ShapesConfig = ShapesConfig()) -> Scene:
 
 
 def row_generator(index: int, config: ShapesConfig) -> np.random.Generator:
+    """The generator of row `index`: it draws the scene first, then the shifts of its image."""
     return np.random.default_rng([config.seed, index])
 
 
 def sample_scene_from(rng: np.random.Generator, config: ShapesConfig) -> Scene:
+    """A random scene in which every attribute is set."""
+
     def pick(values: Sequence[str]) -> str:
         return values[int(rng.integers(len(values)))]
 
@@ -105,20 +115,20 @@ def sample_scene_from(rng: np.random.Generator, config: ShapesConfig) -> Scene:
     background = pick(tuple(BACKGROUNDS))
     if rng.random() < config.pair_share:
         first, second = thing(), thing()
-        while second == first:  # alike, they would leave nothing for the relation to say
+        while second == first:  # between two equal objects a relation says nothing
             second = thing()
         return Scene((first, second), background, relation=pick(tuple(RELATIONS)))
     return Scene((thing(),), background, pick(SIZES), pick(tuple(POSITIONS)))
 
 
 def hard_negatives(scene: Scene, rng: np.random.Generator, count: int) -> list[Scene]:
-    """`count` different scenes that differ from `scene` in one attribute, or in which object has it.
+    """Draw `count` different scenes that differ from `scene` in one attribute, or as in `regrouped`.
 
-    An attribute that `scene` leaves out (None) stays out. Raises ValueError if there are not so many.
+    Attributes that are None stay None. Raises ValueError if there are fewer than `count` such scenes.
     """
     candidates = sorted(set(_one_change_away(scene)) - {scene}, key=repr)
     if len(candidates) < count:
-        raise ValueError(f"count={count}: only {len(candidates)} scenes are one change away from {scene}")
+        raise ValueError(f"count={count}: only {len(candidates)} scenes are one change away from {scene}; ask for fewer")
     return [candidates[index] for index in rng.choice(len(candidates), count, replace=False)]
 
 
@@ -135,7 +145,10 @@ def _one_change_away(scene: Scene) -> Iterator[Scene]:
 
 
 def regrouped(scene: Scene) -> list[Scene]:
-    """Of two objects, the same words in another order: the relation changed or turned round, attributes exchanged."""
+    """Scenes whose captions use nearly the same words: another relation, objects swapped, or an attribute exchanged.
+
+    Empty for a scene of one object.
+    """
     if scene.relation is None:
         return []
     first, second = scene.things
@@ -150,12 +163,13 @@ def regrouped(scene: Scene) -> list[Scene]:
 
 
 def _said(thing: Thing) -> list[str]:
+    """The names of the attributes that are not None."""
     return [field.name for field in fields(thing) if getattr(thing, field.name) is not None]
 
 
-def all_singles(colors: Sequence[str] = tuple(COLORS)) -> list[Scene]:
+def all_singles() -> list[Scene]:
     """Every scene of one object, in a fixed order."""
     return [
         Scene((Thing(shape, color, fill),), background, size, position)
-        for shape, color, fill, background, size, position in product(SHAPES, colors, FILLS, BACKGROUNDS, SIZES, POSITIONS)
+        for shape, color, fill, background, size, position in product(SHAPES, COLORS, FILLS, BACKGROUNDS, SIZES, POSITIONS)
     ]

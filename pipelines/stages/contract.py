@@ -1,4 +1,4 @@
-"""What a stage gives and gets: its resources, its worker, a shard's output, progress and result. See pipelines/README.md."""
+"""The types of a stage: resources, worker, the output of a shard, progress and result. See pipelines/README.md."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ class Resources:
     """What Ray reserves for a stage's actors.
 
     Args:
-        num_actors: how many work side by side, each with a model of its own.
+        num_actors: actors that run in parallel, each with its own model.
         num_cpus, num_gpus: of each; fractions share a device.
         custom: custom resources of each, such as {"L40S": 1}.
     """
@@ -34,8 +34,8 @@ class Resources:
 class ShardOutput(NamedTuple):
     """What a worker makes of a shard.
 
-    `rows` are of the output table's schema, `rejects` as `stage.reject` makes them. `figures` are facts about the shard, such
-    as a PSNR: they stay in its file's footer, their mean and minimum over all shards in the manifest.
+    `rows` have the output table's schema; `rejects` are made by `pipelines.tables.rejects.reject`. `figures` are facts about
+    the shard, such as a PSNR: the shard's file keeps them in its footer, the manifest their mean and minimum over all shards.
     """
 
     rows: list[Row] | pa.Table
@@ -43,22 +43,22 @@ class ShardOutput(NamedTuple):
     figures: Mapping[str, float] = MappingProxyType({})
 
     def tables(self, schema: pa.Schema) -> tuple[pa.Table, pa.Table]:
-        """Rows and rejects."""
+        """Rows and rejects as Arrow tables."""
         rows = self.rows if isinstance(self.rows, pa.Table) else pa.Table.from_pylist(self.rows, schema)
         return rows, pa.Table.from_pylist(self.rejects, REJECTS)
 
 
 class ShardWorker(Protocol):
-    """A stage's actor: loads its model once, then turns the rows of one shard after another into output rows and rejects."""
+    """The inside of a stage's actor: loads its model once, then turns one shard after another into output rows and rejects."""
 
     def process(self, table: pa.Table) -> ShardOutput: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A shard that is written, or that failed: then `error` says why.
+    """A shard that was written, or that failed with `error`.
 
-    `stops` is not empty if every other shard would fail likewise: a key of STOPS.
+    `stops` is a key of STOPS if every other shard would fail in the same way, else empty.
     """
 
     shard: str
@@ -71,7 +71,7 @@ class Outcome:
 
 @dataclass
 class Progress:
-    """How far a stage is. Rows are output rows; those of shards that were there before count as well."""
+    """Progress of a stage. Rows are output rows, including those of shards that existed before."""
 
     num_shards: int
     done_shards: int
@@ -79,8 +79,8 @@ class Progress:
     num_rows: int = 0
     num_rejects: int = 0
     rejects_by_reason: Counter[str] = field(default_factory=Counter)
-    figures: dict[str, list[float]] = field(default_factory=dict)  # by name, a value for each shard that has it
-    new_rows: int = 0  # in and out of this run, rejects included
+    figures: dict[str, list[float]] = field(default_factory=dict)  # by name, one value per shard
+    new_rows: int = 0  # rows and rejects made by this run
     seconds: float = 0.0
 
     def add_shard(self, num_rows: int, rejects_by_reason: Mapping[str, int], figures: Mapping[str, float]) -> None:
@@ -97,7 +97,7 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """What a stage did: `found_shards` of `num_shards` were there already. `inputs`: tables read, and fingerprints."""
+    """Result of a stage: `found_shards` of `num_shards` existed before. `inputs`: fingerprints of the input tables."""
 
     table: Table
     fingerprint: str
@@ -115,9 +115,3 @@ class StageResult:
     @property
     def was_done(self) -> bool:
         return self.found_shards == self.num_shards
-
-
-def reject(row: Row, reason: str, detail: str) -> Row:
-    """A row of the rejects table for a row that has (some of) id and source_uri."""
-    detail = detail.encode(errors="backslashreplace").decode()  # a server's complaint, or a file's name, may be no Unicode
-    return {"id": row.get("id"), "source_uri": row.get("source_uri"), "reject_reason": reason, "detail": detail}

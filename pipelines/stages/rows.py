@@ -1,8 +1,7 @@
-"""A stage whose model takes rows and may give them back in any order, as `ray.data.llm` does.
+"""Stages whose model takes single rows and may return them in any order, as `ray.data.llm` does.
 
-Shards are taken apart into rows, and put together again when the last of a shard's rows has come back: then, and only then, the
-shard is written. Rows carry where they belong. What is large (images) goes from task to task through Ray's object store; the
-driver sees no more of a row than its answer.
+A shard is split into rows, and is put together and written when the last of its rows has come back. Each row carries its shard
+and its place. Images go from task to task through Ray's object store; the driver sees only the answers.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -23,15 +22,15 @@ from pipelines.tables.schema import Row
 from pipelines.tables.table import Table, count_reasons
 
 ROWS_AT_A_TIME = 16
-"""Of a shard that is taken apart: so many images are held as requests before they go on their way."""
+"""Rows turned into requests per block; bounds memory."""
 MAX_WRITES = 8
-"""Shards that are judged and written side by side."""
+"""Shards that are judged and written in parallel."""
 
 MakeRow = Callable[[Row], Row]
 
 
 class Finisher(Protocol):
-    """Turns all of a shard's rows, in order, as they came back from the model, into its output."""
+    """Turns all of a shard's rows, in order and with the model's answers, into the shard's output."""
 
     def finish(self, rows: list[Row]) -> ShardOutput: ...
 
@@ -48,12 +47,12 @@ def stream_rows(
     run_model: Callable[[ray.data.Dataset], ray.data.Dataset],
     make_finisher: Callable[[], Finisher],
 ) -> Iterator[Outcome]:
-    """The outcome of each shard as it is written.
+    """Yield the outcome of each shard when it is written.
 
     Args:
         ticket: checked before a shard is written.
-        num_actors: that `run_model` has; it is called for one part of the shards after another.
-        make_row: of a row of the input shard; it must not raise for a bad row, but say so in the row.
+        num_actors: actors of `run_model`, which is called for one part of the shards after another.
+        make_row: turns a row of the input shard into a request; must not raise for a bad row, but note it in the request.
         run_model: must keep the columns "shard", "place" and "shard_rows" of every row, and lose no row.
         make_finisher: called once, in an actor.
     """
@@ -75,13 +74,13 @@ def stream_rows(
                 writes.append(writer.write.remote(shard, rows))
                 yield from _finished(writes, MAX_WRITES)
             yield from _finished(writes, 0)
-        finally:  # whatever ends the stage, what has come back is written
+        finally:  # whatever ends the stage, the rows that have come back are written
             if writes:
                 ray.wait(writes, num_returns=len(writes))
 
 
 def _finished(writes: list[ray.ObjectRef], limit: int) -> Iterator[Outcome]:
-    """What is written by now; waits until no more than `limit` are being written."""
+    """Yield the outcomes of finished writes; wait until at most `limit` writes are pending."""
     while writes:
         ready, rest = ray.wait(writes, num_returns=1, timeout=0 if len(writes) <= limit else None)
         if not ready:
@@ -92,7 +91,7 @@ def _finished(writes: list[ray.ObjectRef], limit: int) -> Iterator[Outcome]:
 
 @contextmanager
 def _naming_the_cause() -> Iterator[None]:
-    """What a task raised for people to read, out of the layers that Ray put around it."""
+    """Raise the error of a task that is meant for people, without the layers that Ray puts around it."""
     try:
         yield
     except RayError as error:
@@ -116,7 +115,7 @@ def _take_apart(batch: pa.Table, read_shard: ReadShard, make_row: MakeRow) -> It
 
 
 def _gather(rows: Iterable[Row], shards: list[str], read_shard: ReadShard) -> Iterator[tuple[str, list[Row]]]:
-    """Each shard with its rows in order, as soon as it has them all. A row that Ray made twice counts once."""
+    """Yield each shard with its rows in order as soon as all are there. A row that Ray made twice counts once."""
     waiting = set(shards)
     parts: dict[str, dict[int, Row]] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""What the data stages share: the shards that are absent go through Ray Data, refused rows become rejects, all is counted."""
+"""Run a data stage: the missing shards go through Ray Data, refused rows become rejects, and everything is counted."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -9,13 +9,12 @@ from ray.exceptions import RayError, RayTaskError
 
 from pipelines.stages.contract import OnProgress, Outcome, Progress, ReadShard, Resources, ShardWorker, StageResult
 from pipelines.stages.shards import MAX_FAILED_SHARDS, RETRIES, STOPS, ShardJob, stream_shards
-from pipelines.storage.files import remove_leftovers
-from pipelines.storage.lease import Lease, Ticket, hold
+from pipelines.storage.files import NUM_THREADS, remove_leftovers
+from pipelines.storage.lease import Lease, Leases, Ticket, shared
 from pipelines.tables.errors import ShardError, TooManyRejectsError
 from pipelines.tables.identity import Identity, Manifest
 from pipelines.tables.table import ShardFacts, Table
 
-NUM_THREADS = 32  # that wait for the storage
 DIED = (
     f"its process died {RETRIES + 1} times, and again when it was tried alone. Did it run out of memory? Ray's logs say more "
     "(ray logs, or /tmp/ray/session_latest/logs)."
@@ -23,7 +22,7 @@ DIED = (
 
 
 Stream = Callable[[list[str], Ticket], Iterator[Outcome]]
-"""Makes shards, and gives the outcome of each when it is written, which the ticket allows."""
+"""Makes shards, checking the ticket before each write, and yields the outcome of each shard when it is written."""
 
 
 def run_shards(
@@ -36,10 +35,11 @@ def run_shards(
     resources: Resources,
     max_reject_share: float,
     on_progress: OnProgress = lambda progress: None,
+    leases: Leases | None = None,
 ) -> StageResult:
-    """Make the shards of `output` that are absent, each by one call of a worker.
+    """Make the missing shards of `output`, each by one call of a worker.
 
-    Raises as `run_stream`, and ShardError if shards could not be made, but all others are; or more than a few.
+    Raises as `run_stream`; and ShardError if some shards could not be made (all others are), or more than a few failed.
     """
 
     def stream(missing: list[str], ticket: Ticket) -> Iterator[Outcome]:
@@ -53,7 +53,9 @@ def run_shards(
         )
         return _make_shards(job, missing)
 
-    return run_stream(output, identity, shards, stream, max_reject_share=max_reject_share, on_progress=on_progress)
+    return run_stream(
+        output, identity, shards, stream, max_reject_share=max_reject_share, on_progress=on_progress, leases=leases
+    )
 
 
 def run_stream(
@@ -64,20 +66,23 @@ def run_stream(
     *,
     max_reject_share: float,
     on_progress: OnProgress = lambda progress: None,
+    leases: Leases | None = None,
 ) -> StageResult:
-    """Have `stream` make the shards of `output` that are absent; it gives the outcome of each one that it has written.
+    """Have `stream` make the missing shards of `output`; it yields the outcome of each shard that it has written.
 
-    It checks the ticket that it is given before it writes a shard.
+    Args:
+        stream: checks the ticket that it is given before it writes a shard.
+        leases: of the calling job; None: the lease of `output` is held for this call alone.
 
     Raises:
-        StaleTableError: `output` was made in another way.
-        TooManyRejectsError: over `max_reject_share` of the rows were refused. The shards made until then stay.
-        StorageError: the storage refused, or gave no answer for long.
-        StageError: a worker found that no shard can be made as things are.
-        LeaseHeldError, LeaseLostError: another writer is at work on `output`, or has taken it over.
+        StaleTableError: `output` was made with another identity.
+        TooManyRejectsError: over `max_reject_share` of the rows were refused. The shards made so far stay.
+        StorageError: the storage refused, or did not answer for long.
+        StageError: a worker found that no shard can be made now.
+        LeaseHeldError, LeaseLostError: another writer holds `output`, or has taken it over.
     """
-    with hold(output.uri) as lease:
-        return _run(output, identity, shards, stream, lease, max_reject_share, on_progress)
+    with shared(leases) as held:
+        return _run(output, identity, shards, stream, held.take(output.uri), max_reject_share, on_progress)
 
 
 def _run(
@@ -118,7 +123,7 @@ def _run(
 
 
 def _make_shards(job: ShardJob, missing: list[str]) -> Iterator[Outcome]:
-    """The outcome of each shard as it is written. What failed is tried once more, by new actors, when all others are done.
+    """Yield the outcome of each shard when it is written. Failed shards are tried once more, by new actors, after all others.
 
     Raises StorageError, StageError, LeaseLostError, ShardError.
     """
@@ -155,7 +160,7 @@ def _describe_failures(output: Table, failed: dict[str, str]) -> str:
 
 
 def _complete(output: Table, progress: Progress, start: float) -> StageResult:
-    """Write what was counted into the manifest."""
+    """Write the counts into the manifest."""
     manifest = output.require()
     figures = {f"{name}.mean": sum(values) / len(values) for name, values in progress.figures.items()}
     figures |= {f"{name}.min": min(values) for name, values in progress.figures.items()}
@@ -190,7 +195,7 @@ def _result_of(output: Table, manifest: Manifest, found_shards: int, seconds: fl
 
 
 def _count_found(output: Table, found: list[str], progress: Progress) -> None:
-    """Count the shards that are there, by the footers of their files alone."""
+    """Count the existing shards, reading only the footers of their files."""
     rejects = output.rejects()
 
     def read(shard: str) -> tuple[ShardFacts, ShardFacts]:

@@ -1,7 +1,7 @@
 """Shards through Ray Data: read (CPU tasks), worked on (an actor pool), written (CPU tasks), all three at the same time.
 
 A row of the Ray dataset is a whole shard and a block holds one row: however blocks are batched, reordered and retried, a
-shard stays together. What goes wrong with a shard travels on in its row, so that it can be told by name and costs no other.
+shard stays together. An error of a shard is passed on in its row: it is reported by the shard's name and costs no other shard.
 
 What is in memory is bounded: at most `READERS_PER_ACTOR` shards per actor are being read at once, two lie at each actor, and
 Ray Data holds back readers while what they read fills its share of the object store. What Ray Data keeps of every block that it
@@ -33,8 +33,8 @@ from pipelines.tables.table import Table, count_reasons
 LIGHT = 0.25  # CPUs of a task that only reads or writes: it waits for the network most of the time
 READERS_PER_ACTOR = 2
 SHARDS_PER_ACTOR = 250
-"""So many go through one dataset; then actors start anew, with their models. Until it ends, a dataset keeps statistics of each
-of its blocks (more where shards are taken apart into rows) and what was read ahead of the actors."""
+"""Shards per Ray dataset; for the next ones new actors start, with their models. Until it ends, a dataset keeps statistics of
+each of its blocks (more blocks where shards are split into rows) and what was read ahead of the actors."""
 MAX_FAILED_SHARDS = 5  # with more, what is wrong is not with the shards
 RETRIES = 3  # of a shard whose process dies (out of memory, node lost) before it is left out
 FIGURES = pa.map_(pa.string(), pa.float64())
@@ -43,12 +43,12 @@ ERROR = pa.struct([("stops", pa.string()), ("message", pa.string())])
 
 
 STOPS: dict[str, type[Exception]] = {"storage": StorageError, "stage": StageError, "lease": LeaseLostError}
-"""What ends a stage at once, by the name under which it travels on in a shard's row."""
+"""Errors that end a stage at once, by their name in a shard's row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardJob:
-    """How the shards of a table are made: `fingerprint` is that of the table's identity, `ticket` lets this writer write it."""
+    """How the shards of a table are made. `fingerprint`: of the table's identity; `ticket`: of the lease to write it."""
 
     output: Table
     fingerprint: str
@@ -59,13 +59,13 @@ class ShardJob:
 
 
 def stream_shards(job: ShardJob, shards: list[str], *, alone: bool) -> Iterator[Outcome]:
-    """The outcome of each shard as it is written. A shard of which the process dies `RETRIES` + 1 times has none.
+    """Yield the outcome of each shard when it is written. A shard whose process dies `RETRIES` + 1 times has none.
 
     Args:
-        alone: let no second shard wait at a busy actor: it would share the blame if the actor dies.
+        alone: no second shard waits at a busy actor, which would be blamed too if the actor dies.
 
     Raises:
-        ray.exceptions.RayError: more than `MAX_FAILED_SHARDS` have none.
+        ray.exceptions.RayError: more than `MAX_FAILED_SHARDS` shards have none.
     """
     parts = split_shards(shards, job.resources.num_actors)
     for row in chain.from_iterable(_plan(job, part, alone).iter_rows() for part in parts):
@@ -81,16 +81,16 @@ def stream_shards(job: ShardJob, shards: list[str], *, alone: bool) -> Iterator[
 
 
 def split_shards(shards: list[str], num_actors: int) -> list[list[str]]:
-    """The shards in parts of one dataset each."""
+    """Split the shards into parts, each for one Ray dataset."""
     size = SHARDS_PER_ACTOR * num_actors
     return [shards[start : start + size] for start in range(0, len(shards), size)]
 
 
 def _plan(job: ShardJob, shards: list[str], alone: bool) -> ray.data.Dataset:
-    """Read, work, write; nothing runs yet."""
-    context = ray.data.DataContext.get_current().copy()  # not for other datasets of this process: they must not lose blocks
+    """The lazy Ray dataset that reads, works and writes."""
+    context = ray.data.DataContext.get_current().copy()  # a copy: other datasets of this process must not lose blocks
     context.enable_progress_bars = False
-    context.max_errored_blocks = MAX_FAILED_SHARDS  # of processes that died: what raises is caught here, and told
+    context.max_errored_blocks = MAX_FAILED_SHARDS  # blocks whose process died; exceptions are caught here and reported
     size = min(job.resources.num_actors, len(shards))
     light: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "num_cpus": LIGHT, "max_retries": RETRIES}
     light["compute"] = ray.data.TaskPoolStrategy(size=min(READERS_PER_ACTOR * size, len(shards)))
@@ -156,7 +156,7 @@ class _Worker:
 
 
 def _has_lost_device(error: Exception) -> bool:
-    """Whether this process can use its GPU no more. torch is not imported for it: who only reads or writes can do without."""
+    """Whether this process has lost its GPU. Does not import torch: tasks that only read or write do without it."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(error, torch.AcceleratorError)
 
@@ -190,14 +190,14 @@ def write_output(
     fingerprint: str,
     ticket: Ticket,
 ) -> None:
-    """Rejects first: a shard that exists is a shard that is done. Raises LeaseLostError, StorageError."""
+    """Write a shard, its rejects first: a shard that exists is done. Raises LeaseLostError, StorageError."""
     ticket.check()
     output.rejects().write_shard(shard, rejects, fingerprint=fingerprint)
     output.write_shard(shard, rows, fingerprint=fingerprint, figures=figures)
 
 
 def _describe(error: Exception) -> Row:
-    """A row of ERROR. Storage that refuses one shard after long patience would refuse the others as well; a lost lease does."""
+    """An error as a row of ERROR. Storage that failed one shard after many tries would fail the others; a lost lease does."""
     known = isinstance(error, StorageError | DamagedShardError | StageError | LeaseLostError)
     message = str(error) if known else "".join(traceback.format_exception(error)).strip()
     stops = next((name for name, kind in STOPS.items() if isinstance(error, kind)), "")

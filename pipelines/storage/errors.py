@@ -1,9 +1,9 @@
-"""Errors of storage, and the kinds of error that a job's exit code tells apart."""
+"""Errors of storage, and the kinds of errors, which decide a job's exit code."""
 
 from typing import ClassVar, Literal
 
 ErrorKind = Literal["wrong_input", "fault", "too_many_rejects", "training_failed", "stopped"]
-"""What a user does about an error; `jobs.common.exit_codes` gives each kind a number."""
+"""Who has to act on an error, and how; `jobs.common.exit_codes` gives each kind a number."""
 
 
 class StorageError(OSError):

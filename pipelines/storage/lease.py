@@ -1,12 +1,12 @@
 """The lease of a table: `_lease.json` in its folder says who writes it, and keeps a second writer away.
 
-The holder renews it from a thread. One that is killed stops renewing, and its lease expires: the next writer waits for that,
-or takes over at once where it can tell that the holder is gone (same host, no such process) or is the same owner (the
-restarted job). Expiry is a matter of seconds on clocks of several hosts; they must agree to within half of `seconds`.
+A thread of the holder renews the lease. If the holder is killed, the lease expires after `seconds`. The next writer waits for
+that, or takes over at once if it can tell that the holder is gone (its process on this host has ended) or is the same owner
+(the job was restarted). The clocks of all hosts must agree to within half of `seconds`.
 
-A holder that finds its lease lost stops. The tasks that write its shards look before each one, so what can still slip
-through is a single write that was under way while its holder slept for longer than the lease: a whole shard, of the same
-content unless the table was rebuilt otherwise within that moment. `jobs.verify` would show it.
+A holder that finds its lease lost stops. The tasks that write its shards check the lease before each shard. So only one write
+can still come too late: one that was under way while its holder slept for longer than the lease. It writes a whole shard, of
+the same content unless the table was rebuilt with other settings in that moment; `jobs.verify` would show that.
 """
 
 import json
@@ -17,12 +17,12 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
+from typing import Any, Self
 
 from pipelines.storage.errors import LeaseHeldError, LeaseLostError, StorageError
 from pipelines.storage.swap import read_if_there, swap
@@ -36,11 +36,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class LeaseConfig:
-    """How a job keeps other writers from its tables.
+    """Settings of the leases that keep other writers from a job's tables.
 
     Args:
-        owner: a job that is started again under the same name goes on at once. None: the submission id of the Ray job.
-        seconds: after so many without renewal (the writer died) the next writer takes over.
+        owner: a job that is restarted under the same name resumes at once. None: the submission id of the Ray job.
+        seconds: without renewal for this long (the writer died), the next writer takes over.
     """
 
     owner: str | None = None
@@ -51,9 +51,12 @@ class LeaseConfig:
             raise ValueError(f"lease.seconds={self.seconds} must be at least 1")
 
 
+DEFAULT_LEASE = LeaseConfig()
+
+
 @dataclass(frozen=True, kw_only=True)
 class LeaseRecord:
-    """What `_lease.json` holds. `host_id` and `process_start` tell a process from its namesakes; times are UTC."""
+    """The content of `_lease.json`. `host_id` and `process_start` tell a process from others of the same id; times are UTC."""
 
     token: str
     owner: str
@@ -71,7 +74,7 @@ class LeaseRecord:
         return self.renewed + self.seconds
 
     def is_alive(self) -> bool:
-        """As far as the record tells: it has not expired, and its process is not known to be gone."""
+        """Whether the holder may be at work: the lease has not expired, and its process is not known to have ended."""
         return time.time() < self.expires and not self.is_gone()
 
     def describe(self) -> str:
@@ -79,10 +82,11 @@ class LeaseRecord:
         return f"{self.owner} (process {self.pid} on {self.host}) since {self.since}; its lease runs until {until}"
 
     def is_gone(self) -> bool:
-        """Whether the holder ran on this host and is no more."""
+        """Whether the holder ran on this host and has ended."""
         return self.host_id == host_id() and process_start(self.pid) != self.process_start
 
     def is_running_here(self) -> bool:
+        """Whether the holder is a process of this host that is still running."""
         return self.host_id == host_id() and process_start(self.pid) == self.process_start
 
     def to_bytes(self) -> bytes:
@@ -90,7 +94,7 @@ class LeaseRecord:
 
 
 def parse_lease(content: bytes | None) -> LeaseRecord | None:
-    """None for no file, and for one that no version of this wrote whole: nobody holds that."""
+    """Read the content of `_lease.json`. None if there is no file, or it is not a whole record: nobody holds the lease then."""
     try:
         return LeaseRecord(**json.loads(content)) if content else None
     except (ValueError, TypeError):
@@ -98,13 +102,13 @@ def parse_lease(content: bytes | None) -> LeaseRecord | None:
 
 
 def read_lease(uri: str) -> LeaseRecord | None:
-    """Who holds the table at `uri`, or held it and died. Raises StorageError."""
+    """Read the lease of the table at `uri`, which its holder may have left by dying. Raises StorageError."""
     return parse_lease(read_if_there(f"{uri}/{LEASE}"))
 
 
 @cache
 def host_id() -> str:
-    """Differs between hosts, containers and boots, where process ids begin anew."""
+    """Identify the host, container and boot: process ids begin anew in each of them."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
@@ -113,7 +117,7 @@ def host_id() -> str:
 
 
 def process_start(pid: int) -> str:
-    """When a process began, in the kernel's ticks; "" if there is none (or it waits to be buried)."""
+    """The time at which a process started, in the kernel's ticks; "" if no such process runs (a zombie does not)."""
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
         return "" if state == "Z" else rest[18]
@@ -130,13 +134,13 @@ def process_start(pid: int) -> str:
 
 @dataclass(frozen=True)
 class Ticket:
-    """A lease as the tasks know it that write under it, on any host."""
+    """A reference to a lease, for the tasks on any host that write under it."""
 
     uri: str
     token: str
 
     def check(self) -> None:
-        """Raises LeaseLostError if it is another's now."""
+        """Raises LeaseLostError if another writer has the lease now."""
         record = read_lease(self.uri)
         if record is None or record.token != self.token:
             raise _lost(self.uri, record)
@@ -199,35 +203,17 @@ class Lease:
                 self.failure = error
 
 
-_settings: ContextVar[LeaseConfig] = ContextVar("lease settings", default=LeaseConfig())  # noqa: B039  # it is frozen
-_held: dict[str, Lease] = {}
-
-
 @contextmanager
-def lease_settings(config: LeaseConfig) -> Iterator[None]:
-    """What the leases taken inside the block are taken with."""
-    token = _settings.set(config)
-    try:
-        yield
-    finally:
-        _settings.reset(token)
-
-
-@contextmanager
-def hold(uri: str) -> Iterator[Lease]:
-    """Be the only writer of the table (or other folder) at `uri`; within this process a lease that is held is shared.
+def hold(uri: str, config: LeaseConfig = DEFAULT_LEASE) -> Iterator[Lease]:
+    """Take the lease of the table (or other folder) at `uri`, and release it at the end of the block.
 
     Raises:
-        LeaseHeldError: another writer is at work.
-        LeaseLostError: at the end, in place of what went wrong, if another has taken over.
+        LeaseHeldError: another writer is at work, in this process or elsewhere.
+        LeaseLostError: at the end, in place of what went wrong, if another writer has taken over.
         StorageError
     """
-    if uri in _held:
-        yield _held[uri]
-        return
-    lease = Lease(uri, _acquire(uri, _settings.get()))
+    lease = Lease(uri, _acquire(uri, config))
     lease.start()
-    _held[uri] = lease
     try:
         yield lease
         lease.check()
@@ -236,8 +222,44 @@ def hold(uri: str) -> Iterator[Lease]:
             lease.ticket.check()
         raise
     finally:
-        del _held[uri]
         lease.release()
+
+
+class Leases:
+    """The leases that one job holds, released together at the end of the job's `with` block.
+
+    The job passes them to its stage, which takes the lease of the table that it writes from them: the deletion of a stale
+    table and its rebuilding, for example, happen under one lease, so no other writer comes in between.
+    """
+
+    def __init__(self, config: LeaseConfig = DEFAULT_LEASE):
+        self.config = config
+        self._held: dict[str, Lease] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._stack.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        self._held.clear()
+        return self._stack.__exit__(*error)
+
+    def take(self, uri: str) -> Lease:
+        """The lease of the table at `uri`, which is acquired unless it is held here already. Raises as `hold`."""
+        if uri not in self._held:
+            self._held[uri] = self._stack.enter_context(hold(uri, self.config))
+        return self._held[uri]
+
+
+@contextmanager
+def shared(leases: Leases | None) -> Iterator[Leases]:
+    """The given leases; if there are none, new ones, which are released at the end of the block."""
+    if leases is not None:
+        yield leases
+        return
+    with Leases() as own:
+        yield own
 
 
 def _acquire(uri: str, config: LeaseConfig) -> LeaseRecord:
@@ -283,7 +305,7 @@ def _new_record(config: LeaseConfig) -> LeaseRecord:
 
 
 def submission_id() -> str | None:
-    """Of the Ray job whose entrypoint this process is; None outside one."""
+    """The submission id of the Ray job whose entrypoint is this process; None if it is not one."""
     try:
         return json.loads(os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"])["metadata"]["job_submission_id"]
     except (KeyError, ValueError, TypeError):

@@ -1,32 +1,39 @@
 """Compare and swap: replace a small file only if it still holds what was read from it.
 
-On a local disk a lock on a file beside it makes the two steps one. On S3 the write carries its condition (If-None-Match, or
-If-Match with the ETag): of two writers the store itself refuses one. A store that takes no conditions, or takes no notice of
-them, is read again `SETTLE_SECONDS` after the write: two writers that came within that time of each other see one winner.
+On a local disk, a lock on a second file beside it keeps other writers away between reading and writing. On S3 the request to
+write carries a condition (If-None-Match, or If-Match with the ETag), and the store refuses one of two writers. A store that
+refuses conditions, or ignores them, is read again `SETTLE_SECONDS` after the write: two writers that came within that time of
+each other both see the same winner.
 """
 
 import fcntl
-import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from fsspec import AbstractFileSystem
+from tenacity import Retrying, retry_if_result, stop_after_attempt
 
 from pipelines.storage.errors import StorageError
-from pipelines.storage.files import call, is_local, open_filesystem, read_file, remove_file, write_file
+from pipelines.storage.files import is_local, read_file, remove_file, write_file
+from pipelines.storage.retry import call
+from sana_model.files.filesystems import open_filesystem
+from sana_model.files.retry import Backoff
 
 SETTLE_SECONDS = 1.0
 LOCK_SUFFIX = ".lock"
-CONFLICT = "ConditionalRequestConflict"  # says nothing of the condition: AWS wants it tried again
-CONFLICT_WAITS = (0.2, 0.5, 1.0, 2.0)  # seconds after each such answer
+CONFLICT = "ConditionalRequestConflict"  # another write was under way: AWS asks to try again
+CONFLICTS = 4  # answers of this kind after which a swap gives up
+CONFLICT_BACKOFF = Backoff(first=0.25, longest=2.0)
 CONDITION_FAILED = {"PreconditionFailed", "NoSuchKey", CONFLICT}
 NO_CONDITIONS = {"NotImplemented", "InvalidArgument", "MethodNotAllowed"}
 
 
 def read_if_there(uri: str) -> bytes | None:
+    """Read a whole file; None if it does not exist. Raises StorageError."""
     try:
         return read_file(uri)
     except FileNotFoundError:
@@ -34,11 +41,12 @@ def read_if_there(uri: str) -> bytes | None:
 
 
 def swap(uri: str, expected: bytes | None, content: bytes | None, *, settle: bool = False) -> bool:
-    """Put `content` in place of `expected` (None: no file); False, and nothing is changed, if something else is there.
+    """Replace a file if it holds `expected`. Return whether it did; if not, nothing is changed.
 
     Args:
-        content: differs from whatever another writer would put there.
-        settle: others may be swapping at this very moment: on a remote store, look again after a while.
+        expected: the file's content; None: there is no file.
+        content: the new content, which no other writer would write too; None: the file is deleted.
+        settle: others may be swapping at the same moment; on a remote store, look again after `SETTLE_SECONDS`.
 
     Raises StorageError.
     """
@@ -69,7 +77,7 @@ def _put(uri: str, content: bytes | None) -> None:
 
 @contextmanager
 def _locked(uri: str) -> Iterator[None]:
-    """The lock file stays: to delete it would let two processes lock two files of one name."""
+    """Hold the lock of a local file. The lock file stays: were it deleted, two processes could lock two files of one name."""
     path = Path(open_filesystem(uri)[1])
 
     def open_lock() -> Any:
@@ -82,18 +90,27 @@ def _locked(uri: str) -> Iterator[None]:
 
 
 def _swap_on_s3(uri: str, expected: bytes | None, content: bytes | None) -> bool:
-    for wait in CONFLICT_WAITS:
-        swapped = _try_on_s3(uri, expected, content)
-        if swapped is not None:
-            return swapped
-        time.sleep(wait * random.uniform(0.5, 1.0))
-        if read_if_there(uri) == content:  # the write was in conflict with itself, repeated because its answer was late
+    conflicts = count()
+
+    def attempt() -> bool | None:
+        number = next(conflicts)
+        if number > 0 and read_if_there(uri) == content:  # our write came late, and our repeat of it was refused
             return True
-    raise StorageError(f"cannot write {uri}: other writes were in conflict with it {len(CONFLICT_WAITS)} times")
+        return _try_on_s3(uri, expected, content) if number < CONFLICTS else None
+
+    swapped = Retrying(
+        retry=retry_if_result(lambda swapped: swapped is None),
+        stop=stop_after_attempt(CONFLICTS + 1),  # the last one only looks
+        wait=CONFLICT_BACKOFF,
+        retry_error_callback=lambda state: None,
+    )(attempt)
+    if swapped is None:
+        raise StorageError(f"cannot write {uri}: other writes were in conflict with it {CONFLICTS} times")
+    return swapped
 
 
 def _try_on_s3(uri: str, expected: bytes | None, content: bytes | None) -> bool | None:
-    """Whether it was swapped; None: another write was under way, and who won is to be seen."""
+    """Try once to swap. Return whether the file was swapped; None if another write was under way, which may have won."""
     filesystem, path = open_filesystem(uri)
     condition: dict[str, str] = {"IfNoneMatch": "*"}
     if expected is not None:
@@ -101,7 +118,7 @@ def _try_on_s3(uri: str, expected: bytes | None, content: bytes | None) -> bool 
             condition = {"IfMatch": call(lambda: filesystem.info(path)["ETag"], "read", uri)}
         except FileNotFoundError:
             return False
-    if read_if_there(uri) != expected:  # after the ETag: what is read is of that version or a later one
+    if read_if_there(uri) != expected:  # read after the ETag: its version or a later one
         return False
     try:
         refusal = call(lambda: _put_on_s3(filesystem, path, content, condition), "write", uri)
@@ -112,11 +129,11 @@ def _try_on_s3(uri: str, expected: bytes | None, content: bytes | None) -> bool 
         return True
     if refusal == CONFLICT:
         return None
-    return refusal is None or read_if_there(uri) == content  # a write whose answer was lost is refused when it is repeated
+    return refusal is None or read_if_there(uri) == content  # a repeat is refused if only the answer was lost
 
 
 def _put_on_s3(filesystem: AbstractFileSystem, path: str, content: bytes | None, condition: dict[str, str]) -> str | None:
-    """None, or the store's code if it refuses the condition."""
+    """Write or delete an object under a condition. Return None, or the store's error code if it refuses the condition."""
     bucket, key, _ = filesystem.split_path(path)
     try:
         if content is None:

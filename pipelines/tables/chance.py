@@ -1,14 +1,14 @@
-"""Random numbers that come from a key alone: the same on every machine, in any batch, after any restart."""
+"""Random numbers derived from a key alone: the same on every machine, in any batch, after any restart."""
 
 import hashlib
 
 
 def uniform(*key: object) -> float:
-    """A number in [0, 1) that depends on `key` alone, on every machine."""
+    """A number in [0, 1) that depends on `key` alone."""
     digest = hashlib.sha256("\0".join(map(str, key)).encode()).digest()
     return int.from_bytes(digest[:7], "big") / 2**56
 
 
 def row_seed(seed: int, row_id: str) -> int:
-    """Of one image's caption, so that it depends neither on its batch nor on its shard. Below 2**31, as servers want it."""
+    """The seed of one row, independent of its batch and shard; below 2**31, as servers require."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{row_id}".encode()).digest()[:4]) >> 1

@@ -6,9 +6,9 @@ from pipelines.storage.errors import ErrorKind
 
 
 class StaleTableError(ValueError):
-    """A table exists that was made in another way than it would be made now.
+    """A table exists whose identity differs from the one with which it would be made now.
 
-    `table` is that `pipelines.tables.table.Table` if it may be deleted and made anew, None if it may not.
+    `table` is that `pipelines.tables.table.Table` if it may be deleted and rebuilt; None if it may not.
     """
 
     error_kind: ClassVar[ErrorKind] = "wrong_input"
@@ -31,7 +31,7 @@ class DamagedShardError(ValueError):
 
 
 class StageError(RuntimeError):
-    """No shard can be made now (a server is down). A worker raises it so that the other shards are not tried in vain."""
+    """No shard can be made now (a server is down). A worker raises it to stop the stage without trying the other shards."""
 
     error_kind: ClassVar[ErrorKind] = "fault"
 
@@ -49,7 +49,7 @@ class TooManyRejectsError(RuntimeError):
 
 
 class TrainingError(RuntimeError):
-    """A training cannot go on, and another try would end the same way. Raised on all workers at the same point."""
+    """A training cannot continue, and another try would fail in the same way. All workers raise it at the same point."""
 
     error_kind: ClassVar[ErrorKind] = "training_failed"
 

@@ -1,10 +1,10 @@
-"""What made a table: the identity that its fingerprint is computed from, and the manifest that records it."""
+"""The identity of a table, from which its fingerprint is computed, and the manifest that records it."""
 
 import hashlib
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -23,9 +23,9 @@ class Identity:
     stage: str
     config: Mapping[str, Any]
     models: Mapping[str, str]
-    """Each model's revision or hash of weights."""
+    """The revision or the hash of the weights, by model."""
     inputs: Mapping[str, str]
-    """Path and fingerprint of the tables that were read."""
+    """The fingerprints of the input tables, by path."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -36,7 +36,7 @@ class Identity:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """`_manifest.json` of a table. Counts are those of the last run that ended; `complete` says that none was missing then."""
+    """`_manifest.json` of a table. Counts are those of the last finished run; `complete`: no shard was missing then."""
 
     fingerprint: str
     stage: str
@@ -52,14 +52,34 @@ class Manifest:
     figures: dict[str, float] = field(default_factory=dict)
     """"<figure>.mean" and "<figure>.min" over the shards."""
     versions: dict[str, str] = field(default_factory=dict)
-    """Of the software that began the table. They change no fingerprint."""
+    """Versions of the software that began the table. They do not change the fingerprint."""
     license: str | None = None
-    """Of the images, as it was given to ingest. It changes no fingerprint."""
+    """License of the images, as given to ingest. It does not change the fingerprint."""
     begun: str = ""
     updated: str = ""
 
     def identity(self) -> Identity:
         return Identity(self.stage, self.config, self.models, self.inputs)
+
+
+def value_settings(config: Any) -> dict[str, Any]:
+    """The settings of a configuration (a dataclass) that can change a value in a table, in JSON's types, for an `Identity`.
+
+    Every field counts, except those that its class names in `NO_VALUE`, a tuple: table names, batch sizes, resources and so
+    on. Nested configurations have a `NO_VALUE` of their own.
+    """
+    no_value = getattr(type(config), "NO_VALUE", ())
+    names = [field.name for field in fields(config)]
+    assert set(no_value) <= set(names), f"{type(config).__name__}.NO_VALUE names no field: {set(no_value) - set(names)}"
+    return {name: _plain(getattr(config, name)) for name in names if name not in no_value}
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return value_settings(value)
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def _now() -> str:
@@ -92,7 +112,7 @@ def _shorten(value: object, limit: int = 80) -> str:
 
 
 def software_versions() -> dict[str, str]:
-    """Python's, and those of the packages that are installed of PACKAGES."""
+    """The versions of Python and of those PACKAGES that are installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

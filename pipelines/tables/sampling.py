@@ -1,4 +1,4 @@
-"""A bounded part of a table, for reports and audits: however large the table, a limited number of shards is read."""
+"""Read a bounded part of a table, for reports and audits: a limited number of shards, however large the table."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ class ReportScope:
     Args:
         num_images: pictures on a page.
         num_rejects: refused rows on a page, taken from every reason in turn.
-        max_shards: counts and histograms are over at most so many shards.
+        max_shards: the most shards that counts and histograms are computed over.
         picture_shards: shards that the pictures come from; these are read whole.
     """
 
@@ -39,7 +39,7 @@ class LightRows:
 
     @property
     def scope(self) -> str:
-        """For people: what was read."""
+        """A sentence for people that says how much was read."""
         if self.num_shards == self.total_shards:
             return f"All {self.rows.num_rows:,} rows of {self.total_shards:,} shard{'s' * (self.total_shards != 1)} were read"
         return f"{self.rows.num_rows:,} rows were read: {self.num_shards:,} of {self.total_shards:,} shards, spread evenly"

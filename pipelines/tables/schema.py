@@ -10,7 +10,7 @@ CAPTION = pa.struct([("captioner", pa.string()), ("caption", pa.string()), ("cli
 """A caption that competes for an image. `clip_score` is 100 times the cosine of image and text."""
 
 ORIGINAL_CAPTIONER = "original"
-"""The captioner's name of a caption that came with the image."""
+"""The captioner's name for captions that came with the images."""
 
 IMAGES = pa.schema(
     [
@@ -22,14 +22,14 @@ IMAGES = pa.schema(
         pa.field("phash", pa.string(), nullable=False),  # 64-bit perceptual hash, hex
         pa.field("caption", pa.string()),  # the original one
         pa.field("source_uri", pa.string(), nullable=False),
-        pa.field("metadata", pa.string()),  # a JSON object: what else lay beside the image
+        pa.field("metadata", pa.string()),  # a JSON object: everything else that came with the image
     ]
 )
 IMAGE_SCORES = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
-        pa.field("score", pa.float32(), nullable=False),  # what it means is its scorer's
-        pa.field("detail", pa.string()),  # what else the scorer tells: of a near duplicate, the image that stands for it
+        pa.field("score", pa.float32(), nullable=False),  # its meaning depends on the scorer
+        pa.field("detail", pa.string()),  # more from the scorer: for a near duplicate, the image that stands for it
     ]
 )
 CAPTIONS = pa.schema(
@@ -38,7 +38,7 @@ CAPTIONS = pa.schema(
         pa.field("caption", pa.string(), nullable=False),
         pa.field("num_tokens", pa.int32(), nullable=False),  # as the captioner counts, without the prompt
         pa.field("finish_reason", pa.string(), nullable=False),  # "stop", or "length" where the caption was cut
-        pa.field("flags", pa.list_(pa.string())),  # faults that were let pass: caption_quality.FAULTS
+        pa.field("flags", pa.list_(pa.string())),  # faults that did not lead to a reject: caption.config.FAULTS
     ]
 )
 SCORES = pa.schema([pa.field("id", pa.string(), nullable=False), pa.field("captions", pa.list_(CAPTION), nullable=False)])
@@ -55,7 +55,7 @@ LATENTS = pa.schema(
 )
 CAPTION_EMBEDS = pa.schema(
     [
-        pa.field("id", pa.string(), nullable=False),  # of the image: a row is a caption, so an id comes once for each captioner
+        pa.field("id", pa.string(), nullable=False),  # of the image: an id has one row for each captioner
         pa.field("captioner", pa.string(), nullable=False),
         pa.field("embeds", pa.large_binary(), nullable=False),  # (num_tokens, width) in C order; dtype: the manifest's
         pa.field("num_tokens", pa.int32(), nullable=False),
@@ -74,8 +74,8 @@ EVALUATIONS = pa.schema(
         pa.field("id", pa.string(), nullable=False),  # that of the sample
         pa.field("prompt", pa.string(), nullable=False),
         pa.field("clip_score", pa.float32(), nullable=False),
-        pa.field("asked", pa.string()),  # what the prompt asks for, where it tells of one object of the Shapes world
-        pa.field("seen", pa.string()),  # what the judge reads off the picture then, as a caption
+        pa.field("asked", pa.string()),  # the prompt, if it asks for one object of the Shapes world
+        pa.field("seen", pa.string()),  # what the judge sees in the picture then, as a caption
     ]
 )
 REJECTS = pa.schema(
@@ -128,7 +128,7 @@ TABLE_SCHEMAS = {
     "samples": SAMPLES,
     "evaluations": EVALUATIONS,
 }
-"""By the first part of a table's path, in the order in which they are made."""
+"""Schemas by the first part of a table's path, in the order in which stages make the tables."""
 
 
 Row = dict[str, Any]

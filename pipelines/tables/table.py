@@ -1,8 +1,8 @@
 """A table: a folder of Parquet shards on any fsspec URI, with a manifest that says what made it.
 
-A shard is written whole or not at all, under the name of the shard of `images` that it is about. What is done is what is
-listed: a killed stage goes on with the shards that are absent. A table made otherwise than a stage would make it now is
-refused, never mixed and never overwritten.
+A shard is written whole or not at all, under the name of the shard of `images` that it is about. The listing says what is
+done: a stage that was killed resumes with the missing shards. A table whose identity differs from the one with which a stage
+would make it now is refused: it is never mixed and never overwritten.
 """
 
 import json
@@ -22,11 +22,11 @@ from pipelines.tables.errors import DamagedShardError, MissingTableError, StaleT
 from pipelines.tables.identity import MANIFEST, Identity, Manifest, _now, describe_differences, software_versions
 from pipelines.tables.schema import REJECTS
 
-REBUILD = "_rebuild.json"  # is there while the table is being deleted, to be made anew
+REBUILD = "_rebuild.json"  # exists while the table is being deleted to be rebuilt
 REPORT = "report.html"
-FACTS_KEY = b"sana.facts"  # of a shard's Parquet file: JSON, see ShardFacts
+FACTS_KEY = b"sana.facts"  # key in a shard's Parquet footer: JSON, see ShardFacts
 FOOTER_BYTES = 2**16  # pyarrow looks for a footer in as many bytes
-ROW_GROUP_BYTES = 2**26  # what is in memory of a shard that is read a few rows at a time
+ROW_GROUP_BYTES = 2**26  # memory for a shard that is read a few rows at a time
 
 
 def absolute_uri(uri: str) -> str:
@@ -37,19 +37,19 @@ def absolute_uri(uri: str) -> str:
 
 
 def table_uri(dataset_uri: str, name: str) -> str:
-    """Of a table that goes by its path in the dataset, or, in another dataset, by its whole URI: see `Table.name_in`."""
+    """The URI of a table from its name: its path in the dataset, or a URI in another dataset (see `Table.name_in`)."""
     return name if is_elsewhere(name) else f"{dataset_uri.rstrip('/')}/{name}"
 
 
 def is_elsewhere(name: str) -> bool:
-    """Whether a table's name tells of another dataset."""
+    """Whether a table's name refers to another dataset."""
     return "://" in name or Path(name).is_absolute()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardFacts:
-    """What the footer of a shard's file says: its rows, the fingerprint of what made it, its worker's figures, and of rejects
-    how many there are for each reason."""
+    """The footer of a shard's file: number of rows, fingerprint of the identity that made it, the worker's figures, and for a
+    shard of rejects the number of rows by reason."""
 
     num_rows: int
     fingerprint: str = ""
@@ -70,11 +70,11 @@ class Table:
         return f"{self.dataset_uri.rstrip('/')}/{self.path}"
 
     def name_in(self, dataset_uri: str) -> str:
-        """Its path, or where it is of another dataset, its URI."""
+        """Its path, or its URI if the table is in another dataset."""
         return self.path if self.dataset_uri.rstrip("/") == dataset_uri.rstrip("/") else self.uri
 
     def rejects(self) -> "Table":
-        """The rows that were refused, under the same shard names."""
+        """The table of the refused rows, with the same shard names."""
         return Table(self.dataset_uri, f"rejects/{self.path}", REJECTS)
 
     def shard_uri(self, shard: str) -> str:
@@ -86,7 +86,7 @@ class Table:
         return [name.removesuffix(".parquet") for name in names if name.endswith(".parquet") and name[0] not in "._"]
 
     def read_shard(self, shard: str, columns: list[str] | None = None) -> pa.Table:
-        """All rows of a shard; of a file on an object store only the parts with these columns are fetched.
+        """Read all rows of a shard; from an object store only the parts with these columns are fetched.
 
         Raises FileNotFoundError, StorageError, or DamagedShardError.
         """
@@ -94,14 +94,14 @@ class Table:
             return pq.read_table(file, columns=columns).replace_schema_metadata(None)
 
     def iter_shard(self, shard: str, num_rows: int) -> Iterator[pa.RecordBatch]:
-        """The rows of a shard, `num_rows` at a time: for shards of which not all need be in memory. Raises as `read_shard`."""
+        """Read a shard `num_rows` rows at a time, so that not all of it is in memory. Raises as `read_shard`."""
         with open_file(self.shard_uri(shard), buffer_size=FOOTER_BYTES) as file, self._naming_damage(shard):
             parquet = pq.ParquetFile(file)
-            for group in range(parquet.num_row_groups):  # of all groups together, far more is read ahead
+            for group in range(parquet.num_row_groups):  # one call for all groups would read far more ahead
                 yield from parquet.iter_batches(num_rows, row_groups=[group], use_threads=False)
 
     def read_facts(self, shard: str) -> "ShardFacts":
-        """What the file's footer says of a shard, which is all that is read. Raises as `read_shard`."""
+        """Read only the footer of a shard's file. Raises as `read_shard`."""
         with open_file(self.shard_uri(shard), buffer_size=FOOTER_BYTES) as file, self._naming_damage(shard):
             footer = pq.read_metadata(file)
             noted = json.loads((footer.metadata or {}).get(FACTS_KEY, b"{}"))
@@ -121,11 +121,11 @@ class Table:
     def write_shard(
         self, shard: str, rows: pa.Table, *, fingerprint: str = "", figures: Mapping[str, float] | None = None
     ) -> None:
-        """Write a shard whole, with the facts that `read_facts` gives back in the file's footer.
+        """Write a shard whole, with its facts in the file's footer, from which `read_facts` reads them.
 
         Args:
-            fingerprint: of the identity that makes it.
-            figures: what else is known of the shard, by name.
+            fingerprint: of the identity that makes the shard.
+            figures: facts about the shard, by name.
 
         Raises:
             pyarrow.ArrowInvalid: the rows are not of the table's schema.
@@ -141,15 +141,15 @@ class Table:
         write_file(self.shard_uri(shard), buffer.getvalue())
 
     def write_file(self, name: str, content: bytes) -> None:
-        """Put a file into the table's folder: readers see the old one or the whole new one. Raises StorageError."""
+        """Write a file in the table's folder; readers see the old one or the whole new one. Raises StorageError."""
         write_file(f"{self.uri}/{name}", content)
 
     def write_report(self, html: str) -> None:
-        """Put a page into the table's folder, as `report.html`. Raises StorageError."""
+        """Write a page as `report.html` in the table's folder. Raises StorageError."""
         self.write_file(REPORT, html.encode())
 
     def read_manifest(self) -> Manifest | None:
-        """None if there is none. Raises ValueError naming the file if it cannot be read."""
+        """Read the manifest; None if there is none. Raises ValueError, which names the file, if it cannot be parsed."""
         try:
             content = read_file(f"{self.uri}/{MANIFEST}")
         except FileNotFoundError:
@@ -167,9 +167,9 @@ class Table:
         return manifest
 
     def claim(self, identity: Identity) -> Manifest:
-        """Begin or go on writing this table as `identity` says.
+        """Begin or resume writing this table with `identity`.
 
-        Raises StaleTableError if it was begun in another way, with the fields that differ.
+        Raises StaleTableError, with the fields that differ, if the table was begun with another identity.
         """
         if self.deletion_begun():
             raise StaleTableError(f"{self.uri} is being deleted, to be made anew: start its job again, it goes on there", self)
@@ -200,7 +200,7 @@ class Table:
         return manifest
 
     def deletion_begun(self) -> bool:
-        """Whether it is being deleted, or that was broken off; see `rebuild.delete_table`."""
+        """Whether a deletion of this table was begun and has not ended; see `audit.rebuild.delete_table`."""
         try:
             read_file(f"{self.uri}/{REBUILD}")
         except FileNotFoundError:

@@ -2,5 +2,5 @@
 
 
 def clean(caption: str | None) -> str | None:
-    """Without white space around it, None where nothing is left; what UTF-8 cannot hold becomes "?"."""
+    """Strip white space and replace what UTF-8 cannot hold by "?". Returns None if nothing is left."""
     return (caption.strip().encode(errors="replace").decode() or None) if caption else None

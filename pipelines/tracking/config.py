@@ -8,7 +8,7 @@ class TrackingConfig:
     """Where MLflow keeps its runs.
 
     Args:
-        uri: of an MLflow server or database; unless given MLFLOW_TRACKING_URI, or else a SQLite file in `output_dir`.
+        uri: URI of an MLflow server or database. Default: MLFLOW_TRACKING_URI, or else a SQLite file in `output_dir`.
         experiment: the experiment's name.
     """
 

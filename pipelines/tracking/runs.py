@@ -31,7 +31,7 @@ VERSIONS = ("torch", "ray", "deepspeed", "transformers", "mlflow")
 
 
 def tracking_uri(config: TrackingConfig, output_dir: str | Path) -> str:
-    """The configured one, the environment's, or a SQLite file in `output_dir` (in the working directory if that is remote)."""
+    """MLflow's URI: as configured, as in the environment, or a SQLite file in `output_dir` (if it is local, or else here)."""
     if config.uri or os.environ.get("MLFLOW_TRACKING_URI"):
         return config.uri or os.environ["MLFLOW_TRACKING_URI"]
     return f"{SQLITE}{_local_folder(output_dir)}/mlflow.db"
@@ -43,17 +43,11 @@ def _local_folder(output_dir: str | Path) -> Path:
 
 @contextmanager
 def start_run(
-    name: str,
-    config: Mapping[str, Any],
-    *,
-    tracking: TrackingConfig,
-    output_dir: str | Path,
-    tags: Mapping[str, str] | None = None,
-    run_id: str | None = None,
+    name: str, config: Mapping[str, Any], *, tracking: TrackingConfig, output_dir: str | Path
 ) -> Iterator["TrackedRun"]:
-    """An MLflow run; it ends as FAILED if the body raises, as KILLED if it was stopped. `run_id` continues a run.
+    """Start an MLflow run. It ends as FAILED if the body raises, as KILLED if it was stopped.
 
-    Raises StorageError if MLflow cannot keep it.
+    Raises StorageError if MLflow cannot store it.
     """
     uri = tracking_uri(tracking, output_dir)
     with _naming_the_database(uri):
@@ -64,12 +58,11 @@ def start_run(
             artifacts = f"{_local_folder(output_dir).as_uri()}/mlartifacts" if uri.startswith("sqlite") else None
             mlflow.create_experiment(tracking.experiment, artifact_location=artifacts)
         mlflow.set_experiment(tracking.experiment)
-        started = mlflow.start_run(run_id=run_id, run_name=name)
+        started = mlflow.start_run(run_name=name)
     with started as run:
-        if run_id is None:
-            mlflow.log_params({key: str(value)[:6000] for key, value in flatten(config).items()})
-            mlflow.log_text(yaml.safe_dump(dict(config), sort_keys=False), "config.yaml")
-        mlflow.set_tags({"stage": name, **code_tags(), **(tags or {})})
+        mlflow.log_params({key: str(value)[:6000] for key, value in flatten(config).items()})
+        mlflow.log_text(yaml.safe_dump(dict(config), sort_keys=False), "config.yaml")
+        mlflow.set_tags({"stage": name, **code_tags()})
         try:
             yield TrackedRun(run.info.run_id, uri)
         except BaseException as error:
@@ -78,11 +71,11 @@ def start_run(
 
 
 def make_database(uri: str) -> None:
-    """Make MLflow's SQLite file if it is absent: whole or not at all, since MLflow cannot go on with one that is half made."""
+    """Make MLflow's SQLite file if it is missing, whole or not at all: MLflow cannot repair a file that is half made."""
     path = Path(uri.removeprefix(SQLITE))
     if not uri.startswith(SQLITE) or path.exists():
         return
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # half a second, which most processes can do without
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # takes half a second, and is seldom needed
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
@@ -98,6 +91,7 @@ def make_database(uri: str) -> None:
 
 @contextmanager
 def _naming_the_database(uri: str) -> Iterator[None]:
+    """Turn MLflow's errors into a StorageError that names the database."""
     try:
         yield
     except (MlflowException, SQLAlchemyError, OSError) as error:
@@ -106,17 +100,17 @@ def _naming_the_database(uri: str) -> Iterator[None]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunPlan:
-    """A run to be made or gone on with, by the first process that reaches MLflow. It may be sent to other processes.
+class RunRequest:
+    """An MLflow run to be made or continued by the first process that reaches MLflow. It may be sent to other processes.
 
     Args:
-        name: of the run, and the value of its tag "stage".
-        config: the resolved one.
-        uri: of the MLflow server or database.
+        name: the run's name, and the value of its tag "stage".
+        config: the resolved configuration.
+        uri: URI of the MLflow server or database.
         experiment: the experiment's name.
         artifacts: URI of the artifacts of a new experiment; None: the server's choice.
-        tags: more tags.
-        key: the run is the one of this name in the experiment; whoever has the same key goes on with it.
+        tags: further tags.
+        key: identifies the run within the experiment: a request with the same key continues the same run.
     """
 
     name: str
@@ -130,7 +124,7 @@ class RunPlan:
     @classmethod
     def make(
         cls, name: str, config: Mapping[str, Any], *, tracking: TrackingConfig, output_dir: str | Path, key: str
-    ) -> "RunPlan":
+    ) -> "RunRequest":
         uri = tracking_uri(tracking, output_dir)
         artifacts = f"{_local_folder(output_dir).as_uri()}/mlartifacts" if uri.startswith("sqlite") else None
         return cls(
@@ -144,9 +138,9 @@ class RunPlan:
         )
 
     def connect(self) -> "TrackedRun":
-        """Raises what MLflow raises where it cannot be reached."""
+        """Make or find the run. Raises MLflow's own errors if it cannot be reached."""
         for name, value in {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}.items():
-            os.environ.setdefault(name, value)  # whoever plans a run has a patience of their own
+            os.environ.setdefault(name, value)  # our callers try again by themselves
         make_database(self.uri)
         client = _client(self.uri)
         if (found := self.find()) is not None:
@@ -162,7 +156,7 @@ class RunPlan:
         return TrackedRun(run_id, self.uri)
 
     def find(self) -> "TrackedRun | None":
-        """The run, if it was made."""
+        """Return the run, or None if it was not made yet. Raises MLflow's own errors."""
         client = _client(self.uri)
         experiment = client.get_experiment_by_name(self.experiment)
         if experiment is None:
@@ -171,7 +165,7 @@ class RunPlan:
         return TrackedRun(found[0].info.run_id, self.uri) if found else None
 
     def try_to(self, log: Callable[["TrackedRun"], None]) -> str | None:
-        """Log to the run, if it was made; what went wrong, where MLflow cannot be reached."""
+        """Log to the run, if it was made. Return the reason if MLflow cannot be reached."""
         try:
             run = self.find()
             if run is not None:
@@ -182,12 +176,12 @@ class RunPlan:
 
 
 def end_status(error: BaseException) -> RunEnd:
-    """Of a run that an exception ended: what is no Exception (a signal, Ctrl-C) stopped it from outside."""
+    """The status of a run that an exception ended. A signal or Ctrl-C, which is no Exception, stopped it from outside."""
     return "FAILED" if isinstance(error, Exception) else "KILLED"
 
 
 def code_tags() -> dict[str, str]:
-    """Which code makes a run: the commit, of a checkout or that an image was built from, and the versions that matter."""
+    """Tags that name the code of a run: the commit (of the checkout, or of the container image) and versions of libraries."""
     tags = {f"version.{name}": version(name) for name in VERSIONS} | {"version.python": platform.python_version()}
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
@@ -199,7 +193,7 @@ def code_tags() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """A run that is going on. It may be sent to other processes, which then log to it too."""
+    """A run in progress. It may be sent to other processes, which log to it too."""
 
     run_id: str
     uri: str
@@ -211,7 +205,7 @@ class TrackedRun:
 
     def last_step(self, metric: str) -> int:
         """The last step at which a metric was logged; -1 if never."""
-        metrics = _client(self.uri).get_run(self.run_id).data._metric_objs  # of each, the one of its last step
+        metrics = _client(self.uri).get_run(self.run_id).data._metric_objs  # the last step of each metric
         return next((point.step for point in metrics if point.key == metric), -1)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
@@ -227,7 +221,7 @@ class TrackedRun:
         _client(self.uri).log_text(self.run_id, html, name)
 
     def log_inputs(self, dataset_uri: str, fingerprints: Mapping[str, str], context: str) -> None:
-        """Say what this run read (name of a table: fingerprint), and for what, as MLflow's datasets."""
+        """Record the tables (name: fingerprint) that this run read as MLflow's datasets, and what for (`context`)."""
         inputs = [
             DatasetInput(
                 Dataset(name=name, digest=fingerprint[:32], source_type="table", source=table_uri(dataset_uri, name)),
@@ -238,7 +232,7 @@ class TrackedRun:
         _client(self.uri).log_inputs(self.run_id, inputs)
 
     def tag_tables(self, fingerprints: Mapping[str, str]) -> None:
-        """Say which tables (name: fingerprint) this run read or made."""
+        """Tag the run with the tables (name: fingerprint) that it read or made."""
         for name, fingerprint in fingerprints.items():
             tag = f"table.{name}".replace("://", ":/")  # MLflow takes no two slashes
             _client(self.uri).set_tag(self.run_id, tag, fingerprint)
@@ -250,7 +244,7 @@ def _client(uri: str) -> MlflowClient:
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts and lists to dotted names."""
+    """Flatten nested dicts and lists of dicts to one dict with dotted names."""
     if isinstance(value, Mapping):
         entries = list(value.items())
     elif isinstance(value, (list, tuple)) and any(isinstance(inner, Mapping) for inner in value):

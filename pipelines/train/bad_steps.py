@@ -1,4 +1,4 @@
-"""What a training does when gradients are not finite, or the loss leaps."""
+"""Detection of bad steps: gradients that are not finite, or a loss that suddenly leaps."""
 
 import math
 from collections import deque
@@ -11,11 +11,14 @@ from torch import Tensor
 from pipelines.train.config import BadStepConfig
 
 NUM_RECENT = 50
-"""Steps whose median is the usual loss; no leap is seen before there are as many."""
+"""The usual loss is the median over this many steps; before a training has made them, no leap is detected."""
 
 
 class BadStepGuard:
-    """Tells bad steps from good ones, on all ranks alike: they judge by what is the same on all of them."""
+    """Tells bad steps from good ones. All ranks reach the same verdict, since they judge by values reduced over all ranks.
+
+    num_bad: bad steps of the whole training. num_in_a_row: bad steps since the last good one.
+    """
 
     def __init__(self, config: BadStepConfig, device: torch.device):
         self.config = config
@@ -23,14 +26,17 @@ class BadStepGuard:
         self.num_bad = 0
         self.num_in_a_row = 0
         self._recent: deque[float] = deque(maxlen=NUM_RECENT)
-        self._loss = 0.0  # of the step so far, on this rank
+        self._loss = 0.0  # this rank's loss of the micro-batches so far, each weighted with its share of the step
 
     def watch(self, loss: Tensor, *, share: float, last: bool) -> Tensor:
-        """The loss of a micro-batch to go backward from.
+        """Note the loss of a micro-batch. Returns the loss for the backward pass.
+
+        If the step's loss leaps, the loss returned for its last micro-batch is NaN, so that its gradients are not applied.
 
         Args:
-            share: of the micro-batch in the step.
-            last: of the step's. Where the step's loss leaps this one becomes NaN: no optimizer applies its gradients then.
+            loss: mean loss of the micro-batch, a scalar.
+            share: share of the micro-batch in the step.
+            last: it is the last micro-batch of the step; then all ranks must call together.
         """
         if self.config.spike_factor is None:
             return loss
@@ -47,7 +53,14 @@ class BadStepGuard:
         return loss
 
     def is_bad(self, grad_norm: float, losses: list[Tensor], *, scaled: bool) -> bool:
-        """Of a step, from the norm of its gradients. With a `scaled` loss they may overflow, which the scale takes care of."""
+        """Judge a step after `Engine.step`, and count it. All ranks must call together.
+
+        Args:
+            grad_norm: norm of the gradients.
+            losses: this rank's losses of the step's samples, (B,) for each micro-batch.
+            scaled: the loss is scaled (fp16). Then gradients may overflow, which the loss scale adapts to: the step is bad only
+                if a loss is not finite either.
+        """
         bad = not math.isfinite(grad_norm)
         if bad and scaled:
             broken = (~torch.isfinite(torch.cat(losses)).all()).to(self.device, torch.float32)

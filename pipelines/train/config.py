@@ -1,7 +1,7 @@
 """Training configuration."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pipelines.train.engine.config import EmaConfig, EngineConfig, LoraConfig, OptimConfig
 from pipelines.train.stream.config import FlowConfig, StreamConfig, ValidationConfig, WeightedTable
@@ -11,12 +11,12 @@ from sana_model.nn.config import PRESETS, TextEncoderConfig
 
 @dataclass(frozen=True, kw_only=True)
 class PositionConfig:
-    """What a stage at another resolution changes of the transformer. It has no weights: those of the stage before carry over.
+    """Settings of the transformer's positions, which change with the resolution. They have no weights, so `init` still fits.
 
     Args:
-        base_size: side, in tokens, of the square image that the stage is for: 16 at 512 px. None: as it was.
-        scale: interpolation of the sincos positional embedding (published: none at 512 and 1024 px, 1.0 at 2048, 2.0 at
-            4096). None: as it was.
+        base_size: side, in tokens, of the square image that is trained on: 16 at 512 px. None: unchanged.
+        scale: interpolation of the sincos positional embedding (published: no embedding at 512 and 1024 px, 1.0 at 2048 px,
+            2.0 at 4096 px). None: unchanged.
     """
 
     base_size: int | None = None
@@ -24,19 +24,20 @@ class PositionConfig:
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """Fields of `SanaConfig`."""
+        """The settings as fields of `SanaConfig`, without those that stay unchanged."""
         named = {"base_size": self.base_size, "position_scale": self.scale}
         return {name: value for name, value in named.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerResources:
-    """What Ray reserves for each training worker.
+    """Resources that Ray reserves for each training worker.
 
     Args:
-        num_cpus, num_gpus: of each; a worker without a GPU trains on the CPU.
-        custom: custom resources of each, such as {"trainer": 1}.
-        num_threads: of torch in each; None: num_cpus, rounded up.
+        num_cpus: CPUs of a worker.
+        num_gpus: GPUs of a worker; without one it trains on the CPU.
+        custom: custom Ray resources of a worker, such as {"trainer": 1}.
+        num_threads: torch's threads in a worker; None: num_cpus, rounded up.
     """
 
     num_cpus: float = 1.0
@@ -47,13 +48,14 @@ class WorkerResources:
 
 @dataclass(frozen=True, kw_only=True)
 class BadStepConfig:
-    """A step is bad if its gradients are not finite, or its loss is many times the usual.
+    """Policy for bad steps, whose gradients are not finite or whose loss is many times the usual loss.
 
     Args:
-        policy: "stop" ends the training with a message; "skip" leaves weights, optimizer and average as they are and goes
-            on with the next samples; "roll_back" does so from the last checkpoint.
-        spike_factor: loss over the median of the last 50 steps from which a step is bad; None: only what is not finite is.
-        max_in_a_row: bad steps, or ways back, without a good step or a checkpoint between them, after which it stops anyway.
+        policy: "stop" ends the training with a message; "skip" leaves weights, optimizer and average as they are and continues
+            with the next samples; "roll_back" returns to those of the last checkpoint and continues with the next samples.
+        spike_factor: a step is bad if its loss is more than this many times the median of the last 50 steps; None: only steps
+            whose gradients are not finite are bad.
+        max_in_a_row: the training ends, whatever the policy, after this many bad steps in a row.
     """
 
     policy: Literal["stop", "skip", "roll_back"] = "stop"
@@ -69,15 +71,15 @@ class BadStepConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GridConfig:
-    """Pictures drawn with the average weights while the training goes on: always the same prompts, each with its own noise.
+    """A grid of pictures, drawn with the average weights during the training: always the same prompts and the same noise.
 
     Args:
-        prompts: none: nothing is drawn.
-        every: steps from one grid to the next; the last step draws one too.
-        num_steps: of the solver.
-        guidance_scale: of classifier-free guidance.
-        seed: of the noise of the first picture.
-        columns: of the grid.
+        prompts: one prompt for each picture; without prompts nothing is drawn.
+        every: steps between two grids; the last step draws one too.
+        num_steps: steps of the solver.
+        guidance_scale: weight of classifier-free guidance.
+        seed: seed of the noise of the first picture; the n-th picture has seed + n - 1.
+        columns: pictures in a row of the grid.
     """
 
     prompts: list[str] = field(default_factory=list)
@@ -94,38 +96,44 @@ class TrainConfig:
 
     Args:
         latents: path of the table in the dataset, such as latents/dc-ae-512; or a list of tables with weights.
-        caption_embeds: name of the table under caption_embeds/ of the dataset (of each dataset of a mixture) that holds the
-            captions as the text encoder gives them: the training's device then needs none. None: captions are encoded in the
-            step.
-        init: the pipeline to go on from: a folder, or a zoo://, hf:// or fsspec URI; ours, diffusers' or an NVlabs .pth.
-        preset: without `init`, the shape of a fresh transformer, such as sana-0.6b; with it, the shape that it must have.
-        text_encoder, autoencoder: paths; they go with `preset`, or replace those of `init`.
-        prompts: how captions become tokens; None: as the pipeline of `init` does it, or as published for a `preset`.
-        positions: what changes of the transformer with the resolution.
+        caption_embeds: name of a table of stored embeddings under caption_embeds/ of the dataset (of each dataset of a
+            mixture), so that the text encoder is not needed on the training's device. None: captions are encoded in the step.
+        init: the pipeline to start from: a folder, or a zoo://, hf:// or fsspec URI; ours, diffusers' or an NVlabs .pth.
+        preset: without `init`, the shape of a new transformer, such as sana-0.6b; with `init`, the shape that it must have.
+        text_encoder: path of the text encoder; needed without `init`, replaces that of `init` otherwise.
+        autoencoder: path of the autoencoder; needed without `init`, replaces that of `init` otherwise.
+        prompts: how captions become tokens; None: as in the pipeline of `init`, or as published if there is no `init`.
+        positions: settings of the transformer that change with the resolution.
         num_steps: optimizer steps.
         micro_batch_size: samples of one worker's forward pass.
         global_batch_size: samples of one step; a multiple of micro_batch_size * num_workers.
-        num_workers: that train together, each on its own shards.
+        num_workers: workers that train together, each on its own shards.
         data: which samples and captions are drawn.
-        flow: at which noise levels.
+        flow: the noise levels to train at.
         lora: train adapters, and leave the weights of `init` as they are; None: train all weights.
-        optim: how weights follow gradients.
-        ema: the average of the weights.
-        engine: how DeepSpeed spreads and computes it.
-        bad_steps: what is done where gradients are not finite or the loss leaps.
+        optim: optimizer and learning rate.
+        ema: the moving average of the weights.
+        engine: how DeepSpeed distributes and computes the training.
+        bad_steps: what to do if gradients are not finite or the loss leaps.
         validation: the loss on samples that are not trained on.
-        grid: pictures drawn on the way.
-        resources: of each worker.
-        checkpoint_every: steps from one checkpoint to the next; the last step makes one too.
-        keep_checkpoints: how many of the newest are kept.
-        keep_every: checkpoints whose step divides by this are kept too.
+        grid: pictures drawn during the training.
+        resources: resources of each worker.
+        checkpoint_every: steps between two checkpoints; the last step makes one too.
+        keep_checkpoints: how many of the newest checkpoints are kept.
+        keep_every: checkpoints whose step is a multiple of this are kept too.
         keep_best: the checkpoint with the lowest value of this metric is kept too.
-        resume_from: URI of a checkpoint of another output folder to go on from exactly, where this one has none yet.
+        resume_from: URI of another training's checkpoint to continue exactly, as long as this training has none of its own.
         record_samples: write down which samples each step used, in `drawn/` of the output folder.
-        log_every: steps from one report of losses and speed to the next.
+        log_every: steps between two reports of losses and speed.
         max_failures: how often lost workers are replaced, from the last checkpoint, before the training fails.
-        seed: of the order of samples, the captions, the noise, and a fresh transformer.
+        seed: seed of the order of samples, of captions, noise and adapters, and of a new transformer.
     """
+
+    # May change while a training goes on: no weight changes beyond rounding.
+    NO_VALUE: ClassVar = (
+        *("num_workers", "micro_batch_size", "resources", "max_failures", "grid", "log_every", "record_samples"),
+        *("checkpoint_every", "keep_checkpoints", "keep_every", "keep_best", "validation"),
+    )
 
     latents: str | list[WeightedTable]
     caption_embeds: str | None = None
@@ -160,7 +168,7 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self.sources("")  # which raises
+        self.sources("")  # raises ValueError if `latents` is wrong
         self.optim.check_sharding(self.engine.zero_stage)
         if self.lora is not None and self.engine.zero_stage == 3:
             raise ValueError(
@@ -189,13 +197,14 @@ class TrainConfig:
 
     @property
     def grad_accum_steps(self) -> int:
+        """Micro-batches of each worker in a step."""
         return self.global_batch_size // (self.micro_batch_size * self.num_workers)
 
     def sources(self, dataset_uri: str) -> list[Source]:
-        """The tables to train on."""
+        """Return the tables to train on. Raises ValueError if none is named, or one twice."""
         return find_sources(dataset_uri, self.latents, caption_embeds=self.caption_embeds)
 
     def validation_sources(self, dataset_uri: str) -> list[Source]:
-        """The tables to validate with; none: no validation."""
+        """Return the tables to validate with; empty if there is no validation."""
         own = self.sources(dataset_uri)
         return validation_sources(dataset_uri, own, self.validation, self.data, caption_embeds=self.caption_embeds)

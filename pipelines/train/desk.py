@@ -1,6 +1,7 @@
-"""Between the driver of a training and its workers: how far it is, what there is to say, and the wish to stop.
+"""The desk: a small Ray actor through which the driver of a training and its workers tell each other things.
 
-It is a small actor beside the driver, so that it works on any cluster and outlives workers whose node is lost.
+Workers leave progress and notices there for the driver; the driver leaves its wish to stop for the workers. The actor runs on
+the driver's node, so it survives when the node of a worker is lost.
 """
 
 import signal
@@ -16,14 +17,17 @@ import ray
 from pipelines.stages.placement import on_this_node
 
 POLL_SECONDS = 0.5
+"""Pause between two looks of the driver at the desk."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainProgress:
-    """How far a training is: `step` of `num_steps` are done. The figures are those since the last report.
+    """Progress of a training: `step` of `num_steps` steps are done.
 
-    data_wait_share: of the time, in which the training waited for samples. checkpoint_time: time.time() of the last checkpoint,
-    or of the start.
+    loss, samples_per_second: means since the last report.
+    data_wait_share: share of the time since the last report in which the training waited for samples.
+    seconds_left: estimate, from the speed since the last report.
+    checkpoint_time: `time.time()` of the last checkpoint, or of the start if there is none.
     """
 
     step: int
@@ -40,7 +44,7 @@ OnNotice = Callable[[str], None]
 
 
 class Desk:
-    """The actor. Its methods are called from driver and workers."""
+    """The actor's class. Workers call `show`, `say` and `stop_reason`; the driver calls `look` and `ask_to_stop`."""
 
     def __init__(self) -> None:
         self._progress: TrainProgress | None = None
@@ -48,27 +52,36 @@ class Desk:
         self._stop: str | None = None
 
     def show(self, progress: TrainProgress) -> None:
+        """Replace the progress that the driver sees."""
         self._progress = progress
 
     def say(self, notice: str) -> None:
+        """Add a notice, a message for a person."""
         self._notices.append(notice)
 
     def look(self, num_heard: int) -> tuple[TrainProgress | None, list[str]]:
-        """The last progress, and the notices after the first `num_heard`."""
+        """Return the last progress, and the notices after the first `num_heard`."""
         return self._progress, self._notices[num_heard:]
 
     def ask_to_stop(self, reason: str) -> None:
+        """Ask the workers to save a checkpoint and end."""
         self._stop = reason
 
     def stop_reason(self) -> str | None:
+        """Return why the workers should end; None if they should not."""
         return self._stop
 
 
 @contextmanager
 def open_desk(on_progress: OnTrainProgress, on_notice: OnNotice, *, on_stop: Callable[[], None]) -> Iterator[Any]:
-    """The actor's handle. Within, a thread calls back with what is new, and SIGTERM asks the workers to save and end.
+    """Start the desk and yield the actor's handle. Within, SIGTERM makes the workers save a checkpoint and end.
 
-    `on_stop`: called by the same thread soon after SIGTERM: `ray job stop` may kill this process before the workers have ended.
+    Args:
+        on_progress: called with each new progress.
+        on_notice: called with each new notice.
+        on_stop: called soon after SIGTERM, since `ray job stop` may kill this process before the workers have ended.
+
+    All three are called from one other thread.
     """
     desk: Any = ray.remote(Desk).options(num_cpus=0, scheduling_strategy=on_this_node()).remote()
     ended, stopping = threading.Event(), threading.Event()
@@ -110,9 +123,10 @@ _terminated = threading.Event()
 
 
 def watch_for_sigterm() -> None:
-    """Let SIGTERM to this worker, such as of a node that is taken back, be a notice in place of its end.
+    """Let this worker take SIGTERM as a warning instead of ending. A node that is taken back gets one, for example.
 
-    Ray runs the training in a thread, and Python hears signals in the main thread alone: the actor itself has to set it.
+    Ray runs the training in a thread of the worker's actor, but only the main thread can set a signal handler, so a method call
+    of the actor does it.
     """
     actor = ray.get_runtime_context().current_actor
     ray.get(actor.execute.remote(_hear_sigterm))
@@ -123,11 +137,11 @@ def _hear_sigterm() -> None:
 
 
 class StopWatch:
-    """What a worker knows of a coming end, without waiting for anybody.
+    """Tells a worker whether it should stop, or will be killed soon, without waiting for an answer of the desk.
 
     Args:
-        desk: asked on one worker; None on the others.
-        preempted: asks Ray, on all workers together, whether a node is about to be taken back: None if not.
+        desk: handle of the desk on the one worker that asks it; None on the others.
+        preempted: asks Ray whether a node is about to be taken back; returns None if not. All workers call it together.
     """
 
     def __init__(self, desk: Any | None, preempted: Callable[[], object | None]):
@@ -137,7 +151,7 @@ class StopWatch:
         self._saved_on_notice = False
 
     def asked_to_stop(self) -> bool:
-        """Whether the driver wants the training to save and end."""
+        """Return whether the driver has asked the training to save and end, as far as the desk has answered."""
         if self._desk is None or self._answer is None:
             return False
         answered, _ = ray.wait([self._answer], timeout=0)
@@ -148,7 +162,11 @@ class StopWatch:
         return reason is not None
 
     def noticed(self, *, ask_ray: bool) -> bool:
-        """Whether this worker has been told, and this is the first time it says so, that it will be killed soon."""
+        """Return True once, after this worker was warned that it will be killed soon.
+
+        Args:
+            ask_ray: ask Ray too whether a node is about to be taken back; all workers must do so together.
+        """
         if ask_ray and self._preempted() is not None:
             _terminated.set()
         if self._saved_on_notice or not _terminated.is_set():

@@ -1,4 +1,8 @@
-"""What a training measures: losses over all workers, by step and by noise level, and its speed."""
+"""Measurements of a training: losses over all workers, by step and by noise level, and speed, in samples and in FLOPs.
+
+`TrainingMeter` collects them between two reports, `LossHistory` keeps losses over the whole training, and `step_flops` counts
+the floating-point operations of a step, from which the share of the device's peak (MFU) follows.
+"""
 
 import time
 from collections import deque
@@ -18,7 +22,7 @@ from sana_model.nn.transformer import SanaTransformer
 
 NUM_SIGMA_BINS = 5
 NUM_END_STEPS = 20
-"""Steps whose mean is the loss at the start, and at the end, of a training."""
+"""The loss at the start, or at the end, of a training is the mean over this many steps."""
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -32,29 +36,38 @@ PEAK_FLOPS = {
     "L4": 121e12,
     "V100": 125e12,
 }
-"""Dense, with 16-bit inputs, as the makers publish them, by a part of the device's name; the first that fits counts."""
+"""Published peak of dense 16-bit FLOPs per second, by a part of the device's name; the first part that occurs in it counts."""
 
 
 @dataclass(frozen=True)
 class MeterReport:
-    """Losses of the steps since the last report, mean over the global batch, and what else goes to MLflow."""
+    """Measurements since the last report.
+
+    losses: loss of each step, a mean over the global batch. metrics: name -> value, as logged to MLflow.
+    """
 
     losses: list[float]
     metrics: dict[str, float]
 
     @property
     def mean_loss(self) -> float:
+        """Mean over the steps."""
         return self.metrics["loss"]
 
 
 class TrainingMeter:
-    """Collects what happens in the steps without waiting for the device; `collect` brings it together."""
+    """Collects measurements of the steps without waiting for the device; only `collect` waits for it.
+
+    For each step call `add` for each micro-batch, then `end_step`, or `drop_step` if the step does not count.
+
+    started_at: `time.time()` of the first step. num_samples, seconds: of all steps that were collected.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.started_at = 0.0  # time.time() of the first step
+        self.started_at = 0.0
         self.num_samples = 0
-        self.seconds = 0.0  # in steps
+        self.seconds = 0.0
         self._clock = 0.0
         self._waited = 0.0
         self._peak_flops = peak_flops(device)
@@ -71,28 +84,30 @@ class TrainingMeter:
         self._lr = 0.0
 
     def start(self) -> None:
+        """Begin to measure time, right before the first step."""
         self.started_at = time.time()
         self._clock = time.monotonic()
 
     def restart(self, wait_seconds: float) -> None:
-        """Forget the steps since the last `collect`: they did not count."""
+        """Forget the steps since the last `collect`, which will be repeated. `wait_seconds`: see `collect`."""
         self._clear()
         self._clock, self._waited = time.monotonic(), wait_seconds
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time within is not the steps'."""
+        """Within, time does not count as time of the steps."""
         start = time.monotonic()
         yield
         self._clock += time.monotonic() - start
 
     def add(self, loss: Tensor, sigma: Tensor, *, num_tokens: int, flops: float) -> None:
-        """Of a micro-batch: loss and sigma (B,), its image tokens, and what computing it takes."""
+        """Add a micro-batch: loss (B,), noise levels (B,), number of its image tokens, and FLOPs to compute it."""
         self._step.append((loss.detach(), sigma))
         self._num_tokens += num_tokens
         self._flops += flops
 
     def end_step(self, *, lr: float, grad_norm: float) -> None:
+        """Count the current step."""
         self._step_losses.append(torch.stack([loss.mean() for loss, _ in self._step]).mean())
         self._losses += [loss for loss, _ in self._step]
         self._sigmas += [sigma for _, sigma in self._step]
@@ -102,17 +117,19 @@ class TrainingMeter:
 
     @property
     def step_losses(self) -> list[Tensor]:
-        """Of the micro-batches of the step that goes on: (B,) each."""
+        """Losses of the current step: (B,) for each micro-batch so far."""
         return [loss for loss, _ in self._step]
 
     def drop_step(self) -> None:
-        """The step that goes on did not count."""
+        """Forget the losses of the current step."""
         self._step = []
 
     def collect(self, wait_seconds: float, global_batch_size: int) -> MeterReport | None:
-        """What happened since the last time, over all ranks, all of which must call it; None if no step counted.
+        """Return the measurements since the last call, over all ranks; None if no step counted. Collective call.
 
-        `wait_seconds`: for data, since the beginning.
+        Args:
+            wait_seconds: time that this rank has waited for samples since the training began.
+            global_batch_size: samples of a step.
         """
         if not self._step_losses:
             return None
@@ -141,7 +158,7 @@ class TrainingMeter:
         return MeterReport(losses, metrics)
 
     def _reduce(self) -> tuple[list[float], dict[str, float]]:
-        """The loss of each step, and the mean loss of each range of noise levels in which a sample fell."""
+        """Return the loss of each step, and the mean loss by range of noise levels, for ranges in which there are samples."""
         mean, count = loss_by_sigma(torch.cat(self._losses), torch.cat(self._sigmas), num_bins=NUM_SIGMA_BINS)
         total = torch.where(count > 0, mean * count, 0)
         values = torch.cat([torch.stack(self._step_losses), total, count.to(total)]).to(self.device, torch.float64)
@@ -159,7 +176,7 @@ class TrainingMeter:
 
 
 class LossHistory:
-    """The loss over the whole training, also across restarts."""
+    """The loss over the whole training; it is part of the checkpoints, so restarts do not interrupt it."""
 
     def __init__(self) -> None:
         self.points: list[tuple[int, float]] = []
@@ -168,13 +185,13 @@ class LossHistory:
         self._last: deque[float] = deque(maxlen=NUM_END_STEPS)
 
     def add(self, step: int, losses: list[float]) -> None:
-        """The losses of the steps that end with `step`."""
+        """Add the losses of the steps up to `step` since the last call."""
         self.points.append((step, float(np.mean(losses))))
         self._first += losses[: NUM_END_STEPS - len(self._first)]
         self._last.extend(losses)
 
     def ends(self) -> tuple[float, float]:
-        """Mean loss of the first and of the last NUM_END_STEPS steps (of all, where there are fewer)."""
+        """Return the mean loss of the first and of the last NUM_END_STEPS steps, or of all steps if there are fewer."""
         return float(np.mean(self._first)), float(np.mean(self._last))
 
     def state_dict(self) -> dict[str, Any]:
@@ -187,7 +204,7 @@ class LossHistory:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """None for a CPU, or a GPU that is not known here."""
+    """Return a device's peak of dense 16-bit FLOPs per second; None for a CPU or an unknown GPU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -195,11 +212,14 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def step_flops(config: SanaConfig, *, batch_size: int, image_tokens: int, caption_tokens: int, adapters: bool = False) -> float:
-    """Of a forward and a backward pass; what checkpointing recomputes is not counted.
+    """Return the FLOPs of a forward and a backward pass, without what gradient checkpointing recomputes.
 
     Args:
-        image_tokens, caption_tokens: of one sample.
-        adapters: only they are trained: frozen weights get no gradients. What the adapters compute is not counted.
+        config: the transformer.
+        batch_size: number of samples.
+        image_tokens: image tokens of a sample.
+        caption_tokens: caption tokens of a sample.
+        adapters: only adapters are trained, so the frozen weights need no gradients. The adapters' own FLOPs are not counted.
     """
     by_image, by_caption, by_sample = _weights_by_use(config)
     matmuls = by_image * image_tokens + by_caption * caption_tokens + by_sample
@@ -209,7 +229,7 @@ def step_flops(config: SanaConfig, *, batch_size: int, image_tokens: int, captio
 
 @cache
 def _weights_by_use(config: SanaConfig) -> tuple[int, int, int]:
-    """Numbers of weights that multiply each image token, each caption token, and each sample's time input."""
+    """Return the numbers of weights that multiply each image token, each caption token, and each sample's time input."""
     with torch.device("meta"):
         model = SanaTransformer(config)
     counts = {"image": 0, "caption": 0, "sample": 0}

@@ -1,6 +1,6 @@
-"""What a training starts from: its models, loaded and found to fit together."""
+"""The models that a training starts from, loaded and checked to fit together."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -8,23 +8,24 @@ import torch
 from pipelines.train.config import TrainConfig
 from pipelines.train.engine.lora import add_lora
 from pipelines.train.stream.captions import HostTextEncoder
-from sana_model.files.pipeline import DEFAULT_AUTOENCODER, load_pipeline
+from sana_model.files.pipeline import Companions, find_companions
 from sana_model.files.places import resolve
-from sana_model.files.tensors import read_json
 from sana_model.nn.autoencoder import DCAutoencoder
-from sana_model.nn.config import DEFAULT_MODEL, DIFFUSERS_PROMPTS, NVLABS_PROMPTS, PRESETS, SanaConfig, TextEncoderConfig
+from sana_model.nn.config import PRESETS, SanaConfig, TextEncoderConfig
 from sana_model.nn.text_encoder import TextEncoder
 from sana_model.nn.transformer import SanaTransformer
-from sana_model.pipeline import DEFAULT_FLOW_SHIFT, Caption, TextToImage
+from sana_model.pipeline import Caption, TextToImage
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainModels:
-    """All but the transformer that is trained.
+    """The models beside the transformer that is trained, as one rank holds them.
 
-    transformer_config: without adapters. shift: of the noise levels. null: the null caption, on the training's device.
-    text_encoder: there too; or, where captions were embedded before, on the CPU of rank 0, and None elsewhere.
-    autoencoder: on the device of rank 0, for pictures.
+    transformer_config: shape of the transformer, without adapters.
+    shift: shift of the noise levels.
+    text_encoder: on the training's device; with stored embeddings on the CPU of rank 0, and None on other ranks.
+    null: the encoded null caption, on the training's device.
+    autoencoder: on the device of rank 0, where pictures are drawn; None on other ranks.
     """
 
     transformer_config: SanaConfig
@@ -35,10 +36,10 @@ class TrainModels:
 
     @classmethod
     def load(cls, config: TrainConfig, *, device: torch.device, rank: int) -> tuple[SanaTransformer, "TrainModels"]:
-        """The transformer to train, adapters and all, on the CPU, and the others. Raises as `load_start`."""
+        """Return the transformer to train, with its adapters, on the CPU, and the other models. Raises like `load_start`."""
         start = load_start(config)
         transformer, transformer_config = start.transformer, start.transformer.config
-        # Of Gemma's activations some are beyond what float16 holds.
+        # Some of Gemma's activations are too large for float16.
         dtype = torch.bfloat16 if config.engine.dtype == "fp16" else config.engine.torch_dtype
         text_encoder: TextEncoder | None
         if config.caption_embeds is None:
@@ -60,12 +61,12 @@ class TrainModels:
 
 
 def load_start(config: TrainConfig) -> TextToImage:
-    """The pipeline that training starts from: the transformer in float32, the others as they are stored.
+    """Load the pipeline that training starts from: the transformer in float32, the other models in their stored dtype.
 
-    Raises FileNotFoundError or ValueError, naming what does not fit.
+    Raises FileNotFoundError if a model does not exist, and ValueError, naming what differs, if models do not fit together.
     """
     if config.init is not None:
-        pipeline = load_pipeline(
+        pipeline = TextToImage.from_pretrained(
             config.init,
             autoencoder=config.autoencoder,
             text_encoder=config.text_encoder,
@@ -80,8 +81,9 @@ def load_start(config: TrainConfig) -> TextToImage:
             pipeline.text_encoder = TextEncoder(encoder.model, encoder.tokenizer, config.prompts)
         return pipeline
     assert config.preset is not None and config.autoencoder is not None and config.text_encoder is not None
-    autoencoder = DCAutoencoder.from_pretrained(config.autoencoder)
-    text_encoder = TextEncoder.from_pretrained(config.text_encoder, config=config.prompts or NVLABS_PROMPTS)
+    companions = find_training_companions(config, None)
+    autoencoder = DCAutoencoder.from_pretrained(companions.autoencoder)
+    text_encoder = TextEncoder.from_pretrained(companions.text_encoder, config=companions.prompts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         transformer = SanaTransformer.from_preset(
@@ -90,12 +92,11 @@ def load_start(config: TrainConfig) -> TextToImage:
             caption_dim=text_encoder.embed_dim,
             **config.positions.overrides,
         )
-    shift = DEFAULT_FLOW_SHIFT if config.flow.shift is None else config.flow.shift
-    return TextToImage(transformer, autoencoder, text_encoder, flow_shift=shift)
+    return TextToImage(transformer, autoencoder, text_encoder, flow_shift=companions.flow_shift)
 
 
 def check_shape(found: SanaConfig, preset: str) -> None:
-    """Raises ValueError if a transformer's weights have not the shapes of a preset's."""
+    """Raise ValueError if a transformer's weights do not have the shapes of a preset."""
     expected = PRESETS[preset]
     for name in ("dim", "depth", "ffn_dim", "num_cross_heads", "patch_size", "in_channels", "caption_dim", "qk_norm"):
         if getattr(found, name) != getattr(expected, name):
@@ -106,21 +107,26 @@ def check_shape(found: SanaConfig, preset: str) -> None:
 
 
 def find_text_encoder(training: TrainConfig) -> tuple[str, TextEncoderConfig]:
-    """Path of the training's text encoder, and how captions become tokens. Raises FileNotFoundError if `init` is not there."""
+    """Return the path of the training's text encoder, and how captions become tokens.
+
+    Raises FileNotFoundError if `init` does not exist.
+    """
     folder = resolve(training.init) if training.init is not None else None
-    _, path, _, prompts = _companions(training, folder)
-    return path, prompts
+    companions = find_training_companions(training, folder)
+    return companions.text_encoder, companions.prompts
 
 
-def _companions(training: TrainConfig, folder: Path | None) -> tuple[str, str, str, TextEncoderConfig]:
-    """Paths of autoencoder, text encoder and its tokenizer, and how captions become tokens: as `load_pipeline` finds them."""
-    autoencoder, text, tokenizer, prompts = DEFAULT_AUTOENCODER, DEFAULT_MODEL, None, NVLABS_PROMPTS
-    if folder is not None and (folder / "pipeline.json").exists():
-        prompts = TextEncoderConfig(**read_json(folder / "pipeline.json")["prompts"])
-        autoencoder, text = str(folder / "autoencoder"), str(folder / "text_encoder")
-    elif folder is not None and (folder / "model_index.json").exists():
-        prompts = DIFFUSERS_PROMPTS
-        autoencoder, text, tokenizer = str(folder / "vae"), str(folder / "text_encoder"), str(folder / "tokenizer")
+def find_training_companions(training: TrainConfig, init: Path | None) -> Companions:
+    """Find the models beside the transformer: those that the training's configuration names, the others as `init` has them.
+
+    `init`: folder of the pipeline on this machine; None: take the published models. Raises like `find_companions`.
+    """
+    found = find_companions(init)
     if training.text_encoder is not None:
-        text, tokenizer = training.text_encoder, None
-    return training.autoencoder or autoencoder, text, tokenizer or text, training.prompts or prompts
+        found = replace(found, text_encoder=training.text_encoder, tokenizer=None)
+    return replace(
+        found,
+        autoencoder=training.autoencoder or found.autoencoder,
+        prompts=training.prompts or found.prompts,
+        flow_shift=found.flow_shift if training.flow.shift is None else training.flow.shift,
+    )

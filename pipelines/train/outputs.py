@@ -1,4 +1,7 @@
-"""What a training tells while it goes on: to the driver, to MLflow, and in its output folder."""
+"""Outputs of a training while it runs: progress and notices to the driver, metrics and pictures to MLflow, and files.
+
+The files in the output folder are grids of pictures and, with `record_samples`, the record of which samples each step used.
+"""
 
 import json
 import math
@@ -18,11 +21,13 @@ from pipelines.train.task import TrainTask
 from pipelines.workers.images import to_png
 
 GRIDS_DIR = "samples"
+"""Folder of the grids, in the output folder."""
 DRAWN_DIR = "drawn"
+"""Folder of the record of samples, in the output folder."""
 
 
 class TrainOutputs:
-    """Of one rank; only the first speaks to the driver and to MLflow."""
+    """The outputs of one rank. Metrics, pictures and most notices come from rank 0 alone; the other ranks' calls do nothing."""
 
     def __init__(self, task: TrainTask, rank: int):
         self.task = task
@@ -32,28 +37,33 @@ class TrainOutputs:
         self._drawn = DrawnLog(f"{task.output_uri}/{DRAWN_DIR}", rank) if task.config.record_samples else None
 
     def begin(self, step: int, waiting: Sequence[Entry]) -> None:
-        """At a step that was restored, or at 0; `waiting` is what MLflow has not had by then. All ranks must."""
+        """Prepare the outputs for the steps after `step`. Collective call.
+
+        Args:
+            step: step of the checkpoint that the training resumes from, or 0.
+            waiting: metrics from the checkpoint that had not reached MLflow.
+        """
         if self.rank == 0:
             if self._drawn is not None:
-                forget_after(self._drawn.folder_uri, step)
-            if self.task.plan is not None:
-                self.run = PatientRun(self.task.plan, say=self.tell_driver, waiting=waiting)
+                self._drawn.forget_after(step)
+            if self.task.run_request is not None:
+                self.run = PatientRun(self.task.run_request, say=self.tell_driver, waiting=waiting)
                 self.run.log_inputs(self.task.dataset_uri, self.task.inputs, "training")
         torch.distributed.barrier()
         if step:
             self.say(f"goes on from the checkpoint of step {step}")
 
     def forget_after(self, step: int) -> None:
-        """Steps after this one come again. All ranks must."""
+        """Drop the record of samples after `step`; those steps will be repeated. Collective call."""
         if self._drawn is not None:
             self.flush_batches(step)
             torch.distributed.barrier()
             if self.rank == 0:
-                forget_after(self._drawn.folder_uri, step)
+                self._drawn.forget_after(step)
             torch.distributed.barrier()
 
     def say(self, notice: str) -> None:
-        """Something that a person should know; said once, by the first rank."""
+        """Tell a person something that all ranks know: rank 0 passes it to the driver and to MLflow."""
         if self.rank == 0:
             self.tell_driver(notice)
             if self.run is not None:
@@ -61,26 +71,32 @@ class TrainOutputs:
                 self.run.set_tags({f"notice.{self._num_notices:03d}": notice})
 
     def tell_driver(self, notice: str) -> None:
-        """The same from any rank, for what is not of the training's course."""
+        """Tell a person something that this rank alone may know; it goes to the driver, not to MLflow."""
         if self.task.desk is not None:
             self.task.desk.say.remote(notice)
 
     def add_batch(self, step: int, batch: MicroBatch) -> None:
+        """Note which samples `step` uses, if they are recorded."""
         if self._drawn is not None:
             self._drawn.add(step, batch)
 
     def flush_batches(self, step: int) -> None:
+        """Write the noted samples of the steps up to `step`."""
         if (drawn := self._drawn) is not None:
             self._try(lambda: drawn.flush(step))
 
     def _try(self, write: Callable[[], None]) -> None:
-        """What is only told is not worth a training: a failure is said."""
+        """Call `write`; pass a StorageError on as a notice, since these files are not worth ending a training."""
         try:
             write()
         except StorageError as error:
             self.tell_driver(str(error))
 
     def report(self, step: int, report: MeterReport, more: dict[str, float], *, checkpoint_time: float) -> None:
+        """Send measurements to the driver and, with the metrics `more`, to MLflow.
+
+        `checkpoint_time`: see `TrainProgress`.
+        """
         if self.rank != 0:
             return
         metrics = report.metrics
@@ -99,30 +115,34 @@ class TrainOutputs:
         self.log_metrics(step, {**metrics, **more})
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Send metrics to MLflow, without those that are not finite."""
         if self.run is not None:
             self.run.log_metrics({name: value for name, value in metrics.items() if math.isfinite(value)}, step)
 
     def log_checkpoint(self, uri: str | None) -> None:
+        """Let MLflow's tag `checkpoint` name the last checkpoint."""
         if self.run is not None and uri is not None:
             self.run.set_tags({"checkpoint": uri})
 
     def show_picture(self, step: int, picture: Image.Image) -> None:
-        """As a PNG file and in MLflow."""
+        """Write a grid of pictures as a PNG file, and send it to MLflow. Call it on rank 0 alone."""
         self._try(lambda: write_file(f"{self.task.output_uri}/{GRIDS_DIR}/step-{step:06d}.png", to_png(picture)))
         if self.run is not None:
             self.run.log_image(picture, "samples", step)
 
     def waiting(self) -> list[Any]:
+        """Return the metrics that have not reached MLflow yet, for the checkpoint."""
         return self.run.waiting() if self.run is not None else []
 
     def close(self) -> None:
+        """Send what waits for MLflow, as far as it can be reached in time; its run stays open for the driver to end."""
         if self.run is not None:
             self.run.close()
             self.run = None
 
 
 class DrawnLog:
-    """Of one rank. A file holds the steps since the one before."""
+    """The record of which samples one rank drew, in JSON lines. Each file holds the steps since the file before it."""
 
     def __init__(self, folder_uri: str, rank: int):
         self.folder_uri = folder_uri
@@ -131,38 +151,29 @@ class DrawnLog:
         self._first_step = 0
 
     def add(self, step: int, batch: MicroBatch) -> None:
+        """Note the samples of a micro-batch, in memory."""
         if not self._lines:
             self._first_step = step
         self._lines += [
-            json.dumps({"step": step, "table": table, "epoch": epoch, "id": sample})
-            for table, epoch, sample in zip(batch.tables, batch.epochs, batch.ids, strict=True)
+            json.dumps({"step": step, "table": table, "epoch": epoch, "id": sample_id})
+            for table, epoch, sample_id in zip(batch.tables, batch.epochs, batch.ids, strict=True)
         ]
 
     def flush(self, step: int) -> None:
-        """Write down the samples up to this step. Raises StorageError, and keeps them for the next time."""
+        """Write the noted samples, which end with `step`. If this raises StorageError, they are kept for the next call."""
         if self._lines:
             name = f"steps-{self._first_step:06d}-{step:06d}-rank-{self.rank:05d}.jsonl"
             write_file(f"{self.folder_uri}/{name}", "".join(f"{line}\n" for line in self._lines).encode())
             self._lines = []
 
-
-def forget_after(folder_uri: str, step: int) -> None:
-    """Take the steps after this one, which come again, out of the record."""
-    for name in list_folder(folder_uri):
-        first, last = (int(number) for number in name.split("-")[1:3])
-        if first > step:
-            remove_file(f"{folder_uri}/{name}")
-        elif last > step:
-            lines = read_file(f"{folder_uri}/{name}").decode().splitlines(keepends=True)
-            kept = "".join(line for line in lines if json.loads(line)["step"] <= step)
-            write_file(f"{folder_uri}/{name}", kept.encode())
-
-
-def read_drawn(folder_uri: str) -> dict[int, list[tuple[int, str]]]:
-    """(epoch, id) of the samples of each step, over all ranks and tables, sorted."""
-    drawn: dict[int, list[tuple[int, str]]] = {}
-    for name in list_folder(folder_uri):
-        for line in read_file(f"{folder_uri}/{name}").decode().splitlines():
-            row = json.loads(line)
-            drawn.setdefault(row["step"], []).append((row["epoch"], row["id"]))
-    return {step: sorted(samples) for step, samples in sorted(drawn.items())}
+    def forget_after(self, step: int) -> None:
+        """Remove the steps after `step` from the files of all ranks. Raises StorageError."""
+        for name in list_folder(self.folder_uri):
+            uri = f"{self.folder_uri}/{name}"
+            first, last = (int(number) for number in name.split("-")[1:3])
+            if first > step:
+                remove_file(uri)
+            elif last > step:
+                lines = read_file(uri).decode().splitlines(keepends=True)
+                kept = "".join(line for line in lines if json.loads(line)["step"] <= step)
+                write_file(uri, kept.encode())

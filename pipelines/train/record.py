@@ -1,4 +1,4 @@
-"""The record of what a training is, and how it ended: `training.json` of its output folder."""
+"""The record of a training in its output folder: `training.json` says what it is and how it ended."""
 
 import json
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ CHECKPOINTS_DIR = "checkpoints"
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """`result` is there once the training has ended."""
+    """The content of `training.json`: what determines the training, and its result, None until it has finished."""
 
     output_uri: str
     identity: Identity
@@ -24,9 +24,9 @@ class TrainingRecord:
 
     @classmethod
     def claim(cls, output_uri: str, identity: Identity) -> "TrainingRecord":
-        """Begin or go on with a training in a folder (any fsspec URI).
+        """Claim an output folder (any fsspec URI) for a training. Returns its record there, a new one if there is none.
 
-        Raises StaleTableError if another one has come to a checkpoint or to its end there, with the settings that differ;
+        Raises StaleTableError, naming the settings that differ, if another training has finished or made a checkpoint there;
         StorageError if the folder cannot be written.
         """
         record = cls(output_uri, identity)
@@ -34,7 +34,7 @@ class TrainingRecord:
             if found.identity.fingerprint == identity.fingerprint:
                 return found
             if found.result is not None or list_folder(f"{output_uri}/{CHECKPOINTS_DIR}"):
-                now = Identity(**json.loads(json.dumps(asdict(identity))))  # tuples as the lists that JSON makes of them
+                now = Identity(**json.loads(json.dumps(asdict(identity))))  # with lists for tuples, like what was read
                 differences = "\n".join(f"  {line}" for line in describe_differences(found.identity, now))
                 raise StaleTableError(
                     f"{output_uri} holds a training with other settings:\n{differences}\n"
@@ -44,14 +44,14 @@ class TrainingRecord:
         return record
 
     def finish(self, result: Mapping[str, Any]) -> "TrainingRecord":
-        """The record with its result, written."""
+        """Write the record with the training's result, and return it."""
         record = replace(self, result=dict(result))
         record._write()
         return record
 
     @classmethod
     def read(cls, output_uri: str) -> "TrainingRecord | None":
-        """None if there is none."""
+        """Read the record of an output folder; None if there is none."""
         try:
             content = json.loads(read_file(f"{output_uri}/{RECORD}"))
         except FileNotFoundError:
@@ -65,10 +65,10 @@ class TrainingRecord:
 
 
 def write_config(output_uri: str, config: Any) -> None:
-    """Keep a training's whole configuration, paths and all, beside its checkpoints, for those who read them later."""
+    """Write a training's whole configuration, with its paths, into the output folder, for commands that read checkpoints."""
     write_file(f"{output_uri}/{CONFIG}", (json.dumps(asdict(config), indent=2) + "\n").encode())
 
 
 def read_config(output_uri: str) -> dict[str, Any]:
-    """What `write_config` wrote. Raises FileNotFoundError if it is not there."""
+    """Return what `write_config` wrote. Raises FileNotFoundError if it does not exist."""
     return json.loads(read_file(f"{output_uri}/{CONFIG}"))

@@ -5,7 +5,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ from ray.train import FailureConfig, Result, RunConfig, ScalingConfig, TrainingF
 from ray.train.torch import TorchTrainer
 
 from pipelines.storage.files import list_folder
-from pipelines.storage.lease import hold
+from pipelines.storage.lease import DEFAULT_LEASE, LeaseConfig, hold
 from pipelines.tables.errors import TrainingError, TrainingStopped
-from pipelines.tables.identity import Identity
+from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.table import absolute_uri
-from pipelines.tracking.runs import RunEnd, RunPlan, TrackedRun, end_status
+from pipelines.tracking.runs import RunEnd, RunRequest, TrackedRun, end_status
 from pipelines.train.config import TrainConfig
 from pipelines.train.desk import OnNotice, OnTrainProgress, open_desk
 from pipelines.train.models import find_text_encoder
@@ -32,25 +32,21 @@ from pipelines.train.trained_pipeline import PIPELINE_DIR
 from pipelines.train.worker import train_worker
 from pipelines.workers.models import model_version
 
-NOT_IN_IDENTITY = {
-    "": (
-        *("num_workers", "micro_batch_size", "resources", "max_failures", "grid", "log_every", "record_samples"),
-        *("checkpoint_every", "keep_checkpoints", "keep_every", "keep_best", "validation"),
-    ),
-    "data": ("prefetch",),
-    "engine": ("zero_stage", "reduce_dtype", "offload_optimizer", "offload_weights", "checkpoint_blocks", "compile_blocks"),
-}
-"""What may change while a training goes on: it changes no weight beyond rounding."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """How a training ended.
+    """The result of a finished training.
 
-    pipeline: folder of the trained pipeline, with the average weights. checkpoint: folder of the last one.
-    grids: (step, PNG file). losses: (step, mean loss since the point before); loss_start and loss_end are means over the
-    first and last 20 steps. inputs: name and fingerprint of the tables. seconds: of all of it; startup_seconds: of it, before
-    the first step. samples_per_second: in the steps. was_done: nothing was left to do.
+    pipeline: folder of the trained pipeline, with the average weights.
+    checkpoint: folder of the last checkpoint.
+    losses: (step, mean loss since the entry before).
+    loss_start, loss_end: mean loss of the first and of the last 20 steps.
+    grids: (step, URI of the PNG file).
+    inputs: name -> fingerprint of the tables.
+    fingerprint: fingerprint of the training.
+    samples_per_second: speed of the steps alone, since the last start.
+    startup_seconds: time before the first step. seconds: time of the whole call.
+    was_done: the training had finished before this call.
     """
 
     pipeline: str
@@ -69,19 +65,19 @@ class TrainResult:
 
 
 def train_identity(dataset_uri: str, config: TrainConfig) -> Identity:
-    """What the trained weights depend on. Raises MissingTableError, or ValueError if a table is not complete."""
+    """Return all that the trained weights depend on.
+
+    Raises MissingTableError if a table does not exist, or ValueError if one is not complete.
+    """
     inputs = _inputs(dataset_uri, config.sources(dataset_uri))
-    settings = asdict(config)
-    for part, names in NOT_IN_IDENTITY.items():
-        for name in names:
-            del (settings[part] if part else settings)[name]
+    settings = value_settings(config)
     paths = {name: settings.pop(name) for name in ("init", "text_encoder", "autoencoder")}
     models = {name: model_version(path) for name, path in paths.items() if path is not None}
     return Identity("train", settings, models, inputs)
 
 
 def _inputs(dataset_uri: str, sources: Sequence[Source]) -> dict[str, str]:
-    """Name and fingerprint of the tables. Raises as `train_identity`."""
+    """Return name -> fingerprint of the tables of `sources`. Raises like `train_identity`."""
     inputs = {}
     for source in sources:
         if not source.manifest.complete:
@@ -97,35 +93,41 @@ def run_train(
     config: TrainConfig,
     *,
     output_dir: str,
-    plan: RunPlan | None = None,
+    run_request: RunRequest | None = None,
+    lease: LeaseConfig = DEFAULT_LEASE,
     on_progress: OnTrainProgress = lambda progress: None,
     on_notice: OnNotice = lambda notice: None,
 ) -> TrainResult:
-    """Train in `output_dir` (any fsspec URI, or a folder that all nodes see), or go on with the training that was begun there.
+    """Train in `output_dir`, or resume the training that was begun there from its last checkpoint.
 
     Args:
-        plan: the MLflow run that the workers log to.
-        on_progress, on_notice: called from another thread, with figures and with what a person should know.
+        dataset_uri: the dataset, any fsspec URI.
+        config: the training.
+        output_dir: any fsspec URI, or a folder that all nodes see.
+        run_request: the MLflow run that the workers log to; None: no MLflow.
+        lease: how other trainings are kept from `output_dir`.
+        on_progress: called from another thread with each report.
+        on_notice: called from another thread with messages for a person.
 
     Raises:
-        MissingTableError, ValueError: the table or the configuration will not do.
+        MissingTableError, ValueError: a table is missing, or tables and configuration do not fit together.
         StaleTableError: `output_dir` holds a training with other settings.
         LeaseHeldError: another job is training there.
         StorageError: `output_dir` cannot be written.
-        TrainingStopped: SIGTERM came; a checkpoint was saved, and called again, it goes on from there.
-        TrainingError: it failed. Called again, it goes on from the last checkpoint.
+        TrainingStopped: SIGTERM came and a checkpoint was saved; the next call resumes from it.
+        TrainingError: the training failed; the next call resumes from the last checkpoint.
     """
     start = time.time()
     config = _with_absolute_paths(config)
     dataset_uri, output_uri = absolute_uri(dataset_uri), absolute_uri(output_dir)
     identity = train_identity(dataset_uri, config)
-    with hold(output_uri):
+    with hold(output_uri, lease):
         record = TrainingRecord.claim(output_uri, identity)
         if record.result is not None and list_folder(f"{output_uri}/{PIPELINE_DIR}"):
             return _to_result(record, was_done=True)
         write_config(output_uri, config)
         check_tables(dataset_uri, config)
-        return _train(record, config, dataset_uri, start, plan, on_progress, on_notice)
+        return _train(record, config, dataset_uri, start, run_request, on_progress, on_notice)
 
 
 def _train(
@@ -133,15 +135,17 @@ def _train(
     config: TrainConfig,
     dataset_uri: str,
     start: float,
-    plan: RunPlan | None,
+    run_request: RunRequest | None,
     on_progress: OnTrainProgress,
     on_notice: OnNotice,
 ) -> TrainResult:
-    """Begin or go on, to the end."""
-    output_uri, end_run = record.output_uri, partial(_end_run, plan, on_notice)
+    """Start or resume the training on its workers, and wait for its end. Raises TrainingStopped or TrainingError."""
+    output_uri, end_run = record.output_uri, partial(_end_run, run_request, on_notice)
     with open_desk(on_progress, on_notice, on_stop=lambda: end_run("KILLED")) as desk:
         inputs = {**record.identity.inputs, **_inputs(dataset_uri, config.validation_sources(dataset_uri))}
-        task = TrainTask(config=config, dataset_uri=dataset_uri, inputs=inputs, output_uri=output_uri, plan=plan, desk=desk)
+        task = TrainTask(
+            config=config, dataset_uri=dataset_uri, inputs=inputs, output_uri=output_uri, run_request=run_request, desk=desk
+        )
         try:
             figures = _figures(_fit(task))
         except BaseException as error:
@@ -155,8 +159,11 @@ def _train(
 
 
 def check_tables(dataset_uri: str, config: TrainConfig) -> None:
-    """Raises ValueError for what can be told on the driver: tables that are missing or empty, more workers than shards, and
-    stored embeddings that are not those of the training's text encoder."""
+    """Check on the driver what needs no worker.
+
+    Raises MissingTableError if a table is missing; ValueError if one is empty, there are more workers than shards, or stored
+    embeddings are not those of the training's text encoder.
+    """
     sources = config.sources(dataset_uri)
     sizes = {"micro_batch_size": config.micro_batch_size, "world_size": config.num_workers}
     TrainingStream(sources, config.data, seed=config.seed, **sizes)
@@ -167,18 +174,18 @@ def check_tables(dataset_uri: str, config: TrainConfig) -> None:
 
 
 def _figures(ended: Result) -> dict[str, Any]:
-    """What the workers return. Raises TrainingError where the training did not come to its end."""
+    """Return the figures that rank 0 returned. Raises TrainingStopped or TrainingError if the training did not finish."""
     figures = dict(ended.return_value)  # type: ignore[attr-defined]  # mypy takes it for the Result of Ray Train 1
     if "stopped" in figures:
-        raise TrainingStopped(f"stopped at step {figures['stopped']}, with a checkpoint: run it again to go on from there")
+        raise TrainingStopped(f"stopped at step {figures['stopped']}, with a checkpoint: run it again to resume from there")
     if "error" in figures:
         raise TrainingError(figures["error"])
     return figures
 
 
-def _end_run(plan: RunPlan | None, on_notice: OnNotice, status: RunEnd, result: TrainResult | None = None) -> None:
-    """MLflow's run ends as the training did, if MLflow can be reached."""
-    if plan is None:
+def _end_run(run_request: RunRequest | None, on_notice: OnNotice, status: RunEnd, result: TrainResult | None = None) -> None:
+    """End the MLflow run with the training's status and result; if MLflow cannot be reached, say so by `on_notice`."""
+    if run_request is None:
         return
 
     def end(run: TrackedRun) -> None:
@@ -188,12 +195,12 @@ def _end_run(plan: RunPlan | None, on_notice: OnNotice, status: RunEnd, result: 
             run.tag_tables(result.inputs)
         run.end(status)
 
-    if (problem := plan.try_to(end)) is not None:
-        on_notice(f"MLflow at {plan.uri} cannot be reached, its run stays open: {problem}")
+    if (problem := run_request.try_to(end)) is not None:
+        on_notice(f"MLflow at {run_request.uri} cannot be reached, its run stays open: {problem}")
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """Ray's workers run in folders of their own."""
+    """Make the local paths of a configuration absolute, since Ray's workers run in other folders."""
 
     def absolute(path: str | None) -> str | None:
         return absolute_uri(path) if path is not None and Path(path).exists() else path
@@ -215,7 +222,7 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
 
 def _fit(task: TrainTask) -> Result:
-    """Raises TrainingError."""
+    """Run the workers with Ray Train until they end. Raises TrainingError if they fail for good."""
     config = task.config
     resources = config.resources
     name = f"train-{uuid.uuid4().hex[:12]}"
@@ -227,7 +234,7 @@ def _fit(task: TrainTask) -> Result:
             resources_per_worker={"CPU": resources.num_cpus, **_gpus(resources.num_gpus), **resources.custom},
         ),
         run_config=RunConfig(
-            name=name,  # Ray Train's notes of this attempt; checkpoints are ours
+            name=name,  # folder of Ray Train's own files; checkpoints are written by us, elsewhere
             storage_path=str(Path(tempfile.gettempdir(), "sana-ray-train")),
             failure_config=FailureConfig(max_failures=config.max_failures),
         ),
@@ -244,13 +251,13 @@ def _gpus(num_gpus: float) -> dict[str, float]:
 
 
 def _explain(error: TrainingFailedError) -> str:
-    """A line for each worker that failed."""
+    """Return the message for a failed training, with a line for each worker that failed."""
     if not isinstance(error, WorkerGroupError):
         return f"the training failed: {error}"
     lines = []
     for rank, failure in sorted(error.worker_failures.items()):
         cause = getattr(failure, "_base_exc", failure)  # Ray Train wraps what the worker raised
-        first_line, *_ = (str(cause).strip() or "no message").splitlines()  # the whole is in this error's __cause__
+        first_line, *_ = (str(cause).strip() or "no message").splitlines()  # the full text is in __cause__
         lines.append(f"worker {rank}: {type(cause).__name__}: {first_line}")
     return "the training failed; run it again to go on from the last checkpoint\n  " + "\n  ".join(lines)
 

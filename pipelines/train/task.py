@@ -1,24 +1,28 @@
-"""What the driver of a training hands to its workers."""
+"""The task of a training, which the driver passes to all of its workers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.tracking.runs import RunPlan
+from pipelines.tracking.runs import RunRequest
 from pipelines.train.config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTask:
-    """What the driver hands to the workers.
+    """A training for the workers to do.
 
-    inputs: name and fingerprint of the tables. output_uri: folder on any fsspec file system. plan: the MLflow run; None: none.
-    desk: handle of the actor that links workers and driver; None: nobody listens.
+    config: the training.
+    dataset_uri: the dataset.
+    inputs: name -> fingerprint of the tables that are read.
+    output_uri: output folder, any fsspec URI.
+    run_request: the MLflow run to log to; None: no MLflow.
+    desk: handle of the desk (see `desk.py`); None: no driver listens.
     """
 
     config: TrainConfig
     dataset_uri: str
     inputs: Mapping[str, str]
     output_uri: str
-    plan: RunPlan | None = None
+    run_request: RunRequest | None = None
     desk: Any = None

@@ -1,4 +1,4 @@
-"""The pipeline that a training has come to, with the average weights: drawn with on the way, written at the end."""
+"""The pipeline with the average weights of a training: it draws pictures during the training, and is written at its end."""
 
 import tempfile
 from pathlib import Path
@@ -19,11 +19,20 @@ from sana_model.nn.transformer import SanaTransformer
 from sana_model.pipeline import TextToImage
 
 PIPELINE_DIR = "pipeline"
+"""Folder of the trained pipeline, in the output folder."""
 LORA_DIR = "lora"
+"""Folder of the trained adapters, in the output folder."""
 
 
 class TrainedPipeline:
-    """Of one rank; weights come together on rank 0, and all ranks must make the same calls."""
+    """One rank's part in making the trained pipeline. Rank 0 gathers the weights of all ranks: all methods are collective.
+
+    Args:
+        engine: holds the weights.
+        ema: the average of the weights.
+        models: the other models of the pipeline.
+        lora: the adapters that are trained; None: all weights are trained.
+    """
 
     def __init__(self, engine: Engine, ema: EMA, models: TrainModels, lora: LoraConfig | None):
         self.engine = engine
@@ -32,12 +41,15 @@ class TrainedPipeline:
         self.lora = lora
 
     def gather_average(self) -> dict[str, Tensor] | None:
-        """The average weights, and adapters, on rank 0."""
+        """Return the average weights, adapters included, in float32 on the CPU, on rank 0; None on other ranks."""
         with self.ema.in_place_of(self.engine.master_weights()):
             return self.engine.gather_weights()
 
     def gather(self, dtype: torch.dtype) -> TextToImage | None:
-        """The pipeline with the average weights, on rank 0."""
+        """Return the pipeline with the average weights on rank 0, its transformer in `dtype`; None on other ranks.
+
+        Adapters are merged into the weights.
+        """
         weights = self.gather_average()
         if weights is None:
             return None
@@ -52,7 +64,7 @@ class TrainedPipeline:
         return TextToImage(transformer, models.autoencoder, models.text_encoder, flow_shift=models.shift)
 
     def draw(self, grid: GridConfig) -> Image.Image | None:
-        """The configured prompts in one picture, on rank 0."""
+        """Draw the grid's pictures. Returns them as one image on rank 0; None on other ranks."""
         pipeline = self.gather(self.engine.config.torch_dtype)
         if pipeline is None:
             return None
@@ -61,7 +73,7 @@ class TrainedPipeline:
         return image_grid(images, grid.columns)
 
     def write(self, output_uri: str) -> None:
-        """Its folder, and that of the adapters where there are any. Raises StorageError."""
+        """Write the pipeline, and the adapters if there are any, into the output folder. Raises StorageError."""
         if self.lora is not None and (weights := self.gather_average()) is not None:
             with tempfile.TemporaryDirectory() as folder:
                 save_lora(Path(folder), weights, self.lora)

@@ -1,4 +1,4 @@
-"""What every training worker does: steps, and between them reports, pictures, validation and checkpoints."""
+"""The training loop of a worker: steps, and between them reports, pictures, validation and checkpoints."""
 
 import math
 from collections.abc import Callable
@@ -13,8 +13,9 @@ from torch import Tensor
 from pipelines.tables.errors import TrainingError
 from pipelines.train.bad_steps import BadStepGuard
 from pipelines.train.desk import StopWatch, watch_for_sigterm
-from pipelines.train.engine.checkpoint_store import CheckpointStore, gather_objects
+from pipelines.train.engine.checkpoint_store import CheckpointStore
 from pipelines.train.engine.checkpoints import BadCheckpointError, CheckpointReader, take_snapshot
+from pipelines.train.engine.collective import any_rank, first_problem, gather_objects
 from pipelines.train.engine.deepspeed import Engine
 from pipelines.train.engine.ema import EMA
 from pipelines.train.engine.optim import learning_rate
@@ -37,10 +38,10 @@ from sana_model.pipeline import Caption
 
 
 def train_worker(task: TrainTask) -> dict[str, Any]:
-    """Run by Ray Train in each worker.
+    """Train as one of Ray Train's workers; Ray Train calls this function in each of them.
 
-    Returns the figures of the whole training on rank 0; {"stopped": step} where the driver asked it to end early; or
-    {"error": message} where another try would end alike. Of the last two, each on all ranks.
+    Returns, on rank 0, the figures of `TrainWorker.finish`, and {} on other ranks; or, on all ranks, {"stopped": step} if the
+    driver asked the training to end early, or {"error": message} if it failed in a way that would only repeat itself.
     """
     watch_for_sigterm()
     try:
@@ -54,14 +55,14 @@ def train_worker(task: TrainTask) -> dict[str, Any]:
 
 
 class TrainWorker:
-    """One rank of a training; the process group is there.
+    """One rank of a training. The process group must exist. Call `restore`, `train` and `finish`, on all ranks alike.
 
     Args:
-        task: what the driver wants.
-        device: to compute on.
-        preempted: tells whether a node of the training is about to be taken back; all ranks call it together.
+        task: what to train.
+        device: device to compute on.
+        preempted: returns None unless a node of the training is about to be taken back; all ranks call it together.
 
-    Raises TrainingError if models, table and configuration do not fit together.
+    Raises TrainingError if models, tables and configuration do not fit together.
     """
 
     def __init__(self, task: TrainTask, *, device: torch.device, preempted: Callable[[], object | None] = lambda: None):
@@ -81,12 +82,12 @@ class TrainWorker:
         )
         self.ema = EMA(self.engine.master_weights(), self.config.ema)
         self.pipeline = TrainedPipeline(self.engine, self.ema, self.models, self.config.lora)
-        self.step = 0  # done
+        self.step = 0  # steps done
         self.stopped = False
         self.history = LossHistory()
         self.meter = TrainingMeter(self.device)
         self.guard = BadStepGuard(self.config.bad_steps, self.device)
-        self.metrics: dict[str, float] = {}  # the last loss, and validation loss
+        self.metrics: dict[str, float] = {}  # the last "loss" and "validation_loss", for `keep_best`
         self.outputs = TrainOutputs(task, self.rank)
         self.stop_watch = StopWatch(task.desk if self.rank == 0 else None, preempted)
         self.store = CheckpointStore(
@@ -98,7 +99,7 @@ class TrainWorker:
         )
 
     def _load(self) -> SanaTransformer:
-        """Models and tables. Returns the transformer to train."""
+        """Load the other models and open the tables. Returns the transformer to train."""
         config, dataset_uri = self.config, self.task.dataset_uri
         sizes = {"rank": self.rank, "world_size": self.world_size}
         try:
@@ -120,15 +121,21 @@ class TrainWorker:
         return transformer
 
     def _raise_together(self, problem: str | None) -> None:
-        """Where all ranks have a problem, another try would end alike: TrainingError. RuntimeError where only some have one,
-        such as a node that did not reach the hub: Ray starts all of them again."""
+        """Raise on all ranks if any rank has a problem. Collective call.
+
+        If all ranks have one, another try would fail too: TrainingError. If only some have one, such as a node that did not
+        reach the hub: RuntimeError, after which Ray starts all workers again.
+        """
         problems = [one for one in gather_objects(problem) if one is not None]
         if problems:
             kind = TrainingError if len(problems) == self.world_size else RuntimeError
             raise kind(problem or problems[0])
 
     def restore(self) -> None:
-        """Go on from the last good checkpoint, if there is one."""
+        """Resume from the last good checkpoint, if there is one, and start to read samples.
+
+        Raises TrainingError if there are checkpoints, but none can be read.
+        """
         try:
             reader = self.store.find(self.engine, fallback=self.config.resume_from)
             waiting = self._take_over(reader) if reader is not None else []
@@ -140,7 +147,7 @@ class TrainWorker:
         self.stream = PrefetchedStream(self.source, self.config.data.prefetch)
 
     def _take_over(self, reader: CheckpointReader) -> list[Any]:
-        """All but the place in the stream; returns what had not been sent to MLflow then."""
+        """Load all of a checkpoint but the stream's position. Returns the metrics that had not reached MLflow."""
         reader.load(self.ema)
         reader.close()
         state = reader.checkpoint.states[0]
@@ -150,6 +157,7 @@ class TrainWorker:
         return state["waiting"]
 
     def train(self) -> None:
+        """Train until the last step, or until the driver asks to stop. Raises TrainingError if bad steps or writes end it."""
         self.meter.start()
         while self.step < self.config.num_steps and not self.stopped:
             if self.train_step():
@@ -158,7 +166,7 @@ class TrainWorker:
         self.stream.close()
 
     def train_step(self) -> bool:
-        """False if the step was bad and does not count."""
+        """Make one step. Returns False if it was bad and does not count."""
         config = self.config
         lr = learning_rate(self.step, config.num_steps, config.optim)
         for index in range(config.grad_accum_steps):
@@ -171,24 +179,26 @@ class TrainWorker:
             self._count(batch, caption, loss, sigma)
         grad_norm = self.engine.step(lr)
         if self.guard.is_bad(grad_norm, self.meter.step_losses, scaled=config.engine.dtype == "fp16"):
-            self.pass_over(grad_norm)
+            self.handle_bad_step(grad_norm)
             return False
         self.ema.update(self.engine.master_weights())
         self.meter.end_step(lr=lr, grad_norm=grad_norm)
         return True
 
     def encode(self, batch: MicroBatch) -> Caption:
+        """Return caption_embeds (B, L, D) and caption_mask (B, L) of a micro-batch."""
         if batch.embeds is not None:
             return pad_embeds(batch.embeds, self.models.null)
         assert self.models.text_encoder is not None
         return encode_captions(self.models.text_encoder, batch.captions, self.models.null)
 
     def flow_loss(self, batch: MicroBatch, caption: Caption, sigma: Tensor, noise: Tensor) -> Tensor:
-        """(B,) of samples with these captions, noise levels (B,) and noise (B, C, h, w)."""
+        """Return the loss of each sample, (B,), for encoded captions, noise levels (B,) and noise (B, C, h, w)."""
         latents = batch.latents.to(self.device, torch.float32)
         return flow_loss(self.engine, latents, *caption, sigma=sigma.to(self.device), noise=noise.to(self.device))
 
     def _count(self, batch: MicroBatch, caption: Caption, loss: Tensor, sigma: Tensor) -> None:
+        """Add a micro-batch to the measurements and to the record of samples."""
         batch_size, _, height, width = batch.latents.shape
         model = self.models.transformer_config
         image_tokens = height * width // model.patch_size**2
@@ -197,39 +207,46 @@ class TrainWorker:
         self.meter.add(loss, sigma.to(self.device), num_tokens=batch_size * image_tokens, flops=flops)
         self.outputs.add_batch(self.step + 1, batch)
 
-    def pass_over(self, grad_norm: float) -> None:
-        """What the policy for bad steps says. Raises TrainingError where the training had better end."""
+    def handle_bad_step(self, grad_norm: float) -> None:
+        """Do what `bad_steps.policy` says. Raises TrainingError if the training should end."""
         policy, losses = self.config.bad_steps.policy, torch.cat(self.meter.step_losses)
         self.meter.drop_step()
-        what = f"the step after step {self.step} was bad: loss {losses.mean():.4g}, norm of the gradients {grad_norm:.3g}"
+        problem = f"the step after step {self.step} was bad: loss {losses.mean():.4g}, norm of the gradients {grad_norm:.3g}"
         if policy == "stop" or self.guard.num_in_a_row >= self.config.bad_steps.max_in_a_row:
-            self.outputs.say(what)
+            self.outputs.say(problem)
             raise TrainingError(
-                f"{what}: lower optim.lr={self.config.optim.lr:g}, raise optim.warmup_steps, or look for samples that are not "
-                "finite; bad_steps.policy=skip or roll_back goes on without them"
+                f"{problem}: lower optim.lr={self.config.optim.lr:g}, raise optim.warmup_steps, or look for samples that are "
+                "not finite; bad_steps.policy=skip or roll_back goes on without them"
             )
         if policy == "roll_back":
-            self.roll_back(what)
+            self.roll_back(problem)
         else:
-            self.outputs.say(f"{what}; it is passed over")
+            self.outputs.say(f"{problem}; it is passed over")
 
-    def roll_back(self, what: str) -> None:
-        """Weights, optimizer and average of the last checkpoint; the samples drawn since then are passed over."""
+    def roll_back(self, problem: str) -> None:
+        """Return to weights, optimizer and average of the last checkpoint, but continue with the next samples.
+
+        `problem`: the message that says why. Raises TrainingError if there is no checkpoint to return to.
+        """
         num_bad, num_in_a_row = self.guard.num_bad, self.guard.num_in_a_row
-        self._first_problem(self.store.wait())  # until the last checkpoint is there, or is known not to be
+        first_problem(self.store.wait())  # waits for the writes of all ranks, whether or not they succeed
         try:
             reader = self.store.find(self.engine)
         except BadCheckpointError as error:
-            raise TrainingError(f"{what}; and there is no way back: {error}") from error
+            raise TrainingError(f"{problem}; it cannot be rolled back: {error}") from error
         if reader is None:
-            raise TrainingError(f"{what}; and there is no checkpoint yet to go back to")
+            raise TrainingError(
+                f"{problem}; it cannot be rolled back: there is no checkpoint yet. Lower optim.lr={self.config.optim.lr:g}, "
+                f"raise optim.warmup_steps, or lower checkpoint_every={self.config.checkpoint_every}"
+            )
         self.outputs.forget_after(reader.checkpoint.step)
         self._take_over(reader)
         self.guard.num_bad, self.guard.num_in_a_row = num_bad, num_in_a_row
         self.meter.restart(self.stream.wait_seconds)
-        self.outputs.say(f"{what}; back at step {self.step}, with the next samples")
+        self.outputs.say(f"{problem}; back at step {self.step}, with the next samples")
 
     def after_step(self) -> None:
+        """Report, validate, draw and save, each if it is due after this step."""
         config = self.config
         last = self.step == config.num_steps
         reports = last or self.step % config.log_every == 0
@@ -239,22 +256,13 @@ class TrainWorker:
             self.validate(self.validation)
         if config.grid.prompts and (last or self.step % config.grid.every == 0):
             self.draw_grid()
-        self.stopped, noticed = self._agree(self.stop_watch.asked_to_stop(), self.stop_watch.noticed(ask_ray=reports))
+        watch = self.stop_watch
+        self.stopped, noticed = any_rank(watch.asked_to_stop(), watch.noticed(ask_ray=reports), device=self.device)
         if last or self.stopped or noticed or self.step % config.checkpoint_every == 0:
             self.save()
 
-    def _agree(self, *flags: bool) -> list[bool]:
-        """Each is true on all ranks if it is on one."""
-        values = torch.tensor(flags, dtype=torch.float32, device=self.device)
-        torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
-        return [bool(value) for value in values.tolist()]
-
-    def _first_problem(self, problem: str | None) -> str | None:
-        """The first that a rank has. All ranks must call it: an error that ends the training is raised on all or on none."""
-        return next((message for message in gather_objects(problem) if message is not None), None)
-
     def log(self) -> None:
-        """Losses and speed since the last time, over all ranks, to MLflow and to the driver."""
+        """Report losses and speed since the last report, over all ranks, to MLflow and to the driver."""
         report = self.meter.collect(self.stream.wait_seconds, self.config.global_batch_size)
         self.outputs.flush_batches(self.step)
         if report is None:
@@ -266,7 +274,7 @@ class TrainWorker:
 
     @torch.no_grad()
     def validate(self, validation: ValidationSet) -> None:
-        """The loss on the held-out samples, by noise level and over all, to MLflow."""
+        """Measure the loss on the held-out samples, by noise level and over all, and send it to MLflow."""
         config = self.config.validation
         sums = torch.zeros(len(config.sigmas) + 1, dtype=torch.float64, device=self.device)
         with self.meter.paused(), self.engine.evaluating():
@@ -284,15 +292,14 @@ class TrainWorker:
         self.outputs.log_metrics(self.step, {"validation_loss": self.metrics["validation_loss"], **by_sigma})
 
     def draw_grid(self) -> None:
-        """Pictures of the configured prompts with the average weights, as a PNG file and in MLflow."""
+        """Draw the grid's prompts with the average weights; write the pictures as a PNG file and send them to MLflow."""
         with self.meter.paused():
             picture = self.pipeline.draw(self.config.grid)
             if picture is not None:
                 self.outputs.show_picture(self.step, picture)
 
     def save(self) -> None:
-        """A checkpoint, written while the training goes on. Raises TrainingError if several in a row could not be written."""
-        self.guard.num_in_a_row = 0
+        """Start to write a checkpoint in the background. Raises TrainingError if several in a row could not be written."""
         with self.meter.paused():
             state = {
                 "stream": self.stream.state_dict(),
@@ -302,15 +309,23 @@ class TrainWorker:
                 "waiting": self.outputs.waiting(),
             }
             self.outputs.flush_batches(self.step)
-            if problem := self._first_problem(self.store.given_up()):
-                raise TrainingError(f"checkpoints cannot be written any more: {problem}")
+            if problem := first_problem(self.store.given_up()):
+                raise TrainingError(f"checkpoints cannot be written: {problem}; once they can, run it again to resume")
             self.outputs.log_checkpoint(self.store.last_written)
             self.store.write(take_snapshot(self.engine, self.ema, state, step=self.step))
 
     def finish(self) -> dict[str, Any]:
-        """Wait for the last checkpoint, write the final pipeline; the training's figures, on rank 0."""
-        if problem := self._first_problem(self.store.wait()):
-            raise TrainingError(f"the last checkpoint could not be written: {problem}")
+        """Wait for the last checkpoint and write the final pipeline.
+
+        Returns, on rank 0, checkpoint (URI), loss_start, loss_end, losses, samples_per_second and started_at (`time.time()` of
+        the first step), and {} on other ranks; {"stopped": step} on all ranks, and no pipeline, if the training was stopped.
+
+        Raises TrainingError if the last checkpoint could not be written.
+        """
+        if problem := first_problem(self.store.wait()):
+            raise TrainingError(
+                f"the last checkpoint could not be written: {problem}; run it again to resume from the one before"
+            )
         self.outputs.log_checkpoint(self.store.last_written)
         if self.stopped:
             return {"stopped": self.step}

@@ -8,13 +8,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 
-from pipelines.workers.models import local_model, pick_device
+from pipelines.workers.models import pick_device, pretrained
 
 MAX_TEXTS = 512
-"""In one call of the model."""
+"""Texts per call of the model."""
 
 PreparedImage = Mapping[str, Tensor]
-"""What the model's image processor makes of one image, by the name of the model's argument."""
+"""The output of the model's image processor for one image, by argument of the model."""
 
 
 class ClipModel:
@@ -25,8 +25,7 @@ class ClipModel:
     """
 
     def __init__(self, model: str, *, revision: str | None = None, dtype: str = "float32", device: str | None = None):
-        path = local_model(model)
-        options = {"revision": revision} if revision else {}
+        path, options = pretrained(model, revision)
         self.device = pick_device(device)
         self.model = AutoModel.from_pretrained(path, dtype=getattr(torch, dtype), **options).to(self.device).eval()
         processor = AutoProcessor.from_pretrained(path, **options)
@@ -38,7 +37,7 @@ class ClipModel:
         self.max_tokens = self.length - len(self.prefix) - len(self.suffix)
 
     def prepare_image(self, image: Image.Image) -> PreparedImage:
-        """What of an RGB image goes into the model; may be called from several threads."""
+        """Turn an RGB image into the model's input; may be called from several threads."""
         return dict(self.image_processor(images=[image], return_tensors="pt"))
 
     @torch.inference_mode()
@@ -79,7 +78,7 @@ class ClipModel:
         return _unit(self.model.get_text_features(**inputs))
 
     def _special_tokens(self) -> tuple[list[int], list[int]]:
-        """What the tokenizer puts before and after every text."""
+        """The tokens that the tokenizer puts before and after every text."""
         bare, whole = (self.tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
         start = next(index for index in range(len(whole)) if whole[index : index + len(bare)] == bare)
         return whole[:start], whole[start + len(bare) :]

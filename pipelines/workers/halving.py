@@ -1,36 +1,54 @@
-"""A model's batch that may not fit into memory: it is halved until it does, and what does not fit alone costs itself only."""
+"""Halve a model's batch that fails until it succeeds: what fails even alone costs itself only."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 
-from pipelines.workers.images import BadImageError
+from pipelines.tables.rejects import RowRefused
+
+OUT_OF_MEMORY = "out_of_memory"
+"""The reject reason of an item that is too large even alone."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def run_halving(model: Callable[[list[Item]], Sequence[Result]], batch: list[Item]) -> list[Result | BadImageError]:
-    """What `model` makes of each item of a batch, in order; a BadImageError for one that is too much even alone.
+def refuse_out_of_memory(error: Exception, size: int) -> RowRefused | None:
+    """The refusal of an item for which the memory of a GPU or of the host is not enough; None for any other error."""
+    if not is_out_of_memory(error):
+        return None
+    return RowRefused(OUT_OF_MEMORY, str(error).partition("\n")[0] or type(error).__name__)
 
-    Raises what the model raises, unless it is out of memory (of a GPU or of the host).
+
+def run_halving(
+    model: Callable[[list[Item]], Sequence[Result]],
+    batch: list[Item],
+    *,
+    refuse: Callable[[Exception, int], RowRefused | None] = refuse_out_of_memory,
+) -> list[Result | RowRefused]:
+    """What `model` makes of each item of a batch, in order; a RowRefused for an item that fails even alone.
+
+    Args:
+        refuse: is told what the model raised and how many items it was given. Returns the refusal of an item that fails so
+            alone; None if the items are not at fault: then the error is raised.
     """
     try:
         return list(model(batch))
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+    except Exception as error:
+        refused = refuse(error, len(batch))
+        if refused is None:
             raise
-        detail = str(error).partition("\n")[0] or type(error).__name__
-    # Out of the handler, whose traceback holds the tensors of the call that failed.
-    if torch.cuda.is_available():
+    # Outside the handler, whose traceback holds the tensors of the call that failed.
+    if refused.reason == OUT_OF_MEMORY and torch.cuda.is_available():
         torch.cuda.empty_cache()
     if len(batch) == 1:
-        return [BadImageError("out_of_memory", detail)]
+        return [refused]
     middle = len(batch) // 2
-    return run_halving(model, batch[:middle]) + run_halving(model, batch[middle:])
+    first = run_halving(model, batch[:middle], refuse=refuse)
+    return first + run_halving(model, batch[middle:], refuse=refuse)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU's memory or the host's was not enough: torch's allocator on the CPU raises a plain RuntimeError."""
+    """Whether a GPU's memory or the host's was not enough; torch's allocator on the CPU raises a plain RuntimeError."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)

@@ -12,8 +12,10 @@ from io import BytesIO
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
+from pipelines.tables.rejects import RowRefused
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
-"""What may be decoded, as Pillow names it. Not all that Pillow knows: some (EPS) start other programs."""
+"""Formats that are decoded, by Pillow's names. Pillow knows more, but some (EPS) start other programs."""
 REFUSED_EXTENSIONS = (".heic", ".heif", ".svg", ".psd", ".eps", ".ico", ".tga", ".pcx", ".jxl")
 # fmt: off
 EXTENSIONS = (
@@ -21,7 +23,7 @@ EXTENSIONS = (
     ".pgm", *REFUSED_EXTENSIONS,
 )
 # fmt: on
-"""What is taken for an image by its name. Those that cannot be decoded are refused, rather than passed over."""
+"""File names that count as images. Those that cannot be decoded are refused, not passed over."""
 PILLOW_MAX_PIXELS = 2 * 89_478_485
 """Pillow refuses larger images by itself."""
 MAX_JPEG_SCANS = 200
@@ -54,24 +56,13 @@ TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What undoes each EXIF orientation."""
+"""The transposition that undoes each EXIF orientation."""
 HASH_SIDE, HASH_SAMPLES = 8, 32
-
-
-class BadImageError(ValueError):
-    """An image that will not be used: `reason` is a short code, `detail` for people."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageLimits:
-    """Which images are let in, judged by the header, before anything is decoded.
+    """Limits of images, checked on the header before anything is decoded.
 
     Args:
         min_size: of the shorter side, pixels.
@@ -106,7 +97,7 @@ def decode(image_bytes: bytes, limits: ImageLimits | None = None) -> Image.Image
         limits: None for images that `ingest` let in.
 
     Raises:
-        BadImageError: not_an_image, unsupported_format, too_many_bytes, too_large, too_small, extreme_aspect_ratio, truncated,
+        RowRefused: not_an_image, unsupported_format, too_many_bytes, too_large, too_small, extreme_aspect_ratio, truncated,
             corrupt or unsupported_pixels.
     """
     return to_rgb(open_image(image_bytes, limits))
@@ -124,12 +115,12 @@ def open_image(image_bytes: bytes, limits: ImageLimits | None = None) -> Image.I
     if limits is not None:
         _check_limits(*image.size, limits)
     if image.format in ("JPEG", "MPO") and (scans := image_bytes.count(b"\xff\xda")) > MAX_JPEG_SCANS:
-        raise BadImageError("too_large", f"{scans} scans: a JPEG made to be slow, over {MAX_JPEG_SCANS}")
+        raise RowRefused("too_large", f"{scans} scans: a JPEG made to be slow, over {MAX_JPEG_SCANS}")
     return image
 
 
-def too_many_bytes(size: int, max_bytes: int) -> BadImageError:
-    return BadImageError("too_many_bytes", f"{size} bytes, over max_bytes={max_bytes}")
+def too_many_bytes(size: int, max_bytes: int) -> RowRefused:
+    return RowRefused("too_many_bytes", f"{size} bytes, over max_bytes={max_bytes}")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -142,38 +133,38 @@ def to_rgb(image: Image.Image) -> Image.Image:
     try:
         rgb = _onto_white(image, profile) if image.has_transparency_data else _to_srgb(image, profile)
     except ValueError as error:
-        raise BadImageError("unsupported_pixels", f"mode {image.mode} ({error})") from error
+        raise RowRefused("unsupported_pixels", f"mode {image.mode} ({error})") from error
     return rgb if transpose is None else rgb.transpose(transpose)
 
 
 @contextmanager
 def _decoding() -> Iterator[None]:
-    """Turns what a decoder raises into BadImageError. Hostile bytes make Pillow raise errors of nearly every type."""
+    """Turn errors of a decoder into RowRefused. Hostile bytes make Pillow raise errors of nearly every type."""
     try:
         yield
     except UnidentifiedImageError:
         raise
     except (Image.DecompressionBombError, MemoryError) as error:
-        raise BadImageError("too_large", str(error) or "out of memory") from error
+        raise RowRefused("too_large", str(error) or "out of memory") from error
     except Exception as error:
         text = str(error) or type(error).__name__
         lower = text.lower()
         if "decompressed data too large" in lower or "too much memory" in lower:  # text chunks of PNG
-            raise BadImageError("too_large", text) from error
+            raise RowRefused("too_large", text) from error
         cut_off = isinstance(error, EOFError) or any(word in lower for word in ("truncated", "unexpected end", "eof"))
-        raise BadImageError("truncated" if cut_off else "corrupt", text) from error
+        raise RowRefused("truncated" if cut_off else "corrupt", text) from error
 
 
-def _unidentified(image_bytes: bytes) -> BadImageError:
+def _unidentified(image_bytes: bytes) -> RowRefused:
     for offset, signature, name in SIGNATURES:
         if image_bytes.startswith(signature, offset):
-            return BadImageError("unsupported_format", f"{name}: convert it to JPEG, PNG or WebP")
+            return RowRefused("unsupported_format", f"{name}: convert it to JPEG, PNG or WebP")
     head = image_bytes[:HEAD].lower()
     for word, name in TEXT_SIGNATURES:
         if word in head and b"<html" not in head:
-            return BadImageError("unsupported_format", f"{name}: draw it into a PNG")
+            return RowRefused("unsupported_format", f"{name}: draw it into a PNG")
     detail = f"{len(image_bytes)} bytes that begin with {image_bytes[:12]!r}" if image_bytes else "no bytes"
-    return BadImageError("not_an_image", detail)
+    return RowRefused("not_an_image", detail)
 
 
 def resize_and_crop(
@@ -212,21 +203,21 @@ def _low_cosines() -> np.ndarray:
 
 def _check_limits(width: int, height: int, limits: ImageLimits) -> None:
     if width * height > limits.max_pixels:
-        raise BadImageError("too_large", f"{width}x{height} has more than max_pixels={limits.max_pixels}")
+        raise RowRefused("too_large", f"{width}x{height} has more than max_pixels={limits.max_pixels}")
     short, long = sorted((width, height))
     if short < limits.min_size:
-        raise BadImageError("too_small", f"{width}x{height} has a side under min_size={limits.min_size}")
+        raise RowRefused("too_small", f"{width}x{height} has a side under min_size={limits.min_size}")
     if long > short * limits.max_aspect_ratio:
         detail = f"{width}x{height} is longer than max_aspect_ratio={limits.max_aspect_ratio:g}"
-        raise BadImageError("extreme_aspect_ratio", detail)
+        raise RowRefused("extreme_aspect_ratio", detail)
 
 
 def _orientation(image: Image.Image) -> int:
-    """1, upright, where the EXIF data is absent or broken."""
+    """The EXIF orientation; 1 (upright) if the EXIF data is missing or broken."""
     try:
         with _decoding():
             return image.getexif().get(ORIENTATION_TAG, 1)
-    except BadImageError:
+    except RowRefused:
         return 1
 
 
@@ -239,7 +230,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= white):  # NaN too
         detail = f"mode {image.mode} with values from {low} to {high}: they must lie in 0 to {white:g}"
-        raise BadImageError("unsupported_pixels", detail)
+        raise RowRefused("unsupported_pixels", detail)
     return Image.fromarray((values.astype(np.float32) * np.float32(255 / white)).round().astype(np.uint8))
 
 

@@ -1,10 +1,14 @@
-"""Which models a stage used: where they lie, and what tells one version from another."""
+"""Find the models of a stage: where they are, and their versions.
+
+A stage finds each of its models once, in the driver, by `find_model`. The version that it finds goes into the table's identity,
+and the configuration that its workers get names that very version: a hub that moves on meanwhile changes nothing.
+"""
 
 import hashlib
 import re
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 import ray
@@ -19,11 +23,9 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 NOT_HASHED = (".lock", ".md", ".gitattributes", ".gitignore")
 
-Config = TypeVar("Config")
-
 
 def is_hub_id(path: str) -> bool:
-    """Whether a model's path is an id of the Hugging Face hub (owner/name) rather than a place. Raises FileNotFoundError."""
+    """Whether a model's path is a hub id (owner/name). Raises FileNotFoundError if it is neither that nor an existing place."""
     if "://" in path or Path(path).exists():
         return False
     if not HUB_ID.fullmatch(path):
@@ -31,18 +33,66 @@ def is_hub_id(path: str) -> bool:
     return True
 
 
-def local_model(path: str) -> str:
-    """What transformers' `from_pretrained` takes: a hub id as it is, anything else fetched to a local folder.
+@dataclass(frozen=True)
+class FoundModel:
+    """A model as the driver found it.
 
-    `path` is a local folder, a hub id (owner/name), or a zoo://, hf:// or fsspec URI.
+    path: as it was configured; an hf:// address has the commit in it. revision: the commit of a hub id. version: differs
+    whenever weights, code, tokenizer or settings do; for an `Identity`.
     """
-    return path if is_hub_id(path) else str(resolve(path))
+
+    path: str
+    revision: str | None
+    version: str
+
+    @property
+    def address(self) -> str:
+        """Path and revision in one, as `pretrained` takes them."""
+        return f"{self.path}@{self.revision}" if self.revision else self.path
+
+
+def find_model(path: str, revision: str | None = None) -> FoundModel:
+    """Find a model: a local file or folder, a hub id (owner/name) with a revision, or a zoo://, hf:// or fsspec URI.
+
+    Raises FileNotFoundError if there is no such model, ValueError if the hub does not tell the commit.
+    """
+    if is_hub_id(path):
+        commit = hub_commit(path, revision)
+        return FoundModel(path, commit, f"{path}@{commit}")
+    place = resolve(path)
+    pinned = _with_commit(path, place) if path.startswith("hf://") else path
+    if place.parent.name == "snapshots":  # of the hub's cache
+        return FoundModel(pinned, None, place.name)
+    return FoundModel(pinned, None, _hash_files(place))
+
+
+def _with_commit(address: str, place: Path) -> str:
+    """An hf:// address with the commit that it was found at: its place is .../snapshots/<commit>[/folder]."""
+    parts = place.parts
+    if "snapshots" not in parts:
+        return address
+    owner, name, *folder = address.removeprefix("hf://").strip("/").split("/")
+    commit = parts[len(parts) - 1 - parts[::-1].index("snapshots") + 1]
+    return "/".join([f"hf://{owner}", f"{name.partition('@')[0]}@{commit}", *folder])
+
+
+def pretrained(address: str, revision: str | None = None) -> tuple[str, dict[str, Any]]:
+    """The arguments of transformers' `from_pretrained` on this host: a hub id and its revision, or a local folder.
+
+    Anything but a hub id is fetched to a local folder. `address` may also be that of a `FoundModel`.
+    """
+    name, _, commit = address.partition("@")
+    if COMMIT.fullmatch(commit) and HUB_ID.fullmatch(name):
+        return name, {"revision": commit}
+    if is_hub_id(address):
+        return address, {"revision": revision} if revision else {}
+    return str(resolve(address)), {}
 
 
 def pick_device(device: str | None) -> torch.device:
-    """The configured device; unless there is one, the first GPU that Ray gave this actor, or else the CPU.
+    """The configured device; if None, the first GPU that Ray gave this actor, or else the CPU.
 
-    Ray does not hide the GPUs of a node from who reserved none: they belong to others.
+    Ray does not hide a node's GPUs from an actor that reserved none; they belong to other actors.
     """
     if device is not None:
         return torch.device(device)
@@ -52,15 +102,11 @@ def pick_device(device: str | None) -> torch.device:
 
 
 def model_version(path: str, revision: str | None = None) -> str:
-    """A hub id's commit, or a hash of a file or a folder's files: differs whenever weights, code, tokenizer or settings do.
+    """The version of a model: `FoundModel.version`. Raises as `find_model`."""
+    return find_model(path, revision).version
 
-    Raises FileNotFoundError if there is no such model, ValueError if the hub does not tell the commit.
-    """
-    if is_hub_id(path):
-        return f"{path}@{hub_commit(path, revision)}"
-    place = resolve(path)
-    if place.parent.name == "snapshots":  # of the hub's cache
-        return place.name
+
+def _hash_files(place: Path) -> str:
     digest = hashlib.sha256()
     for file in [place] if place.is_file() else _files_of(place):
         digest.update(f"{file.relative_to(place)}\\0".encode())
@@ -70,28 +116,16 @@ def model_version(path: str, revision: str | None = None) -> str:
 
 
 def _files_of(folder: Path) -> list[Path]:
-    """Sorted; without notes for people, and what caches and version control keep there."""
+    """The files of a folder, sorted, without notes for people and the files of caches and version control."""
     files = (file for file in folder.rglob("*") if file.is_file() and file.suffix not in NOT_HASHED)
     hidden = ("__pycache__", ".git", ".cache")
     return sorted(file for file in files if not set(file.relative_to(folder).parts) & set(hidden))
 
 
-def pinned(config: Config) -> Config:
-    """A stage's configuration with the commit that its model's revision means now, which all actors then load.
-
-    `config` has fields `model` and `revision`. Raises as `model_version`.
-    """
-    settings: Any = config
-    if not is_hub_id(settings.model):
-        return config
-    pinned_config: Config = replace(settings, revision=hub_commit(settings.model, settings.revision))
-    return pinned_config
-
-
 def hub_commit(model: str, revision: str | None) -> str:
-    """The commit that a revision (None: "main") of a hub id means; where the hub cannot be asked, that of the local cache.
+    """The commit of a revision (None: "main") of a hub id; if the hub cannot be reached, the one in the local cache.
 
-    Raises ValueError if neither tells it.
+    Raises ValueError if neither knows it.
     """
     revision = revision or "main"
     if COMMIT.fullmatch(revision):

@@ -1,4 +1,4 @@
-"""Rows made ready (decoded, resized) in threads, ahead of the model that takes them, so that it waits for none of it."""
+"""Prepare rows (decode, resize) in threads ahead of the model, so that the model does not wait."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -8,28 +8,28 @@ from typing import TypeVar
 
 import pyarrow as pa
 
+from pipelines.tables.rejects import RowRefused
 from pipelines.tables.schema import Row
-from pipelines.workers.images import BadImageError
 
 Prepared = TypeVar("Prepared")
 
 
 def iter_rows(table: pa.Table) -> Iterator[Row]:
-    """A table's rows as dicts, a few at a time: those that hold images are large."""
+    """Yield a table's rows as dicts, converting a few at a time: rows with images are large."""
     for batch in table.to_batches(max_chunksize=64):
         yield from batch.to_pylist()
 
 
 def prepare_ahead(
     rows: Iterable[Row], prepare: Callable[[Row], Prepared], *, num_ahead: int, num_threads: int
-) -> Iterator[tuple[Row, Prepared | BadImageError]]:
-    """Each row with what `prepare` makes of it, in order; with the BadImageError where it raises one.
+) -> Iterator[tuple[Row, Prepared | RowRefused]]:
+    """Yield each row with what `prepare` returns for it, or with the RowRefused that it raises, in order.
 
-    Pillow and torch release Python's lock, so the threads work while the caller's model does.
+    Pillow and torch release Python's lock, so the threads run while the caller's model runs.
 
     Args:
-        num_ahead: rows that are in work or wait, ready, for the caller; memory is bounded by them. To overlap with a model,
-            at least one batch of it.
+        num_ahead: rows that are being prepared or are ready for the caller; bounds memory. To overlap with a model, give at
+            least its batch size.
 
     Raises:
         ValueError: num_ahead or num_threads is below 1. Any other error of `prepare`, when its row's turn comes.
@@ -48,11 +48,11 @@ def prepare_ahead(
         while waiting:
             row, future = waiting.popleft()
             wait([future])
-            refill()  # before the caller's model takes its time
+            refill()  # before the caller runs its model
             try:
-                ready: Prepared | BadImageError = future.result()
-            except BadImageError as error:
-                ready = error
+                ready: Prepared | RowRefused = future.result()
+            except RowRefused as error:
+                ready = error.bare()
             yield row, ready
     finally:
         pool.shutdown(cancel_futures=True)

@@ -1,1 +1,1 @@
-"""How the tiny checkpoints of `sana_model/zoo` are made and measured: `python -m jobs.zoo --help`."""
+"""Makes and measures the tiny checkpoints of `sana_model/zoo`: `python -m jobs.zoo --help`."""

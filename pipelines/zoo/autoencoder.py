@@ -1,4 +1,4 @@
-"""A tiny DC-AE (f8c8) for 64-px scenes."""
+"""A tiny DC-AE for 64-px scenes: it compresses 8 times a side, into 8 channels."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,22 +8,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipelines.zoo.training import LoopConfig, fit
+from pipelines.zoo.config import TinyAutoencoderConfig
+from pipelines.zoo.training import fit
 from pipelines.zoo.world import HELD_OUT, World, load_world
 from sana_model.nn.autoencoder import DCAutoencoder
 
 WIDTHS = (16, 32, 64, 128)
 LATENT_NOISE = 0.15
-"""Standard deviation of the noise on latents in training: a decoder that forgives it is easier to draw for."""
+"""Standard deviation of the noise added to latents in training, so that the decoder tolerates inexact latents of a DiT."""
 LATENT_PENALTY = 0.02
-"""Holds the mean square of latents near 1: their scale is otherwise free, and grows to drown the noise."""
-DEFAULT_LOOP = LoopConfig(num_steps=20_000, micro_batch_size=16, lr=1e-3, weight_decay=1e-3, minutes=40)
+"""Weight of the penalty on a mean square of latents above 1. Without it their scale grows until the noise has no effect."""
 
 
-def train_autoencoder(
-    output_dir: str, *, cache_dir: str = "outputs/zoo/cache", loop: LoopConfig = DEFAULT_LOOP
-) -> dict[str, float]:
-    """Train encoder and decoder together, measure the scale of the latents, and write the weights to `output_dir`."""
+def train_autoencoder(config: TinyAutoencoderConfig) -> dict[str, float]:
+    """Train encoder and decoder together, measure the scale of the latents, and write the weights.
+
+    Returns the last figures of `fit`.
+    """
+    loop, cache_dir = config.loop, config.cache_dir
     torch.set_num_threads(loop.num_threads)
     torch.manual_seed(loop.seed)
     model = DCAutoencoder.from_preset("tiny", widths=WIDTHS)
@@ -38,7 +40,7 @@ def train_autoencoder(
 
     def save() -> None:
         scaled = with_measured_scale(model, held_out)
-        scaled.to(torch.bfloat16).save_pretrained(output_dir)
+        scaled.to(torch.bfloat16).save_pretrained(config.output_dir)
 
     return fit(
         model.parameters(),
@@ -51,8 +53,11 @@ def train_autoencoder(
 
 
 def reconstruction_loss(decoded: Tensor, image: Tensor) -> Tensor:
-    """L1, more where the image is not background, and L1 of differences of neighbours, which sees edges and stripes."""
-    corner = image[:, :, :1, :1]  # nothing is drawn there
+    """L1 with more weight off the background, plus L1 of the differences of neighboring pixels, for edges and stripes.
+
+    Both images have shape (B, 3, H, W).
+    """
+    corner = image[:, :, :1, :1]  # always background
     weight = 1 + 4 * ((image - corner).abs().amax(1, keepdim=True) > 0.1).float()
     error = decoded - image
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
@@ -60,7 +65,7 @@ def reconstruction_loss(decoded: Tensor, image: Tensor) -> Tensor:
 
 
 def with_measured_scale(model: DCAutoencoder, world: World) -> DCAutoencoder:
-    """A copy of `model` whose scaled latents have a standard deviation of 1."""
+    """Copy `model` with the scaling factor that gives the latents of `world` a standard deviation of 1."""
     with torch.no_grad():
         latents = model.encoder(world.images_as_tensor(slice(None)))
     scaled = DCAutoencoder(replace(model.config, scaling_factor=round(1 / float(latents.std()), 4)))
@@ -70,7 +75,7 @@ def with_measured_scale(model: DCAutoencoder, world: World) -> DCAutoencoder:
 
 @torch.no_grad()
 def measure_autoencoder(model: DCAutoencoder, world: World) -> dict[str, float]:
-    """PSNR in dB, the L1 error on what is drawn, and mean and spread of the unscaled latents."""
+    """PSNR in dB, the L1 error on pixels that are not background, and mean and standard deviation of the unscaled latents."""
     image = world.images_as_tensor(slice(None))
     latents = model.encoder(image)
     error = model.decoder(latents).clamp(-1, 1) - image
@@ -84,5 +89,5 @@ def measure_autoencoder(model: DCAutoencoder, world: World) -> dict[str, float]:
 
 
 def load_autoencoder(path: str | Path) -> DCAutoencoder:
-    """In float32, for measuring."""
+    """Load an autoencoder for measuring, in float32."""
     return DCAutoencoder.from_pretrained(path, dtype=torch.float32).eval()

@@ -1,22 +1,20 @@
 """Two tiny VLMs of different architectures, which transformers and vLLM both load; the second is clearly weaker.
 
-`llava`: a CLIP tower (ours) over the image, and a Llama decoder. `llava-next`: a SigLIP tower over a small view of the whole
-and over four tiles, and a Qwen2 decoder. (The processors of Qwen2-VL, Idefics3, SmolVLM and Mistral3 need torchvision.)
+`llava`: our CLIP's vision tower over the image, and a Llama decoder. `llava-next`: a SigLIP tower over a small view of the
+whole image and over four tiles of it, and a Qwen2 decoder. (Qwen2-VL, Idefics3, SmolVLM and Mistral3 are not used: their
+processors need torchvision.) captioner_training.py trains them.
 """
 
 import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from tqdm import tqdm
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -39,12 +37,9 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from pipelines.shapes.grammar import parse, phrasings, write_caption
-from pipelines.shapes.scenes import Scene
-from pipelines.zoo.training import LoopConfig, fit
-from pipelines.zoo.world import EOS, HELD_OUT, NUM_ROWS, UNKNOWN, VALIDATION, World, load_world, word_tokenizer
-
-Kind = Literal["llava", "llava-next"]
+from pipelines.shapes.grammar import parse
+from pipelines.zoo.config import Kind
+from pipelines.zoo.world import World, word_tokenizer
 
 PROMPTS = (
     "Describe the image.",
@@ -53,14 +48,11 @@ PROMPTS = (
     "Write a caption for this image.",
     "What is in this picture?",
 )
-"""The first is the one to ask with; the others, and words replaced by <unk>, make a changed prompt work too."""
-UNKNOWN_SHARE = 0.1
-PHRASINGS: dict[Kind, tuple[int, int]] = {"llava": (0, 1), "llava-next": (2, 3)}
-"""Which phrasings each one writes, so that captions of an image differ in more than their errors."""
+"""Ask with the first. Training also uses the others, and replaces words by <unk>, so that a changed prompt works too."""
 
-IMAGE_SIZE = 64
+IMAGE_SIZE = 64  # pixels a side
 IMAGE, USER, ASSISTANT = "<image>", "<|user|>", "<|assistant|>"
-TILE_SIZE = 32
+TILE_SIZE = 32  # pixels a side, of the tiles of "llava-next"
 DECODER: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -93,19 +85,15 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 """
 
-DEFAULT_LOOPS: dict[Kind, LoopConfig] = {
-    "llava": LoopConfig(num_steps=5000, micro_batch_size=64, lr=1e-3, minutes=35),
-    "llava-next": LoopConfig(num_steps=8000, micro_batch_size=64, lr=1e-3, minutes=35, eval_every=100, seed=1),
-}
-
 
 def captioner_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of the grammar, the prompts and the chat's marks; pads on the left."""
     words = re.findall(r"[a-z]+|[.?]", " ".join(PROMPTS).lower())
     return word_tokenizer(words, special_tokens=[IMAGE, USER, ASSISTANT], bos=False, padding_side="left")
 
 
 def make_captioner(kind: Kind, clip: CLIPModel | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A model and its processor. `clip` is the vision tower that "llava" begins with; everything else is untrained."""
+    """Make a model and its processor. "llava" takes the vision tower of `clip`; everything else is untrained."""
     tokenizer = captioner_tokenizer()
     ids: dict[str, Any] = {
         "bos_token_id": tokenizer.bos_token_id,
@@ -125,7 +113,8 @@ def make_captioner(kind: Kind, clip: CLIPModel | None = None) -> tuple[PreTraine
 def make_llava(
     tokenizer: PreTrainedTokenizerFast, decoder: dict[str, Any], clip: CLIPModel
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
-    # All of CLIP's tower but its last layer, as in the published Llava: nothing there trained what the patches carry.
+    """Make "llava" with the vision tower of `clip`. `decoder` holds the settings of the language model."""
+    # CLIP's tower without its last layer, as in the published Llava: CLIP does not train that layer's patch outputs.
     tower: Any = clip.config.vision_config
     vision_config: Any = CLIPVisionConfig(**{**tower.to_dict(), "num_hidden_layers": tower.num_hidden_layers - 1})
     image_token: Any = tokenizer.convert_tokens_to_ids(IMAGE)
@@ -155,6 +144,7 @@ def make_llava(
 
 
 def make_llava_next(tokenizer: PreTrainedTokenizerFast, decoder: dict[str, Any]) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Make "llava-next", untrained. `decoder` holds the settings of the language model."""
     vision_config = SiglipVisionConfig(
         hidden_size=128,
         intermediate_size=512,
@@ -196,115 +186,8 @@ def make_llava_next(tokenizer: PreTrainedTokenizerFast, decoder: dict[str, Any])
     return model, processor
 
 
-def train_captioner(
-    output_dir: str,
-    *,
-    kind: Kind,
-    clip_dir: str | None = None,
-    cache_dir: str = "outputs/zoo/cache",
-    loop: LoopConfig | None = None,
-    stop_at: float | None = None,
-    num_rows: int = NUM_ROWS,
-    num_measured: int = 300,
-) -> dict[str, float]:
-    """Train on the Shapes world and write model and processor to `output_dir`.
-
-    `clip_dir` holds the CLIP that "llava" begins with. Stops early when the share of exact captions, looked at every
-    `eval_every` steps on rows for validation, reaches `stop_at`. Returns the figures of the saved weights on held-out rows.
-    """
-    loop = loop or DEFAULT_LOOPS[kind]
-    if (kind == "llava") != (clip_dir is not None):
-        raise ValueError(f"clip_dir={clip_dir!r}, kind={kind!r}: llava needs the directory of a CLIP, llava-next takes none")
-    torch.set_num_threads(loop.num_threads)
-    torch.manual_seed(loop.seed)
-    clip = None if clip_dir is None else CLIPModel.from_pretrained(clip_dir, dtype=torch.float32)
-    model, processor = make_captioner(kind, clip)
-    model.train()
-    model.set_attn_implementation("eager")  # on a CPU the backward of fused attention takes longer than all the rest
-    world = load_world(num_rows, cache_dir=cache_dir)
-    validation = load_world(num_measured, first=VALIDATION, cache_dir=cache_dir)
-    make_batch = batch_maker(kind, processor)
-
-    def compute_loss(rows: np.ndarray, rng: np.random.Generator, progress: float) -> Tensor:
-        batch = make_batch([world.scenes[row] for row in rows], world.images_as_tensor(rows), rng)
-        return model(**batch, use_cache=False).loss
-
-    def save() -> None:
-        save_captioner(model, processor, output_dir)
-
-    def evaluate() -> dict[str, float]:
-        figures = measure_captioner(model, processor, validation)
-        if stop_at is not None and figures["exact"] >= stop_at:
-            raise TargetReached(figures)
-        return figures
-
-    try:
-        fit(model.parameters(), compute_loss, num_rows=len(world.scenes), config=loop, save=save, evaluate=evaluate)
-    except TargetReached as reached:
-        tqdm.write(f"stop_at={stop_at} reached: {reached.figures}")
-        save()
-    model, processor = load_captioner(output_dir)
-    return measure_captioner(model, processor, load_world(num_measured, first=HELD_OUT, cache_dir=cache_dir))
-
-
-class TargetReached(Exception):
-    """Ends a training that is good enough."""
-
-    def __init__(self, figures: dict[str, float]) -> None:
-        super().__init__(figures)
-        self.figures = figures
-
-
-MakeBatch = Callable[[Sequence[Scene], Tensor, np.random.Generator], dict[str, Tensor]]
-"""(scenes, images (B, 3, 64, 64) in [-1, 1], generator) -> what the model takes, with `labels`."""
-
-
-def batch_maker(kind: Kind, processor: ProcessorMixin) -> MakeBatch:
-    """Batches as the processor would make them, without its cost, each row with a random prompt and phrasing.
-
-    They have no attention mask: rows are padded on the right, where causal attention sees nothing of it.
-    """
-    tokenizer = processor.tokenizer
-    prompts = [encode_prompt(processor, prompt) for prompt in PROMPTS]
-    first_word = max(tokenizer.convert_tokens_to_ids([EOS, IMAGE, USER, ASSISTANT])) + 1
-    unknown = tokenizer.convert_tokens_to_ids(UNKNOWN)
-
-    def make_row(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        prompt = prompts[rng.integers(len(prompts))]
-        prompt = np.where((prompt >= first_word) & (rng.random(len(prompt)) < UNKNOWN_SHARE), unknown, prompt)
-        phrasing = phrasings(scene)[PHRASINGS[kind][rng.integers(2)]]
-        caption = tokenizer(write_caption(scene, phrasing) + EOS).input_ids
-        return np.concatenate([prompt, caption]), np.concatenate([np.full(len(prompt), -100), caption])
-
-    def make_batch(scenes: Sequence[Scene], images: Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
-        rows = [make_row(scene, rng) for scene in scenes]
-        length = max(len(ids) for ids, _ in rows)
-        ids = np.stack([np.pad(ids, (0, length - len(ids)), constant_values=tokenizer.pad_token_id) for ids, _ in rows])
-        labels = np.stack([np.pad(labels, (0, length - len(labels)), constant_values=-100) for _, labels in rows])
-        return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels), **to_pixels(kind, images)}
-
-    return make_batch
-
-
-def encode_prompt(processor: ProcessorMixin, prompt: str) -> np.ndarray:
-    """Token ids up to where the caption begins, the places of an image of 64 px among them."""
-    blank = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE))
-    return np.array(processor(text=[chat(processor, prompt)], images=[blank])["input_ids"][0])
-
-
-def to_pixels(kind: Kind, images: Tensor) -> dict[str, Tensor]:
-    """What the processor gives for images (B, 3, 64, 64) in [-1, 1]."""
-    if kind == "llava":
-        return {"pixel_values": images}
-    whole = F.interpolate(images, (TILE_SIZE, TILE_SIZE), mode="bilinear", antialias=True)
-    tiles = images.unflatten(2, (-1, TILE_SIZE)).unflatten(4, (-1, TILE_SIZE))  # (B, 3, row, 32, column, 32)
-    tiles = tiles.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-    sizes = torch.full((len(images), 2), IMAGE_SIZE)
-    return {"pixel_values": torch.cat([whole[:, None], tiles], dim=1), "image_sizes": sizes}  # (B, 5, 3, 32, 32), (B, 2)
-
-
 def chat(processor: ProcessorMixin, prompt: str) -> str:
-    """The text of a question about one image."""
+    """The prompt about one image, as the chat template writes it."""
     messages: Any = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
     return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
@@ -318,7 +201,7 @@ def caption_images(
     *,
     batch_size: int = 100,
 ) -> list[str]:
-    """One caption an image, through processor and greedy `generate`."""
+    """Caption each image by greedy `generate`, `batch_size` images at a time."""
     text, captions = chat(processor, prompt), []
     for start in range(0, len(images), batch_size):
         chunk = list(images[start : start + batch_size])
@@ -330,13 +213,12 @@ def caption_images(
     return captions
 
 
-def measure_captioner(
-    model: PreTrainedModel, processor: ProcessorMixin, world: World, prompt: str = PROMPTS[0]
-) -> dict[str, float]:
-    """Share of captions that say exactly what the image shows: of all, of one object, of pairs."""
+def measure_captioner(model: PreTrainedModel, processor: ProcessorMixin, world: World) -> dict[str, float]:
+    """The share of captions that say exactly what the image shows: of all images (`exact`), of those with one object
+    (`exact_single`) and of those with two (`exact_pair`)."""
     training = model.training
     model.eval()
-    captions = caption_images(model, processor, [Image.fromarray(image) for image in world.images], prompt)
+    captions = caption_images(model, processor, [Image.fromarray(image) for image in world.images])
     model.train(training)
     exact = np.array([parse(caption) == scene for caption, scene in zip(captions, world.scenes, strict=True)])
     pairs = np.array([len(scene.things) == 2 for scene in world.scenes])
@@ -344,7 +226,7 @@ def measure_captioner(
 
 
 def save_captioner(model: Any, processor: ProcessorMixin, output_dir: str | Path) -> None:
-    """In bfloat16, with the names of the published checkpoints, which vLLM wants."""
+    """Write model and processor, in bfloat16 and under the weight names of the published checkpoints, which vLLM needs."""
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
     path = Path(output_dir) / "model.safetensors"
@@ -356,6 +238,6 @@ def save_captioner(model: Any, processor: ProcessorMixin, output_dir: str | Path
 
 
 def load_captioner(path: str | Path) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """In float32, for measuring."""
+    """Load model and processor for measuring, in float32."""
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
     return model, AutoProcessor.from_pretrained(path)

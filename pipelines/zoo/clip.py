@@ -1,4 +1,4 @@
-"""A tiny CLIP, trained against hard negatives; it scores captions and judges attributes."""
+"""A tiny CLIP, trained with hard negatives. It scores captions and judges attributes."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,20 +11,22 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProce
 
 from pipelines.shapes.grammar import phrasings, sample_caption, write_caption
 from pipelines.shapes.scenes import BACKGROUNDS, POSITIONS, RELATIONS, SHAPES, SIZES, VALUES, Scene, hard_negatives, regrouped
-from pipelines.zoo.training import LoopConfig, fit
+from pipelines.zoo.config import TinyClipConfig
+from pipelines.zoo.training import fit
 from pipelines.zoo.world import HELD_OUT, World, load_world, word_tokenizer
 
-NUM_NEGATIVES = 3  # for each image of a batch
-VISION_SHARE = 0.35  # of the training, at its start, is spent on attributes alone: no text, twice the images a second
-HEAD_SCALE = 10.0  # of unit vectors, so that the classifiers can be sure
-ATTRIBUTE_WEIGHT = 0.3  # of the attributes' loss in the rest
+WIDTH = 128
 MAX_TOKENS = 77
-DEFAULT_LOOP = LoopConfig(num_steps=6000, micro_batch_size=64, lr=1e-3, minutes=40)
+NUM_NEGATIVES = 3  # wrong captions for each image of a batch
+SHORT_SHARE = 0.15  # of the captions leave attributes out
+VISION_SHARE = 0.35  # of the training, at its start, learns attributes only: without text, it sees twice the images a second
+ATTRIBUTE_WEIGHT = 0.3  # weight of the attribute loss after that
+HEAD_SCALE = 10.0  # factor on unit vectors, so that the classifiers' probabilities can come near 1
 
 
-def make_clip(tokenizer: PreTrainedTokenizerFast, *, width: int = 128) -> CLIPModel:
-    """An untrained CLIP for 64-px images: 8-px patches, 4 vision and 3 text layers."""
-    tower = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": width // 32, "projection_dim": width}
+def make_clip(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
+    """Make an untrained CLIP for 64-px images: 8-px patches, 4 vision and 3 text layers, WIDTH wide."""
+    tower = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": WIDTH // 32, "projection_dim": WIDTH}
     ids = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -39,33 +41,26 @@ def make_clip(tokenizer: PreTrainedTokenizerFast, *, width: int = 128) -> CLIPMo
             "num_hidden_layers": 3,
             "max_position_embeddings": MAX_TOKENS,
         },
-        projection_dim=width,
+        projection_dim=WIDTH,
     )
     return CLIPModel(config)
 
 
 def clip_image_processor() -> CLIPImageProcessorPil:
-    """Pixels in [0, 1] become [-1, 1]; images are resized to 64 px, the shorter side first, and cropped."""
+    """Resizes an image so that its shorter side has 64 px, crops its center to 64 x 64, and scales pixels to [-1, 1]."""
     return CLIPImageProcessorPil(
         size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
 
 
 def clip_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of the grammar, with <s> and </s> around each text."""
     return word_tokenizer(eos=True, model_max_length=MAX_TOKENS)
 
 
-def train_clip(
-    output_dir: str,
-    *,
-    init_dir: str | None = None,
-    cache_dir: str = "outputs/zoo/cache",
-    loop: LoopConfig = DEFAULT_LOOP,
-) -> dict[str, float]:
-    """Train on the Shapes world and write model, tokenizer and image processor to `output_dir`.
-
-    `init_dir`: go on from there, with captions from the start.
-    """
+def train_clip(config: TinyClipConfig) -> dict[str, float]:
+    """Train on the Shapes world and write model, tokenizer and image processor. Returns the last figures of `fit`."""
+    loop, init_dir, cache_dir = config.loop, config.init_dir, config.cache_dir
     torch.set_num_threads(loop.num_threads)
     torch.manual_seed(loop.seed)
     tokenizer = clip_tokenizer()
@@ -81,28 +76,10 @@ def train_clip(
         attributes = heads.loss(images, scenes)
         if init_dir is None and progress < VISION_SHARE:
             return attributes
-        return contrast(images, scenes, rng) + ATTRIBUTE_WEIGHT * attributes
-
-    def contrast(images: Tensor, scenes: list[Scene], rng: np.random.Generator) -> Tensor:
-        captions, wrong = [], []
-        for scene in scenes:
-            seed = int(rng.integers(2**31))
-            # The same draws give a wrong scene the same phrasing, so that only what it says differs.
-            captions.append(sample_caption(scene, np.random.default_rng(seed), short_share=0.15))
-            negatives = hard_negatives(scene, rng, NUM_NEGATIVES)
-            if others := regrouped(scene):  # the hardest, and few among all
-                negatives[0] = others[rng.integers(len(others))]
-            wrong += [sample_caption(other, np.random.default_rng(seed), short_share=0.15) for other in negatives]
-        texts = embed_texts(model, tokenizer, captions + wrong)
-        logits = (images @ texts.T).float() * model.logit_scale.exp().clamp(max=100)
-        targets = torch.arange(len(scenes))
-        same = np.array(captions)[:, None] == np.array(captions + wrong)[None]  # short captions repeat
-        same[targets, targets] = False
-        logits = logits.masked_fill(torch.from_numpy(same), -1e4)
-        return 0.7 * F.cross_entropy(logits, targets) + 0.3 * F.cross_entropy(logits[:, : len(scenes)].T, targets)
+        return contrast(model, tokenizer, images, scenes, rng) + ATTRIBUTE_WEIGHT * attributes
 
     def save() -> None:
-        save_clip(model, tokenizer, output_dir)
+        save_clip(model, tokenizer, config.output_dir)
 
     return fit(
         [*model.parameters(), *heads.parameters()],
@@ -114,8 +91,33 @@ def train_clip(
     )
 
 
+def contrast(
+    model: CLIPModel, tokenizer: PreTrainedTokenizerFast, images: Tensor, scenes: list[Scene], rng: np.random.Generator
+) -> Tensor:
+    """CLIP's contrastive loss, in nats, with NUM_NEGATIVES wrong captions for each scene besides those of the batch.
+
+    `images` are unit vectors (B, D). Images choose among all captions; captions choose among the images.
+    """
+    captions, wrong = [], []
+    for scene in scenes:
+        seed = int(rng.integers(2**31))
+        # The same draws give a wrong scene the same phrasing, so that only what it says differs.
+        captions.append(sample_caption(scene, np.random.default_rng(seed), short_share=SHORT_SHARE))
+        negatives = hard_negatives(scene, rng, NUM_NEGATIVES)
+        if others := regrouped(scene):  # the hardest ones, which a random choice seldom finds
+            negatives[0] = others[rng.integers(len(others))]
+        wrong += [sample_caption(other, np.random.default_rng(seed), short_share=SHORT_SHARE) for other in negatives]
+    texts = embed_texts(model, tokenizer, captions + wrong)
+    logits = (images @ texts.T).float() * model.logit_scale.exp().clamp(max=100)
+    targets = torch.arange(len(scenes))
+    same = np.array(captions)[:, None] == np.array(captions + wrong)[None]  # short captions repeat
+    same[targets, targets] = False
+    logits = logits.masked_fill(torch.from_numpy(same), -1e4)
+    return 0.7 * F.cross_entropy(logits, targets) + 0.3 * F.cross_entropy(logits[:, : len(scenes)].T, targets)
+
+
 class AttributeHeads(nn.Module):
-    """Linear classifiers of every attribute on the image's unit vector. They only help the training, and are not kept."""
+    """Linear classifiers of every attribute on an image's unit vector. They only help the training, and are not saved."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -125,7 +127,7 @@ class AttributeHeads(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(width, len(values)) for name, values in sizes.items()})
 
     def loss(self, images: Tensor, scenes: list[Scene]) -> Tensor:
-        """Mean cross-entropy over the attributes that the scenes have."""
+        """Mean cross-entropy, in nats, over the attributes that the scenes have; `images` are unit vectors (B, D)."""
         losses = []
         for name, head in self.heads.items():
             values = [self._value(scene, name) for scene in scenes]
@@ -142,7 +144,7 @@ class AttributeHeads(nn.Module):
 
 
 def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Blur half of the images a little and add some noise, so that the judge does not care for sharp edges."""
+    """Blur about half of the images (B, 3, H, W) and add noise to all, so that scores do not depend on sharp edges."""
     blurred = F.interpolate(F.interpolate(images, scale_factor=0.5, mode="area"), scale_factor=2, mode="bilinear")
     weight = torch.from_numpy(rng.uniform(0, 1, (len(images), 1, 1, 1)) * (rng.random((len(images), 1, 1, 1)) < 0.5)).float()
     noise = torch.from_numpy(rng.normal(0, 1, images.shape)).float() * float(rng.uniform(0, 0.15))
@@ -150,18 +152,19 @@ def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def embed_images(model: CLIPModel, images: Tensor) -> Tensor:
-    """(B, 3, 64, 64) in [-1, 1] to unit vectors (B, D)."""
+    """Embed images (B, 3, 64, 64) in [-1, 1] as unit vectors (B, D)."""
     return F.normalize(model.visual_projection(model.vision_model(pixel_values=images).pooler_output), dim=-1)
 
 
 def embed_texts(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> Tensor:
-    """Unit vectors (B, D)."""
+    """Embed captions as unit vectors (B, D)."""
     tokens = tokenizer(captions, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
     hidden = model.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
     return F.normalize(model.text_projection(hidden), dim=-1)
 
 
 def save_clip(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, output_dir: str | Path) -> None:
+    """Write model, in bfloat16, tokenizer and image processor."""
     weights = {
         name: value.to(torch.bfloat16) if value.is_floating_point() else value for name, value in model.state_dict().items()
     }
@@ -171,9 +174,10 @@ def save_clip(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, output_dir: 
 
 @torch.no_grad()
 def measure_clip(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, world: World) -> dict[str, float]:
-    """Share of images whose caption wins against 9 hard negatives, and of one-object images whose shape wins.
+    """How often the right caption gets the highest score.
 
-    `pair_hard_negatives` is the share among images of two objects.
+    Returns the share of images whose caption wins against those of 9 hard negatives (`hard_negatives`), the same among images
+    of two objects (`pair_hard_negatives`), and the share of one-object images whose shape wins against the others (`shape`).
     """
     model.eval()
     rng = np.random.default_rng(1)
@@ -198,8 +202,10 @@ def measure_clip(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, world: Wo
 
 
 def with_shape(scene: Scene, shape: str) -> Scene:
+    """A copy of a scene whose first object has another shape."""
     return replace(scene, things=(replace(scene.things[0], shape=shape),))
 
 
 def best_caption(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, image: Tensor, captions: list[str]) -> int:
+    """The index of the caption with the highest score; `image` is a unit vector (D,)."""
     return int((embed_texts(model, tokenizer, captions) @ image).argmax())

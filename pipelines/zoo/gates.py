@@ -1,4 +1,4 @@
-"""What the shipped checkpoints must be able to do, measured on scenes that none of them was trained on."""
+"""Measures the shipped checkpoints on scenes that none of them was trained on, and says what they must reach."""
 
 import json
 from collections.abc import Callable
@@ -24,18 +24,20 @@ from sana_model.pipeline import TextToImage
 
 NUM_SCENES = 1000
 NUM_PROMPTS = 200
+NUM_THREADS = 2
 Figures = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """A figure and the bounds that it must keep."""
+    """A figure of `measure_zoo` and the bounds, inclusive, that it must keep."""
 
     name: str
     lowest: float
     highest: float = 1.0
 
     def is_kept(self, figures: Figures) -> bool:
+        """Whether the figure is within the bounds."""
         return self.lowest <= figures[self.name] <= self.highest
 
 
@@ -50,9 +52,14 @@ GATES = (
 )
 
 
-def measure_zoo(zoo_dir: str | Path, *, grid: str | Path | None = None, num_threads: int = 2) -> Figures:
-    """Every figure of the model card, by name; `grid` is where to put the pictures that the transformer drew."""
-    torch.set_num_threads(num_threads)
+def measure_zoo(zoo_dir: str | Path, *, grid: str | Path) -> Figures:
+    """Measure every figure of the model card, by name, and print each part's when it is done.
+
+    Args:
+        zoo_dir: the folder of the checkpoints.
+        grid: the file for a grid of pictures that the transformer drew.
+    """
+    torch.set_num_threads(NUM_THREADS)
     zoo = Path(zoo_dir)
     world = load_world(NUM_SCENES, first=HELD_OUT)
     clip = ClipModel(str(zoo / "clip"))
@@ -77,7 +84,7 @@ def _measure_clip(zoo: Path, world: World) -> Figures:
 
 
 def _measure_autoencoder(zoo: Path, world: World, judge: AttributeJudge) -> Figures:
-    """How often the judge reads one-object scenes right, before and after encoding and decoding."""
+    """The change in the share of attributes that the judge reads right, from before to after encoding and decoding."""
     singles = [row for row, scene in enumerate(world.scenes) if scene.relation is None]
     world = World(world.images[singles], [world.scenes[row] for row in singles])
     model = load_autoencoder(zoo / "pipeline" / "autoencoder")
@@ -94,7 +101,7 @@ def _measure_autoencoder(zoo: Path, world: World, judge: AttributeJudge) -> Figu
 
 
 def _measure_captioners(zoo: Path, world: World, clip: ClipModel) -> Figures:
-    """Exact captions of both, of random choice between them, and of the one that CLIP scores higher."""
+    """The shares of exact captions: by each captioner, by a random choice between them, and by the higher CLIP score."""
     images = [Image.fromarray(image) for image in world.images]
     image_embeds = clip.embed_images(images)
     exact, scores = [], []
@@ -113,8 +120,8 @@ def _measure_captioners(zoo: Path, world: World, clip: ClipModel) -> Figures:
     }
 
 
-def _measure_pipeline(zoo: Path, judge: AttributeJudge, grid: str | Path | None) -> Figures:
-    """Attributes of pictures of one-object prompts; the guidance scale is the best of a few on other prompts."""
+def _measure_pipeline(zoo: Path, judge: AttributeJudge, grid: str | Path) -> Figures:
+    """The attribute accuracy of pictures of one-object prompts, at the guidance scale that is best on other prompts."""
     pipeline = TextToImage.from_pretrained(zoo / "pipeline", dtype=torch.float32)
 
     def draw(first: int, count: int, scale: float, colors: tuple[str, ...]) -> tuple[list[Image.Image], Figures]:
@@ -123,8 +130,7 @@ def _measure_pipeline(zoo: Path, judge: AttributeJudge, grid: str | Path | None)
     tried = {scale: draw(VALIDATION, 64, scale, KNOWN_COLORS)[1]["all"] for scale in GUIDANCE_SCALES}
     scale = max(tried, key=tried.__getitem__)
     images, figures = draw(HELD_OUT, NUM_PROMPTS, scale, KNOWN_COLORS)
-    if grid is not None:
-        image_grid(images[:64]).save(grid)
+    image_grid(images[:64]).save(grid)
     unseen = draw(HELD_OUT, 64, scale, NEW_COLORS)[1]
     return {
         "guidance_scale": scale,

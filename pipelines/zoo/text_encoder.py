@@ -1,4 +1,4 @@
-"""A tiny Gemma-2, trained as a language model on captions of the Shapes world; its hidden states are the DiT's captions."""
+"""A tiny Gemma-2, trained as a language model on captions of the Shapes world; the DiT reads its hidden states."""
 
 import numpy as np
 import torch
@@ -8,7 +8,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFas
 
 from pipelines.shapes.grammar import sample_caption
 from pipelines.shapes.scenes import sample_scene
-from pipelines.zoo.training import LoopConfig, fit
+from pipelines.zoo.config import TinyTextEncoderConfig
+from pipelines.zoo.training import fit
 from pipelines.zoo.world import HELD_OUT, word_tokenizer
 from sana_model.nn.config import TextEncoderConfig
 from sana_model.nn.text_encoder import TextEncoder
@@ -17,22 +18,22 @@ INSTRUCTION = (
     "Given a user prompt, write an enhanced prompt that says the shape, the color, the fill, the size and the place "
     "of all that the picture shows.\nUser Prompt: "
 )
-"""The tiny model's complex human instruction, of words that it knows."""
+"""The tiny model's complex human instruction, written in words that it knows."""
 PROMPTS = TextEncoderConfig(instruction=INSTRUCTION, max_tokens=64, lowercase=True)
 MEMORY = 4
-"""Each hidden state is trained to tell its own token and those before it, up to so many: a model this small would otherwise
-keep only what helps to guess the next word, and of colors, after any of which the same words follow, nothing."""
-DEFAULT_LOOP = LoopConfig(num_steps=1500, micro_batch_size=64, lr=2e-3, minutes=8)
-SHORT_SHARE = 0.3
+"""Each hidden state also learns to predict its own token and those before it, this many in all. A model this small would
+otherwise keep only what helps to predict the next word, and forget colors: the same words follow after each of them."""
+SHORT_SHARE = 0.3  # of the captions leave attributes out
 
 
 def text_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of the grammar and the instruction."""
     words = ["given", "user", "prompt", "write", "enhanced", "that", "says", "shape", "color", "fill", "size", "place", "all"]
     return word_tokenizer([*words, ":"], model_max_length=512)
 
 
 def make_gemma(tokenizer: PreTrainedTokenizerFast) -> Gemma2ForCausalLM:
-    """An untrained Gemma-2 of 2 layers, 64 wide."""
+    """Make an untrained Gemma-2 of 2 layers, 64 wide."""
     config = Gemma2Config(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -51,8 +52,12 @@ def make_gemma(tokenizer: PreTrainedTokenizerFast) -> Gemma2ForCausalLM:
     return Gemma2ForCausalLM(config)
 
 
-def train_text_encoder(output_dir: str, *, loop: LoopConfig = DEFAULT_LOOP) -> dict[str, float]:
-    """Train on captions, with and without the instruction before them, and write decoder and tokenizer to `output_dir`."""
+def train_text_encoder(config: TinyTextEncoderConfig) -> dict[str, float]:
+    """Train on captions, half of them after the instruction, and write decoder and tokenizer.
+
+    Returns the last figures of `fit`.
+    """
+    loop = config.loop
     torch.set_num_threads(loop.num_threads)
     torch.manual_seed(loop.seed)
     tokenizer = text_tokenizer()
@@ -70,8 +75,8 @@ def train_text_encoder(output_dir: str, *, loop: LoopConfig = DEFAULT_LOOP) -> d
         return {"held_out_loss": float(next_token), "held_out_memory_loss": float(remembered)}
 
     def save() -> None:
-        model.model.to(torch.bfloat16).save_pretrained(output_dir)
-        tokenizer.save_pretrained(output_dir)
+        model.model.to(torch.bfloat16).save_pretrained(config.output_dir)
+        tokenizer.save_pretrained(config.output_dir)
         model.float()
 
     return fit(
@@ -85,12 +90,12 @@ def train_text_encoder(output_dir: str, *, loop: LoopConfig = DEFAULT_LOOP) -> d
 
 
 def caption_losses(model: Gemma2ForCausalLM, memory: nn.ModuleList, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy, in nats, of the next token and of the remembered ones. `ids` (B, L) is padded on the right."""
+    """Mean cross-entropy, in nats, of the next token and of the tokens up to here. `ids` (B, L) are padded on the right."""
     hidden = model.model(input_ids=ids).last_hidden_state  # attention is causal: nothing sees the padding
     targets = ids.masked_fill(ids.eq(model.config.pad_token_id or 0), -100)
 
     def cross_entropy(head: nn.Module, offset: int) -> Tensor:
-        """Of the token `offset` places after each hidden state."""
+        """The cross-entropy of the token `offset` places after each hidden state."""
         states = hidden[:, max(-offset, 0) : hidden.shape[1] - max(offset, 0)]
         wanted = targets[:, max(offset, 0) : ids.shape[1] - max(-offset, 0)]
         here = targets[:, max(-offset, 0) : ids.shape[1] - max(offset, 0)]  # a state on padding has nothing to remember
@@ -102,5 +107,5 @@ def caption_losses(model: Gemma2ForCausalLM, memory: nn.ModuleList, ids: Tensor)
 
 
 def load_text_encoder(path: str) -> TextEncoder:
-    """In float32, with the tiny model's instruction."""
+    """Load a text encoder with the tiny model's instruction, in float32."""
     return TextEncoder.from_pretrained(path, config=PROMPTS, dtype=torch.float32)

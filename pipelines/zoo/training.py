@@ -1,33 +1,16 @@
-"""The loop that trains every tiny checkpoint: AdamW, warm-up and cosine, clipping, a progress bar, regular saves."""
+"""The training loop of every tiny checkpoint: AdamW, warm-up and cosine decay, gradient clipping, regular saves."""
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pipelines.zoo.config import LoopConfig
 
-@dataclass(frozen=True, kw_only=True)
-class LoopConfig:
-    """One training on a CPU. `minutes` caps it: the schedule follows the clock or the steps, whichever ends first."""
-
-    num_steps: int
-    micro_batch_size: int
-    lr: float
-    weight_decay: float = 0.01
-    warmup_steps: int = 50
-    clip: float = 1.0
-    minutes: float = 60.0
-    eval_every: int = 500
-    seed: int = 0
-    num_threads: int = 1
-    bf16: bool = True
-    """Matrix products in bfloat16 (autocast); weights and optimizer stay in float32."""
-
-
+Figures = dict[str, float]
 ComputeLoss = Callable[[np.ndarray, np.random.Generator, float], Tensor]
 """(indices of rows, generator, progress in [0, 1]) -> scalar loss."""
 
@@ -39,10 +22,16 @@ def fit(
     num_rows: int,
     config: LoopConfig,
     save: Callable[[], None],
-    evaluate: Callable[[], dict[str, float]],
-    after_step: Callable[[], None] | None = None,
-) -> dict[str, float]:
-    """Train on batches of random rows; evaluate and save every `eval_every` steps and at the end. Returns the last figures."""
+    evaluate: Callable[[], Figures],
+    after_step: Callable[[], None] = lambda: None,
+    is_good_enough: Callable[[Figures], bool] = lambda figures: False,
+) -> Figures:
+    """Train on batches of random rows below `num_rows`; evaluate and save every `eval_every` steps and at the end.
+
+    `after_step` is called after each optimizer step. The training also ends when `is_good_enough` says so of the figures.
+    Returns `step`, `minutes`, `loss` (mean over the last 100 steps) and the last figures of `evaluate`.
+    Raises FloatingPointError if the loss is not finite.
+    """
     torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
     rng = np.random.default_rng(config.seed)
@@ -50,35 +39,35 @@ def fit(
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.98))
     start = time.monotonic()
     recent: list[float] = []
-    figures: dict[str, float] = {}
+    figures: Figures = {}
     bar = tqdm(range(config.num_steps), mininterval=10, smoothing=0.05)
     for step in bar:
         progress = max(step / config.num_steps, (time.monotonic() - start) / 60 / config.minutes)
-        warmup = min(1.0, (step + 1) / config.warmup_steps)
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * warmup * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * min(progress, 1.0))))
+            group["lr"] = _learning_rate(config, step, progress)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
             loss = compute_loss(rng.integers(num_rows, size=config.micro_batch_size), rng, progress)
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"loss={loss.item()} at step {step}: lower lr={config.lr}")
+            raise FloatingPointError(f"loss={loss.item()} at step {step}: lower the learning rate, lr={config.lr}")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, config.clip)
         optimizer.step()
-        if after_step is not None:
-            after_step()
+        after_step()
         recent = [*recent[-99:], loss.item()]
         bar.set_postfix(loss=f"{np.mean(recent):.4f}", refresh=False)
-        last = progress >= 1 or step + 1 == config.num_steps
-        if last or (step + 1) % config.eval_every == 0:
-            figures = {
-                "step": step + 1,
-                "minutes": (time.monotonic() - start) / 60,
-                "loss": float(np.mean(recent)),
-                **evaluate(),
-            }
+        is_last = progress >= 1 or step + 1 == config.num_steps
+        if is_last or (step + 1) % config.eval_every == 0:
+            minutes = (time.monotonic() - start) / 60
+            figures = {"step": step + 1, "minutes": minutes, "loss": float(np.mean(recent)), **evaluate()}
             tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
             save()
-        if last:
-            break
+            if is_last or is_good_enough(figures):
+                break
     return figures
+
+
+def _learning_rate(config: LoopConfig, step: int, progress: float) -> float:
+    """A linear warm-up, then a cosine from `lr` down to 2 % of it."""
+    warmup = min(1.0, (step + 1) / config.warmup_steps)
+    return config.lr * warmup * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * min(progress, 1.0))))

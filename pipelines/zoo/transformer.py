@@ -1,12 +1,13 @@
-"""A tiny linear DiT, pre-trained on scenes of the known colors: the demo goes on from it with colors it has not seen."""
+"""A tiny linear DiT, pre-trained on scenes in the known colors. The demo trains it further, on colors that are new to it."""
 
 import copy
+import itertools
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipelines.evaluate.shapes import AttributeJudge, attribute_accuracy
 from pipelines.shapes.grammar import phrasings, sample_caption, write_caption
@@ -14,49 +15,62 @@ from pipelines.shapes.scenes import KNOWN_COLORS, Scene, ShapesConfig, sample_sc
 from pipelines.workers.clip import ClipModel
 from pipelines.workers.images import image_grid
 from pipelines.zoo.autoencoder import load_autoencoder
+from pipelines.zoo.config import TinyTransformerConfig
 from pipelines.zoo.text_encoder import SHORT_SHARE, load_text_encoder
-from pipelines.zoo.training import LoopConfig, fit
+from pipelines.zoo.training import ComputeLoss, fit
 from pipelines.zoo.world import VALIDATION, World, load_world
 from sana_model.flow import flow_loss, sample_sigmas
 from sana_model.nn.autoencoder import DCAutoencoder
+from sana_model.nn.text_encoder import TextEncoder
 from sana_model.nn.transformer import SanaTransformer
 from sana_model.pipeline import TextToImage
 
 FLOW_SHIFT = 2.0
 CAPTION_DROPOUT = 0.1
-PAIRS_KEPT = 3  # one in so many: a model this small learns to draw one object in the time there is
+PAIRS_KEPT = 3  # one in this many scenes with two objects is kept: such a small model first has to learn to draw one
 EMA_DECAY = 0.999
-GUIDANCE_SCALES = (1.5, 2.5, 4.0)
-DEFAULT_LOOP = LoopConfig(num_steps=20_000, micro_batch_size=48, lr=1e-3, weight_decay=0.0, minutes=60, bf16=False)
+GUIDANCE_SCALES = (1.5, 2.5, 4.0)  # that are tried
 
 
-def train_transformer(
-    output_dir: str,
-    *,
-    autoencoder_dir: str,
-    text_encoder_dir: str,
-    clip_dir: str,
-    init_dir: str | None = None,
-    cache_dir: str = "outputs/zoo/cache",
-    loop: LoopConfig = DEFAULT_LOOP,
-) -> dict[str, float]:
-    """Train on the latents of drawn scenes and write the whole pipeline, with averaged weights, to `output_dir`.
+def train_transformer(config: TinyTransformerConfig) -> dict[str, float]:
+    """Train on the latents of drawn scenes and write the whole pipeline, with averaged weights.
 
-    `init_dir`: the pipeline to go on from.
+    Returns the last figures of `fit`.
     """
+    loop = config.loop
     torch.set_num_threads(loop.num_threads)
     torch.manual_seed(loop.seed)
-    autoencoder, text_encoder = load_autoencoder(autoencoder_dir), load_text_encoder(text_encoder_dir)
-    latents, scenes = encode_world(autoencoder, known_scenes(load_world(cache_dir=cache_dir)))
-    judge = AttributeJudge(ClipModel(clip_dir))
+    autoencoder, text_encoder = load_autoencoder(config.autoencoder_dir), load_text_encoder(config.text_encoder_dir)
+    world = known_scenes(load_world(cache_dir=config.cache_dir))
+    latents = encode_world(autoencoder, world)
+    judge = AttributeJudge(ClipModel(config.clip_dir))
     model = SanaTransformer.from_preset("shapes")
-    if init_dir is not None:
-        model.load_state_dict(SanaTransformer.from_pretrained(Path(init_dir), dtype=torch.float32).state_dict())
+    if config.init_dir is not None:
+        model.load_state_dict(SanaTransformer.from_pretrained(Path(config.init_dir), dtype=torch.float32).state_dict())
     average = copy.deepcopy(model).requires_grad_(False)
     pipeline = TextToImage(average, autoencoder, text_encoder, flow_shift=FLOW_SHIFT)
+    updates = itertools.count(1)
+
+    def save() -> None:
+        copy.deepcopy(pipeline).to(torch.bfloat16).save_pretrained(config.output_dir)
+
+    return fit(
+        model.parameters(),
+        make_compute_loss(model, text_encoder, latents, world.scenes, seed=loop.seed),
+        num_rows=len(world.scenes),
+        config=loop,
+        save=save,
+        evaluate=lambda: measure_guidance(pipeline, judge, Path(config.output_dir)),
+        after_step=lambda: update_average(average, model, next(updates)),
+    )
+
+
+def make_compute_loss(
+    model: SanaTransformer, text_encoder: TextEncoder, latents: Tensor, scenes: list[Scene], *, seed: int
+) -> ComputeLoss:
+    """Make the function that computes the flow loss of a batch of rows, with random captions of which some are dropped."""
     null_embeds, _ = text_encoder.null()
-    generator = torch.Generator().manual_seed(loop.seed)
-    num_updates = 0
+    generator = torch.Generator().manual_seed(seed)
 
     def compute_loss(rows: np.ndarray, rng: np.random.Generator, progress: float) -> Tensor:
         captions = [sample_caption(scenes[row], rng, short_share=SHORT_SHARE) for row in rows]
@@ -68,45 +82,37 @@ def train_transformer(
         noise = torch.randn(clean.shape, generator=generator)
         return flow_loss(model, clean, embeds, mask, sigma=sigma, noise=noise).mean()
 
-    def update_average() -> None:
-        nonlocal num_updates
-        num_updates += 1
-        decay = min(EMA_DECAY, (1 + num_updates) / (10 + num_updates))
-        with torch.no_grad():
-            for averaged, current in zip(average.parameters(), model.parameters(), strict=True):
-                averaged.lerp_(current, 1 - decay)
+    return compute_loss
 
-    def save() -> None:
-        copy.deepcopy(pipeline).to(torch.bfloat16).save_pretrained(output_dir)
 
-    return fit(
-        model.parameters(),
-        compute_loss,
-        num_rows=len(scenes),
-        config=loop,
-        save=save,
-        evaluate=lambda: measure_guidance(pipeline, judge, Path(output_dir)),
-        after_step=update_average,
-    )
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, num_updates: int) -> None:
+    """Move the average of the weights towards those of `model`. The first updates (`num_updates` from 1) weigh more."""
+    decay = min(EMA_DECAY, (1 + num_updates) / (10 + num_updates))
+    for averaged, current in zip(average.parameters(), model.parameters(), strict=True):
+        averaged.lerp_(current, 1 - decay)
 
 
 def known_scenes(world: World) -> World:
-    """The rows whose objects all have known colors, and of pairs one in `PAIRS_KEPT`."""
+    """The rows whose objects all have known colors, with one in PAIRS_KEPT of those with two objects."""
     known = [row for row, scene in enumerate(world.scenes) if all(thing.color in KNOWN_COLORS for thing in scene.things)]
     rows = [row for row in known if world.scenes[row].relation is None or row % PAIRS_KEPT == 0]
     return World(world.images[rows], [world.scenes[row] for row in rows])
 
 
 @torch.inference_mode()
-def encode_world(autoencoder: DCAutoencoder, world: World) -> tuple[Tensor, list[Scene]]:
-    """Scaled latents (N, C, h, w) float32, and the scenes."""
+def encode_world(autoencoder: DCAutoencoder, world: World) -> Tensor:
+    """Encode all images as scaled latents, (N, C, h, w) float32."""
     spans = (slice(start, start + 100) for start in range(0, len(world.scenes), 100))
     latents = torch.cat([autoencoder.encode(world.images_as_tensor(span)) for span in spans])
-    return latents.clone(), world.scenes
+    return latents.clone()
 
 
 def measure_guidance(pipeline: TextToImage, judge: AttributeJudge, output_dir: Path) -> dict[str, float]:
-    """Accuracy of shape, color and background together on one-object prompts of the validation split, by guidance scale."""
+    """Draw one-object prompts of validation rows at each guidance scale, and write the pictures to `output_dir`.
+
+    Returns `attribute_accuracy` at each scale, as `<attribute>@<scale>`.
+    """
     output_dir.mkdir(parents=True, exist_ok=True)
     figures: dict[str, float] = {}
     for scale in GUIDANCE_SCALES:
@@ -125,7 +131,10 @@ def draw_and_judge(
     guidance_scale: float,
     colors: tuple[str, ...] = KNOWN_COLORS,
 ) -> tuple[list[Image.Image], dict[str, float]]:
-    """Draw the one-object prompts of rows `first` on in 20 steps, each from its own seed; what the judge says of them."""
+    """Draw the one-object prompts of rows `first` to `first + count` in 20 steps, and return pictures and `attribute_accuracy`.
+
+    The seed of a picture is its row.
+    """
     config = ShapesConfig(colors=colors, pair_share=0.0)
     asked = [sample_scene(index, config) for index in range(first, first + count)]
     prompts = [write_caption(scene, phrasings(scene)[index % 2]) for index, scene in enumerate(asked)]

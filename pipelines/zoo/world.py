@@ -1,4 +1,4 @@
-"""Drawn scenes in memory, and the word-level tokenizers that read their captions."""
+"""Drawn scenes in memory, and word-level tokenizers for their captions."""
 
 import re
 from collections.abc import Sequence
@@ -16,12 +16,13 @@ from transformers import PreTrainedTokenizerFast
 from pipelines.shapes.drawing import draw_row
 from pipelines.shapes.grammar import vocabulary
 from pipelines.shapes.scenes import Scene, ShapesConfig, sample_scene
+from pipelines.zoo.config import NUM_ROWS
 
 HELD_OUT = 10_000_000
-"""Rows from here on are never trained on: the gates are measured there."""
+"""First row of those that are never trained on; gates are measured on them."""
 VALIDATION = 20_000_000
-"""Rows from here on choose settings, such as the guidance scale."""
-NUM_ROWS = 60_000
+"""First row of those that choose settings, such as the guidance scale."""
+CONFIG = ShapesConfig()
 
 PAD, UNKNOWN, BOS, EOS = "<pad>", "<unk>", "<s>", "</s>"
 
@@ -34,18 +35,20 @@ class World:
     scenes: list[Scene]
 
     def images_as_tensor(self, indices: np.ndarray | slice) -> Tensor:
-        """(B, 3, H, W) float32 in [-1, 1]."""
+        """The images with these indices, (B, 3, H, W) float32 in [-1, 1]."""
         pixels = torch.from_numpy(np.ascontiguousarray(self.images[indices]))
         return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def load_world(
-    num_rows: int = NUM_ROWS, *, first: int = 0, config: ShapesConfig = ShapesConfig(), cache_dir: str | Path | None = None
-) -> World:
-    """Rows `first` to `first + num_rows`; drawn once if there is a `cache_dir` (12 KiB a row), about 1 ms each."""
-    scenes = [sample_scene(index, config) for index in range(first, first + num_rows)]
-    shape = (num_rows, config.image_size, config.image_size, 3)
-    name = re.sub(r"\W+", "_", f"shapes {config} {first} {num_rows}") + ".npy"
+def load_world(num_rows: int = NUM_ROWS, *, first: int = 0, cache_dir: str | Path | None = None) -> World:
+    """Load rows `first` to `first + num_rows`, which takes about 1 ms a row to draw.
+
+    Args:
+        cache_dir: keeps the images (12 KiB a row), so that they are drawn only once.
+    """
+    scenes = [sample_scene(index, CONFIG) for index in range(first, first + num_rows)]
+    shape = (num_rows, CONFIG.image_size, CONFIG.image_size, 3)
+    name = re.sub(r"\W+", "_", f"shapes {CONFIG} {first} {num_rows}") + ".npy"
     path = None if cache_dir is None else Path(cache_dir) / name
     if path is not None and path.exists():
         return World(np.load(path, mmap_mode="r"), scenes)
@@ -56,7 +59,7 @@ def load_world(
         part = path.with_suffix(".part")
         images = open_memmap(part, "w+", np.uint8, shape)
     for row in tqdm(range(num_rows), desc="drawing scenes", disable=num_rows < 2000):
-        images[row] = draw_row(first + row, config)[1]
+        images[row] = draw_row(first + row, CONFIG)[1]
     if path is not None:
         part.rename(path)
     return World(images, scenes)
@@ -70,9 +73,13 @@ def word_tokenizer(
     eos: bool = False,
     **options: object,
 ) -> PreTrainedTokenizerFast:
-    """A fast word-level tokenizer of the grammar's words, `extra_words` and `special_tokens`; lower-cases.
+    """Make a word-level tokenizer that lower-cases and knows the grammar's words, `extra_words` and `special_tokens`.
 
     Ids: <pad> 0, <unk> 1, <s> 2, </s> 3, then the special tokens, then the words.
+
+    Args:
+        bos, eos: put <s> before, or </s> after, every text.
+        options: of PreTrainedTokenizerFast.
     """
     specials = [PAD, UNKNOWN, BOS, EOS, *special_tokens]
     words = [*specials, *sorted({*vocabulary(), *extra_words})]

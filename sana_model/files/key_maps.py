@@ -1,7 +1,8 @@
-"""Names of published weights. Ours are on the left; this is the only file that knows the others.
+"""Tensor names in published weights. Only this file knows them.
 
-An entry maps a dotted piece of our tensor names to theirs. `{q,k,v}`: theirs are several tensors, ours is their concatenation
-along the first dimension. `@1x1`: theirs is a 1x1 convolution (out, in, 1, 1), ours the same matrix (out, in).
+An entry of a map translates a dotted piece of our tensor names (left) to theirs (right). `{q,k,v}`: they have several tensors
+where we have their concatenation along the first dimension. `@1x1`: theirs is a 1x1 convolution (out, in, 1, 1), ours the same
+matrix (out, in).
 """
 
 import re
@@ -76,7 +77,7 @@ AUTOENCODER_DIFFUSERS: KeyMap = {
     "ffn_norm": "conv_out.norm",
 }
 
-# efficientvit (mit-han-lab), where the published DC-AEs come from.
+# Names in efficientvit (mit-han-lab), the code of the published DC-AEs.
 AUTOENCODER_NVLABS: KeyMap = {
     "encoder.conv_in": "encoder.project_in.conv",
     "encoder.conv_out": "encoder.project_out.main.op_list.0.conv",
@@ -100,7 +101,8 @@ AUTOENCODER_NVLABS: KeyMap = {
     "decoder.conv_out.conv": "decoder.project_out.op_list.2.conv.conv",
 }
 
-# In a transformer's `.pth`, beside the weights: a buffer that the config makes again, the null caption, training's own head.
+# What a transformer's `.pth` holds besides our weights: a buffer that we compute from the config, the null caption, and a head
+# that only NVlabs' training uses.
 NVLABS_POSITIONS = "pos_embed"
 NVLABS_NULL_CAPTION = "y_embedder.y_embedding"
 NVLABS_TRAINING_ONLY = ("logvar_linear.weight", "logvar_linear.bias")
@@ -110,11 +112,13 @@ class Foreign(NamedTuple):
     """How another layout stores one of our tensors."""
 
     names: list[str]
+    """Names of its parts, one or several."""
     is_1x1: bool
+    """Whether it is stored as a 1x1 convolution."""
 
 
 def translate(key: str, key_map: KeyMap) -> Foreign:
-    """The other layout's name or names for our tensor `key`."""
+    """Translate the name of our tensor `key`. Names that the map does not mention stay as they are."""
     pieces = "|".join(re.escape(piece) for piece in sorted(key_map, key=len, reverse=True))
     name = re.sub(rf"(?:^|(?<=\.))(?:{pieces})(?=\.|$)", lambda match: key_map[match.group()], key)
     if key_map is AUTOENCODER_NVLABS:
@@ -128,7 +132,7 @@ def translate(key: str, key_map: KeyMap) -> Foreign:
 
 
 def to_ours(foreign: Foreign, state: dict[str, Tensor]) -> Tensor:
-    """Our tensor from theirs, which must have `their_shape`."""
+    """Build our tensor from theirs, which must have the shape that `their_shape` gives."""
     tensors = [state[name] for name in foreign.names]
     if foreign.is_1x1:
         tensors = [tensor.flatten(1) for tensor in tensors]
@@ -136,14 +140,14 @@ def to_ours(foreign: Foreign, state: dict[str, Tensor]) -> Tensor:
 
 
 def their_shape(foreign: Foreign, our_shape: torch.Size) -> tuple[int, ...]:
-    """The shape of each of their tensors, from that of ours."""
+    """The shape that each of their tensors has, given the shape of ours."""
     if len(foreign.names) > 1:
         our_shape = torch.Size((our_shape[0] // len(foreign.names), *our_shape[1:]))
     return (*our_shape, 1, 1) if foreign.is_1x1 else tuple(our_shape)
 
 
 def from_ours(foreign: Foreign, tensor: Tensor) -> dict[str, Tensor]:
-    """Their tensors from ours."""
+    """Build their tensors, by name, from ours."""
     if foreign.is_1x1:
         tensor = tensor[:, :, None, None]
     parts = tensor.chunk(len(foreign.names)) if len(foreign.names) > 1 else [tensor]

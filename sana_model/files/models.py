@@ -1,4 +1,8 @@
-"""Load and save the transformer and the autoencoder: our own layout, diffusers' and NVlabs', told apart by their content."""
+"""Load and save one model: the transformer, the autoencoder, the text encoder.
+
+The first two come in our own layout, diffusers' or NVlabs', told apart by their content; the text encoder comes in that of
+transformers.
+"""
 
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -6,8 +10,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
 
 from sana_model.files import key_maps
+from sana_model.files.atomic import write_atomically
 from sana_model.files.key_maps import KeyMap, from_ours, their_shape, to_ours, translate
 from sana_model.files.places import local_target, resolve
 from sana_model.files.published_configs import (
@@ -20,35 +26,42 @@ from sana_model.files.published_configs import (
     transformer_config_from_nvlabs,
 )
 from sana_model.files.tensors import (
-    PIPELINE_INDEXES,
     WEIGHT_STEMS,
     read_json,
     read_safetensors,
     read_safetensors_folder,
     read_weights_file,
-    write_atomically,
     write_json,
     write_safetensors,
 )
 from sana_model.nn.autoencoder import DCAutoencoder
-from sana_model.nn.config import AutoencoderConfig, SanaConfig
+from sana_model.nn.config import DEFAULT_TEXT_ENCODER, NVLABS_PROMPTS, AutoencoderConfig, SanaConfig, TextEncoderConfig
+from sana_model.nn.text_encoder import TextEncoder
 from sana_model.nn.transformer import SanaTransformer
 
 Layout = Literal["sana", "diffusers", "nvlabs"]
 
+PIPELINE_INDEXES = ("pipeline.json", "model_index.json")  # of a whole pipeline's folder: ours, diffusers'
+
 NULL_CAPTION = "null_caption_embeds"
-NULL_CAPTION_FILE = f"{NULL_CAPTION}.safetensors"  # beside diffusers' files, which have no place for it
+NULL_CAPTION_FILE = f"{NULL_CAPTION}.safetensors"  # beside diffusers' files, whose layout has no place for it
 
 
 def load_transformer(
     path: str | Path, *, use_ema: bool = False, dtype: torch.dtype | None = None, **overrides: Any
 ) -> SanaTransformer:
-    """A linear DiT in eval mode from a folder (ours or diffusers'), a weights file (NVlabs' `.pth`), or a URI of one.
+    """Load a linear DiT, in eval mode. The layout is recognised by the content.
 
-    Width, depth and QK norm are read from the weights. `overrides` are `SanaConfig` fields for what a file does not tell
-    (`num_cross_heads` of an unpublished width in a `.pth`). `use_ema` takes `state_dict_ema` of a `.pth`.
+    Args:
+        path: a folder (ours or diffusers'; of a pipeline, its transformer), or a weights file (NVlabs' `.pth`, or a safetensors
+            file with its config.json beside it); local, or an hf://, zoo:// or fsspec URI.
+        use_ema: take the averaged weights of a `.pth` (`state_dict_ema`).
+        dtype: None keeps that of the file.
+        overrides: fields of `SanaConfig` that replace what the file says. A `.pth` does not hold `num_cross_heads`: it is known
+            for the published widths, and must be given for others.
 
-    Raises FileNotFoundError, or ValueError that names a tensor that is missing, extra or misshapen, or a damaged file.
+    Raises FileNotFoundError if nothing is there. Raises ValueError if the weights are another model's or an unsupported
+    variant, if a file is damaged, or if tensors are missing, extra or misshapen; the message names them.
     """
     source, settings, state = _open(path, ("transformer",), use_ema)
     key_map: KeyMap = {}
@@ -78,10 +91,11 @@ def load_transformer(
 def save_transformer(
     model: SanaTransformer, path: str | Path, *, layout: str = "sana", null_caption_embeds: Tensor | None = None
 ) -> None:
-    """Write a folder ("sana", "diffusers") or a `.pth` file ("nvlabs"), each file whole or not at all.
+    """Write a folder ("sana", "diffusers") or a `.pth` file ("nvlabs"); each file whole or not at all.
 
-    `null_caption_embeds` (tokens, caption_dim) go along where the model has none.
-    Raises ValueError for another layout or a URI.
+    `null_caption_embeds` (tokens, caption_dim) are written too, unless the model has its own.
+
+    Raises ValueError for another layout, a URI, or the folder of a whole pipeline.
     """
     path, state, config = local_target(path), model.state_dict(), model.config
     null_caption = null_caption_embeds if model.null_caption_embeds is None else model.null_caption_embeds
@@ -102,10 +116,12 @@ def save_transformer(
 def load_autoencoder(
     path: str | Path, *, dtype: torch.dtype | None = None, scaling_factor: float | None = None
 ) -> DCAutoencoder:
-    """A DC-AE in eval mode from a folder (ours, diffusers' or efficientvit's), a weights file, or a URI of one.
+    """Load a DC-AE, in eval mode, from a folder (ours, diffusers' or efficientvit's), a weights file, or a URI of one.
 
-    Bare efficientvit weights do not hold the scale of the latents, and two published families ("in" and "mix") share each
-    shape: `scaling_factor` decides. Raises as `load_transformer` does, and ValueError if the scale is not known.
+    `scaling_factor` replaces the scale of the latents that the files give. Bare efficientvit weights give none, and published
+    autoencoders of one shape differ in it ("in" and "mix"): for those it must be given.
+
+    Raises FileNotFoundError and ValueError as `load_transformer` does, and ValueError if the scale is not known.
     """
     source, settings, state = _open(path, ("autoencoder", "vae"))
     key_map: KeyMap = {}
@@ -126,9 +142,9 @@ def load_autoencoder(
 
 
 def save_autoencoder(model: DCAutoencoder, path: str | Path, *, layout: str = "sana") -> None:
-    """Write a folder ("sana", "diffusers") or a `.pth` file ("nvlabs", efficientvit's names), each file whole or not at all.
+    """Write a folder ("sana", "diffusers") or a `.pth` file with efficientvit's names ("nvlabs"); files whole or not at all.
 
-    Raises ValueError for another layout or a URI.
+    Raises ValueError for another layout, a URI, or the folder of a whole pipeline.
     """
     path, state = local_target(path), model.state_dict()
     if check_layout(layout) == "nvlabs":
@@ -140,12 +156,53 @@ def save_autoencoder(model: DCAutoencoder, path: str | Path, *, layout: str = "s
         _write_folder(path, "diffusion_pytorch_model", weights, diffusers_autoencoder_config(model.config))
 
 
+def load_text_encoder(
+    path: str | Path = DEFAULT_TEXT_ENCODER,
+    *,
+    config: TextEncoderConfig = NVLABS_PROMPTS,
+    dtype: torch.dtype | None = None,
+    tokenizer_path: str | Path | None = None,
+    attn_implementation: str | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
+) -> TextEncoder:
+    """Load any decoder-only transformers model with its tokenizer; a causal LM without its head.
+
+    Args:
+        path: a local folder, a model id on the hub, or an hf://, zoo:// or fsspec URI.
+        config: how a caption becomes tokens; no checkpoint of a language model holds it.
+        dtype: None keeps the checkpoint's.
+        tokenizer_path: the tokenizer's folder if it is not the model's, as in a diffusers pipeline.
+        attn_implementation: None is transformers' default, as in diffusers: sdpa, which ignores Gemma-2's soft-capping of
+            attention logits; "eager" applies it.
+        variant: the one in the names of the weights' files ("bf16"); None: no variant.
+        revision: of a model id on the hub; None: "main".
+
+    Raises FileNotFoundError if nothing is at a URI, OSError (of transformers) if a folder or model id is not there.
+    """
+    options = {"dtype": dtype or "auto", "attn_implementation": attn_implementation, "variant": variant}
+    local, tokenizer_local = (resolve(p) if "://" in str(p) else p for p in (path, tokenizer_path or path))
+    pinned = {"revision": revision} if revision else {}
+    model = AutoModel.from_pretrained(local, **options, **pinned)
+    return TextEncoder(model, AutoTokenizer.from_pretrained(tokenizer_local, **pinned), config)
+
+
+def save_text_encoder(text_encoder: TextEncoder, path: str | Path) -> None:
+    """Write the language model and its tokenizer into one folder, which transformers loads; the caller keeps `config`.
+
+    Raises ValueError for a URI.
+    """
+    folder = local_target(path)
+    text_encoder.model.save_pretrained(folder)
+    text_encoder.tokenizer.save_pretrained(folder)
+
+
 def _open(
     path: str | Path, subfolders: tuple[str, ...], use_ema: bool = False
 ) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
-    """Where the weights are, the config.json that lies with them ({} if none does), and the tensors.
+    """Find and read a model: the place of its weights, the content of its config.json ({} if it has none), and its tensors.
 
-    `subfolders`: where a pipeline keeps such a model.
+    `subfolders`: names of the folders in which a pipeline keeps such a model.
     """
     local = resolve(path)
     if local.is_file():
@@ -161,7 +218,10 @@ def _open(
 
 
 def _fill(model: nn.Module, state: dict[str, Tensor], key_map: KeyMap, source: Path, dtype: torch.dtype | None) -> None:
-    """Give `model`, made on the meta device, exactly the tensors of `state`; every tensor that does not fit is named."""
+    """Give `model`, made on the meta device, exactly the tensors of `state`.
+
+    Raises ValueError that names the tensors that are missing, extra or misshapen.
+    """
     ours: dict[str, Tensor] = {}
     problems, used = [], set()
     for key, expected in model.state_dict().items():
@@ -187,6 +247,7 @@ def _fill(model: nn.Module, state: dict[str, Tensor], key_map: KeyMap, source: P
 
 
 def _export(state: dict[str, Tensor], key_map: KeyMap) -> dict[str, Tensor]:
+    """Our tensors under the names, and in the form, of another layout."""
     exported: dict[str, Tensor] = {}
     for key, tensor in state.items():
         exported |= from_ours(translate(key, key_map), tensor)
@@ -194,9 +255,9 @@ def _export(state: dict[str, Tensor], key_map: KeyMap) -> dict[str, Tensor]:
 
 
 def _write_folder(folder: Path, stem: str, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Weights, then config.json; what an earlier save in another layout or in shards left there is removed.
+    """Write the weights, then config.json, and remove what an earlier save in another layout or in shards left there.
 
-    Raises ValueError for the folder of a whole pipeline, from which a load would take the old model in the subfolder.
+    Raises ValueError for the folder of a whole pipeline: loading from there would take the old model in the subfolder.
     """
     if any((folder / index).exists() for index in PIPELINE_INDEXES):
         raise ValueError(f"{folder} holds a whole pipeline: save one model into its subfolder, or the pipeline over it")
@@ -215,7 +276,7 @@ def _write_pth(path: Path, weights: dict[str, Tensor]) -> None:
 
 
 def check_layout(layout: str) -> str:
-    """`layout`. Raises ValueError if there is none of that name."""
+    """Return `layout`. Raises ValueError if there is no layout of that name."""
     if layout not in get_args(Layout):
         raise ValueError(f"unknown layout {layout!r}: choose one of {', '.join(get_args(Layout))}")
     return layout

@@ -1,25 +1,89 @@
-"""Load and save the whole pipeline: our own folder, diffusers' `SanaPipeline` folder, an NVlabs `.pth` with its companions."""
+"""Find, load and save the parts of a pipeline.
 
-from dataclasses import asdict
+A pipeline is our own folder, diffusers' `SanaPipeline` folder, or an NVlabs `.pth`, which holds the transformer alone.
+"""
+
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sana_model.files.models import check_layout, save_transformer
+from sana_model.files.models import (
+    PIPELINE_INDEXES,
+    check_layout,
+    load_autoencoder,
+    load_text_encoder,
+    load_transformer,
+    save_autoencoder,
+    save_text_encoder,
+    save_transformer,
+)
 from sana_model.files.places import local_target, resolve
 from sana_model.files.published_configs import DIFFUSERS_VERSION
-from sana_model.files.tensors import PIPELINE_INDEXES, find_variant, read_json, write_json
+from sana_model.files.tensors import find_variant, read_json, write_json
+from sana_model.flow import DEFAULT_FLOW_SHIFT
 from sana_model.nn.autoencoder import DCAutoencoder
-from sana_model.nn.config import DEFAULT_MODEL, DIFFUSERS_PROMPTS, NVLABS_PROMPTS, TextEncoderConfig
+from sana_model.nn.config import DEFAULT_AUTOENCODER, DEFAULT_TEXT_ENCODER, DIFFUSERS_PROMPTS, NVLABS_PROMPTS, TextEncoderConfig
 from sana_model.nn.text_encoder import TextEncoder
 from sana_model.nn.transformer import SanaTransformer
-from sana_model.pipeline import DEFAULT_FLOW_SHIFT, TextToImage
-
-DEFAULT_AUTOENCODER = "hf://mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"
 
 
-def load_pipeline(
+@dataclass(frozen=True, kw_only=True)
+class Companions:
+    """The models that a transformer draws pictures with, as paths, and two settings. The defaults are the published ones."""
+
+    autoencoder: str = DEFAULT_AUTOENCODER
+    text_encoder: str = DEFAULT_TEXT_ENCODER
+    tokenizer: str | None = None
+    """None: it lies with the text encoder."""
+    prompts: TextEncoderConfig = NVLABS_PROMPTS
+    flow_shift: float = DEFAULT_FLOW_SHIFT
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineParts:
+    """The loaded models of a pipeline, and the shift of its sampling grid."""
+
+    transformer: SanaTransformer
+    autoencoder: DCAutoencoder
+    text_encoder: TextEncoder
+    flow_shift: float
+
+
+def find_companions(path: Path | None) -> Companions:
+    """Find the companions of a transformer, without loading them.
+
+    Args:
+        path: a local pipeline folder, ours or diffusers', which names its companions; or a weights file (NVlabs' `.pth`), or
+            None, which names none: it gets the published ones.
+
+    Raises ValueError if `path` is a folder but no pipeline, or if its index is damaged; FileNotFoundError if a diffusers folder
+    has no scheduler.
+    """
+    if path is None or path.is_file():
+        return Companions()
+    if (path / "pipeline.json").exists():
+        settings = read_json(path / "pipeline.json")
+        return Companions(
+            autoencoder=str(path / "autoencoder"),
+            text_encoder=str(path / "text_encoder"),
+            prompts=TextEncoderConfig(**settings["prompts"]),
+            flow_shift=settings["flow_shift"],
+        )
+    if (path / "model_index.json").exists():
+        scheduler = read_json(path / "scheduler" / "scheduler_config.json")
+        return Companions(
+            autoencoder=str(path / "vae"),
+            text_encoder=str(path / "text_encoder"),
+            tokenizer=str(path / "tokenizer"),
+            prompts=DIFFUSERS_PROMPTS,
+            flow_shift=scheduler.get("flow_shift", scheduler.get("shift", DEFAULT_FLOW_SHIFT)),
+        )
+    raise ValueError(f"{path} is no pipeline: it has neither pipeline.json (ours) nor model_index.json (diffusers)")
+
+
+def load_parts(
     path: str | Path,
     *,
     dtype: torch.dtype | None = None,
@@ -28,47 +92,42 @@ def load_pipeline(
     text_encoder: str | Path | None = None,
     flow_shift: float | None = None,
     **overrides: Any,
-) -> TextToImage:
-    """A pipeline from our own folder, diffusers' `SanaPipeline` folder, or an NVlabs `.pth`; local, hf:// or an fsspec URI.
+) -> PipelineParts:
+    """Load every model of a pipeline, in eval mode.
 
-    A `.pth` holds the transformer alone: `autoencoder` and `text_encoder` then name the others (published ones by default).
-    They also replace what a folder holds, as does `flow_shift`. A diffusers folder is prompted as `SanaPipeline` does.
-    `use_ema` and `overrides` are those of `weights.load_transformer`.
+    Args:
+        path: our own folder, diffusers' `SanaPipeline` folder, or an NVlabs `.pth`; local, or an hf://, zoo:// or fsspec URI.
+        dtype: of all models; None keeps what each file holds.
+        autoencoder, text_encoder: paths that replace what the folder holds. A `.pth` holds neither: the published ones are
+            taken unless these are given.
+        flow_shift: replaces the pipeline's.
+        use_ema, overrides: those of `load_transformer`.
 
-    Raises FileNotFoundError or ValueError as `weights.load_transformer` does.
+    A diffusers folder is prompted as `SanaPipeline` does it, everything else as our folder says or as NVlabs does.
+
+    Raises FileNotFoundError or ValueError as `find_companions` and `load_transformer` do.
     """
     local = resolve(path)
-    prompts, shift, tokenizer = NVLABS_PROMPTS, DEFAULT_FLOW_SHIFT, None
-    autoencoder_source: str | Path = DEFAULT_AUTOENCODER
-    text_source: str | Path = DEFAULT_MODEL
-    if (local / "pipeline.json").exists():
-        settings = read_json(local / "pipeline.json")
-        prompts, shift = TextEncoderConfig(**settings["prompts"]), settings["flow_shift"]
-        autoencoder_source, text_source = local / "autoencoder", local / "text_encoder"
-    elif (local / "model_index.json").exists():
-        scheduler = read_json(local / "scheduler" / "scheduler_config.json")
-        prompts, shift = DIFFUSERS_PROMPTS, scheduler.get("flow_shift", scheduler.get("shift", shift))
-        autoencoder_source, text_source, tokenizer = local / "vae", local / "text_encoder", local / "tokenizer"
-    elif local.is_dir():
-        raise ValueError(f"{path} is no pipeline: it has neither pipeline.json (ours) nor model_index.json (diffusers)")
+    companions = find_companions(local)
+    text_source, tokenizer = companions.text_encoder, companions.tokenizer
     if text_encoder is not None:
-        text_source, tokenizer = text_encoder, None
-    return TextToImage(
-        SanaTransformer.from_pretrained(local, use_ema=use_ema, dtype=dtype, **overrides),
-        DCAutoencoder.from_pretrained(autoencoder or autoencoder_source, dtype=dtype),
-        TextEncoder.from_pretrained(
+        text_source, tokenizer = str(text_encoder), None
+    return PipelineParts(
+        transformer=load_transformer(local, use_ema=use_ema, dtype=dtype, **overrides),
+        autoencoder=load_autoencoder(autoencoder or companions.autoencoder, dtype=dtype),
+        text_encoder=load_text_encoder(
             text_source,
-            config=prompts,
+            config=companions.prompts,
             dtype=dtype,
             tokenizer_path=tokenizer,
             variant=find_variant(Path(text_source)) if Path(text_source).is_dir() else None,
         ),
-        flow_shift=shift if flow_shift is None else flow_shift,
+        flow_shift=companions.flow_shift if flow_shift is None else flow_shift,
     )
 
 
-def save_pipeline(pipeline: TextToImage, path: str | Path, *, layout: str = "sana") -> None:
-    """Write a folder of ours, a folder that diffusers' `SanaPipeline` loads, or ("nvlabs") the transformer's `.pth`.
+def save_parts(parts: PipelineParts, path: str | Path, *, layout: str = "sana") -> None:
+    """Write our folder ("sana"), a folder for diffusers' `SanaPipeline` ("diffusers"), or the transformer's `.pth` ("nvlabs").
 
     A `.pth` carries the null caption's embeddings, which NVlabs' training puts in place of dropped captions: they are computed
     here if the transformer came without. diffusers has no place for our instruction text: it prompts with its own.
@@ -77,33 +136,34 @@ def save_pipeline(pipeline: TextToImage, path: str | Path, *, layout: str = "san
     """
     folder = local_target(path)
     if check_layout(layout) == "nvlabs":
-        save_transformer(pipeline.transformer, folder, layout=layout, null_caption_embeds=_padded_null_caption(pipeline))
+        null_caption = _padded_null_caption(parts.text_encoder)
+        save_transformer(parts.transformer, folder, layout=layout, null_caption_embeds=null_caption)
         return
     for index in PIPELINE_INDEXES:  # written last: a save that is cut short, or in another layout, leaves no old pipeline
         (folder / index).unlink(missing_ok=True)
-    pipeline.transformer.save_pretrained(folder / "transformer", layout=layout)
+    save_transformer(parts.transformer, folder / "transformer", layout=layout)
     if layout == "diffusers":
-        _save_diffusers_companions(pipeline, folder)
+        _save_diffusers_companions(parts, folder)
         return
-    pipeline.autoencoder.save_pretrained(folder / "autoencoder")
-    pipeline.text_encoder.save_pretrained(folder / "text_encoder")
-    prompts = asdict(pipeline.text_encoder.config)
-    settings = {"model_type": "sana_pipeline", "flow_shift": pipeline.flow_shift, "prompts": prompts}
+    save_autoencoder(parts.autoencoder, folder / "autoencoder")
+    save_text_encoder(parts.text_encoder, folder / "text_encoder")
+    prompts = asdict(parts.text_encoder.config)
+    settings = {"model_type": "sana_pipeline", "flow_shift": parts.flow_shift, "prompts": prompts}
     write_json(folder / "pipeline.json", settings)
 
 
-def _padded_null_caption(pipeline: TextToImage) -> torch.Tensor:
-    """(max_tokens, caption_dim), zeros behind the null caption's tokens."""
-    caption_embeds, _ = pipeline.text_encoder.null()
-    padded = caption_embeds.new_zeros(pipeline.text_encoder.config.max_tokens, caption_embeds.shape[-1])
+def _padded_null_caption(text_encoder: TextEncoder) -> torch.Tensor:
+    """(max_tokens, caption_dim): the null caption's embeddings, zeros after its tokens."""
+    caption_embeds, _ = text_encoder.null()
+    padded = caption_embeds.new_zeros(text_encoder.config.max_tokens, caption_embeds.shape[-1])
     padded[: caption_embeds.shape[1]] = caption_embeds[0]
     return padded
 
 
-def _save_diffusers_companions(pipeline: TextToImage, folder: Path) -> None:
-    """All but the transformer."""
-    pipeline.autoencoder.save_pretrained(folder / "vae", layout="diffusers")
-    model, tokenizer = pipeline.text_encoder.model, pipeline.text_encoder.tokenizer
+def _save_diffusers_companions(parts: PipelineParts, folder: Path) -> None:
+    """Write all but the transformer as `SanaPipeline` expects it, its index last."""
+    save_autoencoder(parts.autoencoder, folder / "vae", layout="diffusers")
+    model, tokenizer = parts.text_encoder.model, parts.text_encoder.tokenizer
     model.save_pretrained(folder / "text_encoder")
     tokenizer.save_pretrained(folder / "tokenizer")
     scheduler = {
@@ -111,7 +171,7 @@ def _save_diffusers_companions(pipeline: TextToImage, folder: Path) -> None:
         "_diffusers_version": DIFFUSERS_VERSION,
         "prediction_type": "flow_prediction",
         "use_flow_sigmas": True,
-        "flow_shift": pipeline.flow_shift,
+        "flow_shift": parts.flow_shift,
     }
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     index = {

@@ -1,29 +1,36 @@
-"""Where checkpoints are: a local path, the shipped zoo, the Hugging Face hub, or any fsspec URI."""
+"""Find checkpoints: at a local path, in the shipped zoo, on the Hugging Face hub, or at any fsspec URI."""
 
 import hashlib
 import os
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-import fsspec
 from filelock import FileLock
+from fsspec import AbstractFileSystem
 from huggingface_hub import snapshot_download
 from tqdm import tqdm
 
+from sana_model.files.filesystems import open_filesystem
+from sana_model.files.retry import call_patiently
+
 ZOO_DIR = Path(__file__).parents[1] / "zoo"
-CACHE_DIR = Path(os.environ.get("SANA_CACHE", Path.home() / ".cache" / "sana_model"))
-UNWANTED = ["*.bin", "*.onnx", "*.msgpack", "*.h5", "*.ckpt"]
+CACHE_DIR = Path(os.environ.get("SANA_CACHE", Path.home() / ".cache" / "sana_model"))  # of files copied from fsspec URIs
+UNWANTED = ["*.bin", "*.onnx", "*.msgpack", "*.h5", "*.ckpt"]  # weights in formats that nothing here reads
 
 
 def resolve(path: str | Path) -> Path:
-    """A local path for `path`: itself, a hub snapshot (`hf://owner/name[@revision][/folder]`), or a cached copy of a URI.
+    """Return a local path for `path`, after downloading if it is remote.
 
-    `zoo://name` is a tiny checkpoint that comes with this package (`sana_model/zoo`).
+    Args:
+        path: a local path; or `zoo://name`, a tiny checkpoint that comes with this package (`sana_model/zoo`); or
+            `hf://owner/name[@revision][/folder]` on the Hugging Face hub (write %2F for a slash inside a revision); or any
+            other fsspec URI, which is copied to a cache.
 
-    In an hf:// address a slash inside a revision is written %2F. Raises FileNotFoundError if there is nothing there.
+    Raises FileNotFoundError if nothing is there, ValueError if an hf:// address names no repository.
     """
     text = str(path)
     if "://" not in text:
@@ -68,13 +75,13 @@ def _from_uri(uri: str) -> Path:
 
     Of several processes of a host one copies, and the others wait for it.
     """
-    filesystem, root = fsspec.url_to_fs(uri)
-    found = filesystem.find(root)
+    filesystem, root = open_filesystem(uri)
+    found = call_patiently(lambda: filesystem.find(root), f"list {uri}")
     if not found:
         raise FileNotFoundError(f"nothing at {uri!r}")
-    stamps = sorted((name, *_stamp(filesystem.info(name))) for name in found)
+    stamps = sorted((name, *_stamp(call_patiently(partial(filesystem.info, name), f"read {name}"))) for name in found)
     key = hashlib.sha256(repr((uri, stamps)).encode()).hexdigest()[:24]
-    is_file = filesystem.isfile(root)
+    is_file = call_patiently(lambda: filesystem.isfile(root), f"read {uri}")
     target = CACHE_DIR / key
     CACHE_DIR.mkdir(parents=True, exist_ok=True)
     with FileLock(CACHE_DIR / f"{key}.lock"):
@@ -83,29 +90,29 @@ def _from_uri(uri: str) -> Path:
     return target / Path(root).name if is_file else target
 
 
-def _fetch(filesystem: fsspec.AbstractFileSystem, files: list[str], root: str, target: Path, uri: str) -> None:
+def _fetch(filesystem: AbstractFileSystem, files: list[str], root: str, target: Path, uri: str) -> None:
     """Copy files below `root` (or this one file) to a folder, in place of what is there."""
-    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}."))
+    partial_copy = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}."))
     try:
         for name in tqdm(files, desc=f"fetching {uri}", unit="file", leave=False, disable=None):
             relative = Path(name).name if name == root else os.path.relpath(name, root)
-            (partial / relative).parent.mkdir(parents=True, exist_ok=True)
-            filesystem.get_file(name, str(partial / relative))
+            (partial_copy / relative).parent.mkdir(parents=True, exist_ok=True)
+            call_patiently(partial(filesystem.get_file, name, str(partial_copy / relative)), f"read {name}")
         shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
+        partial_copy.rename(target)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial_copy, ignore_errors=True)
 
 
 def _stamp(info: dict[str, Any]) -> tuple[str, str]:
-    """Size, and what a filesystem tells of a file's content or time of change; "" if it tells nothing."""
+    """A file's size, and its checksum or time of change, whichever the filesystem gives; "" if it gives none."""
     lower = {name.lower().replace("-", "_"): value for name, value in info.items()}
     tells = ("etag", "content_md5", "mtime", "last_modified", "lastmodified", "updated", "created")
     return str(lower.get("size")), next((str(lower[name]) for name in tells if lower.get(name)), "")
 
 
 def local_target(path: str | Path) -> Path:
-    """Where to save. Raises ValueError for a URI: writing `s3://...` as a path would make a local folder of that name."""
+    """Return the path to save to. Raises ValueError for a URI, which as a path would be a local folder named `s3:`."""
     if "://" in str(path):
         raise ValueError(f"save_pretrained writes local files, {str(path)!r} is a URI: save locally, then copy it there")
     return Path(path)

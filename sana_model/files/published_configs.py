@@ -1,4 +1,4 @@
-"""The shape of a published checkpoint, from its tensors and its config.json, and the config.json that diffusers reads."""
+"""Read our configuration from a published checkpoint (its tensors and config.json), and make the config.json for diffusers."""
 
 import math
 from dataclasses import replace
@@ -19,12 +19,12 @@ from sana_model.nn.config import (
 )
 from sana_model.nn.embeddings import sincos_position_embedding
 
-DIFFUSERS_VERSION = "0.42.1"  # whose layout is written
-PUBLISHED_CROSS_HEADS = {1152: 16, 2240: 20}  # by width: the one number of a linear DiT that its tensors do not show
+DIFFUSERS_VERSION = "0.42.1"  # the version whose layout we write
+PUBLISHED_CROSS_HEADS = {1152: 16, 2240: 20}  # by width: tensors do not show the number of cross-attention heads
 
 
 def transformer_config_from_diffusers(settings: dict[str, Any], state: dict[str, Tensor], source: Path) -> SanaConfig:
-    """From diffusers' config.json and tensors. Raises ValueError for a relative of Sana that is not supported."""
+    """Configuration from diffusers' config.json (`settings`) and tensors. Raises ValueError for an unsupported variant."""
     if settings.get("guidance_embeds"):
         raise ValueError(f"{source}: guidance_embeds (Sana-Sprint) is not supported")
     if settings.get("timestep_scale", 1.0) != 1.0:
@@ -40,7 +40,10 @@ def transformer_config_from_diffusers(settings: dict[str, Any], state: dict[str,
 
 
 def transformer_config_from_nvlabs(state: dict[str, Tensor], source: Path, num_cross_heads: int | None) -> SanaConfig:
-    """From the tensors of a `.pth`. Raises ValueError if the number of cross-attention heads is neither given nor published."""
+    """Configuration from the tensors of a `.pth`.
+
+    Raises ValueError if `num_cross_heads` is None and the width is not a published one.
+    """
     shape = _shape_from_weights(state, TRANSFORMER_NVLABS, source)
     if num_cross_heads is None and shape["dim"] not in PUBLISHED_CROSS_HEADS:
         raise ValueError(
@@ -52,7 +55,7 @@ def transformer_config_from_nvlabs(state: dict[str, Tensor], source: Path, num_c
 
 
 def _shape_from_weights(state: dict[str, Tensor], key_map: KeyMap, source: Path) -> dict[str, Any]:
-    """The `SanaConfig` fields that tensors show."""
+    """The fields of `SanaConfig` that the shapes and names of tensors show. Raises ValueError if they are of another model."""
 
     def their_name(key: str) -> str:
         return translate(key, key_map).names[0]
@@ -81,9 +84,10 @@ def _shape_from_weights(state: dict[str, Tensor], key_map: KeyMap, source: Path)
 
 
 def _positions_from_nvlabs(pos_embed: Tensor | None) -> dict[str, Any]:
-    """From NVlabs' `pos_embed` (1, base_size^2, D), which is zeros where the model has no positional embedding.
+    """`base_size` and `position_scale` from NVlabs' `pos_embed` (1, base_size^2, D).
 
-    Its first frequency is 1, so the second column's first value is sin(1 / interpolation scale).
+    It is all zeros if the model has no positional embedding. Else the scale is read from the first value of the second column:
+    its frequency is 1, so it is sin(1 / interpolation scale).
     """
     if pos_embed is None:
         return {}
@@ -94,7 +98,7 @@ def _positions_from_nvlabs(pos_embed: Tensor | None) -> dict[str, Any]:
 
 
 def positions_for_nvlabs(config: SanaConfig, dtype: torch.dtype) -> Tensor:
-    """NVlabs' `pos_embed` (1, base_size^2, D): zeros where there is no positional embedding."""
+    """Make NVlabs' `pos_embed` (1, base_size^2, D): zeros if the model has no positional embedding."""
     if config.position_scale is None:
         return torch.zeros(1, config.base_size**2, config.dim, dtype=dtype)
     size = config.base_size
@@ -103,9 +107,9 @@ def positions_for_nvlabs(config: SanaConfig, dtype: torch.dtype) -> Tensor:
 
 
 def diffusers_transformer_config(config: SanaConfig) -> dict[str, Any]:
-    """The config.json of a `SanaTransformer2DModel`."""
+    """Make the config.json of a `SanaTransformer2DModel`."""
     mlp_ratio = config.ffn_dim / config.dim
-    if int(mlp_ratio * config.dim) < config.ffn_dim:  # as diffusers takes it
+    if int(mlp_ratio * config.dim) < config.ffn_dim:  # diffusers truncates the product
         mlp_ratio = math.nextafter(mlp_ratio, math.inf)
     return {
         "_class_name": "SanaTransformer2DModel",
@@ -131,7 +135,7 @@ def diffusers_transformer_config(config: SanaConfig) -> dict[str, Any]:
 
 
 def autoencoder_config_from_diffusers(settings: dict[str, Any], folder: Path) -> AutoencoderConfig:
-    """From diffusers' config.json. Raises ValueError naming a setting that no published family has."""
+    """Configuration from diffusers' config.json. Raises ValueError that names a setting which no published family has."""
     variant: Variant = "in" if settings["downsample_block_type"] == "pixel_unshuffle" else "sana"
     config = AutoencoderConfig(
         latent_channels=settings["latent_channels"],
@@ -142,7 +146,7 @@ def autoencoder_config_from_diffusers(settings: dict[str, Any], folder: Path) ->
         scaling_factor=settings["scaling_factor"],
     )
     expected = diffusers_autoencoder_config(config)
-    # Published Sana configurations write "Conv" for "conv": diffusers too asks only whether it is pixel_unshuffle.
+    # Published Sana configurations write "Conv" for "conv"; diffusers, too, only checks for pixel_unshuffle.
     for name in set(expected) & set(settings) - {"_diffusers_version", "downsample_block_type"}:
         came, wanted = _spread(settings[name], len(config.widths)), _spread(expected[name], len(config.widths))
         if came != wanted:
@@ -151,7 +155,7 @@ def autoencoder_config_from_diffusers(settings: dict[str, Any], folder: Path) ->
 
 
 def _spread(value: Any, count: int) -> Any:
-    """diffusers writes one string for a value that all stages share."""
+    """One value per stage, as a list: diffusers writes a single string where all stages have the same."""
     if isinstance(value, str):
         return [value] * count
     return (
@@ -160,7 +164,7 @@ def _spread(value: Any, count: int) -> Any:
 
 
 def diffusers_autoencoder_config(config: AutoencoderConfig) -> dict[str, Any]:
-    """The config.json of an `AutoencoderDC`."""
+    """Make the config.json of an `AutoencoderDC`."""
     count, shuffles = len(config.widths), config.variant == "in"
     blocks = ["ResBlock" if index < 3 else "EfficientViTBlock" for index in range(count)]
     multiscales = [[] if index < 3 or shuffles else [5] for index in range(count)]
@@ -192,7 +196,11 @@ def diffusers_autoencoder_config(config: AutoencoderConfig) -> dict[str, Any]:
 def autoencoder_config_from_nvlabs(
     settings: dict[str, Any], state: dict[str, Tensor], source: Path, scaling_factor: float | None
 ) -> AutoencoderConfig:
-    """From efficientvit's tensors and the name in its config.json, if any. Raises ValueError if the scale is not known."""
+    """Configuration from efficientvit's tensors.
+
+    The scale of the latents is `scaling_factor` if given, else that of the model that config.json (`settings`) names, else the
+    one that published autoencoders of this shape have. Raises ValueError if those have several.
+    """
     config = _autoencoder_shape_from_weights(state, source)
     named = AUTOENCODER_PRESETS.get(str(settings.get("model_name")))
     if scaling_factor is None and named is not None:
@@ -212,7 +220,7 @@ def autoencoder_config_from_nvlabs(
 
 
 def _autoencoder_shape_from_weights(state: dict[str, Tensor], source: Path) -> AutoencoderConfig:
-    """The shape that efficientvit's tensors show; the scale, which they do not, is 1."""
+    """The shape that efficientvit's tensors show. They do not show the scale: it is set to 1."""
 
     def count(prefix: str) -> int:
         return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
@@ -233,7 +241,7 @@ def _autoencoder_shape_from_weights(state: dict[str, Tensor], source: Path) -> A
         latent_channels = len(state["encoder.project_out.main.op_list.0.conv.bias"])
     except (KeyError, ValueError) as error:
         raise ValueError(f"{source} is no checkpoint of a DC-AE: {error} is not in it") from error
-    if widths[0] == 0:  # a first stage without blocks leaves no trace of its width; published ones are half the second
+    if widths[0] == 0:  # tensors do not show the width of a first stage without blocks; in published ones it is half the second
         widths[0] = widths[1] // 2
     return AutoencoderConfig(
         latent_channels=latent_channels,

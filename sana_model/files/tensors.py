@@ -1,11 +1,11 @@
-"""Where checkpoints lie (a local path, the Hugging Face hub, any fsspec URI) and how their files are read: nothing executes."""
+"""Read and write the files of a checkpoint: tensors (safetensors, torch.save) and JSON.
+
+Reading never runs code that a file holds. A file that is written appears whole or not at all.
+"""
 
 import json
-import os
 import pickle
 import struct
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-WEIGHT_STEMS = ("model", "diffusion_pytorch_model")  # ours, transformers' and efficientvit's; diffusers'
-PIPELINE_INDEXES = ("pipeline.json", "model_index.json")  # ours, diffusers'
+from sana_model.files.atomic import write_atomically
+
+# What a weights file's name begins with: ours, transformers' and efficientvit's; diffusers'.
+WEIGHT_STEMS = ("model", "diffusion_pytorch_model")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ValueError naming the file if it is not one."""
+    """Read a JSON object. Raises ValueError that names the file if it is damaged or holds something else."""
     try:
         content = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -30,10 +32,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_safetensors_folder(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder: one file, or shards with their index; a variant (".bf16.") where there is no plain file.
+    """Read all tensors of a folder: from one file, or from shards with their index.
 
-    Raises FileNotFoundError if there is no safetensors file, ValueError if a file is damaged, a shard is missing, or several
-    variants leave the choice open.
+    If the folder has no plain file but one variant (`model.bf16.safetensors`), that is read.
+
+    Raises FileNotFoundError if there is no safetensors file; ValueError if a file is damaged, a shard is missing, or there are
+    several variants and no plain file.
     """
     variants = _find_variants(folder)
     chosen = variants[find_variant(folder) or ""]
@@ -47,7 +51,10 @@ def read_safetensors_folder(folder: Path) -> dict[str, Tensor]:
 
 
 def find_variant(folder: Path) -> str | None:
-    """Which variant ("bf16") of its weights `folder` holds; None: the plain one. Raises as `read_safetensors_folder`."""
+    """Find which variant ("bf16") of its weights `folder` holds; None: the plain one.
+
+    Raises FileNotFoundError if there is no safetensors file, ValueError if there are several variants and no plain file.
+    """
     variants = _find_variants(folder)
     if not variants:
         raise FileNotFoundError(f"{folder} holds no .safetensors file")
@@ -57,7 +64,7 @@ def find_variant(folder: Path) -> str | None:
 
 
 def _find_variants(folder: Path) -> dict[str, Path]:
-    """Index or single weights file by variant; "" is the plain one. diffusers' names count only where no others are."""
+    """Index or single weights file by variant; "" is the plain one. diffusers' names count only if there are no others."""
     for stem in WEIGHT_STEMS:
         files = [path for path in folder.glob(f"{stem}.*") if "-of-" not in path.name]
         singles = {_variant(path.name): path for path in files if path.suffix == ".safetensors"}
@@ -68,13 +75,13 @@ def _find_variants(folder: Path) -> dict[str, Path]:
 
 
 def _variant(name: str) -> str:
-    """ "bf16" of `model.bf16.safetensors` and `model.safetensors.index.bf16.json`; "" of a plain name."""
+    """Variant in a name: "bf16" in `model.bf16.safetensors` and `model.safetensors.index.bf16.json`, "" in a plain name."""
     words = name.removesuffix(".json").removesuffix(".safetensors").split(".")[1:]
     return next((word for word in words if word not in ("safetensors", "index")), "")
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Raises ValueError naming the file if it is damaged or cut short."""
+    """Read the tensors of one file. Raises ValueError that names the file if it is damaged or incomplete."""
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -82,7 +89,13 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_weights_file(path: Path, *, use_ema: bool = False) -> dict[str, Tensor]:
-    """A state dict from a safetensors file or what torch.save wrote, told apart by the first bytes. Raises as the two do."""
+    """Read a state dict from a safetensors file or a file of torch.save; the first bytes tell which it is.
+
+    Args:
+        use_ema: take `state_dict_ema` of a file of torch.save.
+
+    Raises ValueError that names the file if it is damaged, holds anything but tensors, or has no EMA that was asked for.
+    """
     with path.open("rb") as file:
         start = file.read(2)
     if start == b"PK" or start[:1] == b"\x80":
@@ -91,13 +104,12 @@ def read_weights_file(path: Path, *, use_ema: bool = False) -> dict[str, Tensor]
 
 
 def _read_pth(path: Path, *, is_zip: bool, use_ema: bool) -> dict[str, Tensor]:
-    """The state dict of an NVlabs `.pth`: `state_dict` (or `state_dict_ema`) of the file, or the file itself.
+    """Read the state dict of an NVlabs `.pth`: its entry `state_dict` (or `state_dict_ema`), or the whole file without one.
 
-    Read with `weights_only=True`: a pickle that would run code is refused. Raises ValueError then, if the file is damaged, or
-    if it holds no EMA that was asked for, or something else than tensors.
+    Reads with `weights_only=True`, which refuses a pickle that would run code. Raises ValueError as `read_weights_file` does.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)  # only torch's zip files can be mapped
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)  # only the zip format can be mapped
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} is refused: damaged, or more than tensors in it that could run code ({error})") from error
     except (RuntimeError, EOFError, OSError, UnicodeDecodeError, struct.error, LookupError) as error:
@@ -114,25 +126,12 @@ def _read_pth(path: Path, *, is_zip: bool, use_ema: bool) -> dict[str, Tensor]:
     return state
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` fill a temporary file beside `path`, then put it in place: readers see the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
-    try:
-        write(Path(temporary))
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Written whole or not at all."""
+    """Write a JSON object. The file appears whole or not at all."""
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
 
 
 def write_safetensors(path: Path, state: dict[str, Tensor]) -> None:
-    """Written whole or not at all, contiguous and from the CPU."""
+    """Write tensors, from any device. The file appears whole or not at all."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))

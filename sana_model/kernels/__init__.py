@@ -1,1 +1,1 @@
-"""Exact, faster ways to compute what plain torch spells out; each file holds both."""
+"""Faster, exact forms of plain torch code. A file also holds the plain form where torch has none."""

@@ -1,8 +1,8 @@
-"""Matrix products by oneDNN on CPUs.
+"""A linear layer that multiplies with oneDNN on CPUs.
 
-torch multiplies float32 matrices on CPUs with MKL, which on AMD processors reaches about 3/4 of what oneDNN does (145 against
-190 GFLOP/s on two cores of an EPYC). torch carries oneDNN too; this layer calls it. In bfloat16, where torch itself calls
-oneDNN, it saves the pass that adds the bias.
+torch multiplies float32 matrices on CPUs with MKL, which on AMD processors is slower than oneDNN (145 against 190 GFLOP/s on
+two cores of an EPYC). torch contains oneDNN too, and this layer calls it. In bfloat16 torch calls oneDNN itself; there this
+layer saves the separate pass that adds the bias.
 """
 
 import torch
@@ -10,19 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-SMALLEST_WEIGHT = 1 << 14  # below it, the call costs more than the product
+SMALLEST_WEIGHT = 1 << 14  # elements; with a smaller weight the call costs more than the product
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` in name, weights and result."""
+    """`nn.Linear`, with the same weights and the same result up to rounding."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear`, by oneDNN where that serves: (..., in), (out, in), (out,) -> (..., out)."""
-    if torch.compiler.is_compiling() or not _served(x, weight):  # the compiler chooses its own kernels
+    """`F.linear` of (..., in), (out, in), (out,) -> (..., out); on CPUs by oneDNN where that is faster and allowed."""
+    if torch.compiler.is_compiling() or not _served(x, weight):  # torch.compile chooses its own kernels
         return F.linear(x, weight, bias)
     needs_grad = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if torch.is_grad_enabled() and needs_grad:
@@ -31,6 +31,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _served(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN can and should compute this product."""
     return bool(
         x.device.type == "cpu"
         and weight.numel() >= SMALLEST_WEIGHT
@@ -50,6 +51,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _OneDnnLinear(torch.autograd.Function):
+    """`_product` with its gradients."""
+
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)  # a frozen weight (LoRA) needs no x

@@ -4,14 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EPS = 1e-15  # diffusers; NVlabs has 1e-8. Either only decides what a token with no positive key gets: zero.
+EPS = 1e-15  # as in diffusers (NVlabs: 1e-8). Matters only where every product is 0: the result is then 0 and not NaN
 
 
 def relu_linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """O_i = ReLU(Q_i) sum_j ReLU(K_j)^T V_j / ReLU(Q_i) sum_j ReLU(K_j)^T over (B, N, heads, head_dim), fp32 inside.
+    """ReLU linear attention of (B, N, heads, head_dim), in the dtype of `value`, computed in float32 (Sana section 2.2).
 
-    Sana section 2.2. The sums over j are one (head_dim x head_dim) matrix and one vector per head, so the N x N weights are
-    never formed.
+    O_i = ReLU(Q_i) sum_j ReLU(K_j)^T V_j / ReLU(Q_i) sum_j ReLU(K_j)^T. The sums over j are one (head_dim x head_dim) matrix
+    and one vector per head, so the N x N weights are never formed.
     """
     dtype = value.dtype
     query = F.relu(query).float().transpose(1, 2)  # (B, heads, N, head_dim)
@@ -24,7 +24,7 @@ def relu_linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def relu_attention_reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The same by the explicit N x N weights: what the test compares with."""
+    """The plain form of `relu_linear_attention`, with the explicit N x N weights. Tests compare the two."""
     weights = torch.einsum("bihd,bjhd->bhij", F.relu(query).float(), F.relu(key).float())
     weights = weights / (weights.sum(dim=-1, keepdim=True) + EPS)
     return torch.einsum("bhij,bjhd->bihd", weights, value.float()).to(value.dtype)

@@ -1,7 +1,8 @@
 """Nearest-neighbour upsampling by two followed by a 3x3 convolution, without computing on the repeated pixels.
 
-After the repetition, each output pixel's nine taps fall on four source pixels only. So each of the four output phases (even or
-odd row and column) is a 2x2 convolution of the source with summed taps: 16 multiplications in place of 36, and exact.
+After the repetition, the nine taps of an output pixel fall on only four source pixels. So each of the four output phases (even
+or odd row, even or odd column) is a 2x2 convolution of the source with summed taps. This is exact, and takes 16 multiplications
+per source pixel in place of 36.
 """
 
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(B, C, H, W) to (B, C_out, 2H, 2W), equal to `upsample_conv_reference` up to rounding.
+    """(B, C, H, W), (C_out, C, 3, 3), (C_out,) to (B, C_out, 2H, 2W): equals `upsample_conv_reference` up to rounding.
 
-    The kernels are made anew in each call, about 1 % of a 512-px decode: none can be stale.
+    The summed kernels are computed in each call, which takes about 1 % of a 512-px decode, so they always fit the weight.
     """
     batch_size, _, height, width = x.shape
     padded = F.pad(x, (1, 1, 1, 1)).contiguous(memory_format=torch.channels_last)
@@ -31,8 +32,8 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _make_phase_kernels(weight: Tensor) -> list[Tensor]:
-    """The 2x2 kernels of the phases (even row, even column), (even, odd), (odd, even), (odd, odd) of a 3x3 kernel."""
-    top, middle, bottom = weight.permute(0, 2, 3, 1).unbind(1)  # (C_out, 3, C) each: channels stay together
+    """Sum a 3x3 kernel to 2x2 kernels for the phases (even row, even column), (even, odd), (odd, even), (odd, odd)."""
+    top, middle, bottom = weight.permute(0, 2, 3, 1).unbind(1)  # (C_out, 3, C) each, channels last
     kernels = []
     for rows in ((top, middle + bottom), (top + middle, bottom)):
         left, centre, right = torch.stack(rows, dim=1).unbind(2)
@@ -42,5 +43,5 @@ def _make_phase_kernels(weight: Tensor) -> list[Tensor]:
 
 
 def upsample_conv_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The same as written: repeat every pixel twice in both directions, then a 3x3 convolution."""
+    """The plain form of `upsample_conv`: repeat every pixel twice in both directions, then convolve. Tests compare the two."""
     return F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=1)

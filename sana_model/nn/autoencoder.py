@@ -1,4 +1,4 @@
-"""DC-AE, the deep-compression autoencoder (arXiv 2410.10733). `encode` and `decode` own the latent scale."""
+"""DC-AE, the deep-compression autoencoder (arXiv 2410.10733). `encode` and `decode` apply the scale of the latents."""
 
 import math
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from sana_model.nn.config import AUTOENCODER_PRESETS, AutoencoderConfig
 
 
 class Encoder(nn.Module):
-    """Image to unscaled latents."""
+    """Image (B, 3, H, W) to unscaled latents (B, C, H/f, W/f)."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -48,7 +48,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Unscaled latents to image."""
+    """Unscaled latents (B, C, h, w) to image (B, 3, h*f, w*f)."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -76,9 +76,9 @@ class Decoder(nn.Module):
 
 
 class DCAutoencoder(nn.Module):
-    """Images in [-1, 1] to scaled latents and back, 32, 64 or 128 pixels to a latent.
+    """Encodes images in [-1, 1] to scaled latents and decodes them; a latent's side is 32, 64 or 128 pixels.
 
-    Without gradients, maps inside are written over once used: a forward hook that keeps one must clone it.
+    Without gradients, feature maps are overwritten after use: a forward hook that keeps one must clone it.
     """
 
     def __init__(self, config: AutoencoderConfig):
@@ -90,7 +90,7 @@ class DCAutoencoder(nn.Module):
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "DCAutoencoder":
-        """A freshly initialised model of a published shape, e.g. `from_preset("dc-ae-f32c32-sana-1.1")`.
+        """Make a freshly initialised model of a published shape, e.g. `from_preset("dc-ae-f32c32-sana-1.1")`.
 
         Raises ValueError for an unknown name, TypeError for an unknown override.
         """
@@ -102,16 +102,16 @@ class DCAutoencoder(nn.Module):
     def from_pretrained(
         cls, path: str | Path, *, dtype: torch.dtype | None = None, scaling_factor: float | None = None
     ) -> "DCAutoencoder":
-        """Load our own, a diffusers or an efficientvit (mit-han-lab) checkpoint: see `weights.load_autoencoder`."""
-        from sana_model.files import models as weights
+        """Load our own, a diffusers or an efficientvit (mit-han-lab) checkpoint: see `files.models.load_autoencoder`."""
+        from sana_model.files.models import load_autoencoder
 
-        return weights.load_autoencoder(path, dtype=dtype, scaling_factor=scaling_factor)
+        return load_autoencoder(path, dtype=dtype, scaling_factor=scaling_factor)
 
     def save_pretrained(self, path: str | Path, *, layout: str = "sana") -> None:
-        """Write the weights as "sana", "diffusers" or "nvlabs" lays them out: see `weights.save_autoencoder`."""
-        from sana_model.files import models as weights
+        """Write the weights in the layout "sana", "diffusers" or "nvlabs": see `files.models.save_autoencoder`."""
+        from sana_model.files.models import save_autoencoder
 
-        weights.save_autoencoder(self, path, layout=layout)
+        save_autoencoder(self, path, layout=layout)
 
     @property
     def compression(self) -> int:
@@ -119,13 +119,13 @@ class DCAutoencoder(nn.Module):
         return self.config.compression
 
     def encode(self, image: Tensor, *, tile_size: int | None = None, tile_overlap: int | None = None) -> Tensor:
-        """Image (B, 3, H, W) in [-1, 1] to scaled latents (B, C, H/f, W/f).
+        """Encode an image (B, 3, H, W) in [-1, 1] to scaled latents (B, C, H/f, W/f).
 
         Args:
-            tile_size: side in pixels of the tiles to work in, so that memory does not grow with the image; None: in one piece.
-            tile_overlap: pixels over which neighbouring tiles are blended; an eighth of the tile unless given.
+            tile_size: side of the tiles in pixels; tiles bound the memory that a large image takes. None: in one piece.
+            tile_overlap: pixels over which neighbouring tiles are blended; None: an eighth of the tile.
 
-        Raises ValueError if H or W does not divide by the factor f, or a tile does not.
+        Raises ValueError if the shape is another, or if H, W, tile or overlap is not a multiple of the factor f.
         """
         factor = self.compression
         if image.ndim != 4 or image.shape[1] != 3:
@@ -142,9 +142,10 @@ class DCAutoencoder(nn.Module):
         return latents * self.config.scaling_factor
 
     def decode(self, latents: Tensor, *, tile_size: int | None = None, tile_overlap: int | None = None) -> Tensor:
-        """Scaled latents (B, C, h, w) to image (B, 3, h*f, w*f), about [-1, 1], not clamped. Tiles as in `encode`, in pixels.
+        """Decode scaled latents (B, C, h, w) to an image (B, 3, h*f, w*f), roughly in [-1, 1] and not clamped.
 
-        Raises ValueError if the latents have another number of channels.
+        Tiles are those of `encode`, in pixels. Raises ValueError if the latents have another number of channels, or if tile or
+        overlap is not a multiple of the factor f.
         """
         channels = self.config.latent_channels
         if latents.ndim != 4 or latents.shape[1] != channels:
@@ -156,7 +157,7 @@ class DCAutoencoder(nn.Module):
         return _tiled(self.decoder, latents, tile, overlap, in_scale=1, out_scale=self.compression, out_channels=3)
 
     def _check_tile(self, tile_size: int | None, tile_overlap: int | None) -> tuple[int | None, int]:
-        """Tile and overlap in latents."""
+        """Check tile and overlap, given in pixels, and return them in latents; (None, 0) without tiles."""
         if tile_size is None:
             return None, 0
         factor = self.compression
@@ -179,10 +180,10 @@ def _tiled(
     out_scale: int,
     out_channels: int,
 ) -> Tensor:
-    """`function` over overlapping tiles of `x`, blended linearly where they overlap.
+    """Apply `function` to overlapping tiles of `x` (B, C, H, W), and blend the results linearly where they overlap.
 
     `tile` and `overlap` are in latents; along a side a latent is `in_scale` elements of the input and `out_scale` of the
-    output. The output is the only thing that grows with `x`: each tile is added into it, weighted, and dropped.
+    output. Only the output grows with `x`: each tile is weighted, added into it, and dropped.
     """
     height, width = x.shape[-2] // in_scale, x.shape[-1] // in_scale
     output = x.new_zeros(x.shape[0], out_channels, height * out_scale, width * out_scale)
@@ -196,9 +197,10 @@ def _tiled(
 
 
 def _tile_spans(size: int, tile: int, overlap: int, out_scale: int, like: Tensor) -> list[tuple[int, int, Tensor]]:
-    """(start, end, output weights) of tiles spread evenly along one side, all of full size so that none sees too little.
+    """Spread tiles evenly along one side: (start, end, weights of its outputs) of each.
 
-    A tile's weight falls off linearly over `overlap` towards its neighbours; at each pixel the weights of all tiles sum to one.
+    All tiles have full size, so that none sees too little of the image. A tile's weight falls linearly over `overlap` towards
+    its neighbours; at each pixel the weights of all tiles sum to one.
     """
     tile = min(tile, size)
     count = 1 if size == tile else math.ceil((size - overlap) / (tile - overlap))

@@ -1,4 +1,4 @@
-"""DC-AE's blocks (arXiv 2410.10733). Maps are (B, C, H, W) tensors in channels-last memory: a pixel's channels lie together."""
+"""DC-AE's blocks (arXiv 2410.10733). Maps are (B, C, H, W) in channels-last memory: a pixel's channels lie side by side."""
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +12,14 @@ from sana_model.nn.config import ATTENTION_HEAD_DIM, Variant
 from sana_model.nn.transformer_blocks import MixFFN
 
 FFN_EXPANSION = 4
-# A 2x2 block of pixels becomes (channel, row, column) channels, of which groups of 1, 2 or 4 neighbours make one channel of the
-# other side. A group thus never spans less than the columns of a row; this is what is left of (rows, columns) to place.
+# A shortcut moves each 2x2 block of pixels to channels, in the order (channel, row, column), and averages groups of 1, 2 or 4
+# neighbouring channels. A group of 2 is the two columns of a row, a group of 4 is the whole block. The table gives, by size of
+# the group, the (rows, columns) of the block that are still apart after the mean.
 _REST_OF_BLOCK = {1: (2, 2), 2: (2, 1), 4: (1, 1)}
 
 
 class ChannelRMSNorm(nn.Module):
-    """RMSNorm over the channels of a (B, C, H, W) map, with a bias. Its input must be fresh: it may be written over."""
+    """RMSNorm over the channels of a map (B, C, H, W), with a bias. May overwrite its input: nobody else may use that."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -30,7 +31,7 @@ class ChannelRMSNorm(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions and a residual. The decoders of the "in" family have batch norm and ReLU here."""
+    """Two 3x3 convolutions and a residual, with RMSNorm and SiLU, or (decoders of the "in" family) batch norm and ReLU."""
 
     def __init__(self, channels: int, *, batch_norm: bool):
         super().__init__()
@@ -44,9 +45,10 @@ class ResBlock(nn.Module):
 
 
 class MultiScaleAttention(nn.Module):
-    """ReLU linear attention over all pixels; with `multiscale`, also over queries, keys and values pooled by a 5x5 kernel.
+    """ReLU linear attention over all pixels of a map (B, C, H, W) (EfficientViT, arXiv 2205.14756).
 
-    The published layout of the 3C channels is by head: 32 query, 32 key, 32 value channels, then the next head.
+    With `multiscale`, further heads attend over queries, keys and values pooled by a 5x5 kernel. The 3C channels are in the
+    published order, head by head: 32 query, 32 key, 32 value channels, then the next head.
     """
 
     def __init__(self, channels: int, *, multiscale: bool):
@@ -72,7 +74,7 @@ class MultiScaleAttention(nn.Module):
 
 
 class EfficientViTBlock(nn.Module):
-    """Linear attention, then the convolutional feed-forward, each with a norm at its end and a residual."""
+    """Linear attention, then the Mix-FFN; each ends in a norm and has a residual."""
 
     def __init__(self, channels: int, *, multiscale: bool):
         super().__init__()
@@ -86,7 +88,7 @@ class EfficientViTBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve height and width, with the parameter-free shortcut of DC-AE section 3.2."""
+    """Halve height and width, with the shortcut without parameters of DC-AE section 3.2."""
 
     def __init__(self, in_channels: int, out_channels: int, variant: Variant, *, shortcut: bool = True):
         super().__init__()
@@ -102,7 +104,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double height and width, with the parameter-free shortcut of DC-AE section 3.2."""
+    """Double height and width, with the shortcut without parameters of DC-AE section 3.2."""
 
     def __init__(self, in_channels: int, out_channels: int, variant: Variant, *, shortcut: bool = True):
         super().__init__()
@@ -118,9 +120,9 @@ class Upsample(nn.Module):
 
 
 def space_to_channel(x: Tensor, channels: int) -> Tensor:
-    """(B, C, H, W) to (B, channels, H/2, W/2): 2x2 pixels moved to channels, groups of 4C/channels of them averaged.
+    """(B, C, H, W) to (B, channels, H/2, W/2): move 2x2 pixels to channels and average groups of 4C/channels of them.
 
-    The same as `pixel_unshuffle` and a mean over groups, in which the mean is taken first, where pixels lie apart.
+    Equals `pixel_unshuffle` and a mean over groups of channels, but takes the mean first, while it is a mean over pixels.
     """
     rows, columns = _REST_OF_BLOCK[4 * x.shape[1] // channels]
     x = F.avg_pool2d(x, (2 // rows, 2 // columns)).unflatten(2, (-1, rows)).unflatten(4, (-1, columns))
@@ -128,7 +130,10 @@ def space_to_channel(x: Tensor, channels: int) -> Tensor:
 
 
 def add_channel_to_space(up: Tensor, x: Tensor) -> Tensor:
-    """`up` (B, C_out, 2H, 2W) plus x (B, C, H, W), channels repeated 4C_out/C times and moved to 2x2 pixels; `up` is lost."""
+    """Add x (B, C, H, W), its channels repeated 4C_out/C times and moved to 2x2 pixels, to `up` (B, C_out, 2H, 2W).
+
+    May overwrite `up`.
+    """
     channels = up.shape[1]
     rows, columns = _REST_OF_BLOCK[4 * channels // x.shape[1]]
     moved = x.permute(0, 2, 3, 1).unflatten(-1, (channels, rows, columns)).permute(0, 1, 4, 2, 5, 3)
@@ -137,17 +142,17 @@ def add_channel_to_space(up: Tensor, x: Tensor) -> Tensor:
 
 
 def average_channels(x: Tensor, channels: int) -> Tensor:
-    """(B, C, H, W) to (B, channels, H, W): means of neighbouring channels."""
+    """(B, C, H, W) to (B, channels, H, W): average groups of neighbouring channels."""
     return x.unflatten(1, (channels, -1)).mean(dim=2)
 
 
 def duplicate_channels(x: Tensor, channels: int) -> Tensor:
-    """(B, C, H, W) to (B, channels, H, W): each channel repeated in place."""
+    """(B, C, H, W) to (B, channels, H, W): repeat each channel, copies side by side."""
     return x.repeat_interleave(channels // x.shape[1], dim=1)
 
 
 def make_stage(index: int, channels: int, depth: int, variant: Variant, *, decoder: bool) -> list[nn.Module]:
-    """The blocks of one resolution: residual blocks in the first three stages, EfficientViT blocks in the later ones."""
+    """Make the blocks of one resolution: residual blocks in the first three stages, EfficientViT blocks in the later ones."""
     if index < 3:
         return [ResBlock(channels, batch_norm=decoder and variant == "in") for _ in range(depth)]
     return [EfficientViTBlock(channels, multiscale=variant == "sana") for _ in range(depth)]

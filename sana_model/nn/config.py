@@ -1,15 +1,25 @@
-"""Shapes of the models, and how captions become tokens: the published configurations, without torch."""
+"""Configurations of the transformer, the autoencoder and the text encoder, the published ones by name. Imports no torch."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
 
-LINEAR_HEAD_DIM = 32  # of the transformer
-ATTENTION_HEAD_DIM = 32  # of the autoencoder
+LINEAR_HEAD_DIM = 32
+"""Width of a head of the transformer's linear attention."""
+
+ATTENTION_HEAD_DIM = 32
+"""Width of a head of the autoencoder's linear attention."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SanaConfig:
-    """Shape of a linear DiT; the presets are the published ones (FFN 2.5x, linear heads of 32)."""
+    """Shape of a linear DiT. The defaults are those of Sana-0.6B.
+
+    dim: width of a token. ffn_dim: width of the Mix-FFN, 2.5 dim in all published models. in_channels: of the latents.
+    patch_size: side of the square of latents that makes one token. caption_dim: width of the text encoder.
+    qk_norm, cross_qk_norm: RMSNorm on queries and keys of self- and cross-attention (Sana 1.5).
+
+    Raises ValueError if dim does not divide into the heads, or, with a positional embedding, by 4.
+    """
 
     dim: int = 1152
     depth: int = 28
@@ -21,9 +31,9 @@ class SanaConfig:
     qk_norm: bool = False
     cross_qk_norm: bool = False
     position_scale: float | None = None
-    """Interpolation scale of the sincos positional embedding; None: no positional embedding (512 and 1024 px)."""
+    """Interpolation scale of the sine-cosine positional embedding. None: no positional embedding, as at 512 and 1024 px."""
     base_size: int = 32
-    """Side, in tokens, of the square grid that the model was made for; only the positional embedding reads it."""
+    """Side, in tokens, of the square image that the model was made for. Sets the positional embedding and the default size."""
 
     def __post_init__(self) -> None:
         if self.dim % LINEAR_HEAD_DIM or self.dim % self.num_cross_heads:
@@ -36,6 +46,7 @@ class SanaConfig:
 
     @property
     def num_heads(self) -> int:
+        """Heads of the linear attention."""
         return self.dim // LINEAR_HEAD_DIM
 
 
@@ -51,16 +62,26 @@ PRESETS: dict[str, SanaConfig] = {
     ),
     "tiny": SanaConfig(dim=64, depth=2, num_cross_heads=4, ffn_dim=160, in_channels=8, caption_dim=64, base_size=8),
 }
+"""Transformers by name. "shapes" is the one in `zoo/pipeline`, "tiny" is for tests."""
 
 
 Variant = Literal["in", "sana"]
-"""The two published families: "in" (f32c32-in, f64c128, f128c512; also called mix) moves pixels to channels to resample,
-"sana" strides and interpolates, and adds 5x5 multi-scale attention."""
+"""The two published families of DC-AE.
+
+"in" (f32c32-in, f64c128, f128c512, and their mix versions) resamples by moving pixels to channels and back. "sana" resamples by
+strided convolution and interpolation, and has multi-scale attention with a 5x5 kernel.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
-    """Shape of a DC-AE. A stage halves the resolution; a first stage of depth 0 is folded into the first convolution."""
+    """Shape of a DC-AE (arXiv 2410.10733). `widths` and depths have one entry per resolution, the finest first.
+
+    Each stage after the first halves the resolution. Where the first stage has depth 0, the first convolution halves the
+    resolution at once. scaling_factor: scaled latents are the encoder's output times this.
+
+    Raises ValueError if the lists differ in length, or a width does not fit the one before it or the attention heads.
+    """
 
     latent_channels: int
     widths: tuple[int, ...]
@@ -84,7 +105,7 @@ class AutoencoderConfig:
 
     @property
     def compression(self) -> int:
-        """Pixels along one side of a latent."""
+        """Pixels along one side of a latent: 32 for f32."""
         return 2 ** (len(self.widths) - 1)
 
 
@@ -138,10 +159,16 @@ AUTOENCODER_PRESETS: dict[str, AutoencoderConfig] = {
         scaling_factor=1.0,
     ),
 }
+"""Autoencoders by their published names; "tiny" is for tests."""
+
+DEFAULT_AUTOENCODER = "hf://mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"
+"""The published autoencoder of Sana, for weights that name none."""
 
 
-DEFAULT_MODEL = "Efficient-Large-Model/gemma-2-2b-it"
-# Complex human instruction: NVlabs, configs/sana_config/512ms/Sana_600M_img512.yaml, `chi_prompt`.
+DEFAULT_TEXT_ENCODER = "Efficient-Large-Model/gemma-2-2b-it"
+"""The published text encoder of Sana, for weights that name none."""
+
+# Sana section 2.3; the text is `chi_prompt` in NVlabs, configs/sana_config/512ms/Sana_600M_img512.yaml.
 COMPLEX_HUMAN_INSTRUCTION = (
     'Given a user prompt, generate an "Enhanced prompt" that provides detailed visual descriptions suitable for '
     "image generation. Evaluate the level of detail in the user prompt:\n"
@@ -164,11 +191,17 @@ DIFFUSERS_HUMAN_INSTRUCTION = COMPLEX_HUMAN_INSTRUCTION.replace('"Enhanced promp
 
 @dataclass(frozen=True, kw_only=True)
 class TextEncoderConfig:
-    """How a caption becomes tokens. An empty `instruction` means none."""
+    """How a caption becomes tokens. The defaults are those of NVlabs' code.
+
+    Raises ValueError if max_tokens is less than 1.
+    """
 
     instruction: str = COMPLEX_HUMAN_INSTRUCTION
+    """Text put before every caption; "" for none."""
     max_tokens: int = 300
-    lowercase: bool = False  # diffusers lower-cases and strips prompts; NVlabs only strips
+    """Tokens kept of a caption, the first token of the text included."""
+    lowercase: bool = False
+    """Lower-case captions, as diffusers does and NVlabs does not. White space around a caption is always removed."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -176,4 +209,7 @@ class TextEncoderConfig:
 
 
 NVLABS_PROMPTS = TextEncoderConfig()
+"""NVlabs' code prepares captions so, in training and in sampling."""
+
 DIFFUSERS_PROMPTS = TextEncoderConfig(instruction=DIFFUSERS_HUMAN_INSTRUCTION, lowercase=True)
+"""diffusers' `SanaPipeline` prepares prompts so."""

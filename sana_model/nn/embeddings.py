@@ -1,4 +1,4 @@
-"""What enters the linear DiT: latents as tokens, the timestep, the caption, and (2K, 4K) a positional embedding."""
+"""The inputs of the linear DiT: latents to tokens, timestep, caption, and (at 2K and 4K) the positional embedding."""
 
 import math
 
@@ -46,10 +46,10 @@ class TimestepEmbedding(nn.Module):
 
 
 class CaptionProjection(nn.Module):
-    """Text encoder's width to the model's: MLP, then the RMSNorm that the published code puts after it.
+    """Project captions (..., caption_dim) to (..., D): an MLP, then an RMSNorm, as in the published code.
 
-    Sana section 2.3: the norm's scale starts at 0.01, since a decoder-only LLM's embeddings are orders of magnitude larger
-    than T5's and would make training diverge.
+    The norm's weight starts at 0.01, because the embeddings of a decoder-only LLM are orders of magnitude larger than T5's and
+    would make training diverge (Sana section 2.3).
     """
 
     def __init__(self, caption_dim: int, dim: int):
@@ -63,10 +63,10 @@ class CaptionProjection(nn.Module):
 
 
 def sincos_position_embedding(dim: int, height: int, width: int, base_size: int, interpolation_scale: float) -> Tensor:
-    """2-D sine-cosine positional embedding (height * width, dim), fp32; the first half of `dim` encodes the column.
+    """2-D sine-cosine positional embedding of a grid of tokens: (height * width, dim), fp32, on the CPU.
 
-    Positions are stretched so that any grid spans `base_size / interpolation_scale` (PixArt-Sigma, section 2.4; Sana uses it
-    at 2048 px with scale 1.0 and at 4096 px with 2.0).
+    The first half of `dim` encodes the column, the second the row. Positions are stretched so that a grid of any size spans
+    `base_size / interpolation_scale` (PixArt-Sigma, section 2.4; Sana uses scale 1.0 at 2048 px and 2.0 at 4096 px).
     """
     rows, columns = (_sincos_positions(dim // 2, size, base_size, interpolation_scale) for size in (height, width))
     by_column, by_row = columns[None].expand(height, -1, -1), rows[:, None].expand(-1, width, -1)
@@ -74,7 +74,7 @@ def sincos_position_embedding(dim: int, height: int, width: int, base_size: int,
 
 
 def _sincos_positions(dim: int, size: int, base_size: int, interpolation_scale: float) -> Tensor:
-    """(size, dim), on the CPU: float64 is not to be had on every device."""
+    """Embedding of one coordinate: (size, dim). Computed on the CPU, since some devices have no float64."""
     positions = torch.arange(size, dtype=torch.float32, device="cpu") / (size / base_size) / interpolation_scale
     frequencies = 1.0 / 10000 ** (torch.arange(dim // 2, dtype=torch.float64, device="cpu") / (dim // 2))
     angles = positions.double()[:, None] * frequencies

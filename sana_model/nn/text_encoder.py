@@ -1,8 +1,8 @@
 """A frozen decoder-only language model that turns captions into `caption_embeds` and `caption_mask`.
 
-The instruction before every caption is the same, so its keys and values are computed once; captions run in batches of
-nearly equal length, so padding is hardly ever computed. What comes out is what the published code computes on the
-padded whole.
+The instruction before every caption is the same, so its keys and values are computed once. Captions are sorted into batches of
+nearly equal length, so little padding is computed. The result equals that of the published code, which computes all captions in
+one padded batch.
 """
 
 from collections.abc import Iterator
@@ -13,22 +13,21 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
-from sana_model.files.places import local_target, resolve
-from sana_model.nn.config import DEFAULT_MODEL, NVLABS_PROMPTS, TextEncoderConfig
+from sana_model.nn.config import DEFAULT_TEXT_ENCODER, NVLABS_PROMPTS, TextEncoderConfig
 
 MAX_PADDING = 1 / 8  # largest share of pad tokens in a batch
-MAX_FORWARD_TOKENS = 16_384  # computed in one forward, padding included
-MAX_FORWARD_KEYS = 65_536  # attended to in one forward: each row's instruction counts too
+MAX_FORWARD_TOKENS = 16_384  # tokens computed in one forward, padding included
+MAX_FORWARD_KEYS = 65_536  # tokens attended to in one forward: each row's instruction counts too
 
 
 class TextEncoder(nn.Module):
-    """Captions -> last hidden states of a frozen language model, by the published choice of positions.
+    """Turns captions into the last hidden states of a frozen language model, at the positions that Sana uses.
 
-    Of `instruction + caption` the first token is kept, and all from the instruction's last token on (so `max_tokens`
-    at most); without an instruction, the first `max_tokens`. Padded positions are zeros.
+    Kept of the tokens of `instruction + caption`: the first one, and all from the instruction's last one on, `max_tokens` at
+    most. Without an instruction: the first `max_tokens`. Padded positions are zeros.
     """
 
     def __init__(
@@ -44,31 +43,33 @@ class TextEncoder(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        path: str | Path = DEFAULT_MODEL,
+        path: str | Path = DEFAULT_TEXT_ENCODER,
         *,
         config: TextEncoderConfig = NVLABS_PROMPTS,
         dtype: torch.dtype | None = None,
         tokenizer_path: str | Path | None = None,
         attn_implementation: str | None = None,
         variant: str | None = None,
-    ) -> Self:
-        """Load any decoder-only transformers model; of a causal LM, the decoder without its head.
+        revision: str | None = None,
+    ) -> "TextEncoder":
+        """Load a decoder-only transformers model with its tokenizer: see `files.models.load_text_encoder`."""
+        from sana_model.files.models import load_text_encoder
 
-        A diffusers pipeline keeps its tokenizer in another folder: `tokenizer_path`. `dtype=None` is the checkpoint's.
-        `attn_implementation=None` is transformers' default, as in diffusers: sdpa, which ignores Gemma-2's soft-capping
-        of attention logits; "eager" applies it. `variant` is the one of the weights' file name ("bf16").
-        `path` is a local folder, a model id on the hub, or an hf:// or fsspec URI.
-        """
-        options = {"dtype": dtype or "auto", "attn_implementation": attn_implementation, "variant": variant}
-        local, tokenizer_local = (resolve(p) if "://" in str(p) else p for p in (path, tokenizer_path or path))
-        model = AutoModel.from_pretrained(local, **options)
-        return cls(model, AutoTokenizer.from_pretrained(tokenizer_local), config)
+        return load_text_encoder(
+            path,
+            config=config,
+            dtype=dtype,
+            tokenizer_path=tokenizer_path,
+            attn_implementation=attn_implementation,
+            variant=variant,
+            revision=revision,
+        )
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write model and tokenizer into one folder. `config` is left to the caller."""
-        folder = local_target(path)
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        """Write the language model and its tokenizer into one folder: see `files.models.save_text_encoder`."""
+        from sana_model.files.models import save_text_encoder
+
+        save_text_encoder(self, path)
 
     @property
     def device(self) -> torch.device:
@@ -80,15 +81,16 @@ class TextEncoder(nn.Module):
 
     @property
     def embed_dim(self) -> int:
+        """Width D of the embeddings."""
         return self.model.config.hidden_size
 
     def train(self, mode: bool = True) -> Self:
-        """Frozen: stays in eval mode when a parent module trains."""
+        """Stay in eval mode, also when a parent module trains: the model is frozen."""
         return super().train(False)
 
     @torch.no_grad()
     def encode(self, captions: list[str], *, use_instruction: bool = True) -> tuple[Tensor, Tensor]:
-        """Return caption_embeds (B, L, D) and caption_mask (B, L) bool; L is the longest caption's, <= max_tokens.
+        """Return caption_embeds (B, L, D) and caption_mask (B, L) bool; L is the longest caption's length, at most max_tokens.
 
         Raises TypeError unless `captions` is a list of str, ValueError if it is empty.
         """
@@ -112,16 +114,16 @@ class TextEncoder(nn.Module):
         return embeds, positions < torch.tensor(lengths, device=self.device)[:, None]
 
     def null(self) -> tuple[Tensor, Tensor]:
-        """The published empty prompt, without instruction: caption_embeds (1, L, D), caption_mask (1, L)."""
+        """Encode the published null caption, "" without instruction: caption_embeds (1, L, D), caption_mask (1, L)."""
         return self.encode([""], use_instruction=False)
 
     def count_tokens(self, captions: list[str], *, use_instruction: bool = True) -> list[int]:
-        """Positions that each caption would fill uncut; `encode` cuts those above `max_tokens`."""
+        """Count the tokens that each caption would keep if none were cut; `encode` cuts captions to `max_tokens`."""
         first_kept = self._first_kept(use_instruction)
         return [_count_kept(row, first_kept) for row in self._tokenize(captions, use_instruction, truncate=False)]
 
     def _first_kept(self, use_instruction: bool) -> int:
-        """The position from which on every token is kept, besides the token at 0."""
+        """The position from which every token is kept. The token at 0 is kept too."""
         return len(self.instruction_ids) - 1 if use_instruction and self.instruction_ids else 1
 
     def _tokenize(self, captions: list[str], use_instruction: bool, truncate: bool) -> list[list[int]]:
@@ -134,42 +136,43 @@ class TextEncoder(nn.Module):
             max_length=self._first_kept(use_instruction) + self.config.max_tokens - 1 if truncate else None,
             return_attention_mask=False,
         )["input_ids"]
-        # A tokenizer without BOS makes no token of "": keep the pad token that the published code has at position 0.
+        # A tokenizer without BOS makes no token from "": take the pad token, which the published code has at position 0.
         return [row or [self.tokenizer.pad_token_id or 0] for row in rows]
 
     def _forward(self, rows: list[list[int]], num_reused: int) -> Tensor:
-        """Last hidden states of each row after its first `num_reused` tokens, right-padded: (rows, width, D)."""
+        """Compute the last hidden states of each row after its first `num_reused` tokens, right-padded: (rows, width, D)."""
         longest = max(map(len, rows))
-        # Attention is causal: no real token sees the padding behind it, so any id will do and no mask is needed.
+        # Attention is causal, so no real token sees the padding after it: padding may have any id and needs no mask.
         ids = [row[num_reused:] + [0] * (longest - len(row)) for row in rows]
         cache = self._get_prefix().as_cache(num_reused) if num_reused else None
         input_ids = torch.tensor(ids, device=self.device)
         return self.model(input_ids=input_ids, past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
     def _get_prefix(self) -> "_Prefix":
-        """The instruction but its last token (always kept, and not always the same), computed once for the weights as they are.
+        """The computed instruction, without its last token, which is always kept and may merge with the caption.
 
-        Weights that are written to through `.data` leave no trace: make a new TextEncoder then.
+        Computed once, and again when the weights have moved or changed. A write through `.data` cannot be noticed: make a new
+        TextEncoder then.
         """
         place = (self.device, self.dtype, *map(_identity, self.model.parameters()))
         if self._prefix is None or self._prefix.place != place:
-            cache = DynamicCache()  # not (config=...), whose sliding-window layers drop what their window has passed
+            cache = DynamicCache()  # without config=: its sliding-window layers would drop tokens outside their window
             ids = torch.tensor([self.instruction_ids[:-1]], device=self.device)
             hidden = self.model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
             self._prefix = _Prefix(place, hidden[0, 0].clone(), [(keys, values) for keys, values, _ in cache])
         return self._prefix
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        """Forget the prefix whenever the module moves or changes dtype."""
+        """Forget the computed instruction when the module moves or changes dtype."""
         self._prefix = None
         return super()._apply(*args, **kwargs)
 
 
 @dataclass(frozen=True)
 class _Prefix:
-    """A computed instruction of P tokens."""
+    """The keys and values of an instruction of P tokens."""
 
-    place: tuple[object, ...]  # the weights that made it: where they are, and how often they were written to
+    place: tuple[object, ...]  # where the weights that computed it are, and how often they had been written to
     first_hidden: Tensor  # (D,), last hidden state of token 0
     layers: list[tuple[Tensor, Tensor]]  # keys and values, (1, heads, P, head_dim)
 
@@ -178,9 +181,9 @@ class _Prefix:
 
 
 class _PrefixLayer(DynamicLayer):
-    """Keys and values put before those of every row of a batch; never changed, never grown.
+    """A cache layer that puts the same keys and values before those of every row of a batch, and stores no new ones.
 
-    Sliding-window layers get the whole prefix too: their mask does the sliding.
+    Sliding-window layers get the whole prefix too: their attention mask cuts the window.
     """
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
@@ -195,7 +198,7 @@ class _PrefixLayer(DynamicLayer):
 
 
 def _identity(weight: Tensor) -> tuple[int, int]:
-    """Where a weight is and how often it was written to."""
+    """Where a weight is, and how often it was written to."""
     return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 

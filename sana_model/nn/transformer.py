@@ -17,13 +17,13 @@ from sana_model.nn.transformer_blocks import CaptionMemory, CaptionTokens, SanaB
 
 @dataclass(frozen=True)
 class CaptionState:
-    """What the blocks need of a batch of captions, computed once by `SanaTransformer.encode_captions`."""
+    """A batch of captions as the blocks use it, computed once by `SanaTransformer.encode_captions`."""
 
     batch_size: int
     num_single: int
-    """How many captions at the front of the batch have one token, as the null caption does."""
+    """Number of captions at the front of the batch that have one token, as the null caption does."""
     memories: list[CaptionMemory]
-    """One for each block."""
+    """One per block."""
     attention_mask: Tensor | None
     """(B - num_single, 1, 1, L), False at padding; None where no caption is padded."""
 
@@ -37,7 +37,7 @@ class CaptionState:
 
 
 class SanaTransformer(nn.Module):
-    """Predicts the velocity (eps - x0) of noisy latents, given the timestep and the caption."""
+    """The linear DiT: predicts the velocity eps - x0 of noisy latents, given the timestep and the caption."""
 
     def __init__(self, config: SanaConfig):
         super().__init__()
@@ -60,14 +60,14 @@ class SanaTransformer(nn.Module):
         self.final_modulation = nn.Parameter(torch.empty(2, dim))
         self.head = Linear(dim, config.patch_size**2 * config.in_channels)
         self.checkpoint_every = 0
-        # The null caption's embeddings (300, caption_dim) that NVlabs files carry: no part of the model, kept for who saves it.
+        # The null caption's embeddings (300, caption_dim) from an NVlabs file. The model does not use them; saving keeps them.
         self.null_caption_embeds: Tensor | None
         self.register_buffer("null_caption_embeds", None, persistent=False)
         self.reset_parameters()
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "SanaTransformer":
-        """A freshly initialised model of a published shape, e.g. `from_preset("sana-0.6b", depth=4)`.
+        """Make a freshly initialised model of a published shape, e.g. `from_preset("sana-0.6b", depth=4)`.
 
         Raises ValueError for an unknown name, TypeError for an unknown override.
         """
@@ -79,16 +79,16 @@ class SanaTransformer(nn.Module):
     def from_pretrained(
         cls, path: str | Path, *, use_ema: bool = False, dtype: torch.dtype | None = None, **overrides: Any
     ) -> "SanaTransformer":
-        """Load our own, a diffusers or an NVlabs checkpoint: see `weights.load_transformer`."""
-        from sana_model.files import models as weights
+        """Load our own, a diffusers or an NVlabs checkpoint: see `files.models.load_transformer`."""
+        from sana_model.files.models import load_transformer
 
-        return weights.load_transformer(path, use_ema=use_ema, dtype=dtype, **overrides)
+        return load_transformer(path, use_ema=use_ema, dtype=dtype, **overrides)
 
     def save_pretrained(self, path: str | Path, *, layout: str = "sana") -> None:
-        """Write the weights as "sana", "diffusers" or "nvlabs" lays them out: see `weights.save_transformer`."""
-        from sana_model.files import models as weights
+        """Write the weights in the layout "sana", "diffusers" or "nvlabs": see `files.models.save_transformer`."""
+        from sana_model.files.models import save_transformer
 
-        weights.save_transformer(self, path, layout=layout)
+        save_transformer(self, path, layout=layout)
 
     def enable_gradient_checkpointing(self, every: int = 1) -> None:
         """Recompute every `every`-th block in the backward pass instead of keeping its activations; 0 turns it off.
@@ -111,8 +111,8 @@ class SanaTransformer(nn.Module):
         Args:
             latents: noisy latents (B, C, H, W), any H and W that divide by the patch size.
             timestep: (B,), 1000 * sigma; need not be whole numbers.
-            caption_embeds: the text encoder's output (B, L, caption_dim), the state that `encode_captions` made of it, or its
-                real tokens in the model's width.
+            caption_embeds: the text encoder's output (B, L, caption_dim); or what `encode_captions` made of it; or its real
+                tokens, already projected to the model's width.
             caption_mask: (B, L), nonzero at real tokens; None: all are real.
 
         Raises ValueError if a shape does not fit.
@@ -143,10 +143,10 @@ class SanaTransformer(nn.Module):
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(batch_size, channels, height, width)
 
     def encode_captions(self, caption_embeds: Tensor, caption_mask: Tensor | None = None) -> CaptionState:
-        """What every block needs of the captions, to be given to `forward` at each step in place of the embeddings.
+        """Compute once what every block needs of the captions; give it to `forward` at each step in place of the embeddings.
 
-        Takes (B, L, caption_dim) and (B, L) as `forward` does, and raises as it does. Null captions, which have one token, cost
-        next to nothing if they come first in the batch.
+        Takes (B, L, caption_dim) and (B, L) as `forward` does, and raises the same errors. Captions of one token, such as the
+        null caption, cost next to nothing if they come first in the batch.
         """
         real = self._check_captions(caption_embeds, caption_mask)
         num_single = int((real.sum(dim=1) == 1).int().cumprod(dim=0).sum())
@@ -166,7 +166,7 @@ class SanaTransformer(nn.Module):
         return latents.shape
 
     def _check_captions(self, caption_embeds: Tensor, caption_mask: Tensor | None) -> Tensor:
-        """The mask as bool (B, L)."""
+        """Check shapes and return the mask as bool (B, L)."""
         if caption_embeds.ndim != 3 or caption_embeds.shape[-1] != self.config.caption_dim:
             raise ValueError(
                 f"caption_embeds have shape {tuple(caption_embeds.shape)}: this model takes (B, L, {self.config.caption_dim})"
@@ -182,7 +182,7 @@ class SanaTransformer(nn.Module):
         return real
 
     def _project_captions(self, caption_embeds: Tensor, real: Tensor) -> CaptionTokens:
-        """(B, L, caption_dim) to the model's width, real tokens only."""
+        """Project captions (B, L, caption_dim) to the model's width, real tokens only."""
         last = int(real.any(dim=0).nonzero().max()) + 1  # a column that is padding in every caption is dropped
         real, caption_embeds = real[:, :last], caption_embeds[:, :last]
         positions = real.flatten().nonzero().squeeze(1)
@@ -205,7 +205,7 @@ class SanaTransformer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise as published: Xavier for linear layers, N(0, 0.02) for the time and caption MLPs, none of them zero."""
+        """Initialise as published: Xavier for linear layers, N(0, 0.02^2) for the time and caption MLPs; no layer is zero."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d | nn.RMSNorm):
                 module.reset_parameters()

@@ -12,7 +12,7 @@ from sana_model.kernels.linear_attention import relu_linear_attention
 
 
 class LinearAttention(nn.Module):
-    """ReLU linear self-attention (Sana section 2.2, equation 2): cost linear in the number of tokens."""
+    """ReLU linear self-attention of tokens (B, N, D) (Sana section 2.2, equation 2). Its cost is linear in N."""
 
     def __init__(self, dim: int, num_heads: int, qk_norm: bool):
         super().__init__()
@@ -30,10 +30,10 @@ class LinearAttention(nn.Module):
 
 
 class CaptionTokens:
-    """The real tokens of a batch of captions, packed, and where they belong: padding is neither computed nor seen.
+    """The real tokens of a batch of captions, without the padding, so that nothing is computed for padding.
 
     `packed` (T, D) holds the T real tokens of the batch one after another, `positions` (T,) their places in the padded
-    (B * L), and `attention_mask` (B, 1, 1, L) is False at padding, or None where there is none.
+    (B * L), and `attention_mask` (B, 1, 1, L) is False at padding; None: no caption is padded.
     """
 
     def __init__(self, packed: Tensor, positions: Tensor, attention_mask: Tensor | None, batch_size: int, length: int):
@@ -41,7 +41,7 @@ class CaptionTokens:
         self.batch_size, self.length = batch_size, length
 
     def pad(self, packed: Tensor) -> Tensor:
-        """(T, D) to (B, L, D), zeros at the padding."""
+        """Spread packed tokens (T, D) to (B, L, D), with zeros at the padding."""
         if self.attention_mask is None:
             return packed.unflatten(0, (self.batch_size, self.length))
         padded = packed.new_zeros(self.batch_size * self.length, packed.shape[-1])
@@ -50,7 +50,7 @@ class CaptionTokens:
 
 @dataclass(frozen=True)
 class CaptionMemory:
-    """What one block's cross-attention needs of a batch of captions. It depends on them alone: a sampling loop keeps it."""
+    """A batch of captions as one block's cross-attention uses it. Independent of the step: computed once for all."""
 
     key_value: tuple[Tensor, Tensor] | None
     """Keys and values (B - S, heads, L, head_dim) of all captions but the first S; None if there are none."""
@@ -58,7 +58,7 @@ class CaptionMemory:
     """(S, 1, D): what cross-attention returns for the first S captions, which have one token; None if there are none."""
 
     def drop(self, num_single: int, num_others: int) -> "CaptionMemory":
-        """Without the first `num_single` captions of one token and the first `num_others` of the rest."""
+        """The memory without the first `num_single` captions of one token and the first `num_others` of the rest."""
         keeps_single = self.constant is not None and len(self.constant) > num_single
         constant = self.constant[num_single:] if self.constant is not None and keeps_single else None
         key_value = self.key_value and (self.key_value[0][num_others:], self.key_value[1][num_others:])
@@ -66,7 +66,7 @@ class CaptionMemory:
 
 
 class CrossAttention(nn.Module):
-    """Softmax attention from image tokens to the caption; neither modulated nor gated."""
+    """Softmax attention from image tokens (B, N, D) to the caption. It is neither modulated nor gated."""
 
     def __init__(self, dim: int, num_heads: int, qk_norm: bool):
         super().__init__()
@@ -78,9 +78,9 @@ class CrossAttention(nn.Module):
         self.key_norm = nn.RMSNorm(dim, eps=1e-5) if qk_norm else nn.Identity()
 
     def remember(self, caption: CaptionTokens | None, single: CaptionTokens | None = None) -> CaptionMemory:
-        """Project captions once: those of one token, if any, come first in the batch.
+        """Project captions to keys and values. `single`: the captions of one token, which come first in the batch.
 
-        On a single token softmax puts its whole weight whatever the query is, so the result is that token's value for all.
+        With a single token the softmax gives it all the weight, whatever the query: every query's result is that token's value.
         """
         key_value = constant = None
         if caption is not None:
@@ -111,8 +111,8 @@ class CrossAttention(nn.Module):
 class MixFFN(nn.Module):
     """GLUMBConv: 1x1 expand, SiLU, depth-wise 3x3, gate, 1x1 project (Sana section 2.2; DC-AE's EfficientViT block).
 
-    Works on (B, H, W, D) maps, in which a 1x1 convolution is a matrix product. The 3x3 convolution gives the model its sense
-    of place, which is why it needs no positional embedding.
+    Works on maps (B, H, W, D), where a 1x1 convolution is a matrix product. The 3x3 convolution tells the model where tokens
+    are, which is why it needs no positional embedding.
     """
 
     def __init__(self, dim: int, hidden_dim: int):
@@ -129,7 +129,7 @@ class MixFFN(nn.Module):
 
 
 class SanaBlock(nn.Module):
-    """One block of the linear DiT."""
+    """A block of the linear DiT: linear attention, cross-attention, Mix-FFN. adaLN-single modulates the first and the last."""
 
     def __init__(self, dim: int, *, num_heads: int, num_cross_heads: int, ffn_dim: int, qk_norm: bool, cross_qk_norm: bool):
         super().__init__()
@@ -146,7 +146,7 @@ class SanaBlock(nn.Module):
         attention_mask: Tensor | None,
         size: tuple[int, int],
     ) -> Tensor:
-        """Tokens (B, H*W, D), modulation (B, 6, D), caption as tokens or as this block's memory -> (B, H*W, D)."""
+        """Transform tokens (B, H*W, D), given modulation (B, 6, D) and the caption, as tokens or as this block's memory."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (modulation + self.modulation).chunk(6, dim=1)
         tokens = torch.addcmul(tokens, gate_1, self.attention(modulate(tokens, shift_1, scale_1)))
         memory = caption if isinstance(caption, CaptionMemory) else self.cross_attention.remember(caption)
@@ -156,5 +156,5 @@ class SanaBlock(nn.Module):
 
 
 def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without affine, then scale and shift: (B, N, D) with shift and scale (B, 1, D)."""
+    """LayerNorm of tokens (B, N, D) without weights, then times 1 + scale, plus shift; both (B, 1, D)."""
     return torch.addcmul(shift, F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6), 1 + scale)

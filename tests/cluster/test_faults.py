@@ -13,10 +13,9 @@ import pytest
 from mlflow.entities import Run
 
 from infra.local.cluster import Cluster
-from pipelines.storage.files import open_filesystem
 from pipelines.tables.table import Table
-from pipelines.train.outputs import read_drawn
 from pipelines.train.record import TrainingRecord
+from sana_model.files.filesystems import open_filesystem
 from tests.support.cluster.faults import FAULTS, Fault, Jobs, longest_pause, wait_for_middle
 from tests.support.cluster.sockets import listeners, unguarded
 from tests.support.cluster.stages import (
@@ -33,6 +32,7 @@ from tests.support.cluster.stages import (
     Stage,
     last_stages,
 )
+from tests.support.drawn import read_drawn
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
@@ -75,7 +75,8 @@ def contents(table: Table) -> dict[str, tuple[pa.Table, pa.Table]]:
 
 
 def verify(dataset_uri: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "jobs.verify", dataset_uri], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "jobs.verify", "--dataset_uri", dataset_uri]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.endswith("clean\n"), done.stdout + done.stderr
 
 

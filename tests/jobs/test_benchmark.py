@@ -63,7 +63,7 @@ def test_model_command_prints_a_ratio_for_every_part():
     assert run.returncode == 0, run.stderr[-3000:]
     table = run.stdout.split("\n\n")[-1].splitlines()
     for part in ("transformer forward", "transformer training", "transformer sampling", "DC-AE encode", "DC-AE decode", "text"):
-        assert any(line.startswith(part) and "x  " in line for line in table), (part, table)
+        assert any(line.strip().startswith(part) and "x  " in line for line in table), (part, table)
 
 
 def test_train_command_prints_images_per_second_both_ways():

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ import torch
 from diffusers import SanaPipeline
 from PIL import Image
 
-from jobs.export import main
+from jobs.export import Layout, main
 from pipelines.tables.table import Table
 from pipelines.train.config import TrainConfig
 from pipelines.train.engine.config import EngineConfig, LoraConfig, OptimConfig
@@ -18,7 +18,7 @@ from pipelines.train.engine.lora import merge_lora
 from pipelines.train.record import write_config
 from pipelines.train.task import TrainTask
 from pipelines.train.worker import TrainWorker
-from sana_model.files.pipeline import load_pipeline
+from sana_model.files import models
 from sana_model.nn.transformer import SanaTransformer
 from sana_model.pipeline import TextToImage
 from tests.support.one_worker import one_worker
@@ -63,7 +63,7 @@ def ours(worker: TrainWorker, folder: Path, *, ema: bool) -> TextToImage:
     """A pipeline with the weights that the worker holds."""
     weights = worker.pipeline.gather_average() if ema else worker.engine.gather_weights()
     assert weights is not None
-    pipeline = load_pipeline(folder / "init")
+    pipeline = TextToImage.from_pretrained(folder / "init")
     if worker.config.lora is not None:
         weights = merge_lora(weights, worker.config.lora)
     pipeline.transformer = SanaTransformer(pipeline.transformer.config)
@@ -102,7 +102,7 @@ def test_diffusers_draws_what_we_draw(tmp_path: Path, table: Table, zero_stage: 
     pictures = {}
     for ema in (True, False):
         out = tmp_path / f"diffusers-{ema}"
-        assert main([str(tmp_path / "run"), str(out), "--ema" if ema else "--no-ema"]) == 0
+        assert main(["--source", str(tmp_path / "run"), "--output", str(out), "--ema", str(ema).lower()]) == 0
         pipeline = ours(worker, tmp_path, ema=ema)
         pictures[ema] = draw(pipeline)
         assert all(np.asarray(picture).std() > 5 for picture in pictures[ema])
@@ -120,9 +120,10 @@ def test_other_layouts_adapters_and_one_checkpoint_of_several(tmp_path: Path, ta
         keep_checkpoints=9,
     )
     expected = ours(worker, tmp_path, ema=True).transformer.state_dict()
-    assert main([str(tmp_path / "run"), str(tmp_path / "sana"), "--layout", "sana"]) == 0
-    assert main([str(tmp_path / "run"), str(tmp_path / "model.pth"), "--layout", "nvlabs"]) == 0
-    exported = load_pipeline(tmp_path / "sana")
+    source = ["--source", str(tmp_path / "run")]
+    assert main([*source, "--output", str(tmp_path / "sana"), "--layout", "sana"]) == 0
+    assert main([*source, "--output", str(tmp_path / "model.pth"), "--layout", "nvlabs"]) == 0
+    exported = TextToImage.from_pretrained(tmp_path / "sana")
     assert exported.flow_shift == 2.0 and exported.text_encoder.config.instruction == "User Prompt: "
     nvlabs = SanaTransformer.from_pretrained(tmp_path / "model.pth", num_cross_heads=4).state_dict()
     for name, weight in exported.transformer.state_dict().items():
@@ -130,14 +131,19 @@ def test_other_layouts_adapters_and_one_checkpoint_of_several(tmp_path: Path, ta
         assert torch.equal(weight, nvlabs[name]), name
     (tmp_path / "init").rename(tmp_path / "moved")
     first = tmp_path / "run" / "checkpoints" / "step-000002"
-    assert main([str(first), str(tmp_path / "first"), "--layout", "sana", "--init", str(tmp_path / "moved")]) == 0
-    changed = load_pipeline(tmp_path / "first").transformer.state_dict()
+    source = ["--source", str(first), "--init", str(tmp_path / "moved")]
+    assert main([*source, "--output", str(tmp_path / "first"), "--layout", "sana"]) == 0
+    changed = TextToImage.from_pretrained(tmp_path / "first").transformer.state_dict()
     assert any(not torch.equal(weight, changed[name]) for name, weight in expected.items())
 
 
+def test_the_command_offers_the_layouts_that_there_are() -> None:
+    assert set(get_args(Layout)) == set(get_args(models.Layout))
+
+
 def test_what_cannot_be_exported_is_said(tmp_path: Path, table: Table, capsys: pytest.CaptureFixture[str]) -> None:
-    def refused(*arguments: str) -> str:
-        assert main([*arguments, str(tmp_path / "out")]) == 1
+    def refused(source: str) -> str:
+        assert main(["--source", source, "--output", str(tmp_path / "out")]) == 1
         return capsys.readouterr().err
 
     assert "holds no checkpoint" in refused(str(tmp_path))

@@ -32,7 +32,7 @@ def dataset(tmp_path: Path) -> str:
 
 
 def test_all_five_policies_are_shown_side_by_side(dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert select.main([dataset, "--scorer", "clip", "--min_best_score", "22"]) == 0
+    assert select.main(["--dataset_uri", dataset, "--scorer", "clip", "--min_best_score", "22"]) == 0
     shown = capsys.readouterr().out
     assert "scores/clip: 2 images in 1 of 1 shards" in shown
     lines = {line.split()[0]: line.split() for line in shown.splitlines() if line.strip()}
@@ -44,29 +44,34 @@ def test_all_five_policies_are_shown_side_by_side(dataset: str, capsys: pytest.C
 
 
 def test_json_and_proportions(dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--policy", "proportions", "best", "--proportions", "original=1", "qwen=3", "--json"]
-    assert select.main([dataset, "--scorer", "clip", *arguments]) == 0
+    arguments = ["--policies", "[proportions, best]", "--proportions", "{original: 1, qwen: 3}", "--json"]
+    assert select.main(["--dataset_uri", dataset, "--scorer", "clip", *arguments]) == 0
     content = json.loads(capsys.readouterr().out)
     assert list(content["policies"]) == ["proportions", "best"]
     assert content["policies"]["proportions"]["shares"] == pytest.approx({"original": 0.125, "qwen": 0.875})
     assert content["policies"]["proportions"]["num_dropped"] == 0
     assert content["num_images"] == 2 and content["captioners"]["original"] == {"num_captions": 1, "mean_score": 24.0}
-    assert select.main([dataset, "--scorer", "clip", "--policy", "proportions", "--json"]) == 0
+    assert select.main(["--dataset_uri", dataset, "--scorer", "clip", "--policies", "[proportions]", "--json"]) == 0
     equal = json.loads(capsys.readouterr().out)["policies"]["proportions"]["shares"]
     assert equal == pytest.approx({"original": 1 / 6, "llava": 5 / 12, "qwen": 5 / 12})
 
 
 def test_the_page(dataset: str, tmp_path: Path) -> None:
     page = tmp_path / "pages" / "policies.html"
-    assert select.main([dataset, "--scorer", "clip", "--policy", "paper", "--html", str(page)]) == 0
+    assert select.main(["--dataset_uri", dataset, "--scorer", "clip", "--policies", "[paper]", "--html", str(page)]) == 0
     assert "Policies compared" in page.read_text()
 
 
 def test_what_is_wrong_is_said_in_one_line(dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert select.main([dataset, "--scorer", "siglip"]) == 1
+    assert select.main(["--dataset_uri", dataset, "--scorer", "siglip"]) == 1
     assert "there is no table 'scores/siglip'" in capsys.readouterr().err
-    assert select.main([dataset, "--scorer", "clip", "--tau", "0"]) == 1
+    assert select.main(["--dataset_uri", dataset, "--scorer", "clip", "--tau", "0"]) == 1
     assert "tau=0.0 must be positive" in capsys.readouterr().err
-    for arguments in (["--proportions", "llava"], ["--proportions", "llava=-1"], ["--max_shards", "0"], ["--policy", "worst"]):
-        with pytest.raises(SystemExit):
-            select.main([dataset, "--scorer", "clip", *arguments])
+    for arguments in (
+        ["--proportions", "llava"],
+        ["--proportions.llava", "-1"],
+        ["--max_shards", "0"],
+        ["--policies", "[worst]"],
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            select.main(["--dataset_uri", dataset, "--scorer", "clip", *arguments])

@@ -8,7 +8,7 @@ import time
 
 from pipelines.storage import lease
 from pipelines.storage.errors import LeaseHeldError, LeaseLostError
-from pipelines.storage.lease import LeaseConfig, hold, lease_settings
+from pipelines.storage.lease import LeaseConfig, hold
 
 
 def main() -> None:
@@ -17,7 +17,7 @@ def main() -> None:
         lease.host_id = lambda: elsewhere[0]  # type: ignore[assignment]  # as if on another machine
     config = LeaseConfig(owner=None if owner == "-" else owner, seconds=float(seconds))
     try:
-        with lease_settings(config), hold(uri) as held:
+        with hold(uri, config) as held:
             print("held", flush=True)
             while not _told_to_end():
                 held.check()

@@ -86,6 +86,54 @@ def diffusers_autoencoder(config: AutoencoderConfig, seed: int = 0) -> Autoencod
     return scramble(model, seed)
 
 
+def nvlabs_state(config: SanaConfig) -> dict[str, torch.Tensor]:
+    """A state dict with the names and shapes that the published converter reads (diffusers, convert_sana_to_diffusers.py)."""
+    dim, ffn, caption = config.dim, config.ffn_dim, config.caption_dim
+    linear = lambda name, out, into: {f"{name}.weight": (out, into), f"{name}.bias": (out,)}  # noqa: E731
+    shapes = {
+        "pos_embed": (1, config.base_size**2, dim),
+        "y_embedder.y_embedding": (300, caption),
+        "x_embedder.proj.weight": (dim, config.in_channels, 1, 1),
+        "x_embedder.proj.bias": (dim,),
+        **linear("t_embedder.mlp.0", dim, 256),
+        **linear("t_embedder.mlp.2", dim, dim),
+        **linear("t_block.1", 6 * dim, dim),
+        **linear("y_embedder.y_proj.fc1", dim, caption),
+        **linear("y_embedder.y_proj.fc2", dim, dim),
+        "attention_y_norm.weight": (dim,),
+        **linear("final_layer.linear", config.in_channels, dim),
+        "final_layer.scale_shift_table": (2, dim),
+    }
+    for i in range(config.depth):
+        block = f"blocks.{i}"
+        shapes |= {
+            f"{block}.scale_shift_table": (6, dim),
+            f"{block}.attn.qkv.weight": (3 * dim, dim),
+            **linear(f"{block}.attn.proj", dim, dim),
+            **linear(f"{block}.cross_attn.q_linear", dim, dim),
+            **linear(f"{block}.cross_attn.kv_linear", 2 * dim, dim),
+            **linear(f"{block}.cross_attn.proj", dim, dim),
+            f"{block}.mlp.inverted_conv.conv.weight": (2 * ffn, dim, 1, 1),
+            f"{block}.mlp.inverted_conv.conv.bias": (2 * ffn,),
+            f"{block}.mlp.depth_conv.conv.weight": (2 * ffn, 1, 3, 3),
+            f"{block}.mlp.depth_conv.conv.bias": (2 * ffn,),
+            f"{block}.mlp.point_conv.conv.weight": (dim, ffn, 1, 1),
+        }
+        if config.qk_norm:
+            norms = (f"{block}.{part}.{name}_norm.weight" for part in ("attn", "cross_attn") for name in "qk")
+            shapes |= {name: (dim,) for name in norms}
+    generator = torch.Generator().manual_seed(5)
+    state = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    state["pos_embed"].zero_()
+    return state
+
+
+def assert_same_tensors(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert sorted(left) == sorted(right)
+    for name in left:
+        assert left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]), name
+
+
 def assert_close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-4) -> None:
     """Check that the largest difference is within `tolerance` of the scale of `theirs`."""
     assert ours.shape == theirs.shape

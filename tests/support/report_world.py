@@ -11,8 +11,8 @@ from PIL import Image
 
 from pipelines.shapes.drawing import draw_row
 from pipelines.shapes.grammar import sample_caption
-from pipelines.stages.contract import reject
 from pipelines.tables.identity import Identity
+from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.schema import CAPTIONS, IMAGES, LATENTS, SCORES, Row
 from pipelines.tables.table import Table
 
@@ -96,10 +96,10 @@ def make_dataset(folder: Path, num_shards: int = 3, shard_rows: int = 10) -> str
     (folder / "cut.jpg").write_bytes(encode(noise, "JPEG")[:20000])
     (folder / "zeros.png").write_bytes(bytes(100))
     refused = [
-        reject({"source_uri": str(folder / "notes.jpg")}, "not_an_image", "41 bytes"),
-        reject({"source_uri": str(folder / "cut.jpg")}, "truncated", "image file is truncated"),
-        reject({"source_uri": str(folder / "zeros.png")}, "not_an_image", "100 bytes"),
-        reject({"source_uri": "s3-gone://bucket/x.jpg"}, "unreadable", "no such file"),
+        reject({"source_uri": str(folder / "notes.jpg")}, RowRefused("not_an_image", "41 bytes")),
+        reject({"source_uri": str(folder / "cut.jpg")}, RowRefused("truncated", "image file is truncated")),
+        reject({"source_uri": str(folder / "zeros.png")}, RowRefused("not_an_image", "100 bytes")),
+        reject({"source_uri": "s3-gone://bucket/x.jpg"}, RowRefused("unreadable", "no such file")),
     ]
     count = num_shards * shard_rows
     images = [image_row(index) for index in range(count)]
@@ -120,7 +120,8 @@ def make_dataset(folder: Path, num_shards: int = 3, shard_rows: int = 10) -> str
             for index, row in enumerate(images)
             for text in [text_of(captioner, index)]
         ]
-        make_table(uri, f"captions/{captioner}", CAPTIONS, cut(rows), [reject(images[0], "empty_caption", "it said nothing")])
+        refused = reject(images[0], RowRefused("empty_caption", "it said nothing"))
+        make_table(uri, f"captions/{captioner}", CAPTIONS, cut(rows), [refused])
     scores = [{"id": row["id"], "captions": competing(index, row)} for index, row in enumerate(images)]
     make_table(uri, "scores/clip", SCORES, cut(scores))
     latents = [latents_row(index, row) for index, row in enumerate(images)]

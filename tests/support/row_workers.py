@@ -3,8 +3,9 @@
 import pyarrow as pa
 import ray
 
-from pipelines.stages.contract import ShardOutput, reject
+from pipelines.stages.contract import ShardOutput
 from pipelines.tables.errors import DamagedShardError
+from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.schema import Row
 
 IDS = {"00000": ["a", "b", "c-bad"], "00001": [], "00002": ["d"], "00003": [f"e{number}" for number in range(40)]}
@@ -46,5 +47,5 @@ class Finish:
             for row in rows
             if not row["id"].endswith("bad")
         ]
-        refused = [reject(row, "bad_id", row["text"]) for row in rows if row["id"].endswith("bad")]
+        refused = [reject(row, RowRefused("bad_id", row["text"])) for row in rows if row["id"].endswith("bad")]
         return ShardOutput(kept, refused, {"rows": float(len(rows))})

@@ -15,8 +15,11 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 import boto3
+import pytest
 
 from infra.local.processes import ROOT
+from sana_model.files import filesystems, retry
+from sana_model.files.retry import Backoff
 from tests.support.http_server import Handler, Server, free_port
 
 Fault = Literal["403", "409", "500", "503", "reset", "cut", "slow"]
@@ -149,3 +152,19 @@ def environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ.pop(name)
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def faulty_s3(endpoint: str) -> Iterator[FaultyProxy]:
+    """A proxy between this process and an S3 server, and short waits; it spoils nothing until it is told to."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        FaultyProxy(endpoint, delay=3.0).running() as proxy,
+        environment(s3_environment(proxy.url)),
+    ):
+        patch.setattr(retry, "STORAGE_BACKOFF", Backoff(first=0.01, longest=0.5))
+        # s3fs keeps one client for equal options: one of its own for each proxy.
+        options = {**filesystems.S3_OPTIONS, "endpoint_url": proxy.url}
+        config = {**options["config_kwargs"], "read_timeout": 2, "retries": {"mode": "standard", "total_max_attempts": 2}}
+        patch.setattr(filesystems, "S3_OPTIONS", {**options, "config_kwargs": config})
+        yield proxy

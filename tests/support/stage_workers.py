@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipelines.stages.contract import ShardOutput, reject
+from pipelines.stages.contract import ShardOutput
+from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.schema import Row
 
 
@@ -22,7 +23,7 @@ class Upper:
             if row["id"] == "poison" and self.armed is not None and self.armed.exists():
                 raise RuntimeError("killed by the test")
             if row["id"].endswith("bad"):
-                rejects.append(reject(row, "bad_id", f"{row['id']} ends in bad"))
+                rejects.append(reject(row, RowRefused("bad_id", f"{row['id']} ends in bad")))
             else:
                 rows.append({"id": row["id"], "caption": row["id"].upper(), "num_tokens": 1, "finish_reason": "stop"})
         return ShardOutput(rows, rejects, {"kept": len(rows)})

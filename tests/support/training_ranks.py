@@ -12,7 +12,7 @@ import torch.multiprocessing
 
 from pipelines.tables.errors import TrainingError
 from pipelines.tracking.config import TrackingConfig
-from pipelines.tracking.runs import RunPlan
+from pipelines.tracking.runs import RunRequest
 from pipelines.train.config import TrainConfig
 from pipelines.train.engine.config import EngineConfig, OptimConfig
 from pipelines.train.task import TrainTask
@@ -85,8 +85,12 @@ def _run_rank(
     os.environ.update(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
     torch.distributed.init_process_group("gloo")
     for name, config in configs:
-        plan = RunPlan.make(name, {}, tracking=tracking, output_dir=folder, key=name) if tracking is not None else None
-        task = TrainTask(config=config, dataset_uri=str(dataset), inputs={}, output_uri=f"{output_root}/{name}", plan=plan)
+        run_request = (
+            RunRequest.make(name, {}, tracking=tracking, output_dir=folder, key=name) if tracking is not None else None
+        )
+        task = TrainTask(
+            config=config, dataset_uri=str(dataset), inputs={}, output_uri=f"{output_root}/{name}", run_request=run_request
+        )
         trained = _train(task)
         if rank == 0:
             torch.save(trained, folder / f"{name}.pt")

@@ -9,8 +9,8 @@ import pyarrow as pa
 from PIL import Image
 
 from pipelines.ingest.run import image_id
-from pipelines.stages.contract import reject
 from pipelines.tables.identity import Identity, Manifest
+from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.schema import CAPTIONS, IMAGES, IMAGES_PATH, LATENTS, SCORES, Row
 from pipelines.tables.table import Table
 
@@ -28,7 +28,7 @@ def make_dataset(uri: str) -> dict[str, Table]:
         return write_table(table, identity, shards)
 
     kept = {shard: [image_row(f"{shard}-{number}") for number in range(ROWS_PER_SHARD)] for shard in SHARDS}
-    bad = {shard: [reject({"source_uri": f"{shard}/broken.png"}, "truncated", "it ends early")] for shard in SHARDS}
+    bad = {shard: [reject({"source_uri": f"{shard}/broken.png"}, RowRefused("truncated", "it ends early"))] for shard in SHARDS}
     shards = {shard: (kept[shard], bad[shard]) for shard in SHARDS}
     images = put(IMAGES_PATH, IMAGES, Identity("ingest", {"source": "photos"}, {}, {}), shards)
     inputs = {IMAGES_PATH: images.fingerprint}
@@ -100,5 +100,5 @@ def _refuse_first(
     made = {}
     for shard, rows in shards.items():
         refused = rows[: int(shard == where)]
-        made[shard] = ([make(row) for row in rows[len(refused) :]], [reject(row, reason, "") for row in refused])
+        made[shard] = ([make(row) for row in rows[len(refused) :]], [reject(row, RowRefused(reason, "")) for row in refused])
     return made

@@ -1,4 +1,4 @@
-"""The HTML templates of the reports. Everything that goes into one is escaped, but for what a template made itself."""
+"""The HTML templates of the reports. Values are escaped, except for HTML that another template has rendered."""
 
 import re
 from functools import cache
@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 
 def render(template: str, **values: Any) -> Markup:
-    """A template of this folder, filled in."""
+    """Render a template of this folder. Raises jinja2.UndefinedError if a value that it uses is missing."""
     return Markup(_environment().get_template(template).render(**values))
 
 
@@ -22,12 +22,12 @@ def _environment() -> Environment:
 
 
 def show(value: object) -> str:
-    """A value in a table's cell."""
+    """The text of a value in a table's cell: integers with separators, other numbers with 4 significant digits."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return "–" if value is None else str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def is_numeric(value: object) -> bool:
-    """Whether a cell is set to the right: a number, or a text that begins as one ("81 %")."""
+    """Whether a cell is aligned right: a number, a missing value, or a text that begins like a number ("81 %")."""
     return bool(re.match(r"[-+−]?[\d.]", show(value))) or value is None

@@ -1,4 +1,7 @@
-"""CAME as Sana was trained with it, and with its momentum, which is nearly all that it remembers, in 8 bits."""
+"""CAME (arXiv 2307.02047), the optimizer that Sana was trained with, and a variant that keeps its momentum in 8 bits.
+
+The momentum is nearly all of the memory that CAME takes.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,15 +11,15 @@ import torch
 from came_pytorch.CAME import CAME
 from torch import Tensor
 
-BLOCK = 256  # values that share a scale
-SMALLEST = 4096  # weights with fewer elements keep it in float32, as bitsandbytes' own optimizers do
+VALUES_PER_SCALE = 256
+MIN_QUANTIZED = 4096
+"""Weights with fewer elements keep their momentum in float32, as with bitsandbytes' own optimizers."""
 
 
 class PublishedCAME(CAME):
-    """The authors' class, which keeps rows and columns of matrices alone.
+    """The authors' class, but only 2-D weights are factored into rows and columns, as in NVlabs' code for Sana.
 
-    Theirs takes the 3x3 of a depth-wise convolution for matrices too, whose updates are then tens of times too large at first;
-    NVlabs' code does not.
+    The authors also factor the 3x3 kernels of depth-wise convolutions, whose first updates are then tens of times too large.
     """
 
     def _get_options(self, param_shape: torch.Size) -> bool:
@@ -24,9 +27,9 @@ class PublishedCAME(CAME):
 
 
 class Came8bit(PublishedCAME):
-    """The authors' steps, weight by weight: before each the momentum becomes float32, and after it 8 bits again.
+    """CAME with its momentum in bitsandbytes' dynamic 8-bit format: a float32 scale for each 256 values.
 
-    The 8 bits are bitsandbytes' dynamic ones, with a float32 scale for each 256 values.
+    A step updates one weight at a time, whose momentum is float32 meanwhile.
     """
 
     param_groups: list[dict[str, Any]]
@@ -48,8 +51,8 @@ class Came8bit(PublishedCAME):
         state = self.state[weight]
         if "exp_avg_8bit" in state:
             values, scales = state.pop("exp_avg_8bit"), state.pop("exp_avg_scales")
-            state["exp_avg"] = bnb.dequantize_blockwise(values, absmax=scales, blocksize=BLOCK)
+            state["exp_avg"] = bnb.dequantize_blockwise(values, absmax=scales, blocksize=VALUES_PER_SCALE)
         super().step()
-        if weight.numel() >= SMALLEST:
-            state["exp_avg_8bit"], quantized = bnb.quantize_blockwise(state.pop("exp_avg"), blocksize=BLOCK)
+        if weight.numel() >= MIN_QUANTIZED:
+            state["exp_avg_8bit"], quantized = bnb.quantize_blockwise(state.pop("exp_avg"), blocksize=VALUES_PER_SCALE)
             state["exp_avg_scales"] = quantized.absmax

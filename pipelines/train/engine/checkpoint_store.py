@@ -1,4 +1,4 @@
-"""The checkpoints of one training: written while it goes on, kept as long as told, and the last good one found again."""
+"""The checkpoints of one training: written in the background, deleted when no longer wanted, the last good one found again."""
 
 import threading
 import time
@@ -19,21 +19,22 @@ from pipelines.train.engine.checkpoints import (
     remove_checkpoint,
     write_part,
 )
+from pipelines.train.engine.collective import from_rank_zero, gather_objects
 from pipelines.train.engine.deepspeed import Engine
 
 MAX_FAILED_WRITES = 3
-"""In a row, after which a training had better stop."""
+"""Failed writes in a row after which the training should stop."""
 
 
 class CheckpointStore:
-    """Of one rank; `find` is called on all of them at once.
+    """One rank's access to the checkpoints of a training.
 
     Args:
-        root_uri: folder of the checkpoints.
-        keep_last: how many of the newest stay.
-        keep_every: those whose step divides by it stay too.
-        keep_best: the one with the lowest value of this metric stays too.
-        say: takes what a person should know.
+        root_uri: folder of the checkpoints, any fsspec URI.
+        keep_last: how many of the newest checkpoints are kept.
+        keep_every: checkpoints whose step is a multiple of this are kept too.
+        keep_best: the checkpoint with the lowest value of this metric is kept too.
+        say: called with messages for a person.
     """
 
     def __init__(
@@ -54,26 +55,26 @@ class CheckpointStore:
         self._error: StorageError | None = None
         self._num_failed = 0
         self.last_written: str | None = None
-        """URI of the last checkpoint of which this rank's part is written."""
+        """URI of the last checkpoint whose part of this rank was written."""
         self.written_at = time.time()
-        """When that was, or when this began."""
+        """`time.time()` of that write; before the first one, of this object's creation."""
 
     def uri(self, step: int) -> str:
         return checkpoint_uri(self.root_uri, step)
 
     def write(self, snapshot: Snapshot) -> None:
-        """In the background, once the one before is written."""
+        """Write this rank's part in the background; wait first for the pending write, if any."""
         self._join()
         self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint-writer")
         self._thread.start()
 
     def wait(self) -> str | None:
-        """Until this rank's part is written; what went wrong if it was not."""
+        """Wait for the pending write. Returns the error message of the last write, None if it succeeded."""
         self._join()
         return str(self._error) if self._error is not None else None
 
     def given_up(self) -> str | None:
-        """What goes wrong, after MAX_FAILED_WRITES failures in a row."""
+        """Wait for the pending write. Returns its error message after MAX_FAILED_WRITES failures in a row, else None."""
         problem = self.wait()
         return problem if self._num_failed >= MAX_FAILED_WRITES else None
 
@@ -94,13 +95,13 @@ class CheckpointStore:
             self.say(f"the checkpoint of step {snapshot.step} was not written, the ones before it stay: {error}")
 
     def _prune(self) -> None:
-        """Remove what need not stay. The newest whole ones are counted: a part of the very newest may still be on its way."""
+        """Remove checkpoints that need not be kept. Only whole ones count: other ranks may still write the newest."""
         whole = []
         for uri in list_checkpoints(self.root_uri):
             try:
                 whole.append(Checkpoint.open(uri))
             except BadCheckpointError:
-                if whole:  # a newer one is whole: this one was never finished
+                if whole:  # a newer one is whole, so nobody writes this one any more
                     remove_checkpoint(uri)
         kept = {checkpoint.uri for checkpoint in whole[: self.keep_last]}
         if self.keep_every:
@@ -112,13 +113,18 @@ class CheckpointStore:
                 remove_checkpoint(checkpoint.uri)
 
     def find(self, engine: Engine, *, fallback: str | None = None) -> CheckpointReader | None:
-        """The newest whole checkpoint, on all ranks the same, ready to be loaded; `fallback` if the training has none yet.
+        """Open the newest whole checkpoint and remove newer ones, whose steps will be repeated. Collective call.
 
-        What is newer than it is removed: its steps come again. None: there is none, the training begins.
+        Args:
+            engine: what the checkpoint will be loaded into.
+            fallback: URI of the checkpoint to open if the training has none yet.
 
-        Raises BadCheckpointError if there are checkpoints, all were finished, and none is whole any more.
+        Returns the same checkpoint on all ranks, fetched and ready to be loaded; None if there is none to resume from.
+
+        Raises BadCheckpointError if no checkpoint is whole and at least one was damaged after it was finished, or if `fallback`
+        is not whole; ValueError if the checkpoint is that of another model.
         """
-        candidates = _from_rank_zero(lambda: list_checkpoints(self.root_uri))
+        candidates = from_rank_zero(lambda: list_checkpoints(self.root_uri))
         damaged: list[str] = []
         for index, uri in enumerate(candidates):
             reader, problems = self._open(uri, engine)
@@ -141,7 +147,7 @@ class CheckpointStore:
         return reader
 
     def _open(self, uri: str, engine: Engine) -> tuple[CheckpointReader | None, list[BadCheckpointError]]:
-        """Ready to be loaded on all ranks, or on none and what is wrong with it."""
+        """Open a checkpoint on all ranks or on none: returns the reader, and the problems that ranks found. Collective call."""
         reader, problem = None, None
         try:
             reader = CheckpointReader(Checkpoint.open(uri), engine)
@@ -164,23 +170,10 @@ class CheckpointStore:
 
 
 def best_of(checkpoints: Sequence[Checkpoint], metric: str) -> set[str]:
-    """URI of the one with the lowest value of a metric; none if no checkpoint has it."""
+    """Return the URI of the checkpoint with the lowest value of a metric; empty if no checkpoint has this metric."""
     values: Mapping[str, Any] = {
         checkpoint.uri: checkpoint.states[0]["metrics"][metric]
         for checkpoint in checkpoints
         if metric in checkpoint.states[0].get("metrics", {})
     }
     return {min(values, key=values.__getitem__)} if values else set()
-
-
-def _from_rank_zero(make: Callable[[], Any]) -> Any:
-    value = [make() if torch.distributed.get_rank() == 0 else None]
-    torch.distributed.broadcast_object_list(value)
-    return value[0]
-
-
-def gather_objects(value: Any) -> list[Any]:
-    """Of all ranks, in their order. All must call it."""
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values

@@ -1,8 +1,8 @@
-"""Checkpoints on any storage: every rank writes its part, and says last of all what it wrote, so that a torn one is known.
+"""Checkpoints on any storage: each rank writes its own part, and any world size and ZeRO stage can read them.
 
-A part is `rank-00000.json`, which names the part's files with their sizes and hashes, and these: weights, average and
-moments of the optimizer as safetensors, by the names of the parameters, each tensor a run of the flattened parameter. Any
-world size and ZeRO stage reads what another wrote. A checkpoint counts when all parts of its world size are there and whole.
+The part of a rank is a few files and, written last, `rank-00000.json`, which lists these files with their sizes and hashes. The
+files hold weights, averages and moments of the optimizer as safetensors: by the name of each parameter, the run of elements of
+the flattened parameter that this rank holds. A checkpoint is whole when the parts of all ranks are there with the listed files.
 """
 
 import hashlib
@@ -22,29 +22,36 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipelines.storage.files import call, find_files, is_local, list_folder, open_filesystem, read_file, remove_file, write_file
+from pipelines.storage.files import find_files, is_local, list_folder, read_file, remove_file, write_file
+from pipelines.storage.retry import call
 from pipelines.train.engine.deepspeed import WHOLE, Engine
 from pipelines.train.engine.ema import EMA
+from sana_model.files.filesystems import open_filesystem
 
 WEIGHTS, AVERAGE, MOMENTS = "weights", "average", "moments"
 OPTIMIZER = "optimizer.pt"
 
 
 class BadCheckpointError(ValueError):
-    """A checkpoint is not whole; the message says what is wrong with it."""
+    """A checkpoint is not whole. The message says what is missing or damaged."""
 
 
 class UnfinishedCheckpointError(BadCheckpointError):
-    """A checkpoint was not written to its end: what a kill leaves."""
+    """A checkpoint was never finished, because the training was killed while it was written."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A rank's part of a checkpoint, copied to the CPU's memory: the training may go on while it is written.
+    """A rank's part of a checkpoint, copied to the CPU's memory, so that training can go on while it is written.
 
-    tensors: kind ("weights", "average", "moments") -> key -> a run of a flattened parameter. The key is the parameter's name,
-    behind the moment's ("exp_avg/blocks.0...") where it is one. pieces: name -> [start, numel] of the run. shapes: of the
-    parameters. others: the optimizer's other states. state: of this rank, as JSON.
+    layout: see `Engine.layout`.
+    tensors: kind ("weights", "average", "moments") -> key -> a run of elements of a flattened parameter. The key is the name of
+        the parameter; for moments the name of the moment comes first ("exp_avg/blocks.0...").
+    pieces: name of the parameter -> (start, numel) of the run.
+    shapes: name of the parameter -> its full shape.
+    moments: names of the optimizer's moments.
+    others: the optimizer's other states, see `Engine.other_states`.
+    state: this rank's state of the training (stream, losses, ...), which JSON can hold.
     """
 
     step: int
@@ -60,7 +67,14 @@ class Snapshot:
 
 
 def take_snapshot(engine: Engine, ema: EMA, state: Mapping[str, Any], *, step: int) -> Snapshot:
-    """This rank's part now, which later steps do not change. `state`: plain numbers, strings and containers of this rank."""
+    """Copy this rank's part of a checkpoint; later steps do not change the copy.
+
+    Args:
+        engine: holds the weights and the optimizer.
+        ema: the average of the weights.
+        state: this rank's other state: numbers, strings and containers that JSON can hold.
+        step: number of steps done.
+    """
     lists = {WEIGHTS: {"": engine.master_weights()}, AVERAGE: {"": ema.averages}}
     lists[MOMENTS] = {f"{name}/": tensors for name, tensors in engine.moments().items()}
     fragments = engine.own_fragments
@@ -88,7 +102,7 @@ def take_snapshot(engine: Engine, ema: EMA, state: Mapping[str, Any], *, step: i
 
 
 def write_part(folder_uri: str, snapshot: Snapshot) -> None:
-    """Raises StorageError."""
+    """Write a rank's part into the checkpoint's folder, its JSON file last. Raises StorageError."""
     name = part_name(snapshot.rank)
     files: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=_scratch(folder_uri)) as scratch:
@@ -108,7 +122,7 @@ def part_name(rank: int) -> str:
 
 
 def _scratch(uri: str) -> str | None:
-    """On the disk of a local checkpoint, whose files then only change their names."""
+    """Return where to make temporary files: for a local checkpoint in its own folder, so that they are only renamed."""
     if not is_local(uri):
         return None
     _, path = open_filesystem(uri)
@@ -130,7 +144,7 @@ def _hash(path: Path) -> str:
 
 
 def list_checkpoints(root_uri: str) -> list[str]:
-    """URIs of those under a folder, the newest first, whether whole or not."""
+    """Return the URIs of the checkpoints in a folder, newest first, whole or not."""
     steps = [int(name.removeprefix("step-")) for name in list_folder(root_uri) if re.fullmatch(r"step-\d+", name)]
     return [checkpoint_uri(root_uri, step) for step in sorted(steps, reverse=True)]
 
@@ -141,14 +155,14 @@ def checkpoint_uri(root_uri: str, step: int) -> str:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose files are all there, with the sizes that they should have. `parts`: of each rank, its JSON."""
+    """A checkpoint whose files all exist with their listed sizes. `parts`: content of each rank's JSON file."""
 
     uri: str
     parts: Sequence[Mapping[str, Any]]
 
     @classmethod
     def open(cls, uri: str) -> "Checkpoint":
-        """Raises BadCheckpointError."""
+        """Read the JSON files and compare sizes. Raises BadCheckpointError if a file is missing or has another size."""
         found = find_files(uri)
         if f"{part_name(0)}.json" not in found:
             raise UnfinishedCheckpointError(f"{uri} is not whole: {part_name(0)}.json is missing, it was never finished")
@@ -171,12 +185,12 @@ class Checkpoint:
 
     @property
     def states(self) -> list[dict[str, Any]]:
-        """Of each rank."""
+        """State of each rank, as given to `take_snapshot`."""
         return [dict(part["state"]) for part in self.parts]
 
     @contextmanager
     def fetch(self, names: Sequence[str]) -> Iterator[dict[str, Path]]:
-        """Local paths of these files within. Raises BadCheckpointError if one is not what was written."""
+        """Within, these files are on this machine: name -> path. Raises BadCheckpointError if a file's hash has changed."""
         hashes = {name: file["sha256"] for part in self.parts for name, file in part["files"].items()}
         with tempfile.TemporaryDirectory(prefix="checkpoint-") as scratch:
             paths = {}
@@ -187,7 +201,7 @@ class Checkpoint:
             yield paths
 
     def files_with(self, kind: str, pieces: Mapping[str, tuple[int, int]]) -> list[str]:
-        """Names of the files of a kind that hold elements of these runs of parameters: name -> (start, numel)."""
+        """Return the names of the files of a kind that hold any of these runs of elements: parameter -> (start, numel)."""
         return [
             f"{part_name(rank)}-{kind}.safetensors"
             for rank, part in enumerate(self.parts)
@@ -204,32 +218,35 @@ def _get(uri: str, scratch: Path) -> Path:
 
 
 def _overlap(one: Sequence[int], other: Sequence[int]) -> range:
-    """Elements that are in both runs (start, numel)."""
+    """Return the elements that two runs (start, numel) have in common."""
     return range(max(one[0], other[0]), min(one[0] + one[1], other[0] + other[1]))
 
 
 class CheckpointReader:
-    """What a rank reads of a checkpoint: fetched and found whole on opening, before anything is changed.
+    """The files of a checkpoint that this rank needs, fetched and verified when opened, so that `load` finds no damage.
 
-    Raises BadCheckpointError.
+    Raises BadCheckpointError if a file has changed since it was written; ValueError if the checkpoint is of another model.
     """
 
     def __init__(self, checkpoint: Checkpoint, engine: Engine):
         self.checkpoint = checkpoint
         self.engine = engine
-        self.pieces = {fragment.name: (fragment.start, fragment.numel) for fragment in engine.fragments}
+        pieces = {fragment.name: (fragment.start, fragment.numel) for fragment in engine.fragments}
         first = checkpoint.parts[0]
         if first["shapes"] != engine.shapes:
-            raise ValueError(f"{checkpoint.uri} is of another model: its weights have other names or shapes")
+            raise ValueError(
+                f"{checkpoint.uri} is of another model: its weights have other names or shapes than this training's; "
+                "set init, preset and lora as they were when it was written, or leave resume_from out"
+            )
         rank = torch.distributed.get_rank()
         own = rank if first["layout"] == engine.layout != WHOLE else 0
         self._others = f"{part_name(own)}-{OPTIMIZER}"
-        names = [name for kind in (WEIGHTS, AVERAGE, MOMENTS) for name in checkpoint.files_with(kind, self.pieces)]
+        names = [name for kind in (WEIGHTS, AVERAGE, MOMENTS) for name in checkpoint.files_with(kind, pieces)]
         self._open = ExitStack()
         self._paths = self._open.enter_context(checkpoint.fetch([*names, self._others]))
 
     def load(self, ema: EMA) -> None:
-        """Put weights, optimizer and average back. All ranks must."""
+        """Load weights and optimizer into the engine, and the average into `ema`. Collective call."""
         first = self.checkpoint.parts[0]
         others = torch.load(self._paths[self._others], map_location="cpu", weights_only=True)
         self.engine.prepare_states(first["moments"], others, layout=first["layout"])
@@ -240,6 +257,7 @@ class CheckpointReader:
         ema.num_updates = first["state"]["ema_updates"]
 
     def close(self) -> None:
+        """Delete the fetched files."""
         self._open.close()
 
     @torch.no_grad()
@@ -259,9 +277,13 @@ class CheckpointReader:
 
 
 def read_weights(uri: str, *, average: bool = True) -> dict[str, Tensor]:
-    """All weights of a checkpoint, whole, float32, on the CPU: the averages, or the weights that were trained.
+    """Read the trained weights of a checkpoint: name -> full tensor, float32, on the CPU. Frozen weights are not among them.
 
-    Raises BadCheckpointError.
+    Args:
+        uri: folder of the checkpoint.
+        average: read the moving average instead of the weights of the last step.
+
+    Raises BadCheckpointError if the checkpoint is not whole.
     """
     kind = AVERAGE if average else WEIGHTS
     checkpoint = Checkpoint.open(uri)
@@ -279,7 +301,7 @@ def read_weights(uri: str, *, average: bool = True) -> dict[str, Tensor]:
 
 
 def remove_checkpoint(uri: str) -> None:
-    """Its JSON files first: what is left of it then is known as not whole. Raises StorageError."""
+    """Delete a checkpoint, its JSON files first, so that it is never whole while files are missing. Raises StorageError."""
     for name in sorted(find_files(uri), key=lambda name: not name.endswith(".json")):
         remove_file(f"{uri}/{name}")
     if is_local(uri):

@@ -1,24 +1,33 @@
 """Configuration of the training engine: DeepSpeed, optimizer, average of the weights, adapters."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How DeepSpeed spreads and computes the training.
+    """Settings of DeepSpeed: how the training is distributed and computed.
 
     Args:
-        zero_stage: what the workers share out among them: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too.
-        dtype: of weights and activations in the forward and backward pass; "fp16", for GPUs without bf16, scales the loss.
-            The weights that the optimizer updates, its states and the average are float32 in either case.
+        zero_stage: what is divided among the workers: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too.
+        dtype: dtype of weights and activations in the forward and backward pass; "fp16", for GPUs without bf16, scales the
+            loss. The master weights that the optimizer updates, its states and the average are float32 in any case.
         offload_optimizer: keep master weights and optimizer states in the CPU's memory, and update them there (ZeRO 1 to 3).
-        offload_weights: keep each worker's part of the weights there too (ZeRO 3).
-        reduce_dtype: in which gradients are summed over the workers; "bf16" halves what goes over the network, and costs about
-            a percent of their precision with hundreds of workers.
-        checkpoint_blocks: recompute every n-th block's activations in the backward pass: 1 all, 0 none.
-        compile_blocks: let torch.compile make each block one program; pays where shapes are few.
+        offload_weights: keep each worker's part of the weights in the CPU's memory too (ZeRO 3).
+        reduce_dtype: dtype in which gradients are summed over the workers; "bf16" halves the traffic and, with hundreds of
+            workers, costs about a percent of their precision.
+        checkpoint_blocks: recompute the activations of every n-th block in the backward pass: 1 all, 0 none.
+        compile_blocks: compile each block with torch.compile; worthwhile if there are few different shapes.
     """
+
+    NO_VALUE: ClassVar = (
+        "zero_stage",
+        "reduce_dtype",
+        "offload_optimizer",
+        "offload_weights",
+        "checkpoint_blocks",
+        "compile_blocks",
+    )
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
@@ -48,7 +57,7 @@ class EngineConfig:
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.dtype]
 
     def deepspeed_settings(self) -> dict[str, Any]:
-        """What DeepSpeed is told of it."""
+        """Return these settings as part of DeepSpeed's own configuration."""
         zero: dict[str, Any] = {"stage": self.zero_stage}
         if self.offload_optimizer:
             zero["offload_optimizer"] = {"device": "cpu"}
@@ -70,11 +79,11 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EmaConfig:
-    """The average that pictures are drawn with, and that a training ends in.
+    """The moving average of the weights: pictures are drawn with it, and it is the result of the training.
 
     Args:
-        decay: the share of the average that each step keeps; 0: the average is the weights themselves. After the first n steps
-            it is min(decay, (1 + n) / (10 + n)), so that the start is soon forgotten.
+        decay: share of the average that each step keeps; 0 makes the average the weights themselves. After n steps the decay is
+            min(decay, (1 + n) / (10 + n)), so that the first weights are soon forgotten.
     """
 
     decay: float = 0.999
@@ -86,11 +95,11 @@ class EmaConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Train low-rank changes of the matrices of attention and Mix-FFN, and leave all other weights as they are.
+    """Train low-rank changes of the matrices of attention and Mix-FFN, and leave the weights themselves as they are.
 
     Args:
-        rank: of each change; `alpha` / `rank` is its weight.
-        alpha: see `rank`.
+        rank: rank of each change.
+        alpha: each change is multiplied by `alpha` / `rank`.
     """
 
     rank: int = 16
@@ -107,11 +116,13 @@ class LoraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CameConfig:
-    """CAME (arXiv 2307.02047), as Sana is published with it. Its momentum takes 4 bytes a weight, the rest next to none.
+    """Settings of CAME (arXiv 2307.02047), by default those published with Sana.
+
+    Its states take about 4 bytes a weight, nearly all of them for the momentum.
 
     Args:
-        betas: of the momentum, of the square gradients, and of the instability.
-        eps: added to the square gradients, and to the instability.
+        betas: decay of the momentum, of the squared gradients, and of the instability.
+        eps: added to the squared gradients, and to the instability.
     """
 
     betas: tuple[float, float, float] = (0.9, 0.999, 0.9999)
@@ -120,22 +131,22 @@ class CameConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """An optimizer and its schedule. The learning rate is what is written here: nothing scales it with batch or workers.
+    """The optimizer and the schedule of its learning rate, which nothing scales with batch size or number of workers.
 
     Args:
-        optimizer: "adamw", "adamw_8bit" (states in 8 bits), or, at ZeRO stage 0, which alone leaves the weights their shapes,
-            "came" or "came_8bit" (its momentum in 8 bits).
+        optimizer: "adamw"; "adamw_8bit" (states in 8 bits); or "came" or "came_8bit" (momentum in 8 bits), which need
+            zero_stage=0, since the other stages do not keep the shapes of the weights.
         lr: the highest learning rate.
-        betas: of AdamW.
-        eps: of AdamW.
-        came: what CAME has in their place.
-        weight_decay: for all weights.
-        max_grad_norm: gradients of a larger norm are scaled down to it; 0: never.
-        schedule: "constant"; "cosine" down to `final_lr_share` at the last step; or "wsd": constant, and then down to it in a
-            straight line over the last `decay_steps`.
-        warmup_steps: steps of linear rise.
-        decay_steps: of "wsd".
-        final_lr_share: of `lr`, where "cosine" and "wsd" end.
+        betas: decay of AdamW's two moments.
+        eps: added to the denominator of AdamW's update.
+        came: settings of CAME in place of `betas` and `eps`.
+        weight_decay: decoupled weight decay of all weights.
+        max_grad_norm: gradients with a larger norm are scaled down to this norm; 0: never.
+        schedule: "constant"; "cosine": falls along a cosine until the last step; "wsd": constant, then falls linearly over the
+            last `decay_steps` steps.
+        warmup_steps: steps over which the learning rate rises linearly.
+        decay_steps: steps over which "wsd" falls.
+        final_lr_share: share of `lr` that "cosine" and "wsd" fall to.
     """
 
     optimizer: Literal["adamw", "adamw_8bit", "came", "came_8bit"] = "adamw"
@@ -162,7 +173,7 @@ class OptimConfig:
             )
 
     def check_sharding(self, zero_stage: int) -> None:
-        """Raises ValueError if this optimizer cannot work on what a ZeRO stage makes of the weights."""
+        """Raise ValueError if this optimizer cannot work with a ZeRO stage."""
         if self.optimizer in ("came", "came_8bit") and zero_stage:
             raise ValueError(
                 f"optimizer={self.optimizer} with zero_stage={zero_stage}: CAME keeps square gradients by row and column of "

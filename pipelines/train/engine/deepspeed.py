@@ -1,6 +1,6 @@
-"""DeepSpeed, told once what we need of it: which ZeRO stage and precision, a step with clipped gradients, the float32 weights.
+"""The only file that calls DeepSpeed: ZeRO stages and precision, a step with clipped gradients, access to the float32 weights.
 
-DeepSpeed is imported where it is used: that takes seconds, and a driver never needs it.
+DeepSpeed is imported when an engine is made: the import takes seconds, and a driver never needs it.
 """
 
 import copy
@@ -19,14 +19,22 @@ from pipelines.train.engine.optim import make_optimizer
 from sana_model.nn.transformer import SanaTransformer
 
 WHOLE = "whole"
-"""The layout in which every rank holds everything."""
+"""The layout of ZeRO 0, in which every rank holds all elements."""
 LOSS_SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class Engine:
-    """A model in training on this rank. Call it as the model; then `backward` each micro-batch and `step`.
+    """The model in training on this rank. Call it like the model, call `backward` for each micro-batch, then `step`.
 
-    Needs a process group. All ranks must make the same calls.
+    It needs a process group, and all ranks must make the same calls.
+
+    Args:
+        model: the transformer, on the CPU; the engine moves it to `device`.
+        config: how DeepSpeed distributes and computes.
+        optim: the optimizer; `step` is given the learning rate.
+        micro_batch_size: samples of a forward pass.
+        grad_accum_steps: micro-batches of a step.
+        device: device to train on.
     """
 
     def __init__(
@@ -43,7 +51,7 @@ class Engine:
         self.device = device
         self.max_grad_norm = optim.max_grad_norm
         deepspeed = _import_deepspeed(device)
-        # Without ZeRO and in float32 DeepSpeed clips but keeps the norm to itself: there, `step` does it.
+        # Without ZeRO and in float32 DeepSpeed does not tell the norm of the gradients, so `step` clips them itself.
         self._clips_itself = config.zero_stage == 0 and config.dtype == "fp32"
         settings = {
             "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -60,7 +68,7 @@ class Engine:
         self._deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=make_optimizer(model.parameters(), optim), config=settings
         )
-        # DeepSpeed's bf16 optimizer without ZeRO begins with a step on zero gradients, which AdamW would count.
+        # Without ZeRO, DeepSpeed's bf16 optimizer makes a first step on zero gradients, which AdamW would count.
         self._deepspeed.basic_optimizer.state.clear()
         self.fragments = find_fragments(
             self._deepspeed.module, self._deepspeed.optimizer, self.master_weights(), zero_stage=config.zero_stage
@@ -68,15 +76,15 @@ class Engine:
         self.shapes = {name: list(_full_shape(weight)) for name, weight in model.named_parameters() if weight.requires_grad}
 
     def __call__(self, latents: Tensor, timestep: Tensor, caption_embeds: Tensor, caption_mask: Tensor) -> Tensor:
-        """The model's velocity, of inputs in any floating dtype."""
+        """Predict the velocity like `SanaTransformer.forward`. Inputs may have any floating dtype."""
         dtype = self.config.torch_dtype
         return self._deepspeed(latents.to(dtype), timestep, caption_embeds.to(dtype), caption_mask)
 
     def backward(self, loss: Tensor) -> None:
-        """Add a micro-batch's gradients, weighted 1 / grad_accum_steps; the last one's are averaged over the ranks."""
+        """Add a micro-batch's gradients, weighted 1 / grad_accum_steps; after the last one, average the sum over the ranks."""
         self._deepspeed.backward(loss)
         if not self._deepspeed.is_gradient_accumulation_boundary():
-            self._deepspeed.step()  # changes no weight: DeepSpeed counts micro-batches with it
+            self._deepspeed.step()  # changes no weight, only DeepSpeed's count of micro-batches
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -88,9 +96,9 @@ class Engine:
             self._deepspeed.train()
 
     def step(self, lr: float) -> float:
-        """Update the weights; returns the norm of the gradients before clipping.
+        """Update the weights with learning rate `lr`. Returns the norm of the gradients before clipping.
 
-        Where that norm is not finite, weights and optimizer stay as they are (with fp16, the scale of the loss falls).
+        If the norm is not finite, weights and optimizer stay as they are; with fp16, the loss scale is lowered.
         """
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = lr
@@ -99,7 +107,7 @@ class Engine:
             grad_norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or float("inf"))
             if not torch.isfinite(grad_norm):
                 for weight in parameters:
-                    weight.grad = None  # which an optimizer passes over
+                    weight.grad = None  # the optimizer skips weights without a gradient
             self._deepspeed.step()
         else:
             self._deepspeed.step()
@@ -107,19 +115,22 @@ class Engine:
         return float(grad_norm)
 
     def master_weights(self) -> list[Tensor]:
-        """The float32 tensors of this rank that the optimizer updates: all weights, or with ZeRO this rank's part."""
+        """Return the float32 tensors that the optimizer updates: all trained weights, or with ZeRO this rank's part of them."""
         if self.config.zero_stage == 3:
             return self._deepspeed.optimizer.fp32_partitioned_groups_flat
         return [weight for group in self._deepspeed.optimizer.param_groups for weight in group["params"]]
 
     def gather_weights(self) -> dict[str, Tensor] | None:
-        """The model's weights in float32 on the CPU, from the master weights as they are now, on rank 0; elsewhere None."""
+        """Return all weights of the model, in float32 on the CPU, on rank 0; None on other ranks. Collective call.
+
+        Trained weights are taken from the master weights as they are now.
+        """
         from deepspeed.utils import safe_get_full_fp32_param
 
         masters = iter(self.master_weights())
         gathered = {}
         for name, parameter in self._deepspeed.module.named_parameters():
-            if not parameter.requires_grad:  # frozen: it has no master
+            if not parameter.requires_grad:  # frozen weights have no master weights
                 full = parameter.float()
             else:
                 full = next(masters) if self.config.zero_stage == 0 else safe_get_full_fp32_param(parameter)
@@ -129,19 +140,19 @@ class Engine:
 
     @property
     def layout(self) -> str:
-        """Ranks of the same layout hold the same fragments."""
+        """Name of the division of weights among the ranks: with the same layout, the same rank holds the same fragments."""
         if self.config.zero_stage == 0:
             return WHOLE
         return f"ZeRO {self.config.zero_stage} {self.config.dtype} on {torch.distributed.get_world_size()}"
 
     @property
     def own_fragments(self) -> list[Fragment]:
-        """Each element of the weights is in those of just one rank."""
+        """The fragments that this rank writes to a checkpoint. Each element is among those of exactly one rank."""
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         return self.fragments[rank::world_size] if self.config.zero_stage == 0 else self.fragments
 
     def moments(self) -> dict[str, list[Tensor]]:
-        """The optimizer's states that have an element for each of the weights': name -> one for each master tensor."""
+        """Return the optimizer's states that are shaped like the weights: name -> a tensor for each master tensor."""
         masters, states = self.master_weights(), self._optimizer_states()
         names = [
             name
@@ -151,7 +162,7 @@ class Engine:
         return {name: [state[name] for state in states] for name in names}
 
     def other_states(self) -> dict[str, Any]:
-        """What else the optimizer remembers: for each master tensor, and of the loss scale. Copied to the CPU."""
+        """Return copies on the CPU of all other states: of the optimizer, for each master tensor, and of the loss scale."""
         moments, cpu = self.moments(), torch.device("cpu")
         states = [
             {name: _copy_to(cpu, value) for name, value in state.items() if name not in moments}
@@ -160,9 +171,14 @@ class Engine:
         return {"states": states, "loss_scale": self._loss_scale_state()}
 
     def prepare_states(self, moments: Sequence[str], others: Mapping[str, Any], *, layout: str) -> None:
-        """Make the optimizer's states anew: those of `other_states` as they are, zeros for the moments of these names.
+        """Replace the optimizer's states by those of a checkpoint, with zeros for the moments, which are then copied in.
 
-        Raises ValueError if the other states are of another `layout` and cannot be shared out.
+        Args:
+            moments: names of the moments.
+            others: what `other_states` returned.
+            layout: the layout in which `others` was written.
+
+        Raises ValueError if `layout` is another one than this engine's and the states cannot be divided anew.
         """
         masters = self.master_weights()
         states = others["states"]
@@ -182,7 +198,7 @@ class Engine:
         self._load_loss_scale(others["loss_scale"])
 
     def apply_master_weights(self) -> None:
-        """Make the weights of the forward pass those of the master weights, which were changed in place. All ranks must."""
+        """Copy the master weights, after they were changed in place, to the weights of the forward pass. Collective call."""
         optimizer = self._deepspeed.optimizer
         if self.config.zero_stage == 3:
             for index in range(len(optimizer.fp32_partitioned_groups_flat)):
@@ -196,10 +212,6 @@ class Engine:
             trained = [weight for weight in self._deepspeed.module.parameters() if weight.requires_grad]
             for weight, master in zip(trained, self.master_weights(), strict=True):
                 weight.data.copy_(master.data)
-
-    @property
-    def loss_scale(self) -> float:
-        return float(self._deepspeed.loss_scale()) if self.config.dtype == "fp16" else 1.0
 
     def _optimizer_states(self) -> list[dict[str, Any]]:
         states = self._deepspeed.basic_optimizer.state
@@ -215,7 +227,7 @@ class Engine:
 
 
 def _full_shape(weight: Any) -> torch.Size:
-    return weight.ds_shape if hasattr(weight, "ds_shape") else weight.shape  # ZeRO 3 leaves an empty tensor in place
+    return weight.ds_shape if hasattr(weight, "ds_shape") else weight.shape  # ZeRO 3 leaves an empty tensor in its place
 
 
 def _is_like(value: object, master: Tensor) -> bool:
@@ -227,7 +239,7 @@ def _copy_to(device: torch.device, value: Any) -> Any:
 
 
 def _import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed for this device, quiet, and without a C++ extension that it would compile for inference on CPUs."""
+    """Import DeepSpeed for a device, with its log silenced, and keep it from compiling a C++ extension for CPUs."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed

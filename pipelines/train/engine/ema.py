@@ -1,4 +1,4 @@
-"""The moving average of the weights, in float32, kept in the parts in which the engine keeps the weights."""
+"""The moving average of the weights, in float32. Each rank averages the part of the weights that it holds."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,10 +10,10 @@ from pipelines.train.engine.config import EmaConfig
 
 
 class EMA:
-    """Averages of `weights`: float32 tensors, all of the model's or one rank's part of them.
+    """Moving averages of `weights`, the float32 master weights of this rank.
 
-    An average is elementwise, so the ranks' parts together are what one process would have computed. `averages` and
-    `num_updates` are all its state.
+    An average is elementwise, so the parts of all ranks together equal the average that a single process would compute.
+    `averages` and `num_updates` are all of its state.
     """
 
     def __init__(self, weights: Sequence[Tensor], config: EmaConfig):
@@ -23,18 +23,18 @@ class EMA:
 
     @torch.no_grad()
     def update(self, weights: Sequence[Tensor]) -> None:
-        """Call after each optimizer step."""
+        """Move the averages towards `weights`. Call it after each optimizer step."""
         self.num_updates += 1
         torch._foreach_lerp_(self.averages, list(weights), 1 - self.decay)
 
     @property
     def decay(self) -> float:
-        """Of the last update."""
+        """Decay of the last update."""
         return min(self.config.decay, (1 + self.num_updates) / (10 + self.num_updates))
 
     @contextmanager
     def in_place_of(self, weights: Sequence[Tensor]) -> Iterator[None]:
-        """Within, `weights` hold the averages; afterwards what they held before, to the bit."""
+        """Within, `weights` hold the averages; afterwards they hold exactly what they held before."""
         self._swap(weights)
         try:
             yield

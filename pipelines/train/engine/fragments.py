@@ -1,6 +1,7 @@
-"""Which elements of which parameter this rank's master weights hold: what the ZeRO stages differ in, once.
+"""The map from this rank's master weights to the elements of parameters that they hold.
 
-With it a checkpoint speaks of parameters by their names, and any world size and ZeRO stage reads what another wrote.
+ZeRO stages differ in this, and only this file knows how. Checkpoints use it to store parameters by name, so that any world size
+and ZeRO stage can read what another one wrote.
 """
 
 from collections.abc import Sequence
@@ -22,16 +23,18 @@ class Fragment:
     offset: int
 
     def of(self, masters: Sequence[Tensor]) -> Tensor:
-        """Its elements, as a view of a list of tensors like the master weights: those, their moments or their averages."""
+        """Return a view of this fragment's elements in `masters`: the master weights, their averages, or a moment of them."""
         return masters[self.master].detach().view(-1)[self.offset : self.offset + self.numel]
 
 
 def find_fragments(module: nn.Module, optimizer: Any, masters: Sequence[Tensor], *, zero_stage: int) -> list[Fragment]:
-    """The fragments of this rank, in the order of the parameters.
+    """Return the fragments of this rank, in the order of the parameters.
 
     Args:
-        module: what DeepSpeed trains.
-        optimizer: DeepSpeed's.
+        module: the module that DeepSpeed trains.
+        optimizer: DeepSpeed's optimizer.
+        masters: the master weights of this rank.
+        zero_stage: DeepSpeed's ZeRO stage.
     """
     trained: list[tuple[str, Any]] = [(name, weight) for name, weight in module.named_parameters() if weight.requires_grad]
     if zero_stage == 3:
@@ -45,14 +48,14 @@ def find_fragments(module: nn.Module, optimizer: Any, masters: Sequence[Tensor],
 
 
 def _partition(name: str, parameter: Any, optimizer: Any) -> Fragment:
-    """ZeRO 3 cuts each parameter by itself into equal parts; the last ones may be short, or empty."""
+    """Return a parameter's fragment under ZeRO 3, which cuts each into equal parts; the last ones may be short or empty."""
     master, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
     start = torch.distributed.get_rank() * size
     return Fragment(name, start, max(min(size, parameter.ds_numel - start), 0), master, offset)
 
 
 def _linked(name: str, parameter: Any) -> Fragment:
-    """ZeRO 1 and 2 cut all parameters, laid end to end, and note where each came to lie."""
+    """Return a parameter's fragment under ZeRO 1 and 2, which lay all parameters end to end and cut the whole."""
     mapping = parameter._hp_mapping
     there, here = mapping.lp_fragment_address, mapping.hp_fragment_address
     return Fragment(name, there.start, there.numel, mapping.param_group_index, here.start)

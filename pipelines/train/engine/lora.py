@@ -1,7 +1,7 @@
-"""LoRA (arXiv 2106.09685): a few trained weights beside frozen ones, saved as an adapter that diffusers loads.
+"""LoRA (arXiv 2106.09685): small trained matrices beside frozen weights, saved as an adapter that diffusers can load.
 
-peft puts adapters into the transformer, and its names into the weights: `qkv.base_layer.weight`, `qkv.lora_A.default.weight`,
-`qkv.lora_B.default.weight`. Only this file knows them.
+peft adds the adapters to the transformer, which changes names of weights: `qkv.base_layer.weight`, `qkv.lora_A.default.weight`,
+`qkv.lora_B.default.weight`. Only this file knows these names.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from sana_model.files.key_maps import TRANSFORMER_DIFFUSERS, translate
 from sana_model.files.tensors import write_safetensors
 from sana_model.nn.transformer import SanaTransformer
 
-LORA_FILE = "pytorch_lora_weights.safetensors"  # what diffusers' load_lora_weights looks for in a folder
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers' load_lora_weights looks for in a folder
 TARGETS = (
     "attention.qkv",
     "attention.proj",
@@ -29,7 +29,7 @@ BASE, DOWN, UP = ".base_layer.", ".lora_A.default.", ".lora_B.default."
 
 
 def add_lora(model: SanaTransformer, config: LoraConfig, *, seed: int) -> None:
-    """Freeze `model` and give it adapters, which at first change nothing. The same seed makes the same ones."""
+    """Freeze `model` and add adapters, which change nothing until they are trained. The same `seed` makes the same adapters."""
     import peft
 
     settings = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(TARGETS), bias="none")  # type: ignore[arg-type]
@@ -39,7 +39,7 @@ def add_lora(model: SanaTransformer, config: LoraConfig, *, seed: int) -> None:
 
 
 def merge_lora(weights: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
-    """The weights of a plain transformer, from those of one with adapters: each change added to its matrix."""
+    """Add each adapter to its matrix. Takes the weights of a transformer with adapters, returns those of a plain one."""
     merged = {}
     for name, weight in weights.items():
         if BASE in name and name.endswith(".weight"):
@@ -51,14 +51,14 @@ def merge_lora(weights: Mapping[str, Tensor], config: LoraConfig) -> dict[str, T
 
 
 def save_lora(folder: Path, weights: Mapping[str, Tensor], config: LoraConfig) -> None:
-    """Write the adapters of `weights` as diffusers' `SanaPipeline.load_lora_weights` reads them; `alpha` is multiplied in."""
+    """Write the adapters in `weights` to `folder`, for diffusers' `SanaPipeline.load_lora_weights`. They include the scale."""
     adapter: dict[str, Tensor] = {}
     for name, up in weights.items():
         if UP not in name:
             continue
         down, module = weights[name.replace(UP, DOWN)], name.split(UP)[0]
         foreign = translate(f"{module}.weight", TRANSFORMER_DIFFUSERS)
-        parts = (config.scale * up).chunk(len(foreign.names))  # of q, k and v, which share their `down`
+        parts = (config.scale * up).chunk(len(foreign.names))  # q, k and v share one `down`
         for their_name, part in zip(foreign.names, parts, strict=True):
             for kind, matrix in (("lora_A", down.clone()), ("lora_B", part)):
                 key = f"transformer.{their_name.removesuffix('weight')}{kind}.weight"

@@ -10,7 +10,7 @@ from pipelines.train.engine.config import OptimConfig
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
-    """Of the parameters that are trained."""
+    """Make the configured optimizer for those of `parameters` that are trained."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if config.optimizer in ("came", "came_8bit"):
         from pipelines.train.engine.came import Came8bit, PublishedCAME
@@ -26,7 +26,10 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
 
 
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
-    """Of the step with this index, of `num_steps`. Rises to `lr` at index `warmup_steps`, from lr / (warmup_steps + 1)."""
+    """Return the learning rate of the step with index `step`, from 0, of `num_steps`.
+
+    In the warm-up it rises linearly from lr / (warmup_steps + 1), and reaches `lr` at index `warmup_steps`.
+    """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
     if config.schedule == "constant":

@@ -1,4 +1,4 @@
-"""What a training will find in its tables: samples of an epoch, buckets, captions."""
+"""Facts about the tables that a training will draw from: samples of an epoch, buckets, lengths of captions."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -14,17 +14,24 @@ from pipelines.train.stream.samples import is_held_out
 from pipelines.train.stream.stream import TrainingStream
 from sana_model.nn.text_encoder import TextEncoder
 
-MOST_SHARDS = 200  # whose buckets are counted; of a longer table, as many spread over it, and the rest by their share
-MOST_CAPTIONS = 2000
+MAX_SHARDS_READ = 200
+"""Shards of a table that are read at most, evenly spread over it; its other shards are taken to be alike."""
+MAX_CAPTIONS_READ = 2000
+"""Captions whose tokens are counted at most. Reading captions of a table ends with the shard that reaches this number."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableFacts:
-    """A table as the training draws from it.
+    """Facts about one latents table of a training.
 
-    draws: about how many samples an epoch draws of it: those that are not held out and that the selection policy lets pass,
-    each as often as `weight` says. channels: of its latents, 0 if it has no row. buckets: draws by (height, width) of the
-    latents. captions: some of them.
+    name: name of the table, seen from the training's dataset.
+    weight: how often each sample is drawn in an epoch.
+    rows, shards: how many it has.
+    draws: estimate of the samples that an epoch draws from it: rows that are not held out and have a caption that the selection
+        policy lets pass, times `weight`.
+    channels: channels of its latents; 0 if it has no rows.
+    buckets: draws of an epoch by (height, width) of the latents.
+    captions: some of its captions.
     """
 
     name: str
@@ -39,9 +46,10 @@ class TableFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetFacts:
-    """What there is to train on; no table yet, and the sizes are those of the square image.
+    """Facts about all tables of a training that exist already.
 
-    caption_tokens: of each of the captions. truncated: how many of those the text encoder cuts.
+    caption_tokens: number of tokens of each caption that was looked at. truncated: how many of these captions the text encoder
+    cuts.
     """
 
     tables: Sequence[TableFacts] = ()
@@ -50,17 +58,20 @@ class DatasetFacts:
 
     @property
     def draws(self) -> int:
-        """Samples of an epoch."""
+        """Number of samples that an epoch draws."""
         return round(sum(table.draws for table in self.tables))
 
     @property
     def buckets(self) -> Counter[tuple[int, int]]:
-        """The samples of an epoch by (height, width) of the latents."""
+        """Number of samples that an epoch draws, by (height, width) of the latents."""
         return sum((table.buckets for table in self.tables), Counter())
 
 
 def read_dataset(dataset_uri: str, training: TrainConfig, shapes: ModelShapes, problems: list[str]) -> DatasetFacts:
-    """What is in those of the training's tables that are there."""
+    """Read facts about the training's tables, and add what is wrong with them to `problems`.
+
+    A training whose tables do not exist yet gives empty facts.
+    """
     sources, tables = training.sources(dataset_uri), []
     for source in sources:
         try:
@@ -83,7 +94,7 @@ def read_dataset(dataset_uri: str, training: TrainConfig, shapes: ModelShapes, p
         except ValueError as error:
             problems.append(str(error))
     counter = shapes.caption_counter
-    captions = [caption for table in tables for caption in table.captions[: MOST_CAPTIONS // len(tables)]]
+    captions = [caption for table in tables for caption in table.captions[: MAX_CAPTIONS_READ // len(tables)]]
     tokens = counter.count_tokens(captions) if counter is not None and captions else []
     return DatasetFacts(tables=tables, caption_tokens=tokens, truncated=_count_truncated(tokens, counter))
 
@@ -95,11 +106,11 @@ def _count_truncated(tokens: Sequence[int], counter: TextEncoder | None) -> int:
 def _read_table(source: Source, name: str, training: TrainConfig) -> TableFacts:
     shards = source.table.list_shards()
     rows = sum(source.table.read_facts(shard).num_rows for shard in shards)
-    looked_at = shards[:: -(-len(shards) // MOST_SHARDS)] if shards else []
+    looked_at = shards[:: -(-len(shards) // MAX_SHARDS_READ)] if shards else []
     counted: Counter[tuple[int, int]] = Counter()
     channels, judged, passing, captions = 0, 0, 0, list[str]()
     for shard in looked_at:
-        with_captions = len(captions) < MOST_CAPTIONS
+        with_captions = len(captions) < MAX_CAPTIONS_READ
         columns = ["id", "channels", "height", "width"] + (["captions"] if with_captions else [])
         for row in source.table.read_shard(shard, columns).to_pylist():
             counted[row["height"], row["width"]] += 1

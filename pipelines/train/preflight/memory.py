@@ -1,7 +1,7 @@
-"""How much memory a training takes on each device, by part: counted on fake tensors, before any device is taken.
+"""Estimate of the memory that a training takes on each device, by part, without using any device.
 
-Activations are those of the very model: its forward and backward pass run on tensors without values, and what is alive at each
-moment is counted. What DeepSpeed holds was read off it at work, in each stage.
+Activations are counted while the real model's forward and backward pass run on fake tensors, which have shapes but no values.
+What DeepSpeed holds is computed by rules that were found by watching it at work, for each ZeRO stage.
 """
 
 import weakref
@@ -27,15 +27,18 @@ from sana_model.nn.transformer_blocks import CaptionTokens
 from sana_model.pipeline import MAX_DECODE_PIXELS
 
 BUCKET = 500_000_000
-"""Elements of gradients that DeepSpeed collects before it sends them (`reduce_bucket_size`), from ZeRO 2 on."""
+"""Gradient elements that DeepSpeed collects before it sends them, from ZeRO 2 on (its default `reduce_bucket_size`)."""
 LIVE_WEIGHTS = 1_000_000_000
-"""Elements of gathered weights that ZeRO 3 keeps at most (`stage3_max_live_parameters`)."""
+"""Elements of gathered weights that ZeRO 3 keeps at most (DeepSpeed's default `stage3_max_live_parameters`)."""
 CONTEXT_BYTES = 2**30
-"""What a GPU's driver, cuBLAS and NCCL take, about; not on a CPU."""
+"""A guess at the bytes that driver, cuBLAS and NCCL take on a GPU."""
 
 
 class LiveBytes(TorchDispatchMode):
-    """Within, counts the bytes of tensors that operations make, as long as they are alive. `peak`: the most at any time."""
+    """Within, counts the bytes of all tensors that operations make and that are still alive.
+
+    live: bytes alive now. peak: the most that were alive at any time.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +46,7 @@ class LiveBytes(TorchDispatchMode):
         self._known: set[int] = set()
 
     def leave_out(self, tensors: Mapping[str, Tensor]) -> None:
-        """Do not count these, which were there before."""
+        """Do not count these tensors: they existed before."""
         self._known |= {tensor.untyped_storage()._cdata for tensor in tensors.values()}
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -68,7 +71,10 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSizes:
-    """Numbers of weights: of the transformer and of those that are trained, of the text encoder and the autoencoder."""
+    """Numbers of weights of each model. `trained`: those weights of the transformer that are trained.
+
+    A model that takes no memory on the training's device counts 0.
+    """
 
     transformer: int
     trained: int
@@ -78,7 +84,10 @@ class ModelSizes:
 
 @dataclass(frozen=True, kw_only=True)
 class StepShape:
-    """The largest micro-batch: samples, height and width of their latents, and real tokens of a caption."""
+    """The size of a micro-batch.
+
+    samples: its number of samples. height, width: of the latents. caption_tokens: tokens of each caption, without padding.
+    """
 
     samples: int
     height: int
@@ -88,7 +97,7 @@ class StepShape:
 
 @contextmanager
 def fake_transformer(config: SanaConfig, training: TrainConfig) -> Iterator[SanaTransformer]:
-    """The model as it is trained, adapters and all, without values; what is computed within has none either."""
+    """Make the transformer as it is trained, with its adapters, of fake weights; tensors made within are fake too."""
     with torch.device("meta"):
         model = SanaTransformer(config)
         if training.lora is not None:
@@ -100,7 +109,7 @@ def fake_transformer(config: SanaConfig, training: TrainConfig) -> Iterator[Sana
 
 
 def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:
-    """Weights of this dtype, without values, in place of those on the meta device. (`.to` cannot do it.)"""
+    """Replace the weights on the meta device by fake ones of this dtype, which `Module.to` cannot do."""
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
             fake = nn.Parameter(torch.empty(weight.shape, dtype=dtype), requires_grad=weight.requires_grad)
@@ -108,15 +117,18 @@ def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def count_weights(model: nn.Module) -> tuple[int, int]:
-    """All of them, and those that are trained."""
+    """Return the number of all weights, and of those that are trained."""
     weights = list(model.parameters())
     return sum(weight.numel() for weight in weights), sum(weight.numel() for weight in weights if weight.requires_grad)
 
 
 def count_activations(model: SanaTransformer, shape: StepShape, dtype: torch.dtype) -> int:
-    """Bytes at the peak of a micro-batch's forward and backward pass, without weights and their gradients.
+    """Return the bytes at the peak of a micro-batch's forward and backward pass, without weights and their gradients.
 
-    `model` comes from `fake_transformer`. Captions count as if each had `caption_tokens`.
+    Args:
+        model: the transformer, from `fake_transformer`.
+        shape: the micro-batch, all of whose captions are taken to have `caption_tokens` tokens.
+        dtype: dtype of weights and activations.
     """
     config = model.config
     for weight in model.parameters():
@@ -130,7 +142,7 @@ def count_activations(model: SanaTransformer, shape: StepShape, dtype: torch.dty
         timestep = torch.empty(shape.samples, dtype=torch.float32)
         num_tokens = shape.samples * shape.caption_tokens
         embeds = torch.empty(num_tokens, config.caption_dim, dtype=dtype)
-        # With a mask, as captions of unequal length have it.
+        # Captions of unequal length need a mask, so count one.
         mask = torch.ones(shape.samples, 1, 1, shape.caption_tokens, dtype=torch.bool)
         positions = torch.arange(num_tokens)
         captions = CaptionTokens(model.caption_proj(embeds), positions, mask, shape.samples, shape.caption_tokens)
@@ -144,7 +156,14 @@ def _forget_gradient(weight: Tensor) -> None:
 
 
 def count_text_activations(config: Any, samples: int, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes at the peak of the text encoder's forward pass; `config`: transformers' own of a decoder-only model."""
+    """Return the bytes at the peak of the text encoder's forward pass, without its weights.
+
+    Args:
+        config: transformers' configuration of the text encoder, a decoder-only model.
+        samples: number of captions.
+        tokens: tokens of each caption.
+        dtype: dtype of weights and activations.
+    """
     from transformers import AutoModel
 
     with FakeTensorMode():
@@ -158,7 +177,14 @@ def count_text_activations(config: Any, samples: int, tokens: int, dtype: torch.
 
 
 def count_decoding(config: AutoencoderConfig, pictures: int, size: tuple[int, int], dtype: torch.dtype) -> int:
-    """Bytes at the peak of decoding a grid's pictures, of `size` pixels, as `TextToImage` does it."""
+    """Return the bytes at the peak of decoding a grid's pictures as `TextToImage` does it, without the weights.
+
+    Args:
+        config: the autoencoder.
+        pictures: number of pictures of the grid.
+        size: height and width of a picture in pixels.
+        dtype: dtype of weights and activations.
+    """
     height, width = size
     at_once = min(pictures, max(MAX_DECODE_PIXELS // (height * width), 1))
     with torch.device("meta"):
@@ -174,20 +200,27 @@ def count_decoding(config: AutoencoderConfig, pictures: int, size: tuple[int, in
 
 
 def optimizer_bytes(config: OptimConfig) -> float:
-    """For each trained weight. Rows, columns and scales that 8-bit AdamW and CAME keep are below a hundredth of it."""
-    scale = 4 / 256  # of 8 bits: a float32 for each 256
+    """Return the bytes of the optimizer's states for each trained weight.
+
+    CAME's rows and columns are left out: they are below a hundredth of the rest.
+    """
+    scale = 4 / 256  # 8-bit states have a float32 scale for each 256 values
     return {"adamw": 8.0, "adamw_8bit": 2 * (1 + scale), "came": 4.0, "came_8bit": 1 + scale}[config.optimizer]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on one device, by part, while the most is in use; and the moment when that is."""
+    """Memory of one device at the moment when most is in use.
+
+    parts: name of the part -> bytes. moment: name of the moment, such as "forward and backward".
+    """
 
     parts: Mapping[str, int]
     moment: str
 
     @property
     def total(self) -> int:
+        """Bytes of all parts."""
         return sum(self.parts.values())
 
 
@@ -200,11 +233,20 @@ def estimate_memory(
     decoding: int,
     on_gpu: bool,
 ) -> Memory:
-    """Of rank 0, which holds the autoencoder too."""
+    """Estimate the memory of the device of rank 0, which holds the autoencoder too.
+
+    Args:
+        training: the training.
+        sizes: numbers of weights.
+        activations: bytes, from `count_activations`.
+        text_activations: bytes, from `count_text_activations`; 0 if captions are not encoded on the device.
+        decoding: bytes, from `count_decoding`.
+        on_gpu: the device is a GPU, on which CUDA takes memory too.
+    """
     engine = training.engine
     fixed = _held_always(training, sizes) | {"CUDA context and libraries": CONTEXT_BYTES if on_gpu else 0}
     gradients, bucket = _gradients(training, sizes)
-    # ZeRO 2 makes its share of the gradients when a backward pass is over and its activations are gone.
+    # ZeRO 2 allocates its share of the gradients after the backward pass, when the activations are freed.
     kept = 0 if engine.zero_stage == 2 and training.grad_accum_steps == 1 else gradients
     moments = {
         "forward and backward": {"gradients": kept, "buckets of gradients": bucket, "activations": activations},
@@ -220,10 +262,11 @@ def estimate_memory(
 
 
 def _held_always(training: TrainConfig, sizes: ModelSizes) -> dict[str, int]:
+    """Return the bytes of the parts that are in memory during the whole training."""
     engine, size = training.engine, training.engine.torch_dtype.itemsize
     share = training.num_workers if engine.zero_stage else 1
     weights = size * sizes.transformer
-    if engine.zero_stage == 3:  # this worker's part, and what is gathered at a time
+    if engine.zero_stage == 3:  # this worker's part, and the weights that are gathered at a time
         part = 0 if engine.offload_weights else weights // training.num_workers
         weights = part + size * min(sizes.transformer, LIVE_WEIGHTS) * (training.num_workers > 1)
     has_masters = engine.dtype != "fp32" or engine.zero_stage > 0
@@ -232,25 +275,25 @@ def _held_always(training: TrainConfig, sizes: ModelSizes) -> dict[str, int]:
         "weights": weights,
         "float32 weights of the optimizer": on_device * has_masters * 4 * sizes.trained // share,
         "states of the optimizer": on_device * int(optimizer_bytes(training.optim) * sizes.trained) // share,
-        "average of the weights": on_device * 4 * sizes.trained // share,  # on the device of the optimizer's weights
+        "average of the weights": on_device * 4 * sizes.trained // share,  # the average lies where the master weights lie
         "text encoder": size * sizes.text_encoder,
         "autoencoder, for grids": size * sizes.autoencoder,
     }
 
 
 def _gradients(training: TrainConfig, sizes: ModelSizes) -> tuple[int, int]:
-    """Bytes of the gradients, and of the buckets in which they are sent."""
+    """Return the bytes of the gradients, and of the buckets in which they are sent."""
     engine, size = training.engine, training.engine.torch_dtype.itemsize
     if engine.zero_stage < 2:
-        # In bf16, ZeRO 1 adds them up in float32, all of them on each worker, beside those that the backward pass makes.
+        # In 16 bits, ZeRO 1 also sums all gradients in float32, on each worker, beside those of the backward pass.
         whole = 4 if engine.zero_stage == 1 and engine.dtype != "fp32" else 0
         return (size + whole) * sizes.trained, 0
     kept = 0 if engine.offload_optimizer else 4 * sizes.trained // training.num_workers
-    if engine.zero_stage == 3:  # sums them in the bucket itself
+    if engine.zero_stage == 3:  # which sums gradients in the bucket itself
         size = {"fp32": 4, "bf16": 2}[engine.reduce_dtype]
     return kept, size * BUCKET
 
 
 def _step_bytes(engine: EngineConfig, sizes: ModelSizes) -> int:
-    """What the optimizer's step holds beside all else: ZeRO 0 copies the gradients to float32."""
+    """Return the bytes that only the optimizer's step takes: ZeRO 0 copies the gradients to float32."""
     return 4 * sizes.trained if engine.zero_stage == 0 and engine.dtype != "fp32" else 0

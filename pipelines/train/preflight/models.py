@@ -1,4 +1,4 @@
-"""The shapes of the models that a training will load, without their weights wherever that can be."""
+"""The shapes of the models that a training will load, found without loading weights wherever possible."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,21 +8,37 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer, Gemma2Config
 
 from pipelines.train.config import TrainConfig
-from pipelines.train.models import _companions
+from pipelines.train.models import find_training_companions
+from sana_model.files.pipeline import Companions
 from sana_model.files.places import resolve
 from sana_model.nn.autoencoder import DCAutoencoder
-from sana_model.nn.config import AUTOENCODER_PRESETS, DEFAULT_MODEL, PRESETS, AutoencoderConfig, SanaConfig, TextEncoderConfig
+from sana_model.nn.config import (
+    AUTOENCODER_PRESETS,
+    DEFAULT_TEXT_ENCODER,
+    PRESETS,
+    AutoencoderConfig,
+    SanaConfig,
+    TextEncoderConfig,
+)
 from sana_model.nn.text_encoder import TextEncoder
 from sana_model.nn.transformer import SanaTransformer
 
-KNOWN_TEXT_ENCODERS = {DEFAULT_MODEL: Gemma2Config()}  # whose defaults are those of gemma-2-2b
+KNOWN_TEXT_ENCODERS = {DEFAULT_TEXT_ENCODER: Gemma2Config()}
+"""Text encoders whose shape is known without their files; the defaults of `Gemma2Config` are those of gemma-2-2b."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShapes:
-    """What will be loaded. Sizes are numbers of weights; 0 and None where a model is not here and not known by name.
+    """The models that a training will load.
 
-    caption_counter: a text encoder without weights, that counts tokens; None if its tokenizer is not here.
+    A model that is neither on this machine nor known by its name has the shape None and the size 0.
+
+    transformer, autoencoder: their shapes.
+    text_encoder: transformers' configuration of the text encoder.
+    autoencoder_name, text_encoder_path: where the training loads them from.
+    autoencoder_size, text_encoder_size: numbers of weights.
+    prompts: how captions become tokens.
+    caption_counter: a text encoder without weights that can count tokens; None if its tokenizer is not on this machine.
     """
 
     transformer: SanaConfig
@@ -37,11 +53,14 @@ class ModelShapes:
 
 
 def find_shapes(training: TrainConfig, problems: list[str]) -> ModelShapes:
-    """What is not known is added to `problems`. Raises FileNotFoundError or ValueError if it is the transformer."""
+    """Find the shapes of the training's models, and add to `problems` what cannot be known.
+
+    Raises FileNotFoundError or ValueError if that is the shape of the transformer.
+    """
     folder = _local_pipeline(training, problems)
-    autoencoder_path, text_path, tokenizer_path, prompts = _companions(training, folder)
-    autoencoder = _find_autoencoder(autoencoder_path, problems)
-    text_encoder, counter = _find_text_encoder(text_path, tokenizer_path, prompts, problems)
+    companions = find_training_companions(training, folder)
+    autoencoder = _find_autoencoder(companions.autoencoder, problems)
+    text_encoder, counter = _find_text_encoder(companions, problems)
     text_size = 0
     if text_encoder is not None:
         with torch.device("meta"):
@@ -53,18 +72,21 @@ def find_shapes(training: TrainConfig, problems: list[str]) -> ModelShapes:
     return ModelShapes(
         transformer=_find_transformer(training, folder, autoencoder, text_encoder),
         autoencoder=autoencoder,
-        autoencoder_name=autoencoder_path,
+        autoencoder_name=companions.autoencoder,
         autoencoder_size=autoencoder_size,
         text_encoder=text_encoder,
-        text_encoder_path=text_path,
+        text_encoder_path=companions.text_encoder,
         text_encoder_size=text_size,
-        prompts=prompts,
+        prompts=companions.prompts,
         caption_counter=counter,
     )
 
 
 def _local_pipeline(training: TrainConfig, problems: list[str]) -> Path | None:
-    """Where `init` lies on this machine; None if there is none, or it is not here and `preset` says its shape."""
+    """Return the folder of `init` on this machine.
+
+    Returns None if there is no `init`, or if it is not on this machine and `preset` tells its shape.
+    """
     init = training.init
     if init is None:
         return None
@@ -98,32 +120,34 @@ def _find_autoencoder(path: str, problems: list[str]) -> AutoencoderConfig | Non
     for name, config in AUTOENCODER_PRESETS.items():
         if "-" in name and name in path:
             return config
-    problems.append(f"the autoencoder {path} is not here: it is not counted")
+    problems.append(f"the autoencoder {path} is not on this machine: its memory is not counted")
     return None
 
 
-def _find_text_encoder(
-    path: str, tokenizer_path: str, prompts: TextEncoderConfig, problems: list[str]
-) -> tuple[Any, TextEncoder | None]:
+def _find_text_encoder(companions: Companions, problems: list[str]) -> tuple[Any, TextEncoder | None]:
+    path, tokenizer_path = companions.text_encoder, companions.tokenizer or companions.text_encoder
     place = _if_here(path)
     try:
         config = AutoConfig.from_pretrained(place or path, local_files_only=True)
     except (OSError, ValueError):
         config = KNOWN_TEXT_ENCODERS.get(path)
     if config is None:
-        problems.append(f"the text encoder {path} is not here: it is not counted")
+        problems.append(f"the text encoder {path} is not on this machine: its memory is not counted")
         return None, None
     try:
         tokenizer = AutoTokenizer.from_pretrained(_if_here(tokenizer_path) or tokenizer_path, local_files_only=True)
     except (OSError, ValueError):
-        problems.append(f"the tokenizer of {path} is not here: captions are not counted, and taken to be the longest allowed")
+        problems.append(
+            f"the tokenizer of {path} is not on this machine: tokens of captions are not counted, and all captions are taken "
+            "to be as long as allowed"
+        )
         return config, None
     with torch.device("meta"):
-        return config, TextEncoder(AutoModel.from_config(config), tokenizer, prompts)
+        return config, TextEncoder(AutoModel.from_config(config), tokenizer, companions.prompts)
 
 
 def _if_here(path: str) -> Path | None:
-    """A local path, if there is one without fetching anything."""
+    """Return the path of a model that is on this machine; None if it would have to be fetched."""
     if "://" in path and not path.startswith(("zoo://", "file://")):
         return None
     return resolve(path) if "://" in path or Path(path).exists() else None

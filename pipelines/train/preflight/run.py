@@ -1,4 +1,4 @@
-"""What a training will take, told before it takes anything: weights, memory by part, steps, the dataset, problems."""
+"""The needs of a training, computed before it starts: weights, memory by part, steps, facts of the dataset, problems."""
 
 from dataclasses import dataclass
 
@@ -18,13 +18,18 @@ from pipelines.train.preflight.memory import (
 )
 from pipelines.train.preflight.models import ModelShapes, find_shapes
 
-ASSUMED_SHARE = 0.4  # of a GPU's peak that a training reaches
+ASSUMED_MFU = 0.4
+"""Share of a GPU's peak FLOPs that a training is assumed to reach."""
 GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preflight:
-    """The result. `problems`: in plain words, the gravest first."""
+    """The result of a preflight.
+
+    training: the configuration. shapes: its models. sizes: their numbers of weights. memory: of one device. step: the largest
+    micro-batch. dataset: facts about its tables. problems: sentences for a person, a lack of memory first.
+    """
 
     training: TrainConfig
     shapes: ModelShapes
@@ -36,7 +41,12 @@ class Preflight:
 
 
 def run_preflight(dataset_uri: str, training: TrainConfig, *, device_gib: float) -> Preflight:
-    """Look at configuration, models' shapes and table; computes on tensors without values, and needs no Ray and no GPU.
+    """Estimate what a training will need, from its configuration, its models' shapes and its tables. Needs no Ray and no GPU.
+
+    Args:
+        dataset_uri: the training's dataset; its tables need not exist yet.
+        training: the training.
+        device_gib: memory of a GPU, in GiB; more than this is a problem.
 
     Raises FileNotFoundError or ValueError if the shape of the transformer cannot be known.
     """
@@ -74,7 +84,10 @@ def run_preflight(dataset_uri: str, training: TrainConfig, *, device_gib: float)
 
 
 def _largest_step(training: TrainConfig, shapes: ModelShapes, dataset: DatasetFacts) -> StepShape:
-    """The micro-batch that takes most: of the largest bucket, and of the longest captions."""
+    """Return the micro-batch that takes most memory: it has the largest bucket and the longest captions.
+
+    Without tables it has square images of the transformer's base size, and captions as long as allowed.
+    """
     side = shapes.transformer.base_size * shapes.transformer.patch_size
     height, width = max(dataset.buckets, key=lambda size: size[0] * size[1], default=(side, side))
     longest = max(dataset.caption_tokens, default=shapes.prompts.max_tokens)
@@ -83,6 +96,7 @@ def _largest_step(training: TrainConfig, shapes: ModelShapes, dataset: DatasetFa
 
 
 def _too_large(training: TrainConfig, memory: Memory, device_gib: float) -> str:
+    """Return the message that memory does not suffice, with the settings that would lower it."""
     ways, optimizer = [], training.optim.optimizer
     if not training.engine.checkpoint_blocks:
         ways.append("engine.checkpoint_blocks=1")
@@ -117,12 +131,15 @@ def _find_problems(training: TrainConfig, shapes: ModelShapes, dataset: DatasetF
             f"{area**0.5:.0f}x{area**0.5:.0f}: set positions.base_size"
         )
     if config.base_size >= 64 and config.position_scale is None:
-        problems.append("at 2048 px and above the published models have a positional embedding: set positions.scale")
+        problems.append(
+            f"base_size={config.base_size} without a positional embedding, which the published models have at 2048 px and "
+            "above: set positions.scale"
+        )
     rare = [count for count in dataset.buckets.values() if count < training.micro_batch_size * training.num_workers]
     if rare:
         problems.append(
             f"{len(rare)} of {len(dataset.buckets)} buckets, with {sum(rare)} samples, have fewer than one micro-batch for "
-            "each worker: their samples wait for those of later epochs"
+            "each worker: their samples wait for those of later epochs; a smaller micro_batch_size avoids it"
         )
     if dataset.truncated:
         share = dataset.truncated / len(dataset.caption_tokens)
@@ -131,7 +148,7 @@ def _find_problems(training: TrainConfig, shapes: ModelShapes, dataset: DatasetF
 
 
 def format_preflight(result: Preflight) -> str:
-    """For people."""
+    """Return the result as a text for people."""
     lines = ["MODEL", *_model_lines(result), "", "MEMORY OF ONE DEVICE", *_memory_lines(result)]
     lines += ["", "STEPS", *_step_lines(result), "", "DATASET", *_dataset_lines(result), "", "PROBLEMS"]
     lines += [f"  - {problem}" for problem in result.problems] or ["  none found"]
@@ -174,7 +191,7 @@ def _step_lines(result: Preflight) -> list[str]:
     adapters = training.lora is not None
     sizes = {"batch_size": batch, "image_tokens": image_tokens, "caption_tokens": caption_tokens}
     flops = step_flops(config, **sizes, adapters=adapters)
-    if training.engine.checkpoint_blocks:  # another forward pass
+    if training.engine.checkpoint_blocks:  # recomputing takes another forward pass
         flops *= 1 + 1 / ((2 if adapters else 3) * training.engine.checkpoint_blocks)
     flops += 2.0 * result.sizes.text_encoder * caption_tokens * batch
     optim = training.optim
@@ -189,18 +206,18 @@ def _step_lines(result: Preflight) -> list[str]:
     ]
     if training.resources.num_gpus > 0:
         days = {
-            name: training.num_steps * flops / (PEAK_FLOPS[name] * ASSUMED_SHARE * training.num_workers) / 86400
+            name: training.num_steps * flops / (PEAK_FLOPS[name] * ASSUMED_MFU * training.num_workers) / 86400
             for name in ("A100", "H100")
         }
         shown = ", ".join(f"{value:.1f} days on {training.num_workers} {name}" for name, value in days.items())
-        lines.append(f"                       {shown}, if they reach {ASSUMED_SHARE:.0%} of their peak")
+        lines.append(f"                       {shown}, if they reach {ASSUMED_MFU:.0%} of their peak")
     return lines
 
 
 def _dataset_lines(result: Preflight) -> list[str]:
     training, dataset = result.training, result.dataset
     if not dataset.tables:
-        return ["  its latents are not there yet"]
+        return ["  its latents tables do not exist yet"]
     steps = dataset.draws / training.global_batch_size
     smallest = min(dataset.buckets.values(), default=0)
     lines = [

@@ -2,25 +2,27 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pipelines.score.config import SelectionConfig
 
 UNIT = 1_000_000
-"""Parts into which a draw is divided: weights are counted in whole ones of them, so that no rounding ever adds up."""
+"""Weights of tables are counted in whole millionths of a draw, so that rounding errors never add up over the epochs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamConfig:
-    """Which samples are drawn, and with which captions.
+    """Settings of the stream: which samples are drawn, and with which captions.
 
     Args:
-        selection: which of a sample's captions is drawn, anew in each epoch.
+        selection: policy that picks one of a sample's captions, anew in each epoch.
         caption_dropout: share of samples that get the null caption instead, for classifier-free guidance.
-        held_out_share: share of the samples that are never drawn, by their ids: the loss on them tells what was learnt.
-        shuffle_shards: shards that are read, and shuffled row by row, together; all of them are in memory at once.
-        prefetch: micro-batches made ready ahead; changes no value.
+        held_out_share: share of samples, chosen by their ids, that are kept for the validation loss and never trained on.
+        shuffle_shards: number of shards that are held in memory together and shuffled row by row.
+        prefetch: number of micro-batches prepared ahead; changes no value.
     """
+
+    NO_VALUE: ClassVar = ("prefetch",)
 
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     caption_dropout: float = 0.1
@@ -43,10 +45,11 @@ class FlowConfig:
     """The noise levels to train at.
 
     Args:
-        distribution: of sigma before the shift.
-        mean, std: of the logit of sigma, for "logit_normal".
-        shift: towards noise, as larger images need (published: 3.0; 4.0 for 0.6B at 1024 px; 6.0 at 4096 px). Pictures are
-            drawn with it too. None: that of the pipeline that training starts from, 3.0 for a preset.
+        distribution: distribution of sigma before the shift.
+        mean: mean of the logit of sigma, for "logit_normal".
+        std: standard deviation of the logit of sigma, for "logit_normal".
+        shift: moves sigma towards noise, which larger images need (published: 3.0; 4.0 for 0.6B at 1024 px; 6.0 at 4096 px).
+            The solver uses it too when pictures are drawn. None: the shift of the pipeline in `init`, or 3.0 for a preset.
     """
 
     distribution: Literal["logit_normal", "uniform"] = "logit_normal"
@@ -57,15 +60,15 @@ class FlowConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
-    """Which samples the validation loss is of.
+    """Settings of the validation: on which samples the loss is measured, and when.
 
     Args:
-        latents: path of a table in the training's dataset; None: the share of the training's own tables that
-            `data.held_out_share` holds out; without one there is no validation.
-        every: steps from one validation to the next; the last step has one too.
-        num_samples: the first of the table; of several tables, by turns.
-        sigmas: noise levels, at each of which every sample is judged.
-        seed: of the noise and the captions.
+        latents: path of a table in the training's dataset. None: the samples of the training's own tables that
+            `data.held_out_share` holds out; if that is 0 there is no validation.
+        every: steps between two validations; the last step has one too.
+        num_samples: number of samples: the first ones of the table, or taken in turn from several tables.
+        sigmas: noise levels; the loss of every sample is measured at each of them.
+        seed: seed of the noise and of the choice of captions.
     """
 
     latents: str | None = None
@@ -84,13 +87,13 @@ class ValidationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightedTable:
-    """A table of a mixture.
+    """One table of a mixture.
 
     Args:
-        latents: its path in its dataset, such as latents/dc-ae-512.
-        weight: how often each of its samples is drawn in an epoch. 1: once. 2.5: twice, and in every other epoch a third time,
-            half of the samples in each. 0.1: once in ten epochs, a tenth of them in each.
-        dataset_uri: the dataset that it is in; None: the training's own.
+        latents: path of the table in its dataset, such as latents/dc-ae-512.
+        weight: how often each sample is drawn in an epoch. 1: once. 2.5: twice, and a third time in every other epoch (half of
+            the samples in each). 0.1: once in ten epochs (a tenth of the samples in each).
+        dataset_uri: the dataset that holds the table; None: the training's own.
     """
 
     latents: str

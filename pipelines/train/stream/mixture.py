@@ -13,8 +13,11 @@ from pipelines.train.stream.config import UNIT, StreamConfig, ValidationConfig, 
 
 @dataclass(frozen=True)
 class Source:
-    """A latents table that samples are drawn from. `embeds`: the table of its dataset with what the text encoder made of the
-    captions; None: captions are encoded when they are trained on."""
+    """A latents table that samples are drawn from.
+
+    table: the latents. weight: how often each sample is drawn in an epoch, see `WeightedTable`. embeds: the table with the
+    stored embeddings of its captions; None: captions are encoded during the step.
+    """
 
     table: Table
     weight: float = 1.0
@@ -22,19 +25,20 @@ class Source:
 
     @cached_property
     def manifest(self) -> Manifest:
-        """The table's. Raises MissingTableError."""
+        """Manifest of the latents table. Raises MissingTableError if there is no such table."""
         return self.table.require()
 
     @property
     def num_passes(self) -> int:
-        """How often its shards are read in an epoch: the n-th pass has the n-th draws of samples in it."""
+        """Number of times that an epoch reads each shard: `weight` rounded up. The n-th pass makes a sample's n-th draw."""
         return -(-self._units // UNIT)
 
     def draws(self, sample_id: str, *, epoch: int, seed: int) -> range:
-        """The draws of a sample that an epoch makes, by their numbers over the whole training.
+        """Return the draws of a sample in `epoch`, numbered from 0 over the whole training.
 
-        A sample is due whenever `weight` has added up to another 1, and begins at a point of its own: after n epochs it was
-        drawn n * weight times, rounded up or down. With weight 1 the number of a draw is the epoch's.
+        Each epoch adds `weight` to the sample's account, and each whole 1 in it is one draw. The account starts at a random
+        fraction, derived from seed and id, so that samples are not all due in the same epoch. After n epochs a sample was
+        drawn n * weight times, rounded up or down. With weight 1 the number of the draw is the epoch.
         """
         begin = int(uniform(seed, sample_id, "weight") * UNIT) if self._units % UNIT else 0
         first, after = (epoch * self._units + begin) // UNIT, ((epoch + 1) * self._units + begin) // UNIT
@@ -48,12 +52,14 @@ class Source:
 def find_sources(
     dataset_uri: str, latents: str | Sequence[WeightedTable], *, caption_embeds: str | None = None
 ) -> list[Source]:
-    """The tables that `latents` names: one, each of whose samples is drawn once in an epoch, or several with their weights.
+    """Return a source for each table that `latents` names.
 
     Args:
-        caption_embeds: name of a table under caption_embeds/ of each dataset.
+        dataset_uri: the training's dataset.
+        latents: path of one table, with weight 1, or several tables with their weights.
+        caption_embeds: name of the table of stored embeddings under caption_embeds/ of each dataset; None: none are stored.
 
-    Raises ValueError if none is named, or one more than once.
+    Raises ValueError if no table is named, or one is named more than once.
     """
     named = [WeightedTable(latents=latents)] if isinstance(latents, str) else latents
     sources = []
@@ -70,7 +76,7 @@ def find_sources(
 
 
 def check_channels(sources: Sequence[Source], channels: int) -> None:
-    """Raises ValueError, naming the table, if one holds latents of another number of channels."""
+    """Raise ValueError, naming the table, if a table's latents do not have this number of channels."""
     for table in (source.table for source in sources):
         for shard in table.list_shards():
             if found := table.read_shard(shard, ["channels"])["channels"].unique().to_pylist():
@@ -85,7 +91,7 @@ def check_channels(sources: Sequence[Source], channels: int) -> None:
 def validation_sources(
     dataset_uri: str, sources: Sequence[Source], config: ValidationConfig, stream: StreamConfig, *, caption_embeds: str | None
 ) -> list[Source]:
-    """The tables of the validation of a training on `sources`; none where there is no validation."""
+    """Return the tables to validate a training on `sources` with; empty if there is no validation."""
     if config.latents is not None:
         return find_sources(dataset_uri, config.latents, caption_embeds=caption_embeds)
     return list(sources) if stream.held_out_share else []

@@ -1,4 +1,4 @@
-"""Noise and noise levels that come from the samples' ids alone: the same in any batch, on any worker, after any restart."""
+"""Noise and noise levels, derived from each sample's id, so that batches, workers and restarts change nothing."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,10 @@ from sana_model.flow import sample_sigmas
 
 
 def draw_noise(batch: MicroBatch, config: FlowConfig, shift: float, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Noise levels (B,) and noise (B, C, h, w), float32 on the CPU: each sample's come from (seed, epoch, id)."""
+    """Draw noise levels (B,) and noise (B, C, h, w) to train with: float32 on the CPU, derived from (seed, epoch, id).
+
+    `shift` moves the noise levels towards noise, see `sample_sigmas`.
+    """
     generator = torch.Generator()
     sigma, noise = torch.empty(len(batch.ids)), torch.empty(batch.latents.shape)
     for index, key in enumerate(zip(batch.epochs, batch.ids, strict=True)):
@@ -23,7 +26,7 @@ def draw_noise(batch: MicroBatch, config: FlowConfig, shift: float, *, seed: int
 
 
 def fixed_noise(batch: MicroBatch, sigma: float, *, seed: int) -> Tensor:
-    """(B, C, h, w) float32 on the CPU, for validation: each sample's comes from its id, the noise level and the seed."""
+    """Draw the validation's noise (B, C, h, w): float32 on the CPU, derived from (seed, id, sigma)."""
     noise = torch.empty(batch.latents.shape)
     generator = torch.Generator()
     for index, sample_id in enumerate(batch.ids):

@@ -1,18 +1,18 @@
-"""Reading a training stream ahead, in a thread."""
+"""A training stream that is read ahead in a thread, so that the training seldom waits for samples."""
 
 import queue
 import threading
 import time
-from typing import Any, Self
+from typing import Any
 
 from pipelines.train.stream.samples import MicroBatch
 from pipelines.train.stream.stream import TrainingStream
 
 
 class PrefetchedStream:
-    """A `TrainingStream` that reads ahead in a thread. Its state is that of the micro-batches handed out, not of those read.
+    """Micro-batches of `stream`, one for each `next`; up to `depth` of them are read ahead in a thread.
 
-    `wait_seconds` sums up how long the caller was kept waiting. Raises what the stream raises. `close()` ends the thread.
+    `next` raises what the stream raises. `wait_seconds` is the total time that `next` has waited.
     """
 
     def __init__(self, stream: TrainingStream, depth: int):
@@ -24,9 +24,6 @@ class PrefetchedStream:
         self._thread.start()
         self.wait_seconds = 0.0
 
-    def __iter__(self) -> Self:
-        return self
-
     def __next__(self) -> MicroBatch:
         start = time.monotonic()
         ready = self._ready.get()
@@ -37,9 +34,11 @@ class PrefetchedStream:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the stream's state after the last micro-batch that `next` returned; those read ahead do not count."""
         return self._state
 
     def close(self) -> None:
+        """End the thread."""
         self._closed.set()
         self._thread.join()
 
@@ -48,11 +47,11 @@ class PrefetchedStream:
             for batch in self._stream:
                 if not self._put((batch, self._stream.state_dict())):
                     return
-        except Exception as error:  # raised again where the batch is asked for
+        except Exception as error:  # `next` raises it again
             self._put(error)
 
     def _put(self, ready: tuple[MicroBatch, dict[str, Any]] | Exception) -> bool:
-        """False if the stream was closed meanwhile."""
+        """Wait for room in the queue. Returns False if the stream was closed meanwhile."""
         while not self._closed.is_set():
             try:
                 self._ready.put(ready, timeout=0.1)

@@ -1,4 +1,4 @@
-"""Rows of a latents table as samples: which caption a draw of one takes, and micro-batches of one bucket."""
+"""Samples: rows of a latents table with the caption that was drawn for them, and micro-batches of samples of one bucket."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from pipelines.train.stream.mixture import Source
 
 @dataclass(frozen=True)
 class Choice:
-    """The caption that a draw takes; `dropped`: the null caption takes its place."""
+    """The caption chosen for one draw of a row. `dropped`: train on the null caption instead."""
 
     captioner: str
     caption: str
@@ -25,10 +25,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Sample:
-    """A row as it was drawn.
+    """A row with one of its captions, as drawn.
 
-    epoch: how often this sample was drawn before: where its table's weight is 1, the epoch. place: number of its shard.
-    caption None is the null caption. embeds: of the caption (num_tokens, width); None where it is to be encoded, or null.
+    epoch: how often this row was drawn before; with a table of weight 1 that is the epoch.
+    place: number of its shard among all shards of the training.
+    table: URI of the latents table.
+    bucket: size of the image, "HxW" in pixels.
+    latents: (C, h, w), scaled.
+    caption: None stands for the null caption.
+    embeds: stored embeddings of the caption, (num_tokens, width); None if the caption is null or still to be encoded.
     """
 
     id: str
@@ -43,11 +48,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass takes: samples of one bucket.
+    """B samples of one bucket, for one forward pass. Over a whole training each (table, id, epoch) occurs once.
 
-    latents: (B, C, h, w), scaled, in the table's dtype. captions: None is the null caption. embeds: of the captions, each
-    (num_tokens, width), None for the null caption; None as a whole where they are to be encoded. tables: URIs. An id of a table
-    together with its epoch is drawn once.
+    bucket: size of the images, "HxW" in pixels.
+    latents: (B, C, h, w), scaled, in the table's dtype (float32 if the training's tables differ in it).
+    captions: None stands for the null caption.
+    ids, epochs, tables: of each sample, see `Sample`.
+    embeds: stored embeddings of each caption, (num_tokens, width), None for the null caption; None instead of the list if
+        captions are still to be encoded.
     """
 
     bucket: str
@@ -60,6 +68,7 @@ class MicroBatch:
 
 
 def collate(samples: Sequence[Sample], *, with_embeds: bool) -> MicroBatch:
+    """Make a micro-batch of samples of one bucket. `with_embeds`: captions were embedded before."""
     return MicroBatch(
         bucket=samples[0].bucket,
         latents=torch.stack([sample.latents for sample in samples]),
@@ -72,18 +81,18 @@ def collate(samples: Sequence[Sample], *, with_embeds: bool) -> MicroBatch:
 
 
 def is_held_out(sample_id: str, share: float) -> bool:
-    """Whether a sample is kept from training: by its id alone, in every training alike."""
+    """Return whether a sample is kept from training. Depends on its id alone, so all trainings hold out the same samples."""
     return uniform("held out", sample_id) < share
 
 
 class ShardRows:
-    """A shard in memory, of which samples are made.
+    """The rows of one shard, in memory, and the samples made of them. Raises like `Table.read_shard`.
 
     Args:
-        place: the shard's number among all of the training's.
-        dtype: of the samples' latents; None: the table's.
-
-    Raises as `Table.read_shard`.
+        source: the table.
+        shard: name of the shard.
+        place: number of the shard among all shards of the training.
+        dtype: dtype of the samples' latents; None: that of the table.
     """
 
     def __init__(self, source: Source, shard: str, *, place: int = 0, dtype: torch.dtype | None = None):
@@ -100,7 +109,10 @@ class ShardRows:
         return len(self.ids)
 
     def choose(self, row: int, epoch: int, config: StreamConfig, *, seed: int) -> Choice | None:
-        """The caption of a row in its epoch. None where the selection policy lets none pass, or none of them was embedded."""
+        """Choose the caption for a draw of a row: `epoch` is the number of the draw.
+
+        Returns None if the selection policy lets no caption of the row pass, or none of its captions was embedded.
+        """
         captions = self.rows["captions"][row].as_py()
         if self._embedded is not None:
             captions = [caption for caption in captions if (self.ids[row], caption["captioner"]) in self._embedded]
@@ -111,12 +123,13 @@ class ShardRows:
         return Choice(chosen["captioner"], chosen["caption"], dropped)
 
     def load_embeds(self, wanted: Iterable[tuple[int, Choice]]) -> None:
-        """Have the embeddings of these rows' captions at hand, where the source has them."""
+        """Read the stored embeddings of these (row, choice) into memory, if the source has any; call before `sample`."""
         if self.source.embeds is not None:
             keys = {(self.ids[row], choice.captioner) for row, choice in wanted if not choice.dropped}
             self._embeds |= read_caption_embeds(self.source.embeds, self.shard, keys)
 
     def sample(self, row: int, epoch: int, choice: Choice) -> Sample:
+        """Make the sample of a row from its choice of caption, which `load_embeds` has seen. `epoch`: see `choose`."""
         names = ("latents", "channels", "height", "width", "bucket")
         values = {name: self.rows[name][row].as_py() for name in names}
         latents = read_latents(values, self.source.manifest.config["dtype"])

@@ -1,13 +1,14 @@
 """The training stream: latents tables -> micro-batches of one bucket, the same ones again after a resume.
 
-Every rank goes its own way and never ends: each epoch the shards are dealt out among the ranks anew, and what a bucket has
-left when its shards are read waits for the next epoch's samples. So no rank ever waits for another, whatever the buckets.
+Each rank reads its own endless stream, so no rank ever waits for another. In each epoch the shards are dealt out anew among
+the ranks. A rank reads `shuffle_shards` of them at a time (a window), shuffles their rows, and puts each drawn sample into the
+buffer of its bucket; a full buffer becomes a micro-batch. Samples in other buffers wait, if need be until the next epoch.
 
-An epoch draws each sample of a table as often as the table's weight says; a shard is read once for each time that a sample of
-it may come, and each of these passes has its own place in the order, so that repeated samples are spread over the epoch.
+An epoch draws each sample as often as its table's weight says. A shard with weight 2.5 is read up to three times in an epoch;
+each of these passes has its own place in the shuffled order, so that the draws of a sample are spread over the epoch.
 
-Another number of ranks goes on from the states of all the old ones: what these had not yet drawn of the epochs they had
-begun, and the samples that waited in their buffers, is dealt out among the new ranks, and after that come whole epochs.
+A training can resume with another number of ranks. The states of all old ranks say which windows of the epochs that they had
+begun were not drawn yet, and which samples waited in buffers. These are dealt out among the new ranks; whole epochs follow.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,10 @@ from pipelines.train.stream.samples import Choice, MicroBatch, Sample, ShardRows
 
 @dataclass(frozen=True)
 class Window:
-    """Passes over shards, by index, that an epoch reads and shuffles together; from `start` on in their shuffled order."""
+    """Passes over shards that an epoch reads together and shuffles row by row.
+
+    passes: their indices among all passes of an epoch. start: rows of the shuffled order that were drawn before.
+    """
 
     epoch: int
     passes: tuple[int, ...]
@@ -33,14 +37,14 @@ class Window:
 
 
 class Place(NamedTuple):
-    """A shard: of which source, and its name."""
+    """A shard of the training: index of its source, and its name."""
 
     source: int
     shard: str
 
 
 class Draw(NamedTuple):
-    """A row of a shard, the number of this draw of it, and the caption that it takes."""
+    """One draw of a row: `epoch` is its number, see `Source.draws`; `choice` is its caption."""
 
     rows: ShardRows
     row: int
@@ -49,21 +53,29 @@ class Draw(NamedTuple):
 
 
 def deal(num_passes: int, *, seed: int, epoch: int, rank: int, world_size: int) -> list[int]:
-    """Indices of the passes over shards that a rank reads in an epoch, in its order: each is exactly one rank's.
+    """Return the indices of the passes that `rank` reads in `epoch`, in order. Each pass goes to exactly one rank.
 
-    Where they do not divide by ranks, the larger shares go round from epoch to epoch.
+    If the number of passes does not divide by `world_size`, some ranks read one more; which ones changes with the epoch.
     """
     order = np.random.default_rng([seed, epoch]).permutation(num_passes)
     return order[(rank + epoch) % world_size :: world_size].tolist()
 
 
 class TrainingStream:
-    """Endless iterator over the micro-batches of one rank: a pure function of tables, config, seed, rank and world size.
+    """Endless iterator over the micro-batches of one rank, which tables, config, seed, rank and world size fully determine.
+
+    Args:
+        sources: the tables to draw from.
+        config: which samples and captions are drawn.
+        micro_batch_size: samples of a micro-batch.
+        seed: seed of the order of samples and of the choice of captions.
+        rank: this rank, from 0.
+        world_size: number of ranks.
 
     Raises:
-        MissingTableError: there is no such table.
-        ValueError: a table is empty, or there are fewer shards than ranks; while iterating, if the selection policy lets no
-            sample pass.
+        MissingTableError: a table does not exist.
+        ValueError: a table is empty, or an epoch has fewer passes over shards than there are ranks. While iterating: no sample
+            of any table can be drawn.
     """
 
     def __init__(
@@ -83,7 +95,7 @@ class TrainingStream:
         self.rank = rank
         self.world_size = world_size
         dtypes = {source.manifest.config["dtype"] for source in self.sources}
-        self._dtype = torch.float32 if len(dtypes) > 1 else None  # of tables of several dtypes, batches need one
+        self._dtype = torch.float32 if len(dtypes) > 1 else None  # a micro-batch may mix tables, but not dtypes
         self._with_embeds = any(source.embeds is not None for source in self.sources)
         self._set_shards([source.table.list_shards() for source in self.sources])
         if len(self._passes) < world_size:
@@ -92,21 +104,21 @@ class TrainingStream:
                 f"num_workers={world_size} need a shard each, and {names} has {len(self._passes)}: "
                 "train with fewer workers, or ingest into smaller shards"
             )
-        self.epoch = 0  # the one whose windows are drawn; or, of `leftover`, the last that the old ranks had begun
-        self._leftover: tuple[Window, ...] = ()  # of another world size's epochs: drawn before whole epochs go on
-        self._window = 0  # of the windows of the epoch
-        self._row = 0  # of the window, shuffled
+        self.epoch = 0  # the current epoch; while `_leftover` is drawn, the last epoch that the old ranks had begun
+        self._leftover: tuple[Window, ...] = ()  # windows that ranks of another world size left over; drawn first
+        self._window = 0  # index of the current window
+        self._row = 0  # rows of the current window that are done, in its shuffled order
         self._buffers: dict[str, list[Sample]] = {}
         self._samples = self._draw()
 
     def _set_shards(self, shards: Sequence[Sequence[str]]) -> None:
-        """Of each source."""
+        """Draw from these shards of each source. Raises ValueError if a source has none."""
         for source, names in zip(self.sources, shards, strict=True):
             if not names:
                 raise ValueError(f"{source.table.uri} is empty: there is nothing to train on")
         self._num_shards = [len(names) for names in shards]
         self.places = [Place(index, name) for index, names in enumerate(shards) for name in names]
-        self._passes = [  # (place, number of the pass over it)
+        self._passes = [  # (index in `places`, number of the pass over that shard)
             (place, number)
             for index, source in enumerate(self.sources)
             for number in range(source.num_passes)
@@ -129,7 +141,7 @@ class TrainingStream:
         return next((bucket for bucket, samples in self._buffers.items() if len(samples) >= self.micro_batch_size), None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream is, as plain numbers and strings: position, and the samples that wait for their bucket to fill."""
+        """Return the position and the samples that wait in buffers, as numbers, strings and containers for JSON."""
         return {
             "rank": self.rank,
             "world_size": self.world_size,
@@ -145,7 +157,7 @@ class TrainingStream:
         }
 
     def _order(self) -> dict[str, Any]:
-        """What the order of the samples comes from."""
+        """Return all that determines the order of samples, as part of the state."""
         tables = zip(self.sources, self._num_shards, strict=True)
         return {
             "seed": self.seed,
@@ -154,9 +166,9 @@ class TrainingStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken; with the shards that there were then, if a table has grown.
+        """Continue where `state` was taken. Shards that a table has gained since then are not drawn.
 
-        Raises ValueError if that was another rank or world size, or other tables, weights or settings.
+        Raises ValueError if the state is that of another rank or world size, or of other tables, weights or settings.
         """
         for name in ("rank", "world_size"):
             if state[name] != getattr(self, name):
@@ -168,17 +180,17 @@ class TrainingStream:
         self._samples = self._draw()
 
     def load_all_states(self, states: Sequence[dict[str, Any]]) -> None:
-        """Go on from the states of all ranks of a training, in the order of the ranks, that had any world size.
+        """Continue a training from the states of all its ranks, in their order; the world size may differ.
 
-        At another world size than this stream's, windows that were not drawn to their end go to the ranks by turns, and so
-        do the samples that waited: no sample of an epoch is lost, or drawn twice.
+        If it differs, unfinished windows are given to the new ranks in turn, and so are the samples that waited in buffers:
+        no sample of an epoch is lost or drawn twice. Raises like `load_state_dict`.
         """
         if len(states) == self.world_size:
             self.load_state_dict(states[self.rank])
             return
         self._take_order(states[0]["order"])
         last_epoch = max(state["epoch"] for state in states)
-        windows = list(chain.from_iterable(self._left_of(state, last_epoch) for state in states))
+        windows = list(chain.from_iterable(self._unfinished(state, last_epoch) for state in states))
         waiting: dict[str, list[tuple[int, int, str]]] = {}
         for state in states:
             for bucket, entries in state["buffers"].items():
@@ -192,7 +204,10 @@ class TrainingStream:
         self._samples = self._draw()
 
     def _take_order(self, order: dict[str, Any]) -> None:
-        """Draw from the shards that a state's order is of."""
+        """Draw from the shards that `order`, part of a state, was made from.
+
+        Raises ValueError if another seed, other settings or other tables determine this stream's order, or shards are missing.
+        """
         ours = self._order()
         without_counts = [{**one, "tables": [table[:2] for table in one["tables"]]} for one in (order, ours)]
         if without_counts[0] != without_counts[1]:
@@ -203,25 +218,28 @@ class TrainingStream:
         for source, (*_, num_shards) in zip(self.sources, order["tables"], strict=True):
             names = source.table.list_shards()
             if len(names) < num_shards:
-                raise ValueError(f"{source.table.uri} has {len(names)} shards, and had {num_shards} when the training began")
+                raise ValueError(
+                    f"{source.table.uri} has {len(names)} shards, and had {num_shards} when the training began: put the "
+                    "missing ones back, or begin a new training"
+                )
             shards.append(names[:num_shards])
         self._set_shards(shards)
 
-    def _left_of(self, state: dict[str, Any], last_epoch: int) -> Iterator[Window]:
-        """What the rank of `state` had still to draw of its epochs up to `last_epoch`."""
+    def _unfinished(self, state: dict[str, Any], last_epoch: int) -> Iterator[Window]:
+        """Yield the windows that the rank of `state` had not drawn to their end, up to and with `last_epoch`."""
         rank, world_size, row = state["rank"], state["world_size"], state["row"]
         leftover = [Window(epoch, tuple(passes), start) for epoch, passes, start in state["leftover"]]
-        for window in (leftover or self._plan_epoch(state["epoch"], rank, world_size))[state["window"] :]:
+        for window in (leftover or self._list_windows(state["epoch"], rank, world_size))[state["window"] :]:
             yield replace(window, start=max(window.start, row))
             row = 0
         for epoch in range(state["epoch"] + 1, last_epoch + 1):
-            yield from self._plan_epoch(epoch, rank, world_size)
+            yield from self._list_windows(epoch, rank, world_size)
 
     def _draw(self) -> Iterator[Sample]:
-        """Every sample of the rank, epoch after epoch, from the current position on."""
+        """Yield the samples of this rank, epoch after epoch, from the current position on."""
         found_any = False
         while True:
-            windows = self._leftover or self._plan_epoch(self.epoch, self.rank, self.world_size)
+            windows = self._leftover or self._list_windows(self.epoch, self.rank, self.world_size)
             while self._window < len(windows):
                 window = windows[self._window]
                 draws = self._open(window)
@@ -239,13 +257,14 @@ class TrainingStream:
                 found_any = True
             self.epoch, self._window, self._leftover = self.epoch + 1, 0, ()
 
-    def _plan_epoch(self, epoch: int, rank: int, world_size: int) -> tuple[Window, ...]:
+    def _list_windows(self, epoch: int, rank: int, world_size: int) -> tuple[Window, ...]:
+        """Return the windows that a rank draws in an epoch, in order."""
         passes = deal(len(self._passes), seed=self.seed, epoch=epoch, rank=rank, world_size=world_size)
         size = self.config.shuffle_shards
         return tuple(Window(epoch, tuple(passes[start : start + size])) for start in range(0, len(passes), size))
 
     def _open(self, window: Window) -> list[Draw | None]:
-        """Of each row of each pass, in their order; None where it is not drawn."""
+        """Read the window's shards. Returns an entry for each row of each pass, in order: None if the row is not drawn."""
         passes = [self._passes[index] for index in window.passes]
         read = {place: self._read(place) for place in dict.fromkeys(place for place, _ in passes)}
         draws = [
@@ -262,7 +281,10 @@ class TrainingStream:
         return ShardRows(self.sources[source], shard, place=place, dtype=self._dtype)
 
     def _find_draw(self, rows: ShardRows, row: int, epoch: int, number: int) -> Draw | None:
-        """None where the sample is held out, not due in this pass, or the selection policy lets no caption pass."""
+        """Return the draw of a row in pass `number` of its shard in an epoch.
+
+        Returns None if the row is held out or not due in this pass, or the selection policy lets none of its captions pass.
+        """
         sample_id = rows.ids[row]
         due = rows.source.draws(sample_id, epoch=epoch, seed=self.seed)[number : number + 1]
         if not due or is_held_out(sample_id, self.config.held_out_share):
@@ -271,7 +293,7 @@ class TrainingStream:
         return Draw(rows, row, due[0], choice) if choice is not None else None
 
     def _check_that_any_passes(self) -> None:
-        """Raises ValueError if no sample of any table can ever be drawn."""
+        """Raise ValueError if no sample of any table can ever be drawn."""
         for place in range(len(self.places)):
             rows = self._read(place)
             for row, sample_id in enumerate(rows.ids):
@@ -279,9 +301,13 @@ class TrainingStream:
                 if not held_out and rows.choose(row, 0, self.config, seed=self.seed) is not None:
                     return
         names = ", ".join(source.table.uri for source in self.sources)
-        raise ValueError(f"no sample of {names} can be drawn: it has no rows, or {self.config.selection} lets none pass")
+        raise ValueError(
+            f"no sample of {names} can be drawn: it has no rows, or {self.config.selection} lets none pass, or all are held "
+            f"out (held_out_share={self.config.held_out_share:g}); look at the table, or loosen these settings"
+        )
 
     def _restore_buffers(self, buffers: dict[str, list[tuple[int, int, str]]]) -> dict[str, list[Sample]]:
+        """Read the samples that waited for their bucket to fill: bucket -> (epoch, place, id) of each, as in the state."""
         read = {place: self._read(place) for place in {place for entries in buffers.values() for _, place, _ in entries}}
         rows_of = {place: {sample_id: row for row, sample_id in enumerate(rows.ids)} for place, rows in read.items()}
         drawn: dict[str, list[Draw]] = {}

@@ -1,4 +1,4 @@
-"""The loss on samples that are never trained on, at fixed noise levels and noise: comparable over steps, restarts and runs."""
+"""The samples of the validation loss: held out of the training, and the same in every validation, so that losses compare."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +13,7 @@ from pipelines.train.stream.samples import MicroBatch, Sample, ShardRows, collat
 
 @dataclass(frozen=True)
 class ValidationBatch:
-    """A batch of one bucket, and the loss's weight of each of its samples: 0 for those that only make ranks alike."""
+    """A micro-batch and the weight of its samples in the mean loss: 1, or 0 if it only fills up a rank's share."""
 
     batch: MicroBatch
     weight: float
@@ -21,7 +21,7 @@ class ValidationBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationSet:
-    """The batches of one rank; all ranks have as many. Raises ValueError if no table has a sample for it."""
+    """The batches that one rank computes; all have the same number, since with ZeRO 3 a forward pass is a collective call."""
 
     batches: Sequence[ValidationBatch] = field(default_factory=list)
 
@@ -36,6 +36,10 @@ class ValidationSet:
         rank: int,
         world_size: int,
     ) -> "ValidationSet":
+        """Read the samples from `sources` and share out their batches among the ranks.
+
+        Raises ValueError if no table has a sample to validate with.
+        """
         by_turns = chain.from_iterable(zip_longest(*(_read_samples(source, config, stream) for source in sources)))
         by_bucket: dict[str, list[Sample]] = {}
         for sample in islice((sample for sample in by_turns if sample is not None), config.num_samples):

@@ -78,6 +78,13 @@ def test_unknown_keys_and_bad_values_are_named(config_file: str, tmp_path: Path,
     assert "name" in refused(capsys, "--inner.scale", "2")
 
 
+def test_a_value_without_a_name_is_answered_with_the_name(config_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["data"], ["--inner.scale=2", "data"], ["--config", config_file, "data"]):
+        told = refused(capsys, *arguments)
+        assert "'data' needs a name before it, such as: test --name data" in told and len(told.splitlines()) == 1
+    assert parse("--name", "x", "--many", "[]", "--inner.resources.num_gpus=1").inner.resources.num_gpus == 1
+
+
 def test_print_config_and_help(config_file: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse("--config", config_file, "--print_config")

@@ -10,7 +10,7 @@ from jobs.common.stage_job import track_stage
 from pipelines.stages.contract import OnProgress, Outcome, StageResult
 from pipelines.stages.run import run_stream
 from pipelines.stages.shards import write_output
-from pipelines.storage.lease import Ticket
+from pipelines.storage.lease import Leases, Ticket
 from pipelines.tables.identity import Identity
 from pipelines.tables.schema import IMAGE_SCORES, REJECTS
 from pipelines.tables.table import REPORT, Table
@@ -28,8 +28,8 @@ def test_a_table_whose_job_was_killed_before_its_report_gets_one(tmp_path: Path)
             write_output(table, shard, *empty, {}, IDENTITY.fingerprint, ticket)
             yield Outcome(shard=shard, num_rows=0, rejects_by_reason={}, figures={}, error=None, stops="")
 
-    def stage(on_progress: OnProgress) -> StageResult:
-        return run_stream(table, IDENTITY, ["00000"], stream, max_reject_share=1.0, on_progress=on_progress)
+    def stage(on_progress: OnProgress, leases: Leases | None = None) -> StageResult:
+        return run_stream(table, IDENTITY, ["00000"], stream, max_reject_share=1.0, on_progress=on_progress, leases=leases)
 
     def make_report() -> str:
         reports.append(f"<p>report {len(reports)}</p>")

@@ -25,7 +25,7 @@ def test_the_card_of_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (tmp_path / "train").mkdir()
     result = {"loss_start": 1.0, "loss_end": 0.5}
     (tmp_path / "train/training.json").write_text(json.dumps({"fingerprint": "f" * 64, **asdict(identity), "result": result}))
-    assert job.main([str(tmp_path)]) == 0
+    assert job.main(["--dataset_uri", str(tmp_path)]) == 0
     assert capsys.readouterr().out.splitlines() == [f"{tmp_path}/lineage.md", f"{tmp_path}/lineage.json"]
     card = json.loads((tmp_path / "lineage.json").read_text())
     assert card["version"] == LINEAGE_VERSION and card["sources"] == [{"source": "photos"}]
@@ -49,7 +49,7 @@ def test_the_card_of_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_the_page_for_people_is_whole_markdown(tmp_path: Path) -> None:
     make_dataset(str(tmp_path))
-    page = to_markdown(make_lineage(str(tmp_path)))
+    page = to_markdown(make_lineage(str(tmp_path), max_shards=64))
     lines = page.splitlines()
     for title in ("## Sources", "## Tables", "## What was refused", "## Captioners in `scores/clip`", "### `latents/ae-64`"):
         assert title in lines
@@ -82,6 +82,6 @@ def test_expected_shares_are_those_of_the_draws() -> None:
 
 
 def test_where_there_is_no_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert job.main([str(tmp_path)]) == 1
+    assert job.main(["--dataset_uri", str(tmp_path)]) == 1
     assert "there is no dataset" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -22,7 +22,7 @@ from pipelines.score.config import ScorerConfig
 from pipelines.shapes.drawing import write_folder
 from pipelines.stages.contract import OnProgress, StageResult
 from pipelines.storage.errors import LeaseHeldError, StorageError
-from pipelines.storage.lease import LEASE, hold
+from pipelines.storage.lease import LEASE, Leases, hold, read_lease
 from pipelines.tables.errors import StaleTableError
 from pipelines.tables.identity import MANIFEST, Identity
 from pipelines.tables.table import REBUILD, Table
@@ -136,16 +136,43 @@ def test_of_several_stale_tables_each_is_deleted_once(tmp_path: Path) -> None:
     """As extraction of several resolutions meets them."""
     tables = make_dataset(str(tmp_path))
     paths, other = ["latents/ae-64", "captions/b"], Identity("another", {}, {}, {})
+    tokens: set[str] = set()
 
-    def run_stage(on_progress: OnProgress) -> StageResult:
+    def run_stage(on_progress: OnProgress, leases: Leases) -> StageResult:
         for path in paths:
+            leases.take(tables[path].uri)
             tables[path].claim(other)
+            tokens.add(leases.take(tables[path].uri).ticket.token)
         raise StorageError("the disk is full")
 
     job = JobConfig(dataset_uri=str(tmp_path), on_stale="rebuild")
     with pytest.raises(StorageError):
         track_stage(job, "extract", run_stage)
     assert all(tables[path].require().fingerprint == other.fingerprint and not tables[path].list_shards() for path in paths)
+    assert len(tokens) == 2  # one lease each, from before the deletion until the end
+
+
+def test_while_a_stage_rebuilds_its_table_no_other_writer_gets_at_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = make_dataset(str(tmp_path))["captions/b"]
+    other = Identity("another", {}, {}, {})
+    remove = rebuild.remove_files
+
+    def remove_and_compete(uris: list[str]) -> None:
+        with pytest.raises(LeaseHeldError), hold(table.uri):
+            pass
+        remove(uris)
+
+    def run_stage(on_progress: OnProgress, leases: Leases) -> StageResult:
+        leases.take(table.uri)
+        table.claim(other)
+        with pytest.raises(LeaseHeldError), hold(table.uri):
+            pass
+        raise StorageError("the disk is full")
+
+    monkeypatch.setattr(rebuild, "remove_files", remove_and_compete)
+    with pytest.raises(StorageError):
+        track_stage(JobConfig(dataset_uri=str(tmp_path), on_stale="rebuild"), "caption", run_stage)
+    assert table.require().fingerprint == other.fingerprint and read_lease(table.uri) is None
 
 
 def test_changed_models_and_inputs_are_rebuilt_too_images_with_their_plan(tmp_path: Path, log: Path) -> None:

@@ -134,7 +134,7 @@ def test_the_page_fits_and_names_what_matters(tmp_path: Path, capsys: pytest.Cap
     add_training(tmp_path, tables, "train", {"loss_start": 1.25, "loss_end": 0.5})
     add_training(tmp_path, tables, "train-2", None)
     remake(tables["captions/a"], config={"prompt": "Another."})
-    assert job.main([str(tmp_path)]) == 0
+    assert job.main(["--dataset_uri", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= job.WIDTH
     page = "\n".join(lines)
@@ -144,7 +144,7 @@ def test_the_page_fits_and_names_what_matters(tmp_path: Path, capsys: pytest.Cap
     assert "stale: captions/a was made anew" in page and "rejects: truncated 2" in page
     assert "train: 200 steps on latents/ae-64, loss 1.250 -> 0.500" in page and "stale: latents/ae-64 is stale" in page
     assert "train-2: not ended, 200 steps" in page
-    assert job.main([str(tmp_path), "--json", "--rows"]) == 0
+    assert job.main(["--dataset_uri", str(tmp_path), "--json", "--rows"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert content["version"] == 1 and content["tables"][0]["complete"] is True
     assert [training["name"] for training in content["trainings"]] == ["train", "train-2"]
@@ -152,7 +152,7 @@ def test_the_page_fits_and_names_what_matters(tmp_path: Path, capsys: pytest.Cap
 
 def test_where_there_is_no_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for uri in (str(tmp_path), str(tmp_path / "nothing"), f"memory://{tmp_path.name}-none"):
-        assert job.main([uri]) == 1
+        assert job.main(["--dataset_uri", uri]) == 1
         assert f"there is no dataset at {uri}" in capsys.readouterr().err
 
 

@@ -12,8 +12,8 @@ import pytest
 from jobs import verify as job
 from pipelines.audit.seen_ids import SeenIds
 from pipelines.audit.verify import Violation, verify_dataset
-from pipelines.stages.contract import reject
 from pipelines.tables.identity import MANIFEST, Identity
+from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.schema import CAPTIONS, TABLE_SCHEMAS, Row
 from pipelines.tables.table import Table
 from tests.support.whole_dataset import make_dataset, write_table
@@ -49,7 +49,7 @@ def test_a_whole_dataset_is_clean_wherever_it_lies(tables: Tables, tmp_path: Pat
     assert find(tables) == []
     remote = make_dataset(f"memory://{tmp_path.name}")
     assert find(remote) == []
-    assert job.main([tables["images"].dataset_uri, "--threads", "3"]) == 0
+    assert job.main(["--dataset_uri", tables["images"].dataset_uri, "--threads", "3"]) == 0
     assert "10 shards, 196 rows read" in capsys.readouterr().out
 
 
@@ -125,7 +125,7 @@ def test_where_a_row_is_a_caption_an_id_may_come_once_for_each_captioner(
     for shard in scores.list_shards():
         ids = scores.read_shard(shard)["id"].to_pylist()
         rows = [{"id": row_id, "captioner": captioner} for row_id in ids for captioner in ("a", "b")]
-        shards[shard] = rows[1:], [reject(rows[0], "bad_embeds", "")]
+        shards[shard] = rows[1:], [reject(rows[0], RowRefused("bad_embeds", ""))]
     write_table(table, Identity("embed", {}, {}, {scores.path: scores.require().fingerprint}), shards)
     assert find(tables, table.path) == []
     rewrite(table, "00000", lambda rows: [*rows[:-1], rows[0]])
@@ -195,13 +195,13 @@ def test_a_stale_table_is_told_and_not_compared(tables: Tables) -> None:
 def test_the_command_tells_each_violation_and_fails(tables: Tables, capsys: pytest.CaptureFixture[str]) -> None:
     rewrite(tables["captions/a"], "00000", lambda rows: rows[1:])
     uri = tables["images"].dataset_uri
-    assert job.main([uri]) == 1
+    assert job.main(["--dataset_uri", uri]) == 1
     told = capsys.readouterr().out.splitlines()
     assert told[0].startswith("captions/a/00000.parquet: lacks 1 id") and told[-1].endswith("2 violations")
-    assert job.main([uri, "--table", "captions/b", "--table", "images"]) == 0
-    assert job.main([uri, "--table", "captions/none"]) == 1
+    assert job.main(["--dataset_uri", uri, "--tables", "[captions/b, images]"]) == 0
+    assert job.main(["--dataset_uri", uri, "--tables", "[captions/none]"]) == 1
     assert "no table 'captions/none'" in capsys.readouterr().err
-    assert job.main([f"{uri}/nothing"]) == 1
+    assert job.main(["--dataset_uri", f"{uri}/nothing"]) == 1
 
 
 def test_ids_come_twice_in_many() -> None:

@@ -4,7 +4,8 @@ import pytest
 
 from pipelines.caption.config import FAULTS, CaptionerConfig, QualityConfig
 from pipelines.caption.faults import find_faults, find_same_captions, repetition, strip_boilerplate
-from pipelines.caption.rows import Answer, CaptionJudge, Outcome, Refusal
+from pipelines.caption.rows import Answer, CaptionJudge, Outcome
+from pipelines.tables.rejects import RowRefused
 from pipelines.tables.schema import CAPTIONS, Row
 
 GOOD = (
@@ -109,7 +110,7 @@ def test_a_policy_says_what_follows() -> None:
         Answer("I'm sorry, I cannot see the", 9, "length"),
         Answer("The image shows a cat and the", 8, "length"),
         Answer("  ", 1, "stop"),
-        Refusal("not_an_image", "no bytes"),
+        RowRefused("not_an_image", "no bytes"),
     ]
     flags, rejects, figures = judge(QualityConfig(), outcomes)
     assert flags == {"0": [], "2": ["cut_off", "boilerplate"]}
@@ -135,7 +136,7 @@ def test_what_is_stripped_is_judged_afterwards() -> None:
 def test_half_a_character_is_replaced() -> None:
     """Servers cut answers at a token, which may be one half of a pair of UTF-16."""
     source: list[Row] = [{"id": str(place), "source_uri": f"{place}.png"} for place in range(2)]
-    outcomes: list[Outcome] = [Answer("a cat \ud83d", 6, "stop"), Refusal("refusal", "no cats \ud83d")]
+    outcomes: list[Outcome] = [Answer("a cat \ud83d", 6, "stop"), RowRefused("refusal", "no cats \ud83d")]
     rows, rejects = CaptionJudge(CaptionerConfig(name="a", model="a")).judge(source, outcomes).tables(CAPTIONS)
     assert rows["caption"].to_pylist() == ["a cat ?"]
     assert rejects["detail"].to_pylist() == ["no cats \\ud83d"]

@@ -14,12 +14,12 @@ from pipelines.caption.transformers_engine import TransformersCaptioner
 from pipelines.stages.contract import ShardOutput
 from pipelines.tables.errors import StageError
 from pipelines.tables.schema import Row
-from pipelines.workers.models import local_model
+from pipelines.workers.models import pretrained
 from tests.support.caption_world import BROKEN, captions, image_row, refused, scene, write_images
 from tests.support.http_server import free_port
 from tests.support.http_world import FaultyProxy, transformers_server
 
-MODEL = local_model("zoo://captioner-a")
+MODEL, _ = pretrained("zoo://captioner-a")
 CONFIG = CaptionerConfig(
     name="http",
     model=MODEL,

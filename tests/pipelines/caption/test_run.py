@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from pipelines.caption.config import CaptionerConfig, HttpConfig, QualityConfig, SamplingConfig, VllmConfig
-from pipelines.caption.rows import Refusal, fill_prompt, make_question
+from pipelines.caption.rows import fill_prompt, make_question
 from pipelines.caption.run import caption_identity, run_caption
 from pipelines.caption.transformers_engine import Gumbel, TransformersCaptioner
 from pipelines.shapes.drawing import draw_row
@@ -22,6 +22,7 @@ from pipelines.shapes.grammar import parse
 from pipelines.shapes.scenes import ShapesConfig
 from pipelines.stages.contract import Progress, Resources
 from pipelines.tables.errors import StageError
+from pipelines.tables.rejects import RowRefused
 from pipelines.tables.schema import IMAGES, IMAGES_PATH
 from pipelines.tables.table import Table
 from pipelines.workers.images import decode
@@ -174,7 +175,7 @@ def test_a_prompt_that_the_processor_refuses_costs_its_row(scenes: pa.Table) -> 
     questions = [make_question(row, CONFIG) for row in scenes.slice(0, 3).to_pylist()]
     questions[1] = replace(questions[1], prompt="<image> What?")
     first, second, third = captioner.answer(questions)
-    assert isinstance(second, Refusal) and second.reason == "caption_failed"
+    assert isinstance(second, RowRefused) and second.reason == "caption_failed"
     assert [first, third] == captioner.answer([questions[0], questions[2]])
 
 
@@ -242,11 +243,11 @@ def test_what_changes_captions_is_in_the_identity_and_the_rest_is_not(tmp_path: 
         "quality": QualityConfig(cut_off="reject"),
         "vllm": VllmConfig(engine_args={"quantization": "fp8"}),
     }
-    fingerprint = caption_identity(dataset, config).fingerprint
+    fingerprint = caption_identity(dataset, config, {}).fingerprint
     for name, value in same.items():
-        assert caption_identity(dataset, replace(config, **{name: value})).fingerprint == fingerprint, name
+        assert caption_identity(dataset, replace(config, **{name: value}), {}).fingerprint == fingerprint, name
     for name, value in other.items():
-        assert caption_identity(dataset, replace(config, **{name: value})).fingerprint != fingerprint, name
+        assert caption_identity(dataset, replace(config, **{name: value}), {}).fingerprint != fingerprint, name
 
 
 def test_engines_settings_that_make_no_sense() -> None:

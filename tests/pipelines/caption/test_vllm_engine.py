@@ -17,7 +17,7 @@ import pytest
 from pipelines.caption.config import CaptionerConfig, HttpConfig, QualityConfig, SamplingConfig, VllmConfig
 from pipelines.caption.run import run_caption
 from pipelines.stages.contract import Progress, Resources
-from pipelines.workers.models import local_model
+from pipelines.workers.models import pretrained
 from tests.support.caption_world import BROKEN, TOO_LONG, captions, image_row, refused, scene, write_images
 from tests.support.http_server import free_port
 from tests.support.http_world import serving
@@ -84,7 +84,7 @@ def test_both_engines_say_the_same_and_a_poisoned_row_costs_itself(dataset: str,
 
 def test_vllms_server_says_the_same_over_http(dataset: str, tmp_path: Path) -> None:
     """Of the rows that both engines above agree on; the server names what is wrong with the long one."""
-    model, port = local_model(CONFIG.model), free_port()
+    (model, _), port = pretrained(CONFIG.model), free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--dtype", "float32"]
     command += ["--max-model-len", "256", "--enforce-eager", "--generation-config", "vllm", "--port", str(port)]
     with serving(command, port, tmp_path / "log", env=CONFIG.vllm.env) as url:

@@ -9,7 +9,7 @@ import torch
 
 from pipelines.extract.config import EmbedConfig
 from pipelines.extract.embed_captions import CaptionEmbedder, embed_identity
-from pipelines.reports.latents import embeds_report
+from pipelines.reports.caption_embeds import caption_embeds_report
 from pipelines.tables.errors import MissingTableError
 from pipelines.tables.identity import Identity
 from pipelines.tables.schema import CAPTION_EMBEDS, SCORES
@@ -29,6 +29,7 @@ CONFIG = EmbedConfig(
     dtype="float16",
     batch_size=3,
 )
+MODELS = {"gemma": "the version of its weights"}
 LONG = "a red circle left of a blue square on a gray background " * 3
 CAPTIONS = {
     "x": [("original", "a red circle"), ("a", "A large blue square"), ("b", LONG)],
@@ -57,7 +58,7 @@ def test_what_is_read_is_what_the_text_encoder_gives(embedder: CaptionEmbedder, 
     table = Table(str(tmp_path), "caption_embeds/gemma", CAPTION_EMBEDS)
     with pytest.raises(MissingTableError, match="caption_embeds/gemma"):
         read_caption_embeds(table, "00000")
-    table.claim(embed_identity(str(tmp_path), CONFIG))
+    table.claim(embed_identity(str(tmp_path), CONFIG, MODELS))
     table.write_shard("00000", pa.Table.from_pylist(list(rows), CAPTION_EMBEDS))
     found = read_caption_embeds(table, "00000")
     assert list(found) == [(row_id, who) for row_id, captions in CAPTIONS.items() for who, _ in captions]
@@ -75,20 +76,20 @@ def test_what_is_read_is_what_the_text_encoder_gives(embedder: CaptionEmbedder, 
 def test_the_report_counts_captions_and_cuts(embedder: CaptionEmbedder, tmp_path: Path) -> None:
     Table(str(tmp_path), "scores/clip", SCORES).claim(Identity("score", {}, {}, {}))
     table = Table(str(tmp_path), "caption_embeds/gemma", CAPTION_EMBEDS)
-    manifest = table.claim(embed_identity(str(tmp_path), CONFIG))
-    assert "The table is empty" in check_page(embeds_report(str(tmp_path), table.path)).text
+    manifest = table.claim(embed_identity(str(tmp_path), CONFIG, MODELS))
+    assert "The table is empty" in check_page(caption_embeds_report(str(tmp_path), table.path)).text
     rows, _, figures = embedder.process(scores_table())
     table.write_shard("00000", pa.Table.from_pylist(list(rows), CAPTION_EMBEDS))
     means = {f"{name}.mean": value for name, value in figures.items()}
     table.write_manifest(replace(manifest, complete=True, num_shards=1, num_rows=5, figures=means))
-    page = check_page(embeds_report(str(tmp_path), table.path), table)
+    page = check_page(caption_embeds_report(str(tmp_path), table.path), table)
     assert "About 1 captions were longer than 12 tokens" in page.text
     assert "a 2 40.0%" in page.text and "original 1 20.0%" in page.text
 
 
 def test_all_that_changes_a_value_is_in_the_identity(tmp_path: Path) -> None:
     Table(str(tmp_path), "scores/clip", SCORES).claim(Identity("score", {}, {}, {}))
-    first = embed_identity(str(tmp_path), CONFIG)
+    first = embed_identity(str(tmp_path), CONFIG, MODELS)
     changes = [
         replace(CONFIG, prompts=replace(PROMPTS, instruction="Say what it shows.")),
         replace(CONFIG, prompts=replace(PROMPTS, max_tokens=300)),
@@ -97,9 +98,9 @@ def test_all_that_changes_a_value_is_in_the_identity(tmp_path: Path) -> None:
         replace(CONFIG, compute_dtype="bfloat16"),
         replace(CONFIG, dtype="bfloat16"),
     ]
-    fingerprints = {embed_identity(str(tmp_path), changed).fingerprint for changed in changes}
+    fingerprints = {embed_identity(str(tmp_path), changed, MODELS).fingerprint for changed in changes}
     assert len(fingerprints | {first.fingerprint}) == 7
-    assert embed_identity(str(tmp_path), replace(CONFIG, batch_size=1)) == first
+    assert embed_identity(str(tmp_path), replace(CONFIG, batch_size=1), MODELS) == first
     assert PROMPTS.instruction not in str(first)
 
 

@@ -105,8 +105,8 @@ def test_filters_read_image_scores_by_aligned_shard(dataset: str) -> None:
     ids = tables[0].read_shard("00001")["id"].to_pylist()
     assert [row["id"] for row in rows] == ids[1:3]
     assert [(row["id"], row["reject_reason"]) for row in rejects] == [(ids[0], "filtered"), (ids[3], "filtered")]
-    assert extract_identity(dataset, config).inputs.keys() == {"images", "scores/clip", "image_scores/aesthetic"}
-    assert extract_identity(dataset, config) != extract_identity(dataset, CONFIG)
+    assert extract_identity(dataset, config, {}).inputs.keys() == {"images", "scores/clip", "image_scores/aesthetic"}
+    assert extract_identity(dataset, config, {}) != extract_identity(dataset, CONFIG, {})
     with pytest.raises(MissingTableError, match="image_scores/nsfw"):
         run_extract(dataset, replace(config, image_filters={"nsfw": ImageFilter(max=2.0)}))
 

@@ -14,13 +14,14 @@ import pytest
 
 from pipelines.ingest import lists
 from pipelines.ingest.config import DownloadConfig, IngestConfig
-from pipelines.ingest.download import FetchError, fetch_all
+from pipelines.ingest.download import fetch_all
 from pipelines.ingest.lists import PIECE_ROWS
 from pipelines.ingest.readers import count_samples, read_parts
 from pipelines.ingest.run import run_ingest
 from pipelines.ingest.sources import Part, Source, find_source, list_parts
 from pipelines.storage.errors import StorageError
 from pipelines.tables.errors import StaleTableError
+from pipelines.tables.rejects import RowRefused
 from pipelines.tables.schema import IMAGES, IMAGES_PATH, Row
 from pipelines.tables.table import Table
 from tests.pipelines.ingest.test_sources import write_files, write_tar
@@ -69,7 +70,7 @@ def test_what_the_web_answers(server: ImageServer) -> None:
         if reason is None:
             assert result == server.images[path.rsplit("/", 1)[-1]], path
         else:
-            assert isinstance(result, FetchError) and (result.reason, bool(result.detail)) == (reason, True), path
+            assert isinstance(result, RowRefused) and (result.reason, bool(result.detail)) == (reason, True), path
     tries = {path: server.answers[path] for path in expected}
     assert {path for path, count in tries.items() if count == 1} >= {"/good/none.png", "/large/x", "/endless/x", "/noai/6.png"}
     assert (tries["/flaky/3.png"], tries["/busy/4.png"], tries["/slow/1.png"], tries["/cut/5.png"]) == (2, 2, 3, 3)
@@ -80,7 +81,7 @@ def test_what_the_web_answers(server: ImageServer) -> None:
 
 def test_nobody_there_and_no_url() -> None:
     results = fetch_all(["http://127.0.0.1:9/x.png", "http://[broken/x.png", "nowhere://x"], replace(FAST, attempts=1), 1000)
-    assert [result.reason for result in results if isinstance(result, FetchError)] == ["download_failed", "bad_url", "bad_url"]
+    assert [result.reason for result in results if isinstance(result, RowRefused)] == ["download_failed", "bad_url", "bad_url"]
 
 
 def test_a_host_is_not_stormed(server: ImageServer) -> None:

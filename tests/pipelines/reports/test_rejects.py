@@ -10,8 +10,8 @@ import pytest
 from pipelines.reports.captions import captions_report
 from pipelines.reports.images import images_report
 from pipelines.reports.rejects import read_rejects
-from pipelines.stages.contract import reject
 from pipelines.tables.identity import Identity
+from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.sampling import ReportScope
 from pipelines.tables.schema import CAPTIONS, IMAGES, IMAGES_PATH, REJECTS
 from pipelines.tables.table import Table
@@ -33,8 +33,8 @@ def test_rejects_show_members_of_a_local_tar(tmp_path: Path) -> None:
         member = tarfile.TarInfo("folder/x.jpg")
         member.size = 14
         archive.addfile(member, BytesIO(b"no picture but"))
-    refused = reject({"source_uri": f"{tmp_path}/a.tar#folder/x.jpg"}, "not_an_image", "14 bytes")
-    gone = reject({"source_uri": f"{tmp_path}/a.tar#folder/y.jpg"}, "not_an_image", "14 bytes")
+    refused = reject({"source_uri": f"{tmp_path}/a.tar#folder/x.jpg"}, RowRefused("not_an_image", "14 bytes"))
+    gone = reject({"source_uri": f"{tmp_path}/a.tar#folder/y.jpg"}, RowRefused("not_an_image", "14 bytes"))
     make_table(str(tmp_path), "images", IMAGES, [[image_row(0)]], [refused, gone])
     page = check_page(images_report(str(tmp_path)))
     assert "no picture but" in page.text and page.text.count("bytes not at hand") == 1
@@ -51,7 +51,7 @@ def test_a_list_brings_no_file_of_this_host_onto_a_page(tmp_path: Path, kind: st
     (tmp_path / "passwd").write_text("root:x:0")
     images = Table(str(tmp_path / "data"), IMAGES_PATH, IMAGES)
     images.claim(Identity("ingest", {"source_kind": kind}, {}, {}))
-    refused = reject({"source_uri": str(tmp_path / "passwd")}, "not_an_image", "no image")
+    refused = reject({"source_uri": str(tmp_path / "passwd")}, RowRefused("not_an_image", "no image"))
     images.rejects().write_shard("00000", pa.Table.from_pylist([refused], REJECTS))
     [shown] = read_rejects(images, ReportScope()).samples
     assert (shown.excerpt, shown.picture.src) == (excerpt, "")

@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.run import run_ingest
-from pipelines.reports.images import duplicates_report
+from pipelines.reports.image_scores import duplicates_report
 from pipelines.score.config import NEAR_DUPLICATES, DuplicatesConfig
 from pipelines.score.duplicates import GENERATIONS, Hashes, band_masks, decide, near_pairs, run_duplicates
 from pipelines.storage.errors import LeaseHeldError

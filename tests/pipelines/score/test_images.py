@@ -19,7 +19,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.run import run_ingest
-from pipelines.reports.images import image_scores_report
+from pipelines.reports.image_scores import image_scores_report
 from pipelines.score.config import ImageScorerConfig
 from pipelines.score.images import ImageScorer, run_image_scores
 from pipelines.tables.errors import StaleTableError

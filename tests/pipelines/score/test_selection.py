@@ -7,7 +7,6 @@ import pytest
 
 from pipelines.score.config import POLICIES, Policy, SelectionConfig
 from pipelines.score.selection import all_policies, caption_probabilities, choose_caption
-from pipelines.tables.chance import uniform
 
 CAPTIONS = [
     {"captioner": "a", "caption": "one", "clip_score": 30.0},
@@ -105,11 +104,6 @@ def test_all_policies_share_their_settings() -> None:
     assert all(config.policy == name and config.tau == 0.5 for name, config in policies.items())
     assert policies["proportions"].proportions == {"a": 1.0, "b": 1.0}
     assert "proportions" not in all_policies(SelectionConfig(), [])
-
-
-def test_uniform_is_the_same_on_every_machine() -> None:
-    assert uniform(0, 0, "a") == pytest.approx(0.8227784960076593, abs=1e-12)
-    assert 0 <= min(uniform(number) for number in range(1000)) < max(uniform(number) for number in range(1000)) < 1
 
 
 def test_settings_that_make_no_sense() -> None:

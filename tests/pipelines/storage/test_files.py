@@ -16,11 +16,11 @@ import pytest
 from pipelines.storage import files
 from pipelines.storage.errors import StorageError
 from pipelines.storage.files import find_files, list_folder, open_file, read_file, remove_file, write_file
-from pipelines.storage.swap import read_if_there, swap
 from pipelines.tables.errors import DamagedShardError
 from pipelines.tables.schema import IMAGES, SAMPLES
 from pipelines.tables.table import Table
-from tests.support.s3 import BUCKET, Fault, FaultyProxy, environment, s3_environment, serve_s3
+from sana_model.files import filesystems, retry
+from tests.support.s3 import BUCKET, FaultyProxy, faulty_s3, s3_environment, serve_s3
 
 URI = f"s3://{BUCKET}"
 
@@ -32,14 +32,8 @@ def endpoint() -> Iterator[str]:
 
 
 @pytest.fixture
-def proxy(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
-    """Between s3fs and the server; it spoils nothing until it is told to."""
-    monkeypatch.setattr(files, "FIRST_WAIT", 0.01)
-    with FaultyProxy(endpoint, delay=3.0).running() as proxy, environment(s3_environment(proxy.url)):
-        # s3fs keeps one client for equal options: one of its own for each proxy.
-        options = {**files.S3_OPTIONS, "endpoint_url": proxy.url}
-        config = {**options["config_kwargs"], "read_timeout": 2, "retries": {"mode": "standard", "total_max_attempts": 2}}
-        monkeypatch.setattr(files, "S3_OPTIONS", {**options, "config_kwargs": config})
+def proxy(endpoint: str) -> Iterator[FaultyProxy]:
+    with faulty_s3(endpoint) as proxy:
         yield proxy
 
 
@@ -69,7 +63,7 @@ def test_spoiled_answers_change_nothing(proxy: FaultyProxy) -> None:
 def test_a_storage_that_never_answers_is_given_up_with_a_clear_error(
     proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch, fault: str, last: str
 ) -> None:
-    monkeypatch.setattr(files, "ATTEMPTS", 2)
+    monkeypatch.setattr(retry, "STORAGE_ATTEMPTS", 2)
     proxy.share, proxy.faults = 1.0, (fault,)  # type: ignore[assignment]
     for call in (lambda: read_file(f"{URI}/a"), lambda: write_file(f"{URI}/a", b"x"), lambda: list_folder(f"{URI}/a")):
         with pytest.raises(StorageError, match=rf"cannot \w+ s3://bucket/a: gave up after 2 attempts, at last .*({last})"):
@@ -87,27 +81,10 @@ def test_no_server_no_bucket_no_file_no_access(proxy: FaultyProxy, monkeypatch: 
     with pytest.raises(StorageError, match=r"cannot write s3://bucket/x: access denied: check the credentials"):
         write_file(f"{URI}/x", b"x")
     assert proxy.requests.total() == before + 1, "what is forbidden is not asked for again"
-    monkeypatch.setattr(files, "ATTEMPTS", 2)
-    monkeypatch.setattr(files, "S3_OPTIONS", {**files.S3_OPTIONS, "endpoint_url": "http://127.0.0.1:9"})
+    monkeypatch.setattr(retry, "STORAGE_ATTEMPTS", 2)
+    monkeypatch.setattr(filesystems, "S3_OPTIONS", {**filesystems.S3_OPTIONS, "endpoint_url": "http://127.0.0.1:9"})
     with pytest.raises(StorageError, match=r"gave up after 2 attempts, at last .*127\.0\.0\.1:9"):
         read_file(f"{URI}/a")
-
-
-def test_a_conflict_between_writes_is_no_answer(proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever swaps looks again, and repeats it if the file is as it was."""
-    faults: list[Fault] = []
-    monkeypatch.setattr(proxy, "draw", lambda method: faults.pop() if method in ("PUT", "DELETE") and faults else None)
-    monkeypatch.setattr("pipelines.storage.swap.CONFLICT_WAITS", (0.01,) * 4)
-    expected: bytes | None = None
-    for content in (b"one", b"two", None):
-        faults += ["409"] * 3
-        assert swap(f"{URI}/swapped", expected, content) and faults == []
-        assert read_if_there(f"{URI}/swapped") == content
-        expected = content
-    assert not swap(f"{URI}/swapped", b"else", b"three")
-    faults += ["409"] * 4
-    with pytest.raises(StorageError, match=r"cannot write s3://bucket/swapped: .*in conflict with it 4 times"):
-        swap(f"{URI}/swapped", None, b"four")
 
 
 def test_only_what_is_asked_for_is_fetched(proxy: FaultyProxy) -> None:

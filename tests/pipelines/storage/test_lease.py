@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -17,7 +16,7 @@ import pytest
 from pipelines.stages.contract import Progress, Resources
 from pipelines.stages.run import run_shards
 from pipelines.storage.errors import LeaseHeldError, LeaseLostError
-from pipelines.storage.lease import LEASE, LeaseConfig, hold, lease_settings, read_lease, submission_id
+from pipelines.storage.lease import LEASE, LeaseConfig, Leases, hold, read_lease, shared, submission_id
 from pipelines.storage.swap import read_if_there, swap
 from pipelines.tables.identity import Identity
 from pipelines.tables.schema import CAPTIONS
@@ -72,13 +71,13 @@ def test_a_second_writer_is_refused_while_the_first_is_alive_and_told_who_it_is(
     assert first.read() == "held"
     record = read_lease(uri)
     assert record is not None and record.owner == "night run" and record.pid == first.process.pid
-    with lease_settings(SHORT), pytest.raises(LeaseHeldError) as refused, hold(uri):
+    with pytest.raises(LeaseHeldError) as refused, hold(uri, SHORT):
         pass
     for told in (uri, "night run", f"process {first.process.pid} on {record.host}", record.since, "lease runs until"):
         assert told in str(refused.value)
     first.end()
     assert read_lease(uri) is None
-    with lease_settings(SHORT), hold(uri):
+    with hold(uri, SHORT):
         assert read_lease(uri) is not None
 
 
@@ -106,14 +105,14 @@ def test_a_dead_writer_of_another_host_is_taken_over_when_its_lease_has_expired(
     assert first.read() == "held"
     first.process.kill()
     renewed = json.loads(Path(uri, LEASE).read_text())["renewed"]
-    with lease_settings(SHORT), hold(uri):
+    with hold(uri, SHORT):
         assert time.time() >= renewed + 4
 
 
 def test_a_restarted_job_goes_on_at_once_and_its_former_process_stops(uri: str, start: type[Holder]) -> None:
     first = start(uri, seconds=4, owner="job-7")
     assert first.read() == "held"
-    with lease_settings(LeaseConfig(owner="job-7", seconds=600)), hold(uri) as lease:
+    with hold(uri, LeaseConfig(owner="job-7", seconds=600)) as lease:
         assert first.read().startswith("lost")
         lease.check()
 
@@ -122,7 +121,7 @@ def test_a_writer_that_slept_too_long_finds_its_lease_lost(uri: str, start: type
     first = start(uri, elsewhere="another host")
     assert first.read() == "held"
     os.kill(first.process.pid, signal.SIGSTOP)
-    with lease_settings(SHORT), hold(uri) as taken:
+    with hold(uri, SHORT) as taken:
         os.kill(first.process.pid, signal.SIGCONT)
         lost = first.read()
         assert lost.startswith("lost") and str(os.getpid()) in lost and "writes nothing more" in lost
@@ -165,12 +164,29 @@ def test_a_stage_whose_lease_is_lost_stops_and_writes_nothing(tmp_path: Path, lo
     assert not table.require().complete
 
 
-def test_within_a_process_a_lease_is_shared(uri: str) -> None:
-    with hold(uri) as outer:
-        with hold(uri) as inner:
-            assert inner is outer
-        assert read_lease(uri) is not None
-    assert read_lease(uri) is None
+def test_the_leases_of_a_job_are_shared_by_what_it_calls_and_by_nobody_else(uri: str) -> None:
+    with Leases(LeaseConfig(owner="job-7", seconds=30)) as leases:
+        lease = leases.take(uri)
+        with shared(leases) as given:
+            assert given is leases and given.take(uri) is lease
+        record = read_lease(uri)
+        assert record is not None and (record.owner, record.seconds, record.token) == ("job-7", 30, lease.ticket.token)
+        for refused in (hold(uri), shared(None)):  # even in this process
+            with pytest.raises(LeaseHeldError), refused as other:
+                other.take(uri)  # type: ignore[attr-defined]  # hold() raised before
+        other = leases.take(f"{uri}-other")
+        assert other is not lease and read_lease(f"{uri}-other") is not None
+    assert read_lease(uri) is None and read_lease(f"{uri}-other") is None
+
+
+def test_a_job_whose_lease_is_lost_says_so_in_place_of_what_went_wrong(uri: str) -> None:
+    with pytest.raises(LeaseLostError), Leases() as leases:
+        leases.take(f"{uri}-other")
+        token = leases.take(uri).ticket.token
+        content = read_if_there(f"{uri}/{LEASE}")
+        assert swap(f"{uri}/{LEASE}", content, content and content.replace(token.encode(), b"other"))
+        raise RuntimeError("what went wrong because of it")
+    assert read_lease(uri) is not None and read_lease(f"{uri}-other") is None
 
 
 def test_the_owner_is_the_ray_job(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,39 +205,13 @@ def test_a_file_that_is_no_lease_is_nobody_s(uri: str) -> None:
         assert read_lease(uri) is not None
 
 
-@pytest.mark.parametrize("where", ["local", "s3"])
-def test_of_many_writers_that_swap_at_once_one_succeeds(where: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    folder = str(tmp_path) if where == "local" else request.getfixturevalue("bucket_uri")
-    uri, expected = f"{folder}/file", None
-    for turn in range(3):
-        winners = []
-        barrier = threading.Barrier(6)
-
-        def compete(number: int, expected: bytes | None = expected, turn: int = turn, barrier: threading.Barrier = barrier,
-                    winners: list[bytes] = winners) -> None:  # fmt: skip
-            content = f"{turn} {number}".encode()
-            barrier.wait()
-            if swap(uri, expected, content):
-                winners.append(content)
-
-        threads = [threading.Thread(target=compete, args=(number,)) for number in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert winners == [read_if_there(uri)]
-        expected = winners[0]
-    assert not swap(uri, b"else", None) and read_if_there(uri) == expected
-    assert swap(uri, expected, None) and read_if_there(uri) is None
-
-
 def test_a_lease_on_s3_refuses_and_is_released(bucket_uri: str, start: type[Holder]) -> None:
     uri = f"{bucket_uri}/data/captions/llava"
     first = start(uri)
     assert first.read() == "held"
-    with lease_settings(SHORT), pytest.raises(LeaseHeldError), hold(uri):
+    with pytest.raises(LeaseHeldError), hold(uri, SHORT):
         pass
     first.end()
-    with lease_settings(SHORT), hold(uri) as lease:
+    with hold(uri, SHORT) as lease:
         lease.check()
     assert read_lease(uri) is None

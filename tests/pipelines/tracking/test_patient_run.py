@@ -15,17 +15,17 @@ import pytest
 from pipelines.tracking import patient_run
 from pipelines.tracking.config import TrackingConfig
 from pipelines.tracking.patient_run import PatientRun
-from pipelines.tracking.runs import RunPlan
+from pipelines.tracking.runs import RunRequest
 
 
-def make_plan(folder: Path, uri: str) -> RunPlan:
-    return RunPlan.make("train", {"lr": 1.0}, tracking=TrackingConfig(uri=uri), output_dir=folder, key="a")
+def make_request(folder: Path, uri: str) -> RunRequest:
+    return RunRequest.make("train", {"lr": 1.0}, tracking=TrackingConfig(uri=uri), output_dir=folder, key="a")
 
 
-def history(plan: RunPlan) -> list[tuple[int, float]]:
-    run = plan.find()
+def history(run_request: RunRequest) -> list[tuple[int, float]]:
+    run = run_request.find()
     assert run is not None
-    return [(point.step, point.value) for point in mlflow.MlflowClient(plan.uri).get_metric_history(run.run_id, "loss")]
+    return [(point.step, point.value) for point in mlflow.MlflowClient(run_request.uri).get_metric_history(run.run_id, "loss")]
 
 
 def free_port() -> int:
@@ -36,7 +36,7 @@ def free_port() -> int:
 
 def test_figures_wait_and_are_sent_by_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patient_run, "CLOSE_SECONDS", 1.0)
-    nowhere = make_plan(tmp_path, f"http://127.0.0.1:{free_port()}")
+    nowhere = make_request(tmp_path, f"http://127.0.0.1:{free_port()}")
     notices: list[str] = []
     run = PatientRun(nowhere, say=notices.append)
     run.log_metrics({"loss": 3.0}, 10)
@@ -49,7 +49,7 @@ def test_figures_wait_and_are_sent_by_the_next_start(tmp_path: Path, monkeypatch
     assert notices[1:] == [f"3 entries could not be sent to MLflow at {nowhere.uri}"]
     assert nowhere.try_to(lambda _: None) is not None
 
-    there = make_plan(tmp_path, f"sqlite:///{tmp_path}/mlflow.db")
+    there = make_request(tmp_path, f"sqlite:///{tmp_path}/mlflow.db")
     for loss in (1.0, 0.5):  # two starts from one checkpoint: the second one's steps are known already
         again = PatientRun(there, say=notices.append, waiting=waiting)
         again.log_metrics({"loss": loss}, 30)
@@ -60,8 +60,8 @@ def test_figures_wait_and_are_sent_by_the_next_start(tmp_path: Path, monkeypatch
 
 def test_the_machine_is_watched_again_after_an_answer_that_failed(tmp_path: Path) -> None:
     """MLflow's own monitor ends with it."""
-    plan = make_plan(tmp_path, f"sqlite:///{tmp_path}/mlflow.db")
-    run = PatientRun(plan, say=print)
+    run_request = make_request(tmp_path, f"sqlite:///{tmp_path}/mlflow.db")
+    run = PatientRun(run_request, say=print)
     run.log_metrics({"loss": 3.0}, 10)
     wait_until(lambda: run._monitor is not None and not run.waiting())
     first = run._monitor
@@ -71,7 +71,7 @@ def test_the_machine_is_watched_again_after_an_answer_that_failed(tmp_path: Path
     wait_until(lambda: run._monitor is not first)
     assert run._monitor is not None and run._monitor._process is not None and run._monitor._process.is_alive()
     run.close()
-    assert history(plan) == [(10, 3.0), (20, 2.0)]
+    assert history(run_request) == [(10, 3.0), (20, 2.0)]
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
@@ -84,7 +84,7 @@ def wait_until(holds: Callable[[], bool]) -> None:
 @pytest.mark.slow
 def test_a_server_that_starts_late(tmp_path: Path) -> None:
     port = free_port()
-    plan = make_plan(tmp_path, f"http://127.0.0.1:{port}")
+    run_request = make_request(tmp_path, f"http://127.0.0.1:{port}")
     notices: list[str] = []
     said = threading.Event()
 
@@ -92,7 +92,7 @@ def test_a_server_that_starts_late(tmp_path: Path) -> None:
         notices.append(notice)
         said.set()
 
-    run = PatientRun(plan, say=say)
+    run = PatientRun(run_request, say=say)
     run.log_metrics({"loss": 3.0}, 10)
     assert said.wait(120)
     said.clear()
@@ -107,8 +107,8 @@ def test_a_server_that_starts_late(tmp_path: Path) -> None:
         assert said.wait(300)
         run.log_metrics({"loss": 2.0}, 20)
         run.close()
-        assert history(plan) == [(10, 3.0), (20, 2.0)]
+        assert history(run_request) == [(10, 3.0), (20, 2.0)]
     finally:
         server.terminate()
         server.wait()
-    assert notices[1] == f"MLflow at {plan.uri} can be reached again"
+    assert notices[1] == f"MLflow at {run_request.uri} can be reached again"

@@ -30,7 +30,8 @@ def test_a_run_ends_as_what_it_tracks(tmp_path: Path, error: BaseException | Non
 
 STARTS = """
 import resource, sys
-from pipelines.tracking import TrackingConfig, start_run
+from pipelines.tracking.config import TrackingConfig
+from pipelines.tracking.runs import start_run
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 start_run("ingest", {}, tracking=TrackingConfig(), output_dir=sys.argv[1]).__enter__()
 """

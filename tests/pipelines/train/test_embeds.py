@@ -23,8 +23,8 @@ from pipelines.train.preflight.run import run_preflight
 from pipelines.train.run import check_tables, train_identity
 from pipelines.train.stream.captions import HostTextEncoder, encode_captions, pad_embeds, read_caption_embeds
 from pipelines.train.stream.config import StreamConfig, ValidationConfig, WeightedTable
-from sana_model.files.pipeline import load_pipeline
 from sana_model.nn.config import TextEncoderConfig
+from sana_model.pipeline import TextToImage
 from tests.support.training_ranks import tiny_config, train_on_ranks
 from tests.support.training_world import make_pipeline, make_shards, make_table
 
@@ -76,7 +76,7 @@ def test_the_job_embeds_every_caption(dataset: Path, init: str) -> None:
     assert manifest.complete and (manifest.num_shards, manifest.num_rows) == (3, 152)
     found = read_caption_embeds(table, "00001")
     assert len(found) == 40 and {who for _, who in found} == {"a", "b"}
-    encoder = load_pipeline(init).text_encoder
+    encoder = TextToImage.from_pretrained(init).text_encoder
     embeds, _ = encoder.encode(["a blue square"])
     torch.testing.assert_close(found[f"{30:064x}", "a"].float(), embeds[0].float(), atol=1e-2, rtol=1e-2)
     assert (dataset / "caption_embeds/tiny/report.html").exists()
@@ -107,7 +107,7 @@ def test_resumes_with_samples_that_wait(tmp_path: Path, dataset: Path, config: T
 
 
 def test_only_real_tokens_and_the_null_caption(init: str) -> None:
-    encoder = load_pipeline(init).text_encoder
+    encoder = TextToImage.from_pretrained(init).text_encoder
     null, captions = encoder.null(), ["a red square", None, "blue"]
     told = [None if one is None else encoder.encode([one])[0][0] for one in captions]
     embeds, mask = pad_embeds(told, null)

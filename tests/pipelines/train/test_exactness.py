@@ -12,8 +12,8 @@ from pipelines.train.engine.config import EngineConfig, OptimConfig
 from pipelines.train.engine.optim import learning_rate
 from pipelines.train.stream.noise import draw_noise
 from pipelines.train.stream.stream import TrainingStream
-from sana_model.files.pipeline import load_pipeline
 from sana_model.flow import flow_loss
+from sana_model.pipeline import TextToImage
 from tests.support.training_ranks import BUCKETS, tiny_config, train_on_ranks
 from tests.support.training_world import make_pipeline, make_shards, make_table
 
@@ -34,7 +34,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def plain_loop(config: TrainConfig, dataset: Path) -> Iterator[float]:
     """The losses of a training in one process, in PyTorch alone."""
-    pipeline = load_pipeline(str(config.init))
+    pipeline = TextToImage.from_pretrained(str(config.init))
     model, encoder = pipeline.transformer.float().train(), pipeline.text_encoder
     weights = list(model.parameters())
     optim = config.optim

@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from pipelines.storage.files import list_folder
-from pipelines.train.outputs import read_drawn
 from pipelines.train.record import TrainingRecord
+from tests.support.drawn import read_drawn
 from tests.support.training_world import PATH, make_pipeline, make_shards, make_table
 
 Kind = Literal["worker", "driver", "ray"]

@@ -19,12 +19,12 @@ from pipelines.tracking.config import TrackingConfig
 from pipelines.train.config import BadStepConfig, TrainConfig
 from pipelines.train.engine.checkpoints import Checkpoint, read_weights
 from pipelines.train.engine.config import EngineConfig, OptimConfig
-from pipelines.train.outputs import read_drawn
 from pipelines.train.stream.config import StreamConfig, ValidationConfig, WeightedTable
 from pipelines.train.stream.mixture import Source
 from pipelines.train.stream.samples import is_held_out
 from pipelines.train.stream.stream import TrainingStream
 from pipelines.train.worker import TrainWorker
+from tests.support.drawn import read_drawn
 from tests.support.s3 import BUCKET, s3_environment, serve_s3
 from tests.support.training_ranks import BUCKETS, tiny_config, train_on_ranks
 from tests.support.training_world import PATH, make_pipeline, make_row, make_shards, make_table

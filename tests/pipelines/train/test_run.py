@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipelines.tables.errors import MissingTableError, StaleTableError, TrainingError, TrainingStopped
 from pipelines.tracking.config import TrackingConfig
-from pipelines.tracking.runs import RunPlan
+from pipelines.tracking.runs import RunRequest
 from pipelines.train.config import GridConfig, TrainConfig
 from pipelines.train.desk import OnNotice, OnTrainProgress, TrainProgress
 from pipelines.train.engine.checkpoints import read_weights
@@ -22,7 +22,7 @@ from pipelines.train.engine.config import EngineConfig, OptimConfig
 from pipelines.train.run import TrainResult, run_train
 from pipelines.train.stream.captions import encode_captions
 from pipelines.train.stream.config import FlowConfig
-from sana_model.files.pipeline import load_pipeline
+from sana_model.pipeline import TextToImage
 from tests.support.training_world import PATH, make_pipeline, make_shards, make_table
 
 
@@ -45,7 +45,7 @@ class World:
             str(self.folder / "dataset"),
             config or self.config,
             output_dir=str(self.folder / name),
-            plan=RunPlan.make(name, {"seed": 0}, tracking=tracking, output_dir=self.folder, key=name),
+            run_request=RunRequest.make(name, {"seed": 0}, tracking=tracking, output_dir=self.folder, key=name),
             on_progress=on_progress,
             on_notice=on_notice,
         )
@@ -92,7 +92,7 @@ def straight(world: World) -> TrainResult:
 
 
 def weights(result: TrainResult) -> dict[str, torch.Tensor]:
-    return load_pipeline(result.pipeline).transformer.state_dict()
+    return TextToImage.from_pretrained(result.pipeline).transformer.state_dict()
 
 
 def test_learns(world: World, straight: TrainResult) -> None:
@@ -120,7 +120,7 @@ def test_says_in_mlflow_what_it_is(world: World, straight: TrainResult) -> None:
 
 
 def test_ends_in_a_pipeline_with_the_average_weights(world: World, straight: TrainResult) -> None:
-    pipeline = load_pipeline(straight.pipeline)
+    pipeline = TextToImage.from_pretrained(straight.pipeline)
     assert pipeline.flow_shift == 2.0 and pipeline.text_encoder.config.instruction == "User Prompt: "
     assert all(weight.dtype == torch.float32 for weight in pipeline.transformer.parameters())
     assert isinstance(pipeline(["a red square"], num_steps=2)[0], Image.Image)
@@ -240,7 +240,7 @@ def test_whatever_disturbed_it_the_result_is_exactly_that_of_an_undisturbed_trai
 
 
 def test_what_fails_in_a_worker_is_one_message(world: World, tmp_path: Path) -> None:
-    pipeline = load_pipeline(str(world.config.init))
+    pipeline = TextToImage.from_pretrained(str(world.config.init))
     preset = replace(world.config, init=None, preset="tiny", text_encoder=str(tmp_path / "t"), autoencoder=str(tmp_path / "a"))
     pipeline.text_encoder.save_pretrained(tmp_path / "t")
     narrow = replace(pipeline.autoencoder.config, latent_channels=4)
@@ -272,7 +272,7 @@ def test_what_the_driver_can_tell_at_once(world: World, tmp_path: Path) -> None:
 
 
 def test_null_captions_among_others(world: World) -> None:
-    encoder = load_pipeline(str(world.config.init)).text_encoder
+    encoder = TextToImage.from_pretrained(str(world.config.init)).text_encoder
     null = encoder.null()
     embeds, mask = encode_captions(encoder, ["a red square", None, "blue"], null)
     told, told_mask = encoder.encode(["a red square", "blue"])

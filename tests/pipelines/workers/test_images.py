@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from pipelines.tables.rejects import RowRefused
 from pipelines.workers.images import (
     ORIENTATION_TAG,
     TRANSPOSE,
-    BadImageError,
     ImageLimits,
     decode,
     image_grid,
@@ -40,7 +40,7 @@ def difference(image: Image.Image, expected: Image.Image) -> float:
 
 
 def refusal(image_bytes: bytes, limits: ImageLimits | None = None) -> str:
-    with pytest.raises(BadImageError) as caught:
+    with pytest.raises(RowRefused) as caught:
         decode(image_bytes, limits)
     assert caught.value.detail
     return caught.value.reason

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from pipelines.tables.rejects import RowRefused
 from pipelines.tables.schema import Row
-from pipelines.workers.images import BadImageError
 from pipelines.workers.prepare import prepare_ahead
 
 PATIENCE = 60.0  # seconds until a test that waits in vain fails
@@ -31,7 +31,7 @@ def test_the_next_batch_is_prepared_while_the_model_has_this_one() -> None:
 
     batch: list[int] = []
     for _, prepared in prepare_ahead(rows_of(12), prepare, num_ahead=4, num_threads=2):
-        assert not isinstance(prepared, BadImageError)
+        assert not isinstance(prepared, RowRefused)
         batch.append(prepared)
         if len(batch) == 4:
             model(batch)
@@ -49,14 +49,14 @@ def test_order_and_errors_are_kept() -> None:
     def prepare(row: Row) -> int:
         time.sleep(0.002 * (row["id"] * 7 % 5))
         if row["id"] % 3 == 0:
-            raise BadImageError("odd", f"row {row['id']}")
+            raise RowRefused("odd", f"row {row['id']}")
         return -row["id"]
 
     found = list(prepare_ahead(rows_of(30), prepare, num_ahead=8, num_threads=4))
     assert [row["id"] for row, _ in found] == list(range(30))
     for row, ready in found:
         if row["id"] % 3 == 0:
-            assert isinstance(ready, BadImageError) and ready.detail == f"row {row['id']}"
+            assert isinstance(ready, RowRefused) and ready.detail == f"row {row['id']}"
         else:
             assert ready == -row["id"]
 

@@ -12,21 +12,18 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from pipelines.zoo.captioner_training import batch_maker, encode_prompt, to_pixels, train_captioner
 from pipelines.zoo.captioners import (
     PROMPTS,
-    batch_maker,
     caption_images,
     chat,
-    encode_prompt,
     load_captioner,
     make_captioner,
     measure_captioner,
     save_captioner,
-    to_pixels,
-    train_captioner,
 )
 from pipelines.zoo.clip import clip_tokenizer, make_clip
-from pipelines.zoo.training import LoopConfig
+from pipelines.zoo.config import LoopConfig, TinyCaptionerConfig
 from pipelines.zoo.world import load_world
 
 KINDS = ("llava", "llava-next")
@@ -136,12 +133,15 @@ def test_the_chat_template_reads_strings_urls_and_answers(checkpoints):
 
 def test_training_stops_at_its_target_and_measures_what_it_saved(tmp_path):
     loop = LoopConfig(num_steps=4, micro_batch_size=2, lr=1e-3, eval_every=2)
-    path, sizes = str(tmp_path / "captioner"), {"num_rows": 20, "num_measured": 20}
-    figures = train_captioner(path, kind="llava-next", cache_dir=str(tmp_path), loop=loop, stop_at=0.0, **sizes)
+    path = str(tmp_path / "captioner")
+    config = TinyCaptionerConfig(
+        output_dir=path, kind="llava-next", cache_dir=str(tmp_path), loop=loop, stop_at=0.0, num_rows=20, num_measured=20
+    )
+    figures = train_captioner(config)
     model, processor = load_captioner(path)
     assert figures == measure_captioner(model, processor, load_world(20, first=10_000_000))
     with pytest.raises(ValueError, match="clip_dir=None, kind='llava'"):
-        train_captioner(str(tmp_path), kind="llava", cache_dir=str(tmp_path), loop=loop)
+        TinyCaptionerConfig(output_dir=path, kind="llava")
 
 
 VLLM_SCRIPT = """

@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from sana_model.kernels.upsample_conv import upsample_conv, upsample_conv_reference
 from sana_model.nn.autoencoder import DCAutoencoder
 from tests.support.peers import FAMILIES, assert_close, diffusers_autoencoder, scramble
 
@@ -42,25 +41,6 @@ def test_encode_and_decode_equal_diffusers(name, tmp_path):
         latents = ours.encode(image)
         assert_close(latents, wanted)
         assert_close(ours.decode(wanted), theirs.decode(wanted / config.scaling_factor).sample)
-
-
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("size", [(1, 1), (3, 5), (8, 8)])
-def test_upsampling_by_phases_equals_repeating_pixels(size, grad):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 6, *size, generator=generator, requires_grad=grad)
-    weight = torch.randn(4, 6, 3, 3, generator=generator, requires_grad=grad)
-    bias = torch.randn(4, generator=generator, requires_grad=grad)
-    ours, reference = upsample_conv(x, weight, bias), upsample_conv_reference(x, weight, bias)
-    assert_close(ours, reference, 1e-5)
-    if grad:
-        upstream = torch.randn(ours.shape, generator=generator)
-        for left, right in zip(
-            torch.autograd.grad(ours, (x, weight, bias), upstream),
-            torch.autograd.grad(reference, (x, weight, bias), upstream),
-            strict=True,
-        ):
-            assert_close(left, right, 1e-5)
 
 
 @pytest.mark.parametrize(("tile_size", "overlap"), [(32, 16), (32, 0), (24, 8), (512, 64)])

@@ -1,14 +1,9 @@
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from sana_model.kernels.linear import SMALLEST_WEIGHT, Linear
-from sana_model.kernels.linear_attention import relu_attention_reference, relu_linear_attention
 from sana_model.nn.config import SanaConfig
 from sana_model.nn.transformer import SanaTransformer
 from sana_model.nn.transformer_blocks import SanaBlock
@@ -84,68 +79,6 @@ def test_gradients_of_a_training_step_equal_diffusers(config, tmp_path):
     for name, parameter in theirs.named_parameters():
         tolerance = 1e-4 * parameter.grad.abs().max().item() + 1e-7
         torch.testing.assert_close(gradients[name], parameter.grad, atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def test_linear_attention_equals_the_explicit_weights():
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(2, 37, 3, 8, generator=generator) for _ in range(3))
-    assert_close(relu_linear_attention(query, key, value), relu_attention_reference(query, key, value), 1e-5)
-
-
-def test_linear_attention_of_a_query_without_positive_key_is_zero():
-    query = -torch.ones(1, 4, 2, 8)
-    attended = relu_linear_attention(query, torch.randn(1, 4, 2, 8), torch.randn(1, 4, 2, 8))
-    assert torch.equal(attended, torch.zeros_like(attended))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bias", [True, False])
-def test_onednn_linear_equals_torch_forward_and_backward(dtype, bias):
-    torch.manual_seed(0)
-    layer = Linear(192, 160, bias=bias, dtype=dtype)
-    assert layer.weight.numel() >= SMALLEST_WEIGHT
-    x = torch.randn(2, 5, 192, dtype=dtype, requires_grad=True)
-    grad = torch.randn(2, 5, 160, dtype=dtype)
-    plain = F.linear(x.float(), layer.weight.float(), layer.bias.float() if bias else None)
-    wanted = torch.autograd.grad(plain, [x, *layer.parameters()], grad.float())
-    result = layer(x)
-    got = torch.autograd.grad(result, [x, *layer.parameters()], grad)
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    assert result.dtype == dtype and result.grad_fn is not None
-    assert_close(result.float(), plain, tolerance)
-    for ours, theirs in zip(got, wanted, strict=True):
-        assert_close(ours.float(), theirs.float(), tolerance)
-
-
-def test_onednn_linear_gives_a_lone_bias_its_gradient():
-    layer = Linear(192, 160)
-    layer.weight.requires_grad_(False)
-    layer(torch.randn(4, 192)).sum().backward()
-    assert torch.equal(layer.bias.grad, torch.full((160,), 4.0))
-
-
-def test_onednn_linear_refuses_second_derivatives_rather_than_get_them_wrong():
-    layer, x = Linear(192, 160), torch.randn(4, 192, requires_grad=True)
-    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
-
-
-def test_onednn_linear_serves_no_rows_and_function_transforms():
-    layer = Linear(192, 160)
-    layer(torch.randn(0, 192, requires_grad=True)).sum().backward()
-    x = torch.randn(5, 192)
-    assert_close(torch.func.vmap(layer)(x).detach(), layer(x).detach(), 1e-5)
-
-
-def test_bfloat16_works_on_a_processor_without_it():
-    program = (
-        "import torch; from sana_model.kernels.linear import Linear;"
-        "print(Linear(192, 160, dtype=torch.bfloat16)(torch.ones(2, 192, dtype=torch.bfloat16)).shape)"
-    )
-    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "DNNL_MAX_CPU_ISA": "AVX2"}
-    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert "[2, 160]" in run.stdout, run.stderr[-1000:]
 
 
 def test_padding_and_junk_behind_the_mask_never_matter():

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from infra.local.cluster import Cluster, cut_for
-from pipelines.storage.files import open_filesystem
+from sana_model.files.filesystems import open_filesystem
 from tests.support.cluster.stages import Stage
 
 PATIENCE = 420.0  # seconds for one job, with a fault in it

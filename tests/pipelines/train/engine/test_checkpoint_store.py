@@ -7,12 +7,13 @@ import pytest
 import torch
 from s3fs import S3FileSystem
 
-from pipelines.storage import files
 from pipelines.storage.errors import StorageError
 from pipelines.tables.identity import Identity
 from pipelines.train.engine.checkpoint_store import CheckpointStore
 from pipelines.train.engine.checkpoints import Checkpoint, Snapshot, UnfinishedCheckpointError, list_checkpoints, read_weights
 from pipelines.train.record import TrainingRecord
+from sana_model.files import retry
+from sana_model.files.retry import Backoff
 from tests.support.s3 import BUCKET, FaultyProxy, s3_environment, serve_s3
 
 
@@ -41,7 +42,7 @@ def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
         for name, value in s3_environment(proxy.url).items():
             monkeypatch.setenv(name, value)
         S3FileSystem.clear_instance_cache()  # of another server
-        monkeypatch.setattr(files, "FIRST_WAIT", 0.01)
+        monkeypatch.setattr(retry, "STORAGE_BACKOFF", Backoff(first=0.01, longest=0.5))
         yield proxy
 
 

@@ -1,0 +1,127 @@
+"""Configuration of the benchmarks."""
+
+from dataclasses import dataclass, field
+
+PARTS = ("forward", "training", "sampling", "autoencoder", "text")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Configuration of the comparison with diffusers.
+
+    Args:
+        device: "cpu" or "cuda".
+        depth: transformer blocks (published: 28).
+        text_depth: layers of Gemma-2-2B's width (published: 26).
+        sizes: image sides in pixels, for the transformer.
+        dtypes: float32, bfloat16 or float16.
+        batch_size: images at once.
+        parts: which of forward, training, sampling, autoencoder, text.
+        autoencoder_size: image side in pixels for encode and decode.
+        captions: encoded at once by the text encoder.
+        repeats: timings of each; sampling, autoencoder and text take half as many.
+    """
+
+    device: str = "cpu"
+    depth: int = 4
+    text_depth: int = 2
+    sizes: list[int] = field(default_factory=lambda: [512, 1024])
+    dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"])
+    batch_size: int = 1
+    parts: list[str] = field(default_factory=lambda: list(PARTS))
+    autoencoder_size: int = 512
+    captions: int = 16
+    repeats: int = 6
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.parts) - set(PARTS)):
+            raise ValueError(f"unknown parts {unknown}: choose from {list(PARTS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainStepConfig:
+    """Configuration of the comparison of a training step with the published recipe.
+
+    Args:
+        device: "cpu" or "cuda".
+        depth: transformer blocks (published: 28).
+        text_depth: layers of Gemma-2-2B's width (published: 26).
+        sizes: image sides in pixels.
+        dtype: float32 or bfloat16.
+        batch_size: images of a step.
+        repeats: timings of each part.
+    """
+
+    device: str = "cpu"
+    depth: int = 2
+    text_depth: int = 2
+    sizes: list[int] = field(default_factory=lambda: [512, 1024])
+    dtype: str = "bfloat16"
+    batch_size: int = 2
+    repeats: int = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverConfig:
+    """Configuration of the comparison of solvers.
+
+    Args:
+        seed: of the mixture's means and of the 512 starting points.
+        shift: flow shift of the sampling grid.
+        std: of each Gaussian; the means are standard normal.
+    """
+
+    seed: int = 0
+    shift: float = 3.0
+    std: float = 0.3
+
+
+@dataclass(frozen=True, kw_only=True)
+class TilingConfig:
+    """Configuration of the measurement of DC-AE's memory.
+
+    Args:
+        sizes: image sides in pixels.
+        tile: side of a tile in pixels.
+        preset: of `DCAutoencoder`.
+        dtype: float32 or bfloat16.
+        whole: measure the run in one piece too (2048 px takes some 10 GiB).
+    """
+
+    sizes: list[int] = field(default_factory=lambda: [512, 1024, 2048])
+    tile: int = 512
+    preset: str = "dc-ae-f32c32-sana-1.1"
+    dtype: str = "bfloat16"
+    whole: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """Configuration of the measurement of a stage's overhead.
+
+    Args:
+        rows: that the stage and the loop process; 0 leaves this out.
+        ms_per_row: that the model takes.
+        rows_per_shard: of both.
+        memory_rows: how many rows to measure memory with, one after the other.
+        num_cpus: logical CPUs of the local Ray.
+    """
+
+    rows: int = 20_000
+    ms_per_row: float = 5.0
+    rows_per_shard: int = 1000
+    memory_rows: list[int] = field(default_factory=lambda: [10_000, 100_000, 1_000_000])
+    num_cpus: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartupConfig:
+    """Configuration of the measurement of how fast commands start.
+
+    Args:
+        commands: names, as `python -m jobs` lists them; empty: all.
+        repeats: runs of each, in turns; the median counts.
+    """
+
+    commands: list[str] = field(default_factory=list)
+    repeats: int = 3

@@ -1,0 +1,77 @@
+"""The list of all commands with a line on each, in the order in which data flows, and the choice of one by name."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+
+from jobs.common.exit_codes import ExitCode
+
+Lines = Mapping[str, str]
+"""Names and a line on each."""
+
+GROUPS: Mapping[str, Lines] = {
+    "Raw images to a training table": {
+        "ingest": "Read raw images (a folder, tars, Parquet, lists of URLs) into the images table.",
+        "score_images": "Score images alone: aesthetics, watermarks, not safe for work.",
+        "duplicates": "Find images that look alike.",
+        "caption": "Have VLMs caption every image, each into a table of its own.",
+        "score": "Score every caption against its image with CLIP.",
+        "select": "Show what each selection policy would choose among the captions; makes nothing.",
+        "extract": "Encode every scored image as DC-AE latents.",
+        "embed_captions": "Compute the text encoder's output for every caption, so that training need not.",
+    },
+    "Training and pictures": {
+        "train": "Train the linear DiT on latents, with Ray Train and DeepSpeed.",
+        "export": "Write a training's weights for diffusers, NVlabs' code or this project. Needs no Ray and no GPU.",
+        "sample": "Draw pictures of prompts, and a grid of them.",
+        "evaluate": "Judge drawn pictures: CLIP scores and attribute accuracy.",
+    },
+    "All stages in one job": {
+        "pipeline": "Run every stage, from raw images to judged pictures.",
+        "demo": "Run every stage on drawn scenes or your own images, with pictures before and after training.",
+        "learning": "Train a fresh transformer on drawn scenes, and measure what it has learned at each grid.",
+    },
+    "A dataset as it is (needs no Ray)": {
+        "status": "Show every table and training: shards, rows, rejects, whether it is stale and why.",
+        "verify": "Read every byte of every table, and report what is damaged or missing (exit code 1).",
+        "lineage": "Write lineage.md and lineage.json: sources, counts, captioners' shares, models, versions.",
+    },
+    "Planning and measuring": {
+        "plan": "Estimate the GPU hours, storage and dollars that a dataset of some size takes.",
+        "benchmark": "Measure the model, a training step, a stage's overhead and the start of commands.",
+        "zoo": "Make and measure the tiny checkpoints of sana_model/zoo.",
+    },
+}
+COMMANDS: Lines = {name: line for lines in GROUPS.values() for name, line in lines.items()}
+
+
+def program(name: str) -> str:
+    """The command as a user types it."""
+    return f"python -m jobs.{name}"
+
+
+def choose(prog: str, groups: Mapping[str, Lines], argv: Sequence[str] | None) -> tuple[str, list[str]]:
+    """The name that a command line begins with, and its other arguments.
+
+    Without one, or with --help, the program ends with the list of names; with an unknown one, with one line and exit code 2.
+    """
+    name, *others = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    names = [name for lines in groups.values() for name in lines]
+    if name in ("-h", "--help"):
+        print(list_names(prog, groups))
+        sys.exit(ExitCode.DONE)
+    if name not in names:
+        close = get_close_matches(name, names, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"the names are {', '.join(names)}"
+        print(f"error: {prog} has no {name!r}: {hint}", file=sys.stderr)
+        sys.exit(ExitCode.USAGE)
+    return name, others
+
+
+def list_names(prog: str, groups: Mapping[str, Lines]) -> str:
+    """The names in their groups, a line on each."""
+    width = max(len(name) for lines in groups.values() for name in lines)
+    parts = [f"{prog} NAME [--config file.yaml] [--part.field value]; --help after a name explains its settings"]
+    for title, lines in groups.items():
+        parts.append("\n".join([title, *(f"  {name:<{width}}  {line}" for name, line in lines.items())]))
+    return "\n\n".join(parts)
