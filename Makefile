@@ -36,7 +36,7 @@ demo: install
 	$(BIN)/python -m jobs.demo --config jobs/configs/demo.yaml $(DEMO_IMAGES) $(OPTIONS)
 
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_OPTIONS)
 
 test-cluster: install
 	$(BIN)/python -m pytest -m cluster tests/cluster $(PYTEST_OPTIONS)

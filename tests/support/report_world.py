@@ -120,13 +120,8 @@ def make_dataset(folder: Path, num_shards: int = 3, shard_rows: int = 10) -> str
             for index, row in enumerate(images)
             for text in [text_of(captioner, index)]
         ]
-        make_table(
-            uri,
-            f"captions/{captioner}",
-            CAPTIONS,
-            cut(rows),
-            [reject(images[0], RowRefused("empty_caption", "it said nothing"))],
-        )
+        refused = reject(images[0], RowRefused("empty_caption", "it said nothing"))
+        make_table(uri, f"captions/{captioner}", CAPTIONS, cut(rows), [refused])
     scores = [{"id": row["id"], "captions": competing(index, row)} for index, row in enumerate(images)]
     make_table(uri, "scores/clip", SCORES, cut(scores))
     latents = [latents_row(index, row) for index, row in enumerate(images)]

@@ -1,4 +1,4 @@
-"""The pages of a training and of the demo, and pictures on a storage that fails."""
+"""The pages of a training and of the demo, also on a storage that fails."""
 
 from collections.abc import Iterator
 from pathlib import Path
