@@ -51,7 +51,7 @@ def test_an_unknown_name_is_answered_with_the_one_that_is_meant(capsys: pytest.C
         (["clpi"], "did you mean clip?"),
         (["clip", "--loop.num_steps", "5", "--config", "x.yaml"], "--loop.num_steps stands before --config"),
         (["clip", "--output_dir", "x", "--loop.num_steps", "five"], "five"),
-        (["captioner", "--output_dir", "x", "--kind", "llava"], "llava needs the directory of a CLIP"),
+        (["captioner", "--output_dir", "x", "--kind", "llava"], "give the folder of a CLIP for llava"),
     ],
 )
 def test_parts_of_a_command_are_parsed_by_the_same_rules(
