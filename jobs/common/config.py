@@ -1,22 +1,18 @@
 """A job's configuration: a dataclass, filled from YAML files and dotted command-line overrides, in this order."""
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from jobs.common.config_faults import check_command_line, check_required
+from jobs.common.config_fields import required_fields
 
 T = TypeVar("T")
-BOOLEANS = ("true", "false", "yes", "no")
-
-
-class _Parser(ArgumentParser):
-    """Says what is wrong in one line, without the list of all settings."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        print(f"error: {message}", f"({self.prog} --help explains every setting)", file=sys.stderr)
-        sys.exit(2)
+EPILOG = "Where a text says None, type null, in YAML and on the command line."
 
 
 def parse_config(config_class: type[T], argv: Sequence[str] | None = None, *, prog: str, description: str) -> T:
@@ -27,31 +23,65 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None = None, *, pr
     """
     flags = [f"--{field.name}" for field in fields(config_class) if field.type in (bool, "bool")]  # type: ignore[arg-type]
     arguments = _spell_out(list(sys.argv[1:] if argv is None else argv), flags)
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="a YAML file; overrides come after it, such as --part.field value")
-    parser.add_class_arguments(config_class, as_group=False)
-    early = [argument for argument in arguments[: _last_config(arguments)] if argument.startswith("--")]
-    early = [argument for argument in early if argument.split("=")[0] not in ("--config", "--print_config")]
-    if early:
-        parser.error(f"{early[0]} stands before --config, which would undo it: put --config first")
-    if unnamed := _find_unnamed(arguments):
-        parser.error(f"{unnamed!r} needs a name before it, such as: {prog} --{fields(config_class)[0].name} {unnamed}")  # type: ignore[arg-type]
-    parsed = parser.parse_args(arguments)
+    parser = _make_parser(config_class, prog, description)
     try:
+        _check_order(arguments)
+        if unnamed := _find_unnamed(arguments):
+            raise ValueError(_explain_unnamed(config_class, parser, arguments, unnamed))
+        parsed = _parse(parser, config_class, arguments)
+        check_required(config_class, parsed.get)
         values = vars(parser.instantiate(parsed))
         return config_class(**{name: value for name, value in values.items() if name != "config"})
-    except ValueError as error:
-        parser.error(str(error))
+    except (ArgumentError, ValueError) as error:
+        print(f"error: {_one_line(error)}", f"({prog} --help explains every setting)", file=sys.stderr)
+        sys.exit(2)
+
+
+def _make_parser(config_class: type, prog: str, description: str) -> ArgumentParser:
+    parser = ArgumentParser(prog=prog, description=description, epilog=EPILOG, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="a YAML file; overrides come after it, such as --part.field value")
+    parser.add_class_arguments(config_class, as_group=False)
+    for action in parser._actions:
+        if action.help == "Path to a configuration file.":
+            action.help = f"a YAML file with the fields of {action.dest} alone"
+    return parser
+
+
+def _parse(parser: ArgumentParser, config_class: type, arguments: list[str]) -> Namespace:
+    """What jsonargparse makes of the command line. Where it fails, the error says what is wrong in the user's words."""
+    try:
+        return parser.parse_args(arguments)
+    except (ArgumentError, ValueError, OSError) as error:
+        check_command_line(config_class, arguments, parser.prog)
+        raise ValueError(str(error)) from error
+
+
+def _one_line(error: Exception) -> str:
+    """An error's message in one line, with options as a user types them."""
+    told = " ".join(str(error).split())
+    if missing := re.search(r"the following arguments are required: ((?:[\w.]+, )*[\w.]+)", told):
+        section = re.match(r'Parser key "([\w.]+)"', told)  # the message of an optional section names its own fields alone
+        prefix = f"--{section[1]}." if section else "--"
+        return "these settings are required: " + ", ".join(prefix + name for name in missing[1].split(", "))
+    return told.split(" Given value type:")[0]
 
 
 def _spell_out(arguments: list[str], flags: list[str]) -> list[str]:
     """`--flag` alone as `--flag true`, which is how jsonargparse wants it."""
     spelled = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=False):
         spelled.append(argument)
-        if argument in flags and following.lower() not in BOOLEANS:
+        if argument in flags and following.startswith("-"):
             spelled.append("true")
     return spelled
+
+
+def _check_order(arguments: list[str]) -> None:
+    """Raise ValueError for an override before `--config`."""
+    early = [argument for argument in arguments[: _last_config(arguments)] if argument.startswith("--")]
+    early = [argument for argument in early if argument.split("=")[0] not in ("--config", "--print_config")]
+    if early:
+        raise ValueError(f"{early[0]} stands before --config, which would undo it: put --config first")
 
 
 def _find_unnamed(arguments: list[str]) -> str | None:
@@ -65,6 +95,20 @@ def _find_unnamed(arguments: list[str]) -> str | None:
         else:
             return argument
     return None
+
+
+def _explain_unnamed(config_class: type, parser: ArgumentParser, arguments: list[str], unnamed: str) -> str:
+    """The message on a value without a name: the required settings that it may be, with what each is."""
+    given = {argument.split("=")[0] for argument in arguments}
+    texts = {action.dest: action.help or "" for action in parser._actions}
+    proposals = []
+    for name in required_fields(config_class):
+        if f"--{name}" not in given:
+            text = re.split(r"[.,;:]", re.sub(r" ?\([^)]*\)", "", texts.get(name, "")))[0]
+            proposals.append(f"{parser.prog} --{name} {unnamed}" + (f" ({' '.join(text.split())})" if text else ""))
+    if proposals:
+        return f"{unnamed!r} needs a name before it, such as: {' or '.join(proposals)}"
+    return f"{unnamed!r} needs the name of a setting before it; a value of several words needs quotes, a list is [a, b]"
 
 
 def _last_config(arguments: list[str]) -> int:

@@ -11,7 +11,8 @@ class DrawConfig:
     """How pictures are drawn.
 
     Args:
-        height, width: of the pictures, in pixels; None takes the size that the model was trained for.
+        height: of the pictures, in pixels; None takes the size that the model was trained for.
+        width: as height.
         num_steps: steps of the solver.
         guidance_scale: classifier-free guidance weight; 1 turns guidance off.
         solver: "flow_dpm_solver" (14 to 20 steps) or "flow_euler" (28 to 50).

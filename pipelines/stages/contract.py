@@ -21,7 +21,8 @@ class Resources:
 
     Args:
         num_actors: actors that run in parallel, each with its own model.
-        num_cpus, num_gpus: of each; fractions share a device.
+        num_cpus: logical CPUs of each actor; a fraction lets actors share one.
+        num_gpus: GPUs of each actor; a fraction lets actors share one.
         custom: custom resources of each, such as {"L40S": 1}.
     """
 

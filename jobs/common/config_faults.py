@@ -1,0 +1,159 @@
+"""Finds what is wrong with a command line or YAML file that cannot be parsed, and says it in the user's words, in one line."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+
+from jobs.common.config_fields import describe, field_types, fits, load, required_fields, section_of, suggest
+
+NO_FIELDS = ("config", "print_config", "help")
+LONGEST_VALUE = 60
+ONE_SLASH = re.compile(r"([a-z][a-z0-9+.-]+):/(?!/)(.*)", re.DOTALL)
+
+
+class ConfigFault(ValueError):
+    """Names the file, the field, what came, and what is wanted."""
+
+
+def check_command_line(config_class: type, arguments: Sequence[str], prog: str) -> None:
+    """Raise ConfigFault for the first file or option that does not fit the configuration. It sees only what users get wrong."""
+    for name, value in _options(arguments):
+        if name == "config":
+            _check_file(config_class, value, prog)
+        elif name not in NO_FIELDS and not name.endswith(".help"):
+            _check_option(config_class, name, value)
+
+
+def check_required(config_class: type, value_of: Callable[[str], Any]) -> None:
+    """Raise ConfigFault for a required text that is empty, or a URI with one slash, which would name a local folder."""
+    for name in required_fields(config_class):
+        value = value_of(name)
+        if value == "":
+            raise ConfigFault(f"--{name} is empty: an unset variable?")
+        if isinstance(value, str) and (slip := ONE_SLASH.match(value)):
+            scheme, rest = slip.groups()
+            raise ConfigFault(
+                f"--{name} {value} has one slash after {scheme}: and would be a local folder: write {scheme}://{rest}"
+            )
+
+
+def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """Each option's name and its value, None if there is none."""
+    for place, argument in enumerate(arguments):
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            following = arguments[place + 1] if place + 1 < len(arguments) else None
+            yield name.rstrip("+"), value if equals else None if following is None or following.startswith("--") else following
+
+
+def _check_option(config_class: type, name: str, value: str | None) -> None:
+    hint: Any = config_class
+    for part in name.split("."):
+        section = section_of(hint)
+        if get_origin(hint) is dict or hint is dict:
+            return
+        hints = field_types(section) if section else {}
+        if part not in hints:
+            close = suggest(config_class, name)
+            hint_text = (
+                "did you mean " + " or ".join(f"--{known}" for known in close) + "?" if close else "see the names in --help"
+            )
+            raise ConfigFault(f"there is no setting --{name}: {hint_text}")
+        hint = hints[part]
+    if value is None:
+        raise ConfigFault(f"--{name} needs a value: {describe(hint)}")
+    if section_of(hint) and load(value) is not None:
+        _check_section_text(hint, name, value)
+    elif not fits(hint, value) and not (get_origin(hint) is list and section_of(get_args(hint)[0])):
+        raise ConfigFault(f"--{name} takes {describe(hint)}, not {_short(value)}")
+
+
+def _check_section_text(hint: Any, name: str, value: str) -> None:
+    """Check a whole section on the command line: YAML such as {a: 1}, or a file that holds it."""
+    section = section_of(hint)
+    assert section
+    if isinstance(content := load(value), dict):
+        _check_mapping(section, content, f"--{name}", f"{name}.", section)
+    elif not Path(value).is_file():
+        raise ConfigFault(f"--{name} takes {describe(hint)}, or a YAML file with them; there is no file {_short(value)}")
+    else:
+        _check_mapping(section, _read(value), value, f"{name}.", section)
+
+
+def _check_file(config_class: type, value: str | None, prog: str) -> None:
+    if not value:
+        raise ConfigFault("--config needs the name of a YAML file" + (", not '': an unset variable?" if value == "" else ""))
+    content = load(value)
+    if isinstance(content, dict) and not Path(value).exists():
+        return _check_mapping(config_class, content, "--config", "", config_class)
+    content = _read(value)
+    for key, inner in content.items():
+        if key not in field_types(config_class) and not suggest(config_class, str(key)):
+            kind = "section" if isinstance(inner, dict) else "field"
+            takes = ", ".join(field_types(config_class))
+            raise ConfigFault(
+                f"{value} has a {kind} {str(key)!r} that {prog.removeprefix('python -m ')} does not take: it takes {takes}"
+            )
+    return _check_mapping(config_class, content, value, "", config_class)
+
+
+def _read(file: str) -> dict[Any, Any]:
+    """The mapping that a YAML file holds."""
+    path = Path(file)
+    if not path.exists():
+        raise ConfigFault(f"there is no file {file}: --config takes a YAML file")
+    if path.is_dir():
+        raise ConfigFault(f"{file} is a folder: --config takes a YAML file")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigFault(f"{file} is no YAML file: it is not text") from error
+    except OSError as error:
+        raise ConfigFault(f"{file} cannot be read: {error.strerror}") from error
+    except yaml.MarkedYAMLError as error:
+        where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigFault(f"{file}{where}: this is no YAML: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:
+        raise ConfigFault(f"{file} is no YAML file: {str(error).splitlines()[0]}") from error
+    if content is None:
+        raise ConfigFault(f"{file} is empty: it must hold fields such as dataset_uri: data/cats")
+    if not isinstance(content, dict):
+        raise ConfigFault(f"{file} holds {_short(content)}, not fields such as dataset_uri: data/cats")
+    return content
+
+
+def _check_mapping(section: type, content: dict[Any, Any], origin: str, prefix: str, root: type) -> None:
+    """Check the fields of a section in a file. `origin` names the file; `prefix` is the section's dotted name and a dot."""
+    hints = field_types(section)
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if "." in str(key) or key == "class_path":
+            continue
+        if key not in hints:
+            known = [f"{prefix}{near}" for near in suggest(section, str(key))] or suggest(root, name)
+            hint_text = f"did you mean {' or '.join(known)}?" if known else f"the fields are {', '.join(hints)}"
+            raise ConfigFault(f"{origin}: there is no field {name}: {hint_text}")
+        _check_value(hints[key], value, origin, name, root)
+
+
+def _check_value(hint: Any, value: Any, origin: str, name: str, root: type) -> None:
+    inner = section_of(hint)
+    if inner and isinstance(value, dict):
+        return _check_mapping(inner, value, origin, f"{name}.", root)
+    if inner and isinstance(value, str) and Path(origin).parent.joinpath(value).is_file():
+        return None
+    if not fits(hint, value):
+        quote = f" (write it in quotes: '{value}')" if hint is str and isinstance(value, (bool, int, float)) else ""
+        raise ConfigFault(f"{origin}: {name} takes {describe(hint)}, not {_short(value)}{quote}")
+    if get_origin(hint) is list and (element := section_of(get_args(hint)[0])) and isinstance(value, list):
+        for place, each in enumerate(value):
+            _check_value(element, each, origin, f"{name}[{place}]", root)
+    return None
+
+
+def _short(value: Any) -> str:
+    told = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return told if len(told) <= LONGEST_VALUE else told[:LONGEST_VALUE] + "…"
