@@ -42,6 +42,7 @@ GROUPS: Mapping[str, Lines] = {
         "zoo": "Make and measure the tiny checkpoints of sana_model/zoo.",
     },
 }
+PROJECT = "sana-on-ray"
 COMMANDS: Lines = {name: line for lines in GROUPS.values() for name, line in lines.items()}
 
 
@@ -53,12 +54,16 @@ def program(name: str) -> str:
 def choose(prog: str, groups: Mapping[str, Lines], argv: Sequence[str] | None) -> tuple[str, list[str]]:
     """The name that a command line begins with, and its other arguments.
 
-    Without one, or with --help, the program ends with the list of names; with an unknown one, with one line and exit code 2.
+    Without one, or with help or --help, the program ends with the list of names; with --version, with the project's; with an
+    unknown name, with one line and exit code 2.
     """
     name, *others = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     names = [name for lines in groups.values() for name in lines]
-    if name in ("-h", "--help"):
+    if name in ("-h", "--help", "help"):
         print(list_names(prog, groups))
+        sys.exit(ExitCode.DONE)
+    if name == "--version":
+        print(find_version())
         sys.exit(ExitCode.DONE)
     if name not in names:
         close = get_close_matches(name, names, n=1)
@@ -66,6 +71,16 @@ def choose(prog: str, groups: Mapping[str, Lines], argv: Sequence[str] | None) -
         print(f"error: {prog} has no {name!r}: {hint}", file=sys.stderr)
         sys.exit(ExitCode.USAGE)
     return name, others
+
+
+def find_version() -> str:
+    """The project and its version, as it was installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"{PROJECT} {version(PROJECT)}"
+    except PackageNotFoundError:
+        return f"{PROJECT} runs from a folder of its source, without being installed: its pyproject.toml has the version"
 
 
 def list_names(prog: str, groups: Mapping[str, Lines]) -> str:

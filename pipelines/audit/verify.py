@@ -104,7 +104,7 @@ def verify_dataset(
     tables = find_tables(dataset_uri)
     known = {found.path: found for found in tables}
     if not tables:
-        raise ValueError(f"there is no dataset at {dataset_uri}: none of its folders holds a table")
+        raise ValueError(f"there is no dataset at {dataset_uri}: none of its folders holds a table (jobs.ingest begins one)")
     if missing := [path for path in paths if path not in known]:
         raise ValueError(f"there is no table {missing[0]!r} in {dataset_uri}; it holds {', '.join(known)}")
     chosen = [found for found in tables if not paths or found.path in paths]

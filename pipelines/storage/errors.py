@@ -12,6 +12,12 @@ class StorageError(OSError):
     error_kind: ClassVar[ErrorKind] = "fault"
 
 
+class NotAFolderError(StorageError):
+    """A file lies where a folder is needed, as when a user gives a file for a dataset."""
+
+    error_kind: ClassVar[ErrorKind] = "wrong_input"
+
+
 class LeaseHeldError(ValueError):
     """Another writer is at work on the table."""
 

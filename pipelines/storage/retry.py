@@ -5,9 +5,10 @@
 
 import errno
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
-from pipelines.storage.errors import StorageError
+from pipelines.storage.errors import NotAFolderError, StorageError
 from sana_model.files import retry
 from sana_model.files.retry import causes, describe, is_transient
 
@@ -34,12 +35,15 @@ def call(operation: Callable[[], T], action: str, uri: str) -> T:
 
     Raises:
         FileNotFoundError: as the operation raised it.
+        NotAFolderError: a file lies where a folder is needed.
         StorageError: any other failure of the storage.
     """
     try:
         return retry.call_patiently(operation, f"{action} {uri}")
     except FileNotFoundError:
         raise
+    except NotADirectoryError as error:
+        raise NotAFolderError(f"{_find_file(uri)} is a file: give the folder of a dataset or of a training") from error
     except Exception as error:
         if is_transient(error):
             reason = f"gave up after {retry.STORAGE_ATTEMPTS} attempts, at last {describe(error)}"
@@ -48,6 +52,12 @@ def call(operation: Callable[[], T], action: str, uri: str) -> T:
         else:
             raise
         raise StorageError(f"cannot {action} {uri}: {reason}") from error
+
+
+def _find_file(uri: str) -> str:
+    """The file that a local path goes through as if it were a folder; the path itself if there is none."""
+    path = Path(uri.removeprefix("file://"))
+    return str(next((part for part in (path, *path.parents) if part.is_file()), path))
 
 
 def _advice(error: BaseException) -> str | None:

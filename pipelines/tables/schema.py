@@ -130,5 +130,17 @@ TABLE_SCHEMAS = {
 }
 """Schemas by the first part of a table's path, in the order in which stages make the tables."""
 
+MADE_BY = {
+    IMAGES_PATH: "ingest",
+    "image_scores": "score_images or jobs.duplicates",
+    "captions": "caption",
+    "scores": "score",
+    "latents": "extract",
+    "caption_embeds": "embed_captions",
+    "samples": "sample",
+    "evaluations": "evaluate",
+}
+"""The command that makes a table (or the two that may), by the first part of the table's path."""
+
 
 Row = dict[str, Any]

@@ -20,7 +20,7 @@ from pipelines.storage.errors import StorageError
 from pipelines.storage.files import list_folder, open_file, read_file, write_file
 from pipelines.tables.errors import DamagedShardError, MissingTableError, StaleTableError
 from pipelines.tables.identity import MANIFEST, Identity, Manifest, _now, describe_differences, software_versions
-from pipelines.tables.schema import REJECTS
+from pipelines.tables.schema import MADE_BY, REJECTS
 
 REBUILD = "_rebuild.json"  # exists while the table is being deleted to be rebuilt
 REPORT = "report.html"
@@ -163,8 +163,18 @@ class Table:
         """The manifest of a stage's input. Raises MissingTableError."""
         manifest = self.read_manifest()
         if manifest is None:
-            raise MissingTableError(f"there is no table {self.path!r} in {self.dataset_uri}: run the stage that makes it first")
+            raise MissingTableError(f"there is no table {self.path!r} in {self.dataset_uri}{self._explain_missing()}")
         return manifest
+
+    def _explain_missing(self) -> str:
+        """The likely cause: no dataset at all, or another table of the same kind is meant, or its stage has not run."""
+        if not list_folder(self.dataset_uri):
+            return ", where nothing is: is this the dataset? (jobs.ingest begins one)"
+        group, _, name = self.path.partition("/")
+        others = [other for other in list_folder(f"{self.dataset_uri}/{group}", with_files=False) if other[0] not in "._"]
+        there = f", which has {', '.join(f'{group}/{other}' for other in others)}" if name and others else ""
+        maker = f" (jobs.{MADE_BY[group]})" if group in MADE_BY else ""
+        return f"{there}: run the stage that makes it first{maker}"
 
     def claim(self, identity: Identity) -> Manifest:
         """Begin or resume writing this table with `identity`.

@@ -1,5 +1,6 @@
 """`python -m jobs`: the list of commands, and the run of one by its name."""
 
+import importlib.metadata
 import importlib.util
 import tomllib
 from pathlib import Path
@@ -21,13 +22,28 @@ def ended(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[object, 
 
 
 def test_every_command_is_listed_with_its_line_and_none_is_forgotten(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in ([], ["--help"]):
+    for arguments in ([], ["--help"], ["help"]):
         code, listed, _ = ended(capsys, *arguments)
         assert code == 0
         assert all(f"  {name} " in listed and line in listed for name, line in COMMANDS.items())
     modules = {path.stem for path in (ROOT / "jobs").glob("[!_]*.py")}
     packages = {path.parent.name for path in (ROOT / "jobs").glob("*/__main__.py")}
     assert modules | packages == COMMANDS.keys()
+
+
+def test_the_version_is_the_project_s_also_where_it_is_not_installed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    monkeypatch.setattr("importlib.metadata.version", lambda name: {project["name"]: project["version"]}[name])
+    assert ended(capsys, "--version")[:2] == (0, f"{project['name']} {project['version']}\n")
+
+    def not_installed(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", not_installed)
+    code, told, _ = ended(capsys, "--version")
+    assert code == 0 and "without being installed" in told
 
 
 def test_a_command_runs_by_its_name(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

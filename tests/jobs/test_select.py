@@ -64,7 +64,11 @@ def test_the_page(dataset: str, tmp_path: Path) -> None:
 
 def test_what_is_wrong_is_said_in_one_line(dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert select.main(["--dataset_uri", dataset, "--scorer", "siglip"]) == 1
-    assert "there is no table 'scores/siglip'" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "there is no table 'scores/siglip'" in told
+    assert "which has scores/clip: run the stage that makes it first (jobs.score)" in told
+    assert select.main(["--dataset_uri", f"{dataset}/nowhere", "--scorer", "clip"]) == 1
+    assert "nowhere, where nothing is: is this the dataset? (jobs.ingest begins one)" in capsys.readouterr().err
     assert select.main(["--dataset_uri", dataset, "--scorer", "clip", "--tau", "0"]) == 1
     assert "tau=0.0 must be positive" in capsys.readouterr().err
     for arguments in (

@@ -2,10 +2,11 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from pipelines.storage.errors import StorageError
+from pipelines.storage.errors import NotAFolderError, StorageError
 from pipelines.storage.retry import call
 from sana_model.files import retry
 from sana_model.files.retry import Backoff
@@ -42,6 +43,16 @@ def test_after_the_last_attempt_the_error_says_so() -> None:
     with pytest.raises(StorageError, match=r"cannot list s3://b: gave up after 8 attempts, at last TimeoutError: late"):
         call(operation, "list", "s3://b")
     assert len(left) == 1
+
+
+def test_a_file_in_place_of_a_folder_is_the_user_s_to_mend(tmp_path: Path) -> None:
+    file = tmp_path / "README.md"
+    file.write_text("read me")
+    for uri in (f"{file}/images/_manifest.json", f"file://{file}/images"):
+        operation, _ = failing(NotADirectoryError(20, "Not a directory"))
+        with pytest.raises(NotAFolderError, match=f"^{file} is a file: give the folder of a dataset") as error:
+            call(operation, "read", uri)
+        assert error.value.error_kind == "wrong_input"
 
 
 @pytest.mark.parametrize(
