@@ -14,6 +14,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_tracking_of_another_file() -> None:
+    """MLflow writes the last database into the environment, where the next job would take it for its user's wish."""
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """One Ray for the whole run of pytest: starting one takes longer than most tests.
@@ -22,9 +28,20 @@ def local_ray() -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # how soon a checkpoint of Ray Train counts
-        ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+        _start_ray(attempts=3)
         yield
         ray.shutdown()
+
+
+def _start_ray(attempts: int) -> None:
+    """Ray gives up a start after 30 seconds, which is too soon on a busy machine."""
+    try:
+        ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+    except (RuntimeError, SystemExit):
+        ray.shutdown()
+        if attempts == 1:
+            raise
+        _start_ray(attempts - 1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
