@@ -31,7 +31,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def parse(config: Path) -> PipelineJob:
-    return parse_config(PipelineJob, ["--config", str(config)], name="pipeline")
+    return parse_config(PipelineJob, ["--config", str(config)], prog="test", description="")
 
 
 def test_stages_that_do_not_fit_together_are_refused(config: Path) -> None:
