@@ -71,7 +71,7 @@ def test_a_fault_keeps_its_traceback(
     def fail(job: PipelineJob) -> None:
         raise error("what happened")
 
-    code = job_module.run_job(PipelineJob, fail, ["--config", str(config)], prog="test", description="")
+    code = job_module.run_job(PipelineJob, fail, ["--config", str(config)], name="pipeline")
     told = capsys.readouterr().err
     assert code == (ExitCode.WRONG_INPUT if error is ValueError else ExitCode.FAULT)
     assert ("Traceback" in told) == (error is not ValueError) and "what happened" in told
