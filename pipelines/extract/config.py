@@ -87,6 +87,8 @@ class ExtractConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.check_rows < 0:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1, and check_rows={self.check_rows} at least 0")
+        if self.resolution < 1:
+            raise ValueError(f"resolution={self.resolution} must be positive, a multiple of what the autoencoder shrinks by")
         for name in ("max_latent", "max_upscale"):
             value = getattr(self, name)
             if value is not None and value <= 0:

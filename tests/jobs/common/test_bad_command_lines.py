@@ -8,6 +8,7 @@ from jobs.caption import CaptionJob
 from jobs.common.commands import program
 from jobs.common.config import parse_config
 from jobs.export import ExportConfig
+from jobs.extract import ExtractJob
 from jobs.ingest import IngestJob
 from jobs.lineage import LineageConfig
 from jobs.status import StatusConfig
@@ -16,6 +17,7 @@ from jobs.verify import VerifyConfig
 
 CONFIGS = {
     "caption": CaptionJob,
+    "extract": ExtractJob,
     "export": ExportConfig,
     "ingest": IngestJob,
     "lineage": LineageConfig,
@@ -41,6 +43,7 @@ FILES = {
     "other.yaml": b"captioner: {name: a}\n",
 }
 GIVEN = "--dataset_uri x --ingest.source a "
+EXTRACT = "--extract.name a --extract.autoencoder b --extract.scorer clip "
 ROWS = [
     ("ingest", "--config binary", ["binary is no YAML file: it is not text"]),
     ("ingest", "--config control", ["control is no YAML file"]),
@@ -90,6 +93,7 @@ ROWS = [
     ("ingest", "--dataset_uri x --source a", ["no setting --source: did you mean --ingest.source?"]),
     ("train", "--dataset_uri x --train.steps 3", ["no setting --train.steps: did you mean --train.num_steps?"]),
     ("ingest", "", ["required: --dataset_uri, --ingest.source"]),
+    ("extract", "--dataset_uri x " + EXTRACT + "--extract.resolution -64", ["resolution=-64 must be positive"]),
     ("status", "--rows maybe", ["--rows takes true or false, not 'maybe'"]),
     ("status", "--dataset_uri x --rows=maybe", ["--rows takes true or false, not 'maybe'"]),
     ("status", "--dataset_uri x stray", ["'stray' needs the name of a setting before it"]),
