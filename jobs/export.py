@@ -7,13 +7,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from jobs.common.config import from_dict
 from jobs.common.job import run_command
 from pipelines.tables.table import absolute_uri
 from pipelines.train.config import TrainConfig
 from pipelines.train.record import CHECKPOINTS_DIR, read_config
+from sana_model.files.layout import Layout
 from sana_model.nn.config import DIFFUSERS_PROMPTS
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
     from sana_model.nn.transformer import SanaTransformer
     from sana_model.pipeline import TextToImage
-
-Layout = Literal["diffusers", "nvlabs", "sana"]  # sana_model.files.models has it too, and torch with it
 
 
 @dataclass(frozen=True, kw_only=True)

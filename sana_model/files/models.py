@@ -6,7 +6,7 @@ transformers.
 
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 from sana_model.files import key_maps
 from sana_model.files.atomic import write_atomically
 from sana_model.files.key_maps import KeyMap, from_ours, their_shape, to_ours, translate
+from sana_model.files.layout import Layout
 from sana_model.files.places import local_target, resolve
 from sana_model.files.published_configs import (
     autoencoder_config_from_diffusers,
@@ -38,8 +39,6 @@ from sana_model.nn.autoencoder import DCAutoencoder
 from sana_model.nn.config import DEFAULT_TEXT_ENCODER, NVLABS_PROMPTS, AutoencoderConfig, SanaConfig, TextEncoderConfig
 from sana_model.nn.text_encoder import TextEncoder
 from sana_model.nn.transformer import SanaTransformer
-
-Layout = Literal["sana", "diffusers", "nvlabs"]
 
 PIPELINE_INDEXES = ("pipeline.json", "model_index.json")  # of a whole pipeline's folder: ours, diffusers'
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ import torch
 from diffusers import SanaPipeline
 from PIL import Image
 
-from jobs.export import Layout, main
+from jobs.export import main
 from pipelines.tables.table import Table
 from pipelines.train.config import TrainConfig
 from pipelines.train.engine.config import EngineConfig, LoraConfig, OptimConfig
@@ -18,7 +18,6 @@ from pipelines.train.engine.lora import merge_lora
 from pipelines.train.record import write_config
 from pipelines.train.task import TrainTask
 from pipelines.train.worker import TrainWorker
-from sana_model.files import models
 from sana_model.nn.transformer import SanaTransformer
 from sana_model.pipeline import TextToImage
 from tests.support.one_worker import one_worker
@@ -135,10 +134,6 @@ def test_other_layouts_adapters_and_one_checkpoint_of_several(tmp_path: Path, ta
     assert main([*source, "--output", str(tmp_path / "first"), "--layout", "sana"]) == 0
     changed = TextToImage.from_pretrained(tmp_path / "first").transformer.state_dict()
     assert any(not torch.equal(weight, changed[name]) for name, weight in expected.items())
-
-
-def test_the_command_offers_the_layouts_that_there_are() -> None:
-    assert set(get_args(Layout)) == set(get_args(models.Layout))
 
 
 def test_what_cannot_be_exported_is_said(tmp_path: Path, table: Table, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,21 +20,9 @@ from pipelines.tables.errors import DamagedShardError
 from pipelines.tables.schema import IMAGES, SAMPLES
 from pipelines.tables.table import Table
 from sana_model.files import filesystems, retry
-from tests.support.s3 import BUCKET, FaultyProxy, faulty_s3, s3_environment, serve_s3
+from tests.support.s3 import BUCKET, FaultyProxy, s3_environment
 
 URI = f"s3://{BUCKET}"
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    with serve_s3() as endpoint:
-        yield endpoint
-
-
-@pytest.fixture
-def proxy(endpoint: str) -> Iterator[FaultyProxy]:
-    with faulty_s3(endpoint) as proxy:
-        yield proxy
 
 
 def pictures(count: int, size: int) -> pa.Table:

@@ -1,7 +1,6 @@
 """Compare and swap on a local disk and on S3: of many writers one wins, and a conflict between writes is tried again."""
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
@@ -10,21 +9,9 @@ import pytest
 from pipelines.storage.errors import StorageError
 from pipelines.storage.swap import read_if_there, swap
 from sana_model.files.retry import Backoff
-from tests.support.s3 import BUCKET, Fault, FaultyProxy, faulty_s3, serve_s3
+from tests.support.s3 import BUCKET, Fault, FaultyProxy
 
 URI = f"s3://{BUCKET}"
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    with serve_s3() as endpoint:
-        yield endpoint
-
-
-@pytest.fixture
-def proxy(endpoint: str) -> Iterator[FaultyProxy]:
-    with faulty_s3(endpoint) as proxy:
-        yield proxy
 
 
 @pytest.mark.parametrize("where", ["local", "s3"])
