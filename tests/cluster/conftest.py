@@ -21,6 +21,11 @@ FOLDER = "SANA_CLUSTER"
 _faults: list[Fault] = []
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_tracking_of_another_file() -> None:
+    """Here all files share the cluster's MLflow, which `cluster` names in the environment until the end."""
+
+
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Four hosts, with images on their S3 at RAW; this process reaches S3 and MLflow."""
