@@ -10,7 +10,7 @@ from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from pipelines.tables.schema import SCHEMA_VERSION
+from pipelines.tables.schema import form_of
 
 MANIFEST = "_manifest.json"
 PACKAGES = ("sana-on-ray", "ray", "torch", "transformers", "diffusers", "deepspeed", "vllm", "pyarrow", "pillow")
@@ -26,12 +26,19 @@ class Identity:
     """The revision or the hash of the weights, by model."""
     inputs: Mapping[str, str]
     """The fingerprints of the input tables, by path."""
+    rows_of: str = field(default="", compare=False)
+    """Path of the input whose rows the table is about: each is a row of the table, or one of its rejects. Empty: of the only
+    input, or of none. It is no part of the fingerprint."""
 
     @cached_property
     def fingerprint(self) -> str:
         """Hex; the same for equal content on every machine."""
-        content = json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, sort_keys=True)
+        content = json.dumps({"schema_version": form_of(self.stage), **self.values()}, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
+
+    def values(self) -> dict[str, Any]:
+        """What the fingerprint is computed from, besides the version of the table's form."""
+        return {name: value for name, value in asdict(self).items() if name != "rows_of"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +50,10 @@ class Manifest:
     config: dict[str, Any]
     models: dict[str, str]
     inputs: dict[str, str]
-    schema_version: int = SCHEMA_VERSION
+    rows_of: str = ""
+    """As in `Identity`."""
+    schema_version: int = 1
+    """Version of the table's form, see `schema.FORMS`."""
     complete: bool = False
     num_shards: int = 0
     num_rows: int = 0
@@ -59,7 +69,12 @@ class Manifest:
     updated: str = ""
 
     def identity(self) -> Identity:
-        return Identity(self.stage, self.config, self.models, self.inputs)
+        return Identity(self.stage, self.config, self.models, self.inputs, self.rows_of)
+
+    @property
+    def is_old(self) -> bool:
+        """Whether an earlier version of this program made the table, in a form that is no longer read."""
+        return self.schema_version != form_of(self.stage)
 
 
 def value_settings(config: Any) -> dict[str, Any]:
@@ -88,13 +103,13 @@ def _now() -> str:
 
 def describe_differences(old: Identity, new: Identity) -> list[str]:
     """A line "field: old -> new" for each field that differs."""
-    before, after = _flatten(asdict(old)), _flatten(asdict(new))
+    before, after = _flatten(old.values()), _flatten(new.values())
     absent = "(absent)"
     return [
         f"{name}: {_shorten(before.get(name, absent))} -> {_shorten(after.get(name, absent))}"
         for name in sorted(before.keys() | after.keys())
         if before.get(name, absent) != after.get(name, absent)
-    ] or ["schema_version"]
+    ]
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

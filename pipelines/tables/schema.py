@@ -1,16 +1,12 @@
 """Every table of a dataset: where it lies, its columns and their Arrow types. Nothing else spells a column's type."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
-
-CAPTION = pa.struct([("captioner", pa.string()), ("caption", pa.string()), ("clip_score", pa.float32())])
-"""A caption that competes for an image. `clip_score` is 100 times the cosine of image and text."""
-
 ORIGINAL_CAPTIONER = "original"
-"""The captioner's name for captions that came with the images."""
+"""The captioner's name for captions that came with the images: they are in `images`, and no table of captions holds them."""
 
 IMAGES = pa.schema(
     [
@@ -41,7 +37,12 @@ CAPTIONS = pa.schema(
         pa.field("flags", pa.list_(pa.string())),  # faults that did not lead to a reject: caption.config.FAULTS
     ]
 )
-SCORES = pa.schema([pa.field("id", pa.string(), nullable=False), pa.field("captions", pa.list_(CAPTION), nullable=False)])
+SCORES = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("clip_score", pa.float32(), nullable=False),  # 100 times the cosine of image and caption
+    ]
+)
 LATENTS = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
@@ -50,13 +51,11 @@ LATENTS = pa.schema(
         pa.field("height", pa.int32(), nullable=False),  # of the latents
         pa.field("width", pa.int32(), nullable=False),
         pa.field("bucket", pa.string(), nullable=False),  # "HxW", pixels
-        pa.field("captions", pa.list_(CAPTION), nullable=False),
     ]
 )
 CAPTION_EMBEDS = pa.schema(
     [
-        pa.field("id", pa.string(), nullable=False),  # of the image: an id has one row for each captioner
-        pa.field("captioner", pa.string(), nullable=False),
+        pa.field("id", pa.string(), nullable=False),  # of the image
         pa.field("embeds", pa.large_binary(), nullable=False),  # (num_tokens, width) in C order; dtype: the manifest's
         pa.field("num_tokens", pa.int32(), nullable=False),
     ]
@@ -88,6 +87,21 @@ REJECTS = pa.schema(
 )
 
 
+def image_embeds_schema(width: int) -> pa.Schema:
+    """The schema of `image_embeds/<clip>` for a CLIP whose embeddings have `width` numbers; each embedding has length 1."""
+    number = pa.field("item", pa.float16(), nullable=False)
+    return pa.schema(
+        [
+            pa.field("id", pa.string(), nullable=False),
+            pa.field("embedding", pa.list_(number, width), nullable=False),
+        ]
+    )
+
+
+def image_embeds_path(clip: str) -> str:
+    return f"image_embeds/{clip}"
+
+
 def image_scores_path(scorer: str) -> str:
     return f"image_scores/{scorer}"
 
@@ -96,16 +110,16 @@ def captions_path(captioner: str) -> str:
     return f"captions/{captioner}"
 
 
-def scores_path(scorer: str) -> str:
-    return f"scores/{scorer}"
+def scores_path(clip: str, captioner: str) -> str:
+    return f"scores/{clip}/{captioner}"
 
 
 def latents_path(autoencoder: str, resolution: int) -> str:
     return f"latents/{autoencoder}-{resolution}"
 
 
-def caption_embeds_path(text_encoder: str) -> str:
-    return f"caption_embeds/{text_encoder}"
+def caption_embeds_path(text_encoder: str, captioner: str) -> str:
+    return f"caption_embeds/{text_encoder}/{captioner}"
 
 
 def samples_path(name: str) -> str:
@@ -120,6 +134,7 @@ IMAGES_PATH = "images"
 
 TABLE_SCHEMAS = {
     IMAGES_PATH: IMAGES,
+    "image_embeds": image_embeds_schema(-1),  # of unknown width; see `schema_of`
     "image_scores": IMAGE_SCORES,
     "captions": CAPTIONS,
     "scores": SCORES,
@@ -132,8 +147,9 @@ TABLE_SCHEMAS = {
 
 MADE_BY = {
     IMAGES_PATH: "ingest",
+    "image_embeds": "embed_images or jobs.score",
     "image_scores": "score_images or jobs.duplicates",
-    "captions": "caption",
+    "captions": "caption or jobs.import_captions",
     "scores": "score",
     "latents": "extract",
     "caption_embeds": "embed_captions",
@@ -141,6 +157,25 @@ MADE_BY = {
     "evaluations": "evaluate",
 }
 """The command that makes a table (or the two that may), by the first part of the table's path."""
+
+FORMS = {"score": 2, "extract": 2, "embed_captions": 2}
+"""The version of the form in which a stage writes its table, by stage; it is 1 for every other stage.
+
+1 -> 2: scores and embeddings of all captioners were in one table, and latents held the captions.
+"""
+
+
+def form_of(stage: str) -> int:
+    """The version of the form in which this program writes the table of a stage."""
+    return FORMS.get(stage, 1)
+
+
+def schema_of(path: str, config: Mapping[str, Any]) -> pa.Schema:
+    """The schema of a table from its path and the configuration in its manifest."""
+    group = path.split("/")[0]
+    if group == "image_embeds" and "width" in config:
+        return image_embeds_schema(config["width"])
+    return TABLE_SCHEMAS[group]
 
 
 Row = dict[str, Any]

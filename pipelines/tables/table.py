@@ -20,7 +20,7 @@ from pipelines.storage.errors import StorageError
 from pipelines.storage.files import list_folder, open_file, read_file, write_file
 from pipelines.tables.errors import DamagedShardError, MissingTableError, StaleTableError
 from pipelines.tables.identity import MANIFEST, Identity, Manifest, _now, describe_differences, software_versions
-from pipelines.tables.schema import MADE_BY, REJECTS
+from pipelines.tables.schema import MADE_BY, REJECTS, form_of
 
 REBUILD = "_rebuild.json"  # exists while the table is being deleted to be rebuilt
 REPORT = "report.html"
@@ -160,19 +160,33 @@ class Table:
             raise ValueError(f"{self.uri}/{MANIFEST} is no manifest of this version ({error})") from error
 
     def require(self) -> Manifest:
-        """The manifest of a stage's input. Raises MissingTableError."""
+        """The manifest of a stage's input. Raises MissingTableError; StaleTableError if the table is of an old form."""
+        if (old := self._find_old()) is not None:
+            raise StaleTableError(_explain_old(*old))
         manifest = self.read_manifest()
         if manifest is None:
             raise MissingTableError(f"there is no table {self.path!r} in {self.dataset_uri}{self._explain_missing()}")
         return manifest
 
+    def _find_old(self) -> "tuple[Table, Manifest] | None":
+        """A table of a form that is no longer read, where this one is or should be.
+
+        That is this table itself, or one in the folder above: `scores/<clip>` once held the scores of all captioners.
+        """
+        manifest, table = self.read_manifest(), self
+        if manifest is None and self.path.count("/") > 1:
+            table = Table(self.dataset_uri, self.path.rpartition("/")[0], self.schema)
+            manifest = table.read_manifest()
+        return (table, manifest) if manifest is not None and manifest.is_old else None
+
     def _explain_missing(self) -> str:
         """The likely cause: no dataset at all, or another table of the same kind is meant, or its stage has not run."""
         if not list_folder(self.dataset_uri):
             return ", where nothing is: is this the dataset? (jobs.ingest begins one)"
-        group, _, name = self.path.partition("/")
-        others = [other for other in list_folder(f"{self.dataset_uri}/{group}", with_files=False) if other[0] not in "._"]
-        there = f", which has {', '.join(f'{group}/{other}' for other in others)}" if name and others else ""
+        group, folder = self.path.split("/")[0], self.path.rpartition("/")[0]
+        names = list_folder(f"{self.dataset_uri}/{folder}", with_files=False) if folder else []
+        others = [f"{folder}/{name}" for name in names if name[0] not in "._"]
+        there = f", which has {', '.join(others)}" if others else ""
         maker = f" (jobs.{MADE_BY[group]})" if group in MADE_BY else ""
         return f"{there}: run the stage that makes it first{maker}"
 
@@ -189,6 +203,8 @@ class Table:
             raise StaleTableError(
                 f"{error}. Put it back, or let the job make the table anew with --on_stale rebuild.", self
             ) from error
+        if (old := self._find_old()) is not None:
+            raise StaleTableError(_explain_old(*old), old[0])
         if manifest is None:
             if shards := self.list_shards():
                 raise StaleTableError(
@@ -196,8 +212,14 @@ class Table:
                     "Delete them, or let the job do it with --on_stale rebuild.",
                     self,
                 )
-            fields = asdict(identity) | {"versions": software_versions(), "begun": _now()}
-            manifest = Manifest(fingerprint=identity.fingerprint, rejects_by_reason={}, **fields)
+            manifest = Manifest(
+                fingerprint=identity.fingerprint,
+                schema_version=form_of(identity.stage),
+                rejects_by_reason={},
+                versions=software_versions(),
+                begun=_now(),
+                **asdict(identity),
+            )
             self.write_manifest(manifest)
         if {manifest.fingerprint, manifest.identity().fingerprint} != {identity.fingerprint}:  # the second: it was edited
             differences = "\n".join(f"  {line}" for line in describe_differences(manifest.identity(), identity))
@@ -220,6 +242,13 @@ class Table:
     def write_manifest(self, manifest: Manifest) -> None:
         content = asdict(manifest) | {"updated": _now()}
         self.write_file(MANIFEST, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _explain_old(table: Table, manifest: Manifest) -> str:
+    return (
+        f"{table.uri} is of form {manifest.schema_version}, and this program reads and writes form {form_of(manifest.stage)} of "
+        f"what jobs.{manifest.stage} makes: let jobs.{manifest.stage} make it anew with --on_stale rebuild"
+    )
 
 
 def count_reasons(rejects: pa.Table) -> dict[str, int]:
