@@ -246,7 +246,7 @@ class Table:
 
 def _explain_old(table: Table, manifest: Manifest) -> str:
     return (
-        f"{table.uri} is of form {manifest.schema_version}, and this program reads and writes form {form_of(manifest.stage)} of "
+        f"{table.uri} is of form {manifest.schema_version}, and this program knows form {form_of(manifest.stage)} of "
         f"what jobs.{manifest.stage} makes: let jobs.{manifest.stage} make it anew with --on_stale rebuild"
     )
 
