@@ -3,11 +3,17 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from jobs.common.job import JobConfig, run_job
 from jobs.common.stage_job import track_stage
 from pipelines.extract.config import EmbedConfig
 from pipelines.stages.contract import StageResult
+from pipelines.tables.captions import captions_table
+from pipelines.tables.schema import caption_embeds_path
+
+if TYPE_CHECKING:
+    from pipelines.workers.models import FoundModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,16 +27,27 @@ class EmbedJob(JobConfig):
     embed: EmbedConfig
 
 
-def run(job: EmbedJob) -> StageResult:
-    """Run the stage in an MLflow run, on the Ray that is connected."""
+def run(job: EmbedJob) -> list[StageResult]:
+    """Run the stage for each captioner in an MLflow run of its own, on the Ray that is connected."""
+    from pipelines.workers.models import find_model
+
+    for captioner in job.embed.captioners:
+        captions_table(job.dataset_uri, captioner).require()  # before hours go into the first of them
+    encoder = find_model(job.embed.text_encoder)
+    return [_run_one(job, captioner, encoder) for captioner in job.embed.captioners]
+
+
+def _run_one(job: EmbedJob, captioner: str, encoder: "FoundModel") -> StageResult:
     from pipelines.extract.embed_captions import run_embed_captions
     from pipelines.reports.caption_embeds import caption_embeds_report
 
     return track_stage(
         job,
-        "embed_captions",
-        lambda on_progress, leases: run_embed_captions(job.dataset_uri, job.embed, on_progress=on_progress, leases=leases),
-        make_report=lambda: caption_embeds_report(job.dataset_uri, job.embed.path),
+        f"embed {captioner}",
+        lambda on_progress, leases: run_embed_captions(
+            job.dataset_uri, job.embed, captioner, encoder, on_progress=on_progress, leases=leases
+        ),
+        make_report=lambda: caption_embeds_report(job.dataset_uri, caption_embeds_path(job.embed.name, captioner)),
     )
 
 

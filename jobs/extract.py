@@ -1,4 +1,4 @@
-"""`python -m jobs.extract --config jobs/configs/extract.yaml`: images and scores -> DC-AE latents."""
+"""`python -m jobs.extract --config jobs/configs/extract.yaml`: images -> DC-AE latents."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ class ExtractJob(JobConfig):
     """Configuration of the extraction of latents.
 
     Args:
-        extract: the autoencoder, the resolution and the scores to take along.
+        extract: the autoencoder and the resolution.
         resolutions: several resolutions, each a table of its own, from one decode of every image; `extract.batch_size` is
             the batch of `extract.resolution`, the others have about as many pixels. Empty: `extract.resolution` alone.
     """

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from jobs import extract, ingest, score, train
+from jobs import extract, ingest, train
 from jobs.common.job import JobConfig, run_job
 from pipelines.extract.config import ExtractConfig
 from pipelines.ingest.config import IngestConfig
-from pipelines.score.config import ScorerConfig
 from pipelines.shapes.grammar import phrasings, write_caption
 from pipelines.shapes.scenes import Scene, ShapesConfig, sample_scene
 from pipelines.train.config import TrainConfig
@@ -22,14 +21,14 @@ FIGURES = "learning.json"
 
 @dataclass(frozen=True, kw_only=True)
 class LearningJob(JobConfig):
-    """Configuration of a training from scratch on captioned drawn scenes, after ingest, score and extract.
+    """Configuration of a training from scratch on captioned drawn scenes, after ingest and extract.
 
     Args:
         shapes: which scenes there are.
         num_images: how many are drawn.
         num_prompts: prompts of each grid, about scenes that are not among the drawn ones; their pictures are judged.
         ingest: its source is the folder that the scenes are drawn into.
-        scorer: the CLIP that scores the captions, and judges the pictures.
+        judge: the CLIP that reads the pictures: its path.
         extract: the autoencoder and the resolution.
         train: the training; its grids get the prompts.
         name: name of the training's folder.
@@ -39,7 +38,7 @@ class LearningJob(JobConfig):
     num_images: int = 6000
     num_prompts: int = 48
     ingest: IngestConfig
-    scorer: ScorerConfig
+    judge: str
     extract: ExtractConfig
     train: TrainConfig
     name: str = "learning"
@@ -53,13 +52,12 @@ def run(job: LearningJob) -> None:
     write_folder(job.ingest.source, FIRST_SCENE, job.num_images, job.shapes, captioned=True)
     shared = {"dataset_uri": job.dataset_uri, "ray": job.ray, "tracking": job.tracking}
     ingest.run(ingest.IngestJob(**shared, ingest=job.ingest))  # type: ignore[arg-type]
-    score.run(score.ScoreJob(**shared, scorer=job.scorer))  # type: ignore[arg-type]
     extract.run(extract.ExtractJob(**shared, extract=job.extract))  # type: ignore[arg-type]
     asked = asked_scenes(job)
     grid = replace(job.train.grid, prompts=[write_caption(scene, phrasings(scene)[0]) for scene in asked])
     train.run(train.TrainJob(**shared, train=replace(job.train, grid=grid), name=job.name))  # type: ignore[arg-type]
     folder = Path(job.dataset_uri, job.name)
-    figures = judge_grids(folder / GRIDS_DIR, asked, job.scorer.model, size=job.extract.resolution, columns=grid.columns)
+    figures = judge_grids(folder / GRIDS_DIR, asked, job.judge, size=job.extract.resolution, columns=grid.columns)
     (folder / FIGURES).write_text(json.dumps(figures, indent=2) + "\n")
     for step, accuracy in figures.items():
         print(f"step {step:>6}  " + "  ".join(f"{name} {share:.0%}" for name, share in accuracy.items()), flush=True)

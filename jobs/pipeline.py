@@ -33,7 +33,7 @@ class StagesJob(JobConfig):
     Args:
         ingest: what to read, and what to refuse.
         captioners: the VLMs, one after another.
-        scorer: the CLIP, and whose captions compete. It judges the pictures too.
+        scorer: the CLIP, and whose captions it scores. It judges the pictures too.
         extract: the autoencoder and the resolution.
         train: the training on the latents that `extract` makes.
         draw: how pictures are drawn.
@@ -50,8 +50,10 @@ class StagesJob(JobConfig):
         names = [captioner.name for captioner in self.captioners]
         if repeated := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"captioners={names}: {sorted(repeated)} name a table more than once")
-        if self.extract.scorer != self.scorer.name:
-            raise ValueError(f"extract.scorer={self.extract.scorer} is not scorer.name={self.scorer.name}")
+        if self.train.data.clip not in (None, self.scorer.name):
+            raise ValueError(f"train.data.clip={self.train.data.clip} is not scorer.name={self.scorer.name}")
+        if unscored := set(self.train.data.captioners) - set(self.scorer.captioners) if self.train.data.clip else set():
+            raise ValueError(f"train.data.captioners names {sorted(unscored)}, which scorer.captioners does not")
         extracted = Table(self.dataset_uri, self.extract.path, LATENTS)
         if extracted.uri not in [source.table.uri for source in self.train.sources(self.dataset_uri)]:
             raise ValueError(f"train.latents={self.train.latents} is not what extract makes, {self.extract.path}")
@@ -83,12 +85,12 @@ def run(job: PipelineJob) -> None:
 
 def make_training_table(job: StagesJob, source: IngestConfig, timings: Timings) -> dict[str, Exception]:
     """Run the stages from raw images to latents. Returns the failures of captioners that `scorer` does not name."""
-    timings.measure("ingest", lambda: ingest.run(_stage(ingest.IngestJob, job, ingest=source)))
+    timings.measure("ingest", lambda: ingest.run(stage_job(ingest.IngestJob, job, ingest=source)))
     failures = caption_all(job, timings)
     raise_first({name: error for name, error in failures.items() if name in job.scorer.captioners})
     selection = job.train.data.selection
-    timings.measure("score", lambda: score.run(_stage(score.ScoreJob, job, scorer=job.scorer, selection=selection)))
-    timings.measure("extract", lambda: extract.run(_stage(extract.ExtractJob, job, extract=job.extract)))
+    timings.measure("score", lambda: score.run(stage_job(score.ScoreJob, job, scorer=job.scorer, selection=selection)))
+    timings.measure("extract", lambda: extract.run(stage_job(extract.ExtractJob, job, extract=job.extract)))
     return failures
 
 
@@ -98,7 +100,7 @@ def caption_all(job: StagesJob, timings: Timings) -> dict[str, Exception]:
 
     failures: dict[str, Exception] = {}
     for captioner in job.captioners:
-        stage = _stage(caption.CaptionJob, job, captioner=captioner)
+        stage = stage_job(caption.CaptionJob, job, captioner=captioner)
         try:
             timings.measure(f"caption {captioner.name}", partial(caption.run_captioner, stage))
         except Exception as error:
@@ -117,7 +119,7 @@ def raise_first(failures: Mapping[str, Exception]) -> None:
 
 def train_pipeline(job: StagesJob, timings: Timings) -> "TrainResult":
     """Run the train stage."""
-    return timings.measure("train", lambda: train.run(_stage(train.TrainJob, job, train=job.train, on_stale="refuse")))
+    return timings.measure("train", lambda: train.run(stage_job(train.TrainJob, job, train=job.train, on_stale="refuse")))
 
 
 def draw_and_judge(job: StagesJob, name: str, pipeline: str, prompts: list[str] | str, *, step: int, timings: Timings) -> None:
@@ -125,11 +127,11 @@ def draw_and_judge(job: StagesJob, name: str, pipeline: str, prompts: list[str] 
     settings = SampleConfig(name=name, pipeline=pipeline, prompts=prompts, draw=job.draw)
     scorer = job.scorer
     judge = EvaluateConfig(name=name, model=scorer.model, revision=scorer.revision, resources=scorer.resources)
-    timings.measure(f"sample {name}", lambda: sample.run(_stage(sample.SampleJob, job, sample=settings, step=step)))
-    timings.measure(f"evaluate {name}", lambda: evaluate.run(_stage(evaluate.EvaluateJob, job, evaluate=judge)))
+    timings.measure(f"sample {name}", lambda: sample.run(stage_job(sample.SampleJob, job, sample=settings, step=step)))
+    timings.measure(f"evaluate {name}", lambda: evaluate.run(stage_job(evaluate.EvaluateJob, job, evaluate=judge)))
 
 
-def _stage(job_class: Callable[..., Stage], job: StagesJob, **settings: object) -> Stage:
+def stage_job(job_class: Callable[..., Stage], job: StagesJob, **settings: object) -> Stage:
     """The job of one stage, on the same dataset, Ray and MLflow."""
     shared = {field.name: getattr(job, field.name) for field in fields(JobConfig)}
     return job_class(**shared | settings)

@@ -1,6 +1,6 @@
-"""`python -m jobs.select --dataset_uri data/cats --scorer clip`: what each selection policy would choose.
+"""`python -m jobs.select --dataset_uri data/cats --clip clip`: what each selection policy would choose.
 
-It reads a table of scores alone, shard by shard, and needs no Ray: compare them before anything is extracted or trained.
+It reads the scores alone, shard by shard, and needs no Ray: compare policies before anything is extracted or trained.
 """
 
 import json
@@ -15,7 +15,8 @@ from jobs.common.job import run_command
 from jobs.common.status_line import StatusLine
 from jobs.common.text_table import format_table
 from pipelines.score.config import POLICIES, Policy, SelectionConfig
-from pipelines.tables.table import absolute_uri
+from pipelines.tables.schema import ORIGINAL_CAPTIONER, SCORES, scores_path
+from pipelines.tables.table import Table, absolute_uri
 
 if TYPE_CHECKING:
     from pipelines.score.compare import Comparison, Scope
@@ -29,7 +30,8 @@ class SelectConfig:
 
     Args:
         dataset_uri: the folder (any fsspec URI) that holds the dataset's tables.
-        scorer: name of the table under scores/.
+        clip: whose scores under scores/<clip>/ are compared.
+        captioners: those that compete; empty: all that this CLIP has scored.
         policies: those to show; empty: all. The page shows what the first selects.
         tau: temperature of the policies paper and published.
         threshold: lowest score of the policy published.
@@ -37,11 +39,12 @@ class SelectConfig:
         min_best_score: images whose best caption scores less are dropped.
         max_shards: read only this many shards, spread evenly; null: all.
         json: print JSON.
-        html: write the page of the scores, with the policies side by side, to this file.
+        html: write the page of the scores, with all captioners and policies side by side, to this file.
     """
 
     dataset_uri: str
-    scorer: str
+    clip: str
+    captioners: tuple[str, ...] = ()
     policies: list[Policy] = field(default_factory=list)
     tau: float = DEFAULT.tau
     threshold: float = DEFAULT.threshold
@@ -77,44 +80,55 @@ class SelectConfig:
 
 def run(config: SelectConfig) -> None:
     """Print the policies side by side, and write the page if one is asked for."""
-    from pipelines.score.compare import table_captioners
-
     dataset_uri = absolute_uri(config.dataset_uri)
-    selection = config.selection(table_captioners(dataset_uri, config.scorer))
-    comparison, scope = _compare(dataset_uri, selection, config)
+    captioners = find_captioners(dataset_uri, config)
+    selection = config.selection(captioners)
+    comparison, scope = _compare(dataset_uri, captioners, selection, config)
     if config.html is not None:
         from pipelines.reports.scores import scores_report
 
         page = Path(config.html)
         page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(scores_report(dataset_uri, config.scorer, selection))
+        page.write_text(scores_report(dataset_uri, config.clip, captioners[0], selection, captioners))
     if config.json:
         print(json.dumps(to_json(comparison, scope, config.shown), indent=2))
     else:
-        print(describe(config.scorer, comparison, scope, config.shown))
+        print(describe(config.clip, comparison, scope, config.shown))
         if config.html is not None:
             print(f"\nreport  {config.html}")
 
 
-def _compare(dataset_uri: str, selection: SelectionConfig, config: SelectConfig) -> "tuple[Comparison, Scope]":
+def find_captioners(dataset_uri: str, config: SelectConfig) -> tuple[str, ...]:
+    """Those that compete. Raises MissingTableError if there are no scores."""
+    from pipelines.score.candidates import scored_captioners
+
+    found = config.captioners or scored_captioners(dataset_uri, config.clip)
+    if not found:
+        Table(dataset_uri, scores_path(config.clip, ORIGINAL_CAPTIONER), SCORES).require()  # says what is there instead
+    return found
+
+
+def _compare(
+    dataset_uri: str, captioners: Sequence[str], selection: SelectionConfig, config: SelectConfig
+) -> "tuple[Comparison, Scope]":
     from pipelines.score.compare import compare_table
 
     line = StatusLine()
 
     def on_shard(done: int, total: int) -> None:
-        line.show(f"scores/{config.scorer}  {done}/{total} shards")
+        line.show(f"scores/{config.clip}  {done}/{total} shards")
 
     try:
-        return compare_table(dataset_uri, config.scorer, selection, max_shards=config.max_shards, on_shard=on_shard)
+        return compare_table(dataset_uri, config.clip, captioners, selection, max_shards=config.max_shards, on_shard=on_shard)
     finally:
         line.clear()
 
 
-def describe(scorer: str, comparison: "Comparison", scope: "Scope", policies: Sequence[Policy]) -> str:
+def describe(clip: str, comparison: "Comparison", scope: "Scope", policies: Sequence[Policy]) -> str:
     """The captioners and the policies as tables for a terminal."""
     captioners = list(comparison.captioners)
     rows = [[name, f"{row.num_captions}", f"{row.mean_score:.2f}"] for name, row in comparison.captioners.items()]
-    head = f"scores/{scorer}: {comparison.num_images} images in {len(scope.shards)} of {scope.total_shards} shards"
+    head = f"scores/{clip}: {comparison.num_images} images in {len(scope.shards)} of {scope.total_shards} shards"
     table = []
     for name in policies:
         figures = comparison.policies[name]

@@ -12,12 +12,13 @@ Lines = Mapping[str, str]
 GROUPS: Mapping[str, Lines] = {
     "Raw images to a training table": {
         "ingest": "Read raw images (a folder, tars, Parquet, lists of URLs) into the images table.",
+        "embed_images": "Embed every image with CLIP, for scores, heads and the search for near duplicates.",
         "score_images": "Score images alone: aesthetics, watermarks, not safe for work.",
         "duplicates": "Find images that look alike.",
         "caption": "Have VLMs caption every image, each into a table of its own.",
-        "score": "Score every caption against its image with CLIP.",
+        "score": "Score every caption against its image with CLIP, each captioner's into a table of its own.",
         "select": "Show what each selection policy would choose among the captions; makes nothing.",
-        "extract": "Encode every scored image as DC-AE latents.",
+        "extract": "Encode every image as DC-AE latents.",
         "embed_captions": "Compute the text encoder's output for every caption, so that training need not.",
     },
     "Training and pictures": {

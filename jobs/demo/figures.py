@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipelines.score.candidates import Candidates
 from pipelines.score.config import SelectionConfig
-from pipelines.score.selection import choose_caption
+from pipelines.score.selection import Caption, choose_caption
 from pipelines.shapes.grammar import parse
 from pipelines.shapes.scenes import Scene
-from pipelines.tables.schema import IMAGES, IMAGES_PATH, SCORES, Row, scores_path
+from pipelines.tables.schema import IMAGES, IMAGES_PATH
 from pipelines.tables.table import Table
 
 RANDOM, SELECTED = "random choice", "CLIP selection"
@@ -30,18 +31,18 @@ class CaptionFigures:
 
 @dataclass(frozen=True)
 class _Scored:
-    captions: list[Row]
+    captions: list[Caption]
     exact: list[bool] | None
     chosen: int | None
 
 
-def caption_figures(dataset_uri: str, scorer: str, selection: SelectionConfig, *, seed: int = 0) -> dict[str, CaptionFigures]:
+def caption_figures(candidates: Candidates, selection: SelectionConfig, *, seed: int = 0) -> dict[str, CaptionFigures]:
     """Figures of each captioner, of "random choice" (expected values) and of "CLIP selection" (one draw for each image)."""
     scores: dict[str, _Mean] = defaultdict(_Mean)
     exact: dict[str, _Mean] = defaultdict(_Mean)
     chosen: Counter[str] = Counter()
     num_images = 0
-    for image in _scored_images(dataset_uri, scorer, selection, seed):
+    for image in _scored_images(candidates, selection, seed):
         num_images += 1
         own_scores = [caption["clip_score"] for caption in image.captions]
         for index, caption in enumerate(image.captions):
@@ -81,13 +82,13 @@ class _Mean:
         return self.total / self.count if self.count else None
 
 
-def _scored_images(dataset_uri: str, scorer: str, selection: SelectionConfig, seed: int) -> Iterator[_Scored]:
-    images, table = Table(dataset_uri, IMAGES_PATH, IMAGES), Table(dataset_uri, scores_path(scorer), SCORES)
-    for shard in table.list_shards():
+def _scored_images(candidates: Candidates, selection: SelectionConfig, seed: int) -> Iterator[_Scored]:
+    images = Table(candidates.dataset_uri, IMAGES_PATH, IMAGES)
+    for shard in candidates.list_scored():
         truths = {row["id"]: _truth(row["metadata"]) for row in images.read_shard(shard, ["id", "metadata"]).to_pylist()}
-        for row in table.read_shard(shard).to_pylist():
-            captions, truth = row["captions"], truths[row["id"]]
-            choice = choose_caption(captions, selection, seed=seed, epoch=0, sample_id=row["id"])
+        for row_id, captions in candidates.read(shard).items():
+            truth = truths[row_id]
+            choice = choose_caption(captions, selection, seed=seed, epoch=0, sample_id=row_id)
             exact = None if truth is None else [parse(caption["caption"]) == truth for caption in captions]
             yield _Scored(captions, exact, None if choice is None else captions.index(choice))
 

@@ -4,16 +4,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from tempfile import TemporaryDirectory
 
+from jobs import caption, score
 from jobs.common.job import run_job
 from jobs.common.timings import Timings
 from jobs.demo.config import DemoJob, WorldConfig
-from jobs.pipeline import draw_and_judge, make_training_table, raise_first, train_pipeline
+from jobs.pipeline import draw_and_judge, make_training_table, raise_first, stage_job, train_pipeline
 from pipelines.score.selection import choose_caption
 from pipelines.shapes.grammar import phrasings, write_caption
 from pipelines.shapes.scenes import NEW_COLORS, ShapesConfig, sample_scene
+from pipelines.stages.contract import StageResult
 from pipelines.storage.files import find_files, is_local, upload_folder
-from pipelines.tables.schema import SCORES, scores_path
-from pipelines.tables.table import Table
 
 FIRST_SCENE = 30_000_000  # the demo draws its scenes where the shipped models never looked
 FIRST_PROMPT = 40_000_000
@@ -33,7 +33,8 @@ def run(job: DemoJob) -> None:
     draw_and_judge(job, "before", job.train.init, prompts, step=0, timings=timings)
     trained = train_pipeline(job, timings)
     draw_and_judge(job, "after", trained.pipeline, prompts, step=trained.num_steps, timings=timings)
-    summary = summarize_demo(job, trained, timings)
+    joined = add_captioner(job, timings)
+    summary = summarize_demo(job, trained, joined, timings)
     report = write_demo_report(job, summary)
     print_summary(job, summary, report)
     raise_first(failures)
@@ -66,13 +67,25 @@ def world_prompts(world: WorldConfig) -> list[str]:
 
 def photo_prompts(job: DemoJob) -> list[str]:
     """The selected captions of the first images, as prompts."""
-    table = Table(job.dataset_uri, scores_path(job.scorer.name), SCORES)
-    rows = [row for shard in table.list_shards() for row in table.read_shard(shard).to_pylist()]
+    candidates = job.candidates
+    contests = [contest for shard in candidates.list_scored() for contest in candidates.read(shard).items()]
     chosen = [
-        choose_caption(row["captions"], job.train.data.selection, seed=0, epoch=0, sample_id=row["id"])
-        for row in rows[: job.world.num_prompts]
+        choose_caption(captions, job.train.data.selection, seed=0, epoch=0, sample_id=row_id)
+        for row_id, captions in contests[: job.world.num_prompts]
     ]
     return [caption["caption"] for caption in chosen if caption is not None]
+
+
+def add_captioner(job: DemoJob, timings: Timings) -> list[StageResult]:
+    """Let the late captioner describe the images of the finished dataset, and score what it says.
+
+    Returns the results of its captions, of the images' embeddings, and of each captioner's scores.
+    """
+    scorer = replace(job.scorer, captioners=(*job.scorer.captioners, job.late_captioner.name))
+    late = stage_job(caption.CaptionJob, job, captioner=job.late_captioner)
+    said = timings.measure(f"caption {job.late_captioner.name}", lambda: caption.run_captioner(late))
+    again = stage_job(score.ScoreJob, job, scorer=scorer, selection=job.train.data.selection)
+    return [said, *timings.measure("score it", lambda: score.run(again))]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

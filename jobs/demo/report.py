@@ -9,8 +9,9 @@ from jobs.sample import GRID
 from pipelines.evaluate.run import summarize
 from pipelines.reports.runs import Link, Section, demo_report
 from pipelines.shapes.scenes import KNOWN_COLORS, NEW_COLORS
+from pipelines.stages.contract import StageResult
 from pipelines.storage.files import write_file
-from pipelines.tables.schema import EVALUATIONS, evaluations_path, samples_path
+from pipelines.tables.schema import EVALUATIONS, IMAGES_PATH, captions_path, evaluations_path, samples_path, scores_path
 from pipelines.tables.table import REPORT, Table
 from pipelines.tracking.runs import tracking_uri
 from pipelines.train.run import TrainResult
@@ -21,12 +22,13 @@ NONSENSE = (
 )
 
 
-def summarize_demo(job: DemoJob, trained: TrainResult, timings: Timings) -> list[Section]:
-    """The closing tables: pictures, captioners, training, stages."""
+def summarize_demo(job: DemoJob, trained: TrainResult, joined: Sequence[StageResult], timings: Timings) -> list[Section]:
+    """The closing tables: pictures, captioners, training, stages, and what the late captioner cost."""
     return [
         _pictures_section(job),
-        _captions_section(caption_figures(job.dataset_uri, job.scorer.name, job.train.data.selection)),
+        _captions_section(caption_figures(job.candidates, job.train.data.selection)),
         _training_section(trained),
+        _joined_section(job, joined),
         timings.section(),
     ]
 
@@ -43,6 +45,15 @@ def _training_section(trained: TrainResult) -> Section:
     done = "was done" if trained.was_done else f"{trained.samples_per_second:.0f} samples/s"
     row = [str(trained.num_steps), f"{trained.loss_start:.3f}", f"{trained.loss_end:.3f}", done]
     return Section(title="Training", columns=["steps", "loss at start", "loss at end", "speed"], rows=[row])
+
+
+def _joined_section(job: DemoJob, joined: Sequence[StageResult]) -> Section:
+    """What was made when the late captioner joined the finished dataset: of all tables only its own."""
+    rows = [[result.table.path, f"{result.num_shards - result.found_shards} of {result.num_shards}"] for result in joined]
+    rows.append([job.extract.path, "0: not asked for"])
+    captioners = [*job.train.data.captioners, job.late_captioner.name]
+    text = f"The dataset was finished. To train with it too: --train.data.captioners '[{', '.join(captioners)}]'."
+    return Section(title=f"{job.late_captioner.name} joins", text=text, columns=["table", "shards made now"], rows=rows)
 
 
 def _pictures_section(job: DemoJob) -> Section:
@@ -75,7 +86,9 @@ def _number(value: float | None, form: str) -> str:
 
 def write_demo_report(job: DemoJob, sections: list[Section]) -> str:
     """Write the front page, `report.html` of the dataset. Returns its URI."""
-    tables = ["images", *(f"captions/{captioner.name}" for captioner in job.captioners), f"scores/{job.scorer.name}"]
+    captioners = [captioner.name for captioner in (*job.captioners, job.late_captioner)]
+    scores = scores_path(job.scorer.name, job.late_captioner.name)  # its page shows all captioners side by side
+    tables = [IMAGES_PATH, *map(captions_path, captioners), scores]
     links = [Link(name=path, href=f"{path}/{REPORT}") for path in [*tables, job.extract.path, "train"]]
     notice = "" if job.images is None else NONSENSE
     uri = f"{job.dataset_uri}/{REPORT}"

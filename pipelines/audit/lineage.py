@@ -1,7 +1,7 @@
 """The lineage card of a dataset: where its images come from, and how, from what and when each stage made its table.
 
 `lineage.json` is for programs and `lineage.md` for people; both are written to the dataset's folder. Making the card costs as
-much as `dataset_status`, and reads the captions of at most `max_shards` shards of each scores table, spread evenly.
+much as `dataset_status`, and reads the scores of at most `max_shards` shards of each CLIP, spread evenly.
 """
 
 import json
@@ -15,12 +15,13 @@ import numpy as np
 
 from pipelines.audit.status import DatasetStatus, TableStatus, dataset_status, find_tables, find_trainings
 from pipelines.ingest.plan import read_plan
+from pipelines.score.candidates import Candidates, scored_captioners
 from pipelines.score.config import SelectionConfig
-from pipelines.score.selection import caption_probabilities
+from pipelines.score.selection import Caption, caption_probabilities
 from pipelines.storage.files import write_file
 from pipelines.tables.identity import Manifest, software_versions
-from pipelines.tables.sampling import ReportScope, read_light
-from pipelines.tables.schema import IMAGES, IMAGES_PATH, SCORES
+from pipelines.tables.sampling import spread
+from pipelines.tables.schema import IMAGES, IMAGES_PATH
 from pipelines.tables.table import Table
 
 LINEAGE_VERSION = 1  # of the schema of lineage.json
@@ -71,14 +72,15 @@ def make_lineage(dataset_uri: str, *, max_shards: int) -> Lineage:
     manifests = {found.path: found.manifest for found in find_tables(dataset_uri) if found.manifest is not None}
     trainings = dict(find_trainings(dataset_uri))
     selection, chosen_by = _selection(trainings)
-    tables = [table.path for table in status.tables if table.path.startswith("scores/")]
+    scored = [table.path.split("/") for table in status.tables if table.path.startswith("scores/")]
+    clips = {clip for _, clip, *captioner in scored if captioner}  # a table of the old form has no captioner in its path
     return Lineage(
         dataset_uri=dataset_uri,
         made=datetime.now(UTC).isoformat(timespec="seconds"),
         sources=[_describe_source(dataset_uri, manifests[IMAGES_PATH])] if IMAGES_PATH in manifests else [],
         stages=[_describe_stage(table, manifests.get(table.path)) for table in status.tables],
         selection={"of": chosen_by, **asdict(selection)},
-        scores={path: _scores(dataset_uri, path, selection, max_shards) for path in tables},
+        scores={f"scores/{clip}": _scores(dataset_uri, clip, selection, max_shards) for clip in sorted(clips)},
         trainings=_describe_trainings(status, trainings),
         software=software_versions(),
     )
@@ -125,20 +127,23 @@ def _selection(trainings: dict[str, dict[str, Any]]) -> tuple[SelectionConfig, s
     return SelectionConfig(), "the default configuration"
 
 
-def _scores(dataset_uri: str, path: str, selection: SelectionConfig, max_shards: int) -> dict[str, Any]:
-    light = read_light(Table(dataset_uri, path, SCORES), ["captions"], ReportScope(max_shards=max_shards))
-    return {"read": light.scope, "captioners": [asdict(share) for share in captioner_shares(light.rows["captions"], selection)]}
+def _scores(dataset_uri: str, clip: str, selection: SelectionConfig, max_shards: int) -> dict[str, Any]:
+    candidates = Candidates(dataset_uri, scored_captioners(dataset_uri, clip), clip)
+    shards = candidates.list_scored()
+    chosen = [shards[index] for index in spread(len(shards), max_shards)]
+    contests = [contest for shard in chosen for contest in candidates.read_scored(shard).values()]
+    read = f"{len(contests):,} images of {len(chosen):,} of {len(shards):,} shards were read"
+    return {"read": read, "captioners": [asdict(share) for share in captioner_shares(contests, selection)]}
 
 
-def captioner_shares(captions: Iterable[Any], selection: SelectionConfig) -> list[CaptionerShare]:
-    """The shares of all captioners, by name. `captions` is an Arrow column of lists like `captions` in SCORES."""
+def captioner_shares(contests: Iterable[Sequence[Caption]], selection: SelectionConfig) -> list[CaptionerShare]:
+    """The shares of all captioners, by name, from the captions that compete for each image."""
     scores: dict[str, list[float]] = defaultdict(list)
     chances: dict[str, float] = defaultdict(float)
-    for value in captions:
-        candidates = value.as_py()
-        for candidate, chance in zip(candidates, caption_probabilities(candidates, selection), strict=True):
-            scores[candidate["captioner"]].append(candidate["clip_score"])
-            chances[candidate["captioner"]] += chance
+    for contest in contests:
+        for caption, chance in zip(contest, caption_probabilities(contest, selection), strict=True):
+            scores[caption["captioner"]].append(caption["clip_score"])
+            chances[caption["captioner"]] += chance
     total = sum(chances.values()) or 1.0
     return [
         CaptionerShare(

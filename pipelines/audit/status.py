@@ -16,7 +16,7 @@ from pipelines.ingest.plan import read_plan
 from pipelines.storage.files import NUM_THREADS, find_files, list_folder, read_file
 from pipelines.storage.lease import read_lease
 from pipelines.tables.identity import Manifest
-from pipelines.tables.schema import IMAGES_PATH, SCHEMA_VERSION, TABLE_SCHEMAS
+from pipelines.tables.schema import IMAGES_PATH, NESTED, TABLE_SCHEMAS, form_of, schema_of
 from pipelines.tables.table import REBUILD, Table, is_elsewhere
 from pipelines.train.record import RECORD
 
@@ -96,12 +96,25 @@ class DatasetStatus:
 
 def find_tables(dataset_uri: str) -> list[FoundTable]:
     """Find every table that has a manifest, shards or an unfinished deletion. Inputs come before what is made from them."""
-    candidates = []
-    for group in TABLE_SCHEMAS:
-        names = list_folder(f"{dataset_uri}/{group}", with_files=False)  # files such as a report may lie beside the tables
-        candidates += [group] if group == IMAGES_PATH else [f"{group}/{name}" for name in names if name[0] not in "._"]
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        return [found for found in pool.map(lambda path: find_table(dataset_uri, path), candidates) if found is not None]
+        groups = list(pool.map(lambda group: _find_paths(dataset_uri, group), TABLE_SCHEMAS))
+        paths = [path for group in groups for path in group]
+        return [found for found in pool.map(lambda path: find_table(dataset_uri, path), paths) if found is not None]
+
+
+def _find_paths(dataset_uri: str, group: str) -> list[str]:
+    """The folders of a group that may be tables: those in it, and in `NESTED` groups those one floor deeper too."""
+    if group == IMAGES_PATH:
+        return [group]
+    paths = [f"{group}/{name}" for name in _subfolders(f"{dataset_uri}/{group}")]  # a report may lie beside the tables
+    if group not in NESTED:
+        return paths
+    # A table of an old form lies above its successors.
+    return [path for outer in paths for path in (outer, *(f"{outer}/{name}" for name in _subfolders(f"{dataset_uri}/{outer}")))]
+
+
+def _subfolders(uri: str) -> list[str]:
+    return [name for name in list_folder(uri, with_files=False) if name[0] not in "._"]
 
 
 def find_table(dataset_uri: str, path: str) -> FoundTable | None:
@@ -116,6 +129,8 @@ def find_table(dataset_uri: str, path: str) -> FoundTable | None:
         manifest = table.read_manifest()
     except ValueError as error:
         return FoundTable(table=table, manifest=None, problem=str(error))
+    if manifest is not None:
+        table = Table(dataset_uri, path, schema_of(path, manifest.config))
     if manifest is None and not table.list_shards() and REBUILD not in list_folder(table.uri):
         return None
     return FoundTable(table=table, manifest=manifest)
@@ -190,9 +205,9 @@ def expected_shards(found: FoundTable, known: Mapping[str, list[str]]) -> list[s
     if found.path == IMAGES_PATH and (plan := read_plan(found.table)) is not None:
         return list(plan.shards)
     manifest = found.manifest
-    inputs = [path for path in manifest.inputs if path in known] if manifest else []
-    if inputs:
-        return known[inputs[0]]
+    source = manifest.rows_of or next(iter(manifest.inputs), "") if manifest else ""
+    if source in known:
+        return known[source]
     if manifest is None or manifest.inputs or not manifest.complete:
         return None
     return [f"{number:05d}" for number in range(manifest.num_shards)]
@@ -215,8 +230,8 @@ def find_stale(tables: list[FoundTable]) -> dict[str, list[str]]:
     for found in tables:  # inputs come before what is made from them
         manifest = found.manifest
         causes = stale_inputs(manifest.inputs, tables, stale) if manifest else []
-        if manifest and manifest.schema_version != SCHEMA_VERSION:
-            causes.append(f"it is of table version {manifest.schema_version}, this program writes {SCHEMA_VERSION}")
+        if manifest and manifest.is_old:
+            causes.append(f"it is of form {manifest.schema_version}, this program writes form {form_of(manifest.stage)}")
         stale[found.path] = causes
     return stale
 

@@ -27,15 +27,16 @@ from pipelines.audit.seen_ids import SeenIds
 from pipelines.audit.status import FoundTable, expected_shards, find_stale, find_tables
 from pipelines.storage.errors import StorageError
 from pipelines.storage.files import find_files, open_file
+from pipelines.tables.captions import read_captions
 from pipelines.tables.identity import MANIFEST, Manifest
-from pipelines.tables.schema import IMAGES_PATH, SCHEMA_VERSION
+from pipelines.tables.schema import IMAGES_PATH, NESTED, ORIGINAL_CAPTIONER
 from pipelines.tables.table import FACTS_KEY, REBUILD, Table
 
 BATCH_ROWS = 64
 BUFFER_BYTES = 2**20
 REMAKE = "delete it, and its stage makes it again"
 REBUILD_ADVICE = "run its stage with --on_stale rebuild"
-KEYS = ("id", "captioner", "reject_reason")
+KEYS = ("id", "reject_reason")
 ID = re.compile(r"[0-9a-f]{64}")
 
 
@@ -128,6 +129,8 @@ def _verify_table(
 ) -> Iterator[Violation]:
     table, names = found.table, shards[found.path]
     yield from _check_manifest(found, stale)
+    if found.manifest is not None and found.manifest.is_old:
+        return
     yield from _check_listing(found, names, expected_shards(found, shards))
     source = None if stale else _source_of(found, known)
     counts = _Counts()
@@ -159,11 +162,10 @@ def _in_threads(work: Callable[[str], _Shard], names: Iterable[str], num_threads
 
 
 def _source_of(found: FoundTable, known: dict[str, FoundTable]) -> Table | None:
-    """The input table that holds a table's rows and rejects: the scores if it was made from any, otherwise its first input."""
-    inputs = found.manifest.inputs if found.manifest else {}
-    scores = [path for path in inputs if path.startswith("scores/")]
-    first = scores[0] if scores else next(iter(inputs), None)
-    return known[first].table if first in known else None
+    """The input table whose rows are a table's rows and rejects."""
+    manifest = found.manifest
+    path = manifest.rows_of or next(iter(manifest.inputs), "") if manifest else ""
+    return known[path].table if path in known else None
 
 
 def _check_manifest(found: FoundTable, stale: list[str]) -> Iterator[Violation]:
@@ -175,7 +177,7 @@ def _check_manifest(found: FoundTable, stale: list[str]) -> Iterator[Violation]:
         yield Violation(file, found.problem, f"put it back, or {REBUILD_ADVICE}")
     elif manifest is None:
         yield Violation(file, "is missing: nothing says what made the shards", f"put it back, or {REBUILD_ADVICE}")
-    elif manifest.schema_version == SCHEMA_VERSION and manifest.identity().fingerprint != manifest.fingerprint:
+    elif not manifest.is_old and manifest.identity().fingerprint != manifest.fingerprint:
         yield Violation(file, "was edited: its fingerprint is not that of its content", f"put it back, or {REBUILD_ADVICE}")
     for cause in stale:
         yield Violation(table.path, f"is stale: {cause}", REBUILD_ADVICE)
@@ -210,37 +212,35 @@ def _verify_shard(found: FoundTable, source: Table | None, shard: str, seen: See
     if kept is None or refused is None:
         return _Shard(0, Counter(), violations, True)
     file, ids = _file(table, shard), kept["id"]
-    keys = list(zip(ids, kept["captioner"], strict=True)) if "captioner" in kept else ids
-    if doubled := {key for key, count in Counter(keys).items() if count > 1}:
+    if doubled := {row_id for row_id, count in Counter(ids).items() if count > 1}:
         violations.append(Violation(file, f"holds {_some(doubled)} more than once", REMAKE))
     if seen is not None:
         seen.add(shard, [row_id for row_id in ids if ID.fullmatch(row_id)])
-    elif source is not None and (given := _ids_of(source, shard)) is not None:
-        violations += _check_ids(file, set(ids), set(refused["id"]), given, source.path, one_row=keys is ids)
+    elif source is not None and (given := _ids_of(source, table, shard)) is not None:
+        violations += _check_ids(file, set(ids), set(refused["id"]), given, source.path)
     return _Shard(len(ids), Counter(refused["reject_reason"]), violations, False)
 
 
-def _check_ids(
-    file: str, kept: set[str], refused: set[str], given: set[str], source: str, *, one_row: bool
-) -> Iterator[Violation]:
+def _check_ids(file: str, kept: set[str], refused: set[str], given: set[str], source: str) -> Iterator[Violation]:
     """Compare the ids of a shard with those of the shard that it was made from.
 
     Args:
         kept, refused: ids in the shard and in its rejects.
         given: ids in the same shard of the table `source`.
-        one_row: whether each id has exactly one row or one reject.
     """
     if lost := given - kept - refused:
         yield Violation(file, f"lacks {_some(lost)} of {source}, which its rejects lack too", REMAKE)
     if alien := (kept | refused) - given:
         yield Violation(file, f"or its rejects hold {_some(alien)} that {source} has not in this shard", REMAKE)
-    if one_row and (both := kept & refused):
+    if both := kept & refused:
         yield Violation(file, f"holds {_some(both)}, refused at the same time", REMAKE)
 
 
-def _ids_of(source: Table, shard: str) -> set[str] | None:
-    """The ids of a shard, or None if it cannot be read, which is reported when its own table is checked."""
+def _ids_of(source: Table, table: Table, shard: str) -> set[str] | None:
+    """The ids of a source's shard that `table` is about, or None if it cannot be read: its own table's check reports that."""
     try:
+        if source.path == IMAGES_PATH and table.path.split("/")[0] in NESTED:  # about those images that came with a caption
+            return set(read_captions(source.dataset_uri, ORIGINAL_CAPTIONER, shard))
         return set(source.read_shard(shard, ["id"])["id"].to_pylist())
     except (FileNotFoundError, ValueError):
         return None

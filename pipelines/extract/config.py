@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from PIL import Image
 
 from pipelines.stages.contract import Resources
-from pipelines.tables.schema import caption_embeds_path, latents_path
+from pipelines.tables.schema import latents_path
 from sana_model.nn.config import NVLABS_PROMPTS, TextEncoderConfig
 
 Dtype = Literal["float16", "bfloat16"]
@@ -16,43 +16,17 @@ PUBLISHED_INTERPOLATION: dict[int, Interpolation] = {2048: "lanczos"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageFilter:
-    """The scores of an image scorer that admit an image: from `min` to `max`, both included; None: no limit."""
-
-    min: float | None = None
-    max: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.min is None and self.max is None:
-            raise ValueError("an image filter needs min, max or both, such as {min: 5.0}")
-
-    def admits(self, score: float | None) -> bool:
-        """Whether a score is within the limits. An image without a score is not admitted."""
-        if score is None:
-            return False
-        return (self.min is None or score >= self.min) and (self.max is None or score <= self.max)
-
-    def __str__(self) -> str:
-        limits = [f"{name} {limit:g}" for name, limit in (("min", self.min), ("max", self.max)) if limit is not None]
-        return ", ".join(limits)
-
-
-@dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
-    """An autoencoder, a resolution, and whose scores to take along.
+    """An autoencoder and a resolution.
 
     Args:
         name: of the autoencoder in the table's path, latents/<name>-<resolution>.
         autoencoder: a local folder, or a zoo://, hf:// or fsspec URI; ours, diffusers' or efficientvit's.
         resolution: pixels; an image goes to the bucket of about resolution^2 pixels whose shape is nearest.
-        scorer: name of the table under scores/.
         dtype: of the stored latents.
         compute_dtype: of the autoencoder's weights and activations.
         interpolation: of the resize before the middle is cropped out; None: as published (bicubic; Lanczos at 2048 px).
         max_upscale: images that would have to be enlarged more than so many times are refused; None: all are taken.
-        min_best_score: images whose best caption scores less are refused (Sana 1.5: 22); None: all are taken. To be able to
-            change it later, set it in the selection that training draws with instead.
-        image_filters: limits by the name of a table under image_scores/, such as {aesthetic: {min: 5.0}}.
         max_latent: images with a value beyond it are refused; the latents' standard deviation is about 1.
         tile_size: pixels; encode in tiles, so that memory does not grow with the image. None: in one piece.
         check_rows: images of every shard that are decoded again, to know the PSNR.
@@ -63,18 +37,18 @@ class ExtractConfig:
         max_reject_share: the job fails when a larger share of the images is refused.
     """
 
-    NO_VALUE: ClassVar = ("name", "check_rows", "batch_size", "prepare_threads", "device", "resources", "max_reject_share")
+    NO_VALUE: ClassVar = (
+        *("name", "check_rows", "batch_size", "prepare_threads", "device", "resources", "max_reject_share"),
+        "autoencoder",  # the hash of its encoder stands for it
+    )
 
     name: str
     autoencoder: str
     resolution: int
-    scorer: str
     dtype: Dtype = "float16"
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     interpolation: Interpolation | None = None
     max_upscale: float | None = None
-    min_best_score: float | None = None
-    image_filters: dict[str, ImageFilter] = field(default_factory=dict)
     max_latent: float = 100.0
     tile_size: int | None = None
     check_rows: int = 4
@@ -118,9 +92,10 @@ class EmbedConfig:
     """A text encoder, how it is prompted, and whose captions it reads.
 
     Args:
-        name: of the table under caption_embeds/.
+        name: of the folder under caption_embeds/.
         text_encoder: any decoder-only transformers model: a local folder, a hub id, or a zoo://, hf:// or fsspec URI.
-        scorer: name of the table under scores/ that holds the captions.
+        captioners: whose captions are embedded, each into a table of its own, caption_embeds/<name>/<captioner>: names of
+            tables under captions/; "original" are the captions that came with the images.
         prompts: the instruction before every caption, the tokens at which captions are cut, and whether they are lower-cased.
         attn_implementation: "sdpa", which training uses too, ignores Gemma-2's soft-capping; "eager" applies it.
         compute_dtype: of the text encoder.
@@ -131,11 +106,11 @@ class EmbedConfig:
         max_reject_share: the job fails when a larger share of the captions is refused.
     """
 
-    NO_VALUE: ClassVar = ("name", "batch_size", "device", "resources", "max_reject_share")
+    NO_VALUE: ClassVar = ("name", "captioners", "batch_size", "device", "resources", "max_reject_share")
 
     name: str
     text_encoder: str
-    scorer: str
+    captioners: tuple[str, ...]
     prompts: TextEncoderConfig = NVLABS_PROMPTS
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
@@ -145,6 +120,6 @@ class EmbedConfig:
     resources: Resources = field(default_factory=Resources)
     max_reject_share: float = 0.01
 
-    @property
-    def path(self) -> str:
-        return caption_embeds_path(self.name)
+    def __post_init__(self) -> None:
+        if not self.captioners or len(set(self.captioners)) < len(self.captioners):
+            raise ValueError(f"captioners={list(self.captioners)} must name at least one, and each once")

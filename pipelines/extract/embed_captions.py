@@ -16,24 +16,25 @@ from pipelines.extract.config import EmbedConfig
 from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
 from pipelines.storage.lease import Leases
+from pipelines.tables.captions import captions_table, read_captions
 from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.rejects import RowRefused, reject
-from pipelines.tables.schema import CAPTION_EMBEDS, SCORES, Row, scores_path
+from pipelines.tables.schema import CAPTION_EMBEDS, Row, caption_embeds_path
 from pipelines.tables.table import Table
 from pipelines.workers.halving import run_halving
-from pipelines.workers.models import find_model, pick_device, pretrained
+from pipelines.workers.models import FoundModel, find_model, pick_device, pretrained
 from sana_model.nn.config import TextEncoderConfig
 from sana_model.nn.text_encoder import TextEncoder
 
 
-def embed_identity(dataset_uri: str, config: EmbedConfig, models: dict[str, str]) -> Identity:
-    """Everything that the embeddings depend on; `models`: the version of the text encoder."""
+def embed_identity(dataset_uri: str, config: EmbedConfig, captioner: str, models: dict[str, str]) -> Identity:
+    """Everything that the embeddings of a captioner's captions depend on; `models`: the version of the text encoder."""
     settings = value_settings(config)
     del settings["prompts"]  # a long text: its hash stands for it
     settings |= prompt_settings(config.prompts)
-    scores = Table(dataset_uri, scores_path(config.scorer), SCORES)
-    inputs = {scores.path: scores.require().fingerprint}
-    return Identity("embed_captions", settings, models, inputs)
+    captions = captions_table(dataset_uri, captioner)
+    inputs = {captions.path: captions.require().fingerprint}
+    return Identity("embed_captions", settings, models, inputs, rows_of=captions.path)
 
 
 def prompt_settings(prompts: TextEncoderConfig) -> dict[str, Any]:
@@ -46,27 +47,42 @@ def prompt_settings(prompts: TextEncoderConfig) -> dict[str, Any]:
 
 
 def run_embed_captions(
-    dataset_uri: str, config: EmbedConfig, *, on_progress: OnProgress = lambda _: None, leases: Leases | None = None
+    dataset_uri: str,
+    config: EmbedConfig,
+    captioner: str,
+    encoder: FoundModel | None = None,
+    *,
+    on_progress: OnProgress = lambda _: None,
+    leases: Leases | None = None,
 ) -> StageResult:
-    """Embed every caption of `scores/<scorer>` into `caption_embeds/<name>`.
+    """Embed every caption of a captioner into `caption_embeds/<name>/<captioner>`.
 
-    Raises as `run_shards`, and MissingTableError if there are no scores.
+    Args:
+        encoder: the text encoder of `config` if it was found before; None: it is sought here.
+
+    Raises as `run_shards`, and MissingTableError if the captions are not there.
     """
-    scores = Table(dataset_uri, scores_path(config.scorer), SCORES)
-    scores.require()  # before any weights are fetched or hashed
-    encoder = find_model(config.text_encoder)
-    identity = embed_identity(dataset_uri, config, {config.name: encoder.version})
+    captions = captions_table(dataset_uri, captioner)
+    captions.require()  # before any weights are fetched or hashed
+    encoder = encoder or find_model(config.text_encoder)
+    identity = embed_identity(dataset_uri, config, captioner, {config.name: encoder.version})
     return run_shards(
-        Table(dataset_uri, config.path, CAPTION_EMBEDS),
+        Table(dataset_uri, caption_embeds_path(config.name, captioner), CAPTION_EMBEDS),
         identity,
-        scores.list_shards(),
-        read_shard=scores.read_shard,
+        captions.list_shards(),
+        read_shard=partial(_read_texts, dataset_uri, captioner),
         make_worker=partial(CaptionEmbedder, replace(config, text_encoder=encoder.address)),
         resources=config.resources,
         max_reject_share=config.max_reject_share,
         on_progress=on_progress,
         leases=leases,
     )
+
+
+def _read_texts(dataset_uri: str, captioner: str, shard: str) -> pa.Table:
+    """id and caption of a shard's captions."""
+    captions = read_captions(dataset_uri, captioner, shard)
+    return pa.table({"id": pa.array(captions, pa.string()), "caption": pa.array(captions.values(), pa.string())})
 
 
 class CaptionEmbedder:
@@ -84,8 +100,8 @@ class CaptionEmbedder:
         ).to(pick_device(config.device))
 
     def process(self, table: pa.Table) -> ShardOutput:
-        """A row for each caption of each image, or a reject; figures: captions, and how many of them were cut."""
-        captions = [{"id": row["id"], **entry} for row in table.to_pylist() for entry in row["captions"]]
+        """A row for each caption, or a reject; figures: captions, and how many of them were cut."""
+        captions = table.to_pylist()
         rows: list[Row] = []
         rejects: list[Row] = []
         num_cut = 0
@@ -97,8 +113,7 @@ class CaptionEmbedder:
                 if not isinstance(embeds, RowRefused) and not embeds.isfinite().all():
                     embeds = RowRefused("bad_embeds", "values that are not finite")
                 if isinstance(embeds, RowRefused):
-                    refused = RowRefused(embeds.reason, f"{entry['captioner']}: {embeds.detail}")
-                    rejects.append(reject(entry, refused))
+                    rejects.append(reject(entry, embeds))
                 else:
                     rows.append(_embeds_row(entry, embeds))
         return ShardOutput(rows, rejects, {"captions": len(captions), "cut_captions": num_cut})
@@ -112,4 +127,4 @@ class CaptionEmbedder:
 
 def _embeds_row(entry: Row, embeds: torch.Tensor) -> Row:
     content = embeds.contiguous().view(torch.uint8).numpy().tobytes()
-    return {"id": entry["id"], "captioner": entry["captioner"], "embeds": content, "num_tokens": len(embeds)}
+    return {"id": entry["id"], "embeds": content, "num_tokens": len(embeds)}

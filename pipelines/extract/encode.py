@@ -1,5 +1,6 @@
 """The extract stage's model: images of one bucket at a time to latents, checked, and some of them decoded again."""
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,14 +12,13 @@ from PIL import Image
 
 from pipelines.extract.buckets import Bucket, buckets_for, name_bucket, nearest_bucket
 from pipelines.extract.config import ExtractConfig
-from pipelines.score.selection import best_score, is_below
 from pipelines.stages.contract import ShardOutput
 from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.sampling import spread
 from pipelines.tables.schema import Row
 from pipelines.workers.halving import run_halving
 from pipelines.workers.images import decode, resize_and_crop
-from pipelines.workers.models import pick_device
+from pipelines.workers.models import locate, pick_device
 from pipelines.workers.prepare import iter_rows, prepare_ahead
 from sana_model.nn.autoencoder import DCAutoencoder
 
@@ -37,6 +37,25 @@ class Cropped:
 
 Fitted = Mapping[int, Cropped | RowRefused]
 """An image cropped, or refused, at each resolution."""
+
+
+def find_encoder(autoencoder: str) -> tuple[str, str]:
+    """Find an autoencoder. Returns its path, with the commit in an hf:// address, and the version of its encoder.
+
+    The version is a hash of the encoder's weights, its shape and the scale of the latents. It is the same in whatever layout
+    they are stored, and whatever the decoder is: a decoder that was trained further makes no latents stale.
+
+    Raises FileNotFoundError if there is no such autoencoder, ValueError if it cannot be read.
+    """
+    address, place = locate(autoencoder)
+    model = DCAutoencoder.from_pretrained(place, dtype=torch.float32)
+    config = model.config
+    shape = (config.latent_channels, config.widths, config.encoder_depths, config.variant, config.scaling_factor)
+    digest = hashlib.sha256(repr(shape).encode())
+    for name, value in sorted(model.encoder.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    return address, f"encoder sha256:{digest.hexdigest()[:32]}"
 
 
 class LatentEncoder:
@@ -67,14 +86,13 @@ class LatentEncoder:
             iter_rows(table), prepare, num_ahead=self.config.batch_size, num_threads=self.config.prepare_threads
         )
         for row, ready in rows:
-            source = {name: row[name] for name in ("id", "source_uri", "captions")}
+            source = {name: row[name] for name in ("id", "source_uri")}
             for resolution, shard in shards.items():
                 shard.add(source, ready if isinstance(ready, RowRefused) else ready[resolution])
         return {resolution: shard.finish(ids) for resolution, shard in shards.items()}
 
     def _fit(self, row: Row, resolutions: Sequence[int]) -> Fitted:
         """The image cropped to each resolution's bucket. Raises RowRefused where it is refused altogether."""
-        check_scores(row, self.config)
         image = decode(row["image_bytes"])
         return {resolution: self._crop(image, self.configs[resolution]) for resolution in resolutions}
 
@@ -167,18 +185,6 @@ class _Shard:
                 self.psnrs.append(psnr(image.pixels, again))
 
 
-def check_scores(row: Row, config: ExtractConfig) -> None:
-    """Raises RowRefused where an image's own scores, or its best caption's, do not let it in."""
-    if is_below(row["captions"], config.min_best_score):
-        detail = f"its best caption scores {best_score(row['captions']):.1f}, min_best_score={config.min_best_score}"
-        raise RowRefused("low_score", detail)
-    scores = {entry["scorer"]: entry["score"] for entry in row.get("image_scores") or []}
-    for name, allowed in config.image_filters.items():
-        if not allowed.admits(scores.get(name)):
-            shown = "no score" if scores.get(name) is None else f"{scores[name]:.4g}"
-            raise RowRefused("filtered", f"{name}: {shown}, allowed is {allowed}")
-
-
 def find_fault(latents: torch.Tensor, max_latent: float) -> RowRefused | None:
     """The refusal of latents with values that are not finite or too large; None if they are good."""
     bad = int((~torch.isfinite(latents)).sum())
@@ -205,5 +211,4 @@ def _latents_row(row: Row, bucket: Bucket, latents: torch.Tensor) -> Row:
         "height": height,
         "width": width,
         "bucket": name_bucket(bucket),
-        "captions": row["captions"],
     }

@@ -4,14 +4,13 @@ from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
-import pyarrow.compute as pc
 from markupsafe import Markup
 from PIL import Image
 
 from pipelines.extract.config import Dtype
 from pipelines.extract.run import read_latents
 from pipelines.reports.charts import histograms, number, spreads
-from pipelines.reports.page import caption_texts, captioner_colors, format_mean, table_page, with_score_texts
+from pipelines.reports.page import format_mean, table_page
 from pipelines.reports.pictures import thumbnail, with_pictures
 from pipelines.reports.rejects import read_rejects
 from pipelines.tables.sampling import DEFAULT_SCOPE, ReportScope, read_light, sample_rows
@@ -25,7 +24,7 @@ DecodeLatents = Callable[[np.ndarray], Image.Image]
 def latents_report(
     dataset_uri: str, path: str, decode: DecodeLatents | None = None, *, sample: ReportScope = DEFAULT_SCOPE
 ) -> str:
-    """The page of `latents/...`, as HTML: statistics of the values, buckets, and images with their captions.
+    """The page of `latents/...`, as HTML: statistics of the values, buckets, and images.
 
     Args:
         path: the table's path, such as "latents/dc-ae-512".
@@ -35,22 +34,21 @@ def latents_report(
     """
     table = Table(dataset_uri, path, LATENTS)
     dtype: Dtype = table.require().config["dtype"]
-    light = read_light(table, ["bucket", "captions"], sample)
-    rows = with_pictures(dataset_uri, sample_rows(table, sample), caption_texts)
+    light = read_light(table, ["bucket"], sample)
+    rows = with_pictures(dataset_uri, sample_rows(table, sample), lambda row: [])
     latents = [read_latents(row, dtype).float().numpy() for row in rows]
     if decode is not None:
         for row, values in zip(rows, latents, strict=True):
             row["decoded"] = thumbnail(decode(values), f"decoded: {row['picture'].alt}")
     flat = np.concatenate([values.reshape(len(values), -1) for values in latents], axis=1) if latents else np.zeros((1, 0))
     finite = np.ma.masked_invalid(flat)
-    captions = [row["captions"] for row in rows]
     return table_page(
         "latents.html.jinja",
         table,
         light,
         read_rejects(table, sample),
         title=f"Latents {path.removeprefix('latents/')}",
-        about="The training samples: images as the autoencoder compresses them, with the captions that compete for them.",
+        about="Images as the autoencoder compresses them. Captions join them when a training reads them.",
         dtype=dtype,
         num_measured=len(rows),
         figures=table.require().figures,
@@ -60,10 +58,8 @@ def latents_report(
         values=histograms({"": flat.ravel()}, title="Values of latents", x_label="value"),
         channels=_channels(finite),
         buckets=dict(Counter(light.rows["bucket"].to_pylist()).most_common()),
-        num_captions=dict(sorted(Counter(pc.list_value_length(light.rows["captions"]).to_pylist()).items())),
-        colors=captioner_colors(entry["captioner"] for entries in captions for entry in entries),
         decoded=decode is not None,
-        samples=[{"decoded": None} | row | {"captions": with_score_texts(row["captions"])} for row in rows],
+        samples=[{"decoded": None} | row for row in rows],
     )
 
 

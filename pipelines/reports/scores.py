@@ -1,45 +1,60 @@
-"""The page of `scores/<scorer>`: captioners and selection policies compared."""
+"""The page of `scores/<clip>/<captioner>`: all captioners and selection policies compared."""
+
+from collections.abc import Sequence
 
 from pipelines.reports.charts import FOCUS, histograms
 from pipelines.reports.page import caption_texts, captioner_colors, format_mean, table_page, with_score_texts
 from pipelines.reports.pictures import with_pictures
 from pipelines.reports.rejects import read_rejects
+from pipelines.score.candidates import Candidates, scored_captioners
 from pipelines.score.compare import compare_policies
 from pipelines.score.config import SelectionConfig
-from pipelines.score.selection import all_policies, choose_caption
-from pipelines.tables.sampling import DEFAULT_SCOPE, LightRows, ReportScope, read_light, sample_rows
+from pipelines.score.selection import Caption, all_policies, choose_caption
+from pipelines.tables.sampling import DEFAULT_SCOPE, ReportScope, read_light, sample_rows, spread
 from pipelines.tables.schema import SCORES, Row, scores_path
 from pipelines.tables.table import Table
-from pipelines.workers.prepare import iter_rows
 
 
-def scores_report(dataset_uri: str, scorer: str, selection: SelectionConfig, *, sample: ReportScope = DEFAULT_SCOPE) -> str:
-    """The page of `scores/<scorer>`, as HTML: captioners and selection policies compared, and images with all their captions,
-    the scores, and the caption that is selected.
+def scores_report(
+    dataset_uri: str,
+    clip: str,
+    captioner: str,
+    selection: SelectionConfig,
+    captioners: Sequence[str] = (),
+    *,
+    sample: ReportScope = DEFAULT_SCOPE,
+) -> str:
+    """The page of `scores/<clip>/<captioner>`, as HTML: several captioners side by side, selection policies compared, and
+    images with all their captions, the scores, and the caption that is selected.
 
     Args:
+        captioner: whose table the page belongs to: its rejects are shown.
+        captioners: those that compete; empty: all that the CLIP has scored.
         selection: the policy that selects, with seed 0 in epoch 0; the other policies are compared under its settings.
 
     Raises MissingTableError if there is no such table.
     """
-    table = Table(dataset_uri, scores_path(scorer), SCORES)
-    light = read_light(table, ["id", "captions"], sample)
-    scores, chosen = _contest(light, selection)
-    comparison = compare_policies((row["captions"] for row in iter_rows(light.rows)), all_policies(selection, scores))
+    table = Table(dataset_uri, scores_path(clip, captioner), SCORES)
+    candidates = Candidates(dataset_uri, tuple(captioners) or scored_captioners(dataset_uri, clip), clip)
+    contests, scope = _read_contests(candidates, sample)
+    scores, chosen = _contest(contests, selection)
+    comparison = compare_policies(contests.values(), all_policies(selection, scores))
     selected = [score for values in chosen.values() for score in values]
-    rows = with_pictures(dataset_uri, sample_rows(table, sample), caption_texts)
+    rows = with_pictures(dataset_uri, _sample_images(table, candidates, sample), caption_texts)
     colors = captioner_colors([*scores, *(entry["captioner"] for row in rows for entry in row["captions"])])
     for row in rows:
-        pick = _choose(row, selection)
+        pick = _choose(row["id"], row["captions"], selection)
         row["chosen"] = None if pick is None else row["captions"].index(pick)
     by_captioner = {name: scores[name] for name in colors if name in scores}
     return table_page(
         "scores.html.jinja",
         table,
-        light,
+        read_light(table, ["id"], sample),
         read_rejects(table, sample),
-        title=f"Scores by {scorer}",
+        title=f"Scores by {clip} of {captioner}'s captions",
         about="How well each of an image's captions fits it, as a CLIP model sees it, and which caption is selected.",
+        contest_scope=scope,
+        num_images=len(contests),
         chart=histograms(
             {**by_captioner, "selected": selected},
             title="Scores",
@@ -56,20 +71,41 @@ def scores_report(dataset_uri: str, scorer: str, selection: SelectionConfig, *, 
         policy=selection.policy,
         equal_shares=not selection.proportions,
         num_chosen=len(selected),
-        num_unchosen=light.rows.num_rows - len(selected),
+        num_unchosen=len(contests) - len(selected),
         mean_chosen=format_mean(selected),
         samples=[row | {"captions": with_score_texts(row["captions"])} for row in rows],
     )
 
 
-def _contest(light: LightRows, selection: SelectionConfig) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+def _read_contests(candidates: Candidates, sample: ReportScope) -> tuple[dict[str, list[Caption]], str]:
+    """The scored captions of each image of some shards by id, and a sentence that says how much was read."""
+    shards = candidates.list_scored()
+    chosen = [shards[index] for index in spread(len(shards), sample.max_shards)]
+    contests: dict[str, list[Caption]] = {}
+    for shard in chosen:
+        contests |= candidates.read_scored(shard)
+    part = "all" if len(chosen) == len(shards) else f"{len(chosen):,} of"
+    return contests, f"{len(contests):,} images with scores, of {part} {len(shards):,} shards"
+
+
+def _sample_images(table: Table, candidates: Candidates, sample: ReportScope) -> list[tuple[str, Row]]:
+    """Some images of the table with their shards, and with `captions`: all that compete for them."""
+    rows = sample_rows(table, sample)
+    scored = set(candidates.list_scored())
+    read = {shard: candidates.read(shard) for shard in dict.fromkeys(shard for shard, _ in rows) if shard in scored}
+    return [(shard, {"id": row["id"], "captions": read[shard].get(row["id"], [])}) for shard, row in rows if shard in read]
+
+
+def _contest(
+    contests: dict[str, list[Caption]], selection: SelectionConfig
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Scores by captioner: those of all captions, and those of the selected captions."""
     scores: dict[str, list[float]] = {}
     chosen: dict[str, list[float]] = {}
-    for row in iter_rows(light.rows):
-        for entry in row["captions"]:
+    for row_id, captions in contests.items():
+        for entry in captions:
             scores.setdefault(entry["captioner"], []).append(entry["clip_score"])
-        pick = _choose(row, selection)
+        pick = _choose(row_id, captions, selection)
         if pick is not None:
             chosen.setdefault(pick["captioner"], []).append(pick["clip_score"])
     return scores, chosen
@@ -83,6 +119,6 @@ def _count_long(table: Table) -> str:
     return f"{count:,} captions were longer than the model's limit, and were {done}." if count and done else ""
 
 
-def _choose(row: Row, selection: SelectionConfig) -> Row | None:
+def _choose(row_id: str, captions: list[Caption], selection: SelectionConfig) -> Caption | None:
     """The caption that the policy selects for an image with seed 0 in epoch 0, or None."""
-    return choose_caption(row["captions"], selection, seed=0, epoch=0, sample_id=row["id"])
+    return choose_caption(captions, selection, seed=0, epoch=0, sample_id=row_id)

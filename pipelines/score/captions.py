@@ -1,7 +1,10 @@
-"""The score stage: CLIP scores each caption against its image. Raw scores are stored; selection comes later."""
+"""The score stage: how well each caption of a captioner fits its image, as a CLIP sees it.
+
+It reads the images' embeddings and the captions: no image is decoded, and no other captioner's captions are looked at. Raw
+scores are stored; selection comes later.
+"""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -10,48 +13,52 @@ import pyarrow as pa
 import torch
 
 from pipelines.score.config import ScorerConfig
+from pipelines.score.embeds import to_vectors
 from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
 from pipelines.storage.lease import Leases
+from pipelines.tables.captions import captions_table, read_captions
 from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.rejects import RowRefused, reject
-from pipelines.tables.schema import CAPTIONS, IMAGES, IMAGES_PATH, ORIGINAL_CAPTIONER, SCORES, Row, captions_path, scores_path
+from pipelines.tables.schema import SCORES, Row, image_embeds_path, image_embeds_schema, scores_path
 from pipelines.tables.table import Table
-from pipelines.workers.clip import ClipModel, PreparedImage
+from pipelines.workers.clip import ClipModel
 from pipelines.workers.halving import run_halving
-from pipelines.workers.images import decode
-from pipelines.workers.models import find_model
-from pipelines.workers.prepare import iter_rows, prepare_ahead
-
-CANDIDATE = pa.struct([("captioner", pa.string()), ("caption", pa.string())])
-Prepared = tuple[Row, PreparedImage]
+from pipelines.workers.models import FoundModel, find_model
 
 
-def score_identity(dataset_uri: str, config: ScorerConfig, models: dict[str, str]) -> Identity:
-    """Everything that the scores depend on; `models`: the version of the CLIP."""
-    tables = [Table(dataset_uri, IMAGES_PATH, IMAGES), *_caption_tables(dataset_uri, config)]
-    inputs = {table.path: table.require().fingerprint for table in tables}
-    return Identity("score", value_settings(config), models, inputs)
+def score_identity(dataset_uri: str, config: ScorerConfig, captioner: str, model: FoundModel) -> Identity:
+    """Everything that the scores of a captioner depend on."""
+    embeds, captions = _embeds_table(dataset_uri, config), captions_table(dataset_uri, captioner)
+    inputs = {table.path: table.require().fingerprint for table in (embeds, captions)}
+    return Identity("score", value_settings(config), {config.name: model.version}, inputs, rows_of=captions.path)
 
 
 def run_score(
-    dataset_uri: str, config: ScorerConfig, *, on_progress: OnProgress = lambda _: None, leases: Leases | None = None
+    dataset_uri: str,
+    config: ScorerConfig,
+    captioner: str,
+    model: FoundModel | None = None,
+    *,
+    on_progress: OnProgress = lambda _: None,
+    leases: Leases | None = None,
 ) -> StageResult:
-    """Score the captions of every image of a dataset into `scores/<name>`: of the shards that all captioners have done.
+    """Score the captions of a captioner into `scores/<name>/<captioner>`: of the shards that have embeddings and captions.
 
-    Raises as `run_shards`, and MissingTableError if images or a captioner's captions are not there.
+    Args:
+        model: the CLIP of `config` if it was found before; None: it is sought here.
+
+    Raises as `run_shards`, and MissingTableError if the embeddings or the captions are not there.
     """
-    images, captions = Table(dataset_uri, IMAGES_PATH, IMAGES), _caption_tables(dataset_uri, config)
-    for table in (images, *captions):
+    embeds, captions = _embeds_table(dataset_uri, config), captions_table(dataset_uri, captioner)
+    for table in (captions, embeds):
         table.require()  # before any weights are fetched or hashed
-    model = find_model(config.model, config.revision)
-    identity = score_identity(dataset_uri, config, {config.name: model.version})
-    shards = set(images.list_shards()).intersection(*(table.list_shards() for table in captions))
+    model = model or find_model(config.model, config.revision)
     return run_shards(
-        Table(dataset_uri, scores_path(config.name), SCORES),
-        identity,
-        sorted(shards),
-        read_shard=partial(read_candidates, images, dict(zip(config.captioners, captions, strict=True))),
+        Table(dataset_uri, scores_path(config.name, captioner), SCORES),
+        score_identity(dataset_uri, config, captioner, model),
+        sorted(set(embeds.list_shards()).intersection(captions.list_shards())),
+        read_shard=partial(read_embedded_captions, embeds, captioner),
         make_worker=partial(CaptionScorer, replace(config, model=model.path, revision=model.revision)),
         resources=config.resources,
         max_reject_share=config.max_reject_share,
@@ -60,85 +67,61 @@ def run_score(
     )
 
 
-def _caption_tables(dataset_uri: str, config: ScorerConfig) -> list[Table]:
-    return [Table(dataset_uri, captions_path(name), CAPTIONS) for name in config.captioners]
+def _embeds_table(dataset_uri: str, config: ScorerConfig) -> Table:
+    return Table(dataset_uri, image_embeds_path(config.name), image_embeds_schema(-1))
 
 
-def read_candidates(images: Table, captions: dict[str, Table], shard: str) -> pa.Table:
-    """id, image_bytes, source_uri and `candidates` of a shard: every caption that an image has, the original one first."""
-    table = images.read_shard(shard, ["id", "image_bytes", "source_uri", "caption"])
-    candidates: dict[str, list[Row]] = {row_id: [] for row_id in table["id"].to_pylist()}
-    for row in table.select(["id", "caption"]).to_pylist():
-        if row["caption"]:
-            candidates[row["id"]].append({"captioner": ORIGINAL_CAPTIONER, "caption": row["caption"]})
-    for captioner, captions_table in captions.items():
-        for row in captions_table.read_shard(shard, ["id", "caption"]).to_pylist():
-            candidates[row["id"]].append({"captioner": captioner, "caption": row["caption"]})
-    column = pa.array([candidates[row_id] for row_id in table["id"].to_pylist()], pa.list_(CANDIDATE))
-    return table.drop_columns(["caption"]).append_column("candidates", column)
+def read_embedded_captions(embeds: Table, captioner: str, shard: str) -> pa.Table:
+    """id, caption and the image's `embedding` (float32; null if the CLIP refused the image) of each caption of a shard."""
+    captions = read_captions(embeds.dataset_uri, captioner, shard)
+    rows = embeds.read_shard(shard)
+    by_id = dict(zip(rows["id"].to_pylist(), to_vectors(rows).numpy(), strict=True))
+    column = pa.array([by_id.get(row_id) for row_id in captions], pa.list_(pa.float32()))
+    ids, texts = pa.array(captions, pa.string()), pa.array(captions.values(), pa.string())
+    return pa.table({"id": ids, "caption": texts, "embedding": column})
 
 
 class CaptionScorer:
-    """Ray Data actor: images with their captions -> scores."""
+    """Ray Data actor: captions with the embeddings of their images -> scores."""
 
     def __init__(self, config: ScorerConfig):
         self.config = config
         self.clip = ClipModel(config.model, revision=config.revision, dtype=config.dtype, device=config.device)
 
     def process(self, table: pa.Table) -> ShardOutput:
-        """A row of scored captions for each image, or a reject; figures: captions, and how many of them were long."""
+        """A score for each caption, or a reject; figures: captions, and how many of them were long."""
+        captions = table.to_pylist()
         rows: list[Row] = []
         rejects: list[Row] = []
-        self.num_captions = self.num_long = 0
-        for batch in self._prepared_batches(table, rejects):
-            for (row, _), found in zip(batch, run_halving(self._score, batch), strict=True):
-                if isinstance(found, RowRefused):
-                    rejects.append(reject(row, found))
-                elif not all(math.isfinite(caption["clip_score"]) for caption in found["captions"]):
+        self.num_long = 0
+        for row in captions:
+            if row["embedding"] is None:
+                refused = RowRefused("no_embedding", f"the CLIP refused the image: see {image_embeds_path(self.config.name)}")
+                rejects.append(reject(row, refused))
+        good = [row for row in captions if row["embedding"] is not None]
+        for start in range(0, len(good), self.config.batch_size):
+            batch = good[start : start + self.config.batch_size]
+            for row, score in zip(batch, run_halving(self._score, batch), strict=True):
+                if isinstance(score, RowRefused):
+                    rejects.append(reject(row, score))
+                elif not math.isfinite(score):
                     refused = RowRefused("bad_score", f"{self.config.model} gives a score that is not finite")
                     rejects.append(reject(row, refused))
                 else:
-                    rows.append(found)
-        return ShardOutput(rows, rejects, {"captions": self.num_captions, "long_captions": self.num_long})
+                    rows.append({"id": row["id"], "clip_score": score})
+        return ShardOutput(rows, rejects, {"captions": len(captions), "long_captions": self.num_long})
 
-    def _prepared_batches(self, table: pa.Table, rejects: list[Row]) -> Iterator[list[Prepared]]:
-        """Decode and resize images in threads while the model runs the batch before."""
-        batch: list[Prepared] = []
-        size = self.config.batch_size
-        rows = prepare_ahead(iter_rows(table), self._prepare, num_ahead=size, num_threads=self.config.prepare_threads)
-        for row, ready in rows:
-            if isinstance(ready, RowRefused):
-                rejects.append(reject(row, ready))
-                continue
-            batch.append((row, ready))
-            if len(batch) == size:
-                yield batch
-                batch = []
-        if batch:
-            yield batch
-
-    def _prepare(self, row: Row) -> PreparedImage:
-        if not row["candidates"]:
-            raise RowRefused("no_caption", "no captioner had a caption for it, and none came with it")
-        return self.clip.prepare_image(decode(row["image_bytes"]))
-
-    def _score(self, batch: list[Prepared]) -> list[Row]:
-        """One forward pass for each image, and one for each caption, or part of a long one."""
-        captions = self.clip.tokenize([candidate["caption"] for row, _ in batch for candidate in row["candidates"]])
-        image_of = [index for index, (row, _) in enumerate(batch) for _ in row["candidates"]]
+    def _score(self, batch: list[Row]) -> list[float]:
+        """One forward pass for all captions, or the parts of long ones."""
+        captions = self.clip.tokenize([row["caption"] for row in batch])
         parts = [self._parts(tokens) for tokens in captions]
-        caption_of = [index for index, own in enumerate(parts) for _ in own]
+        caption_of = torch.tensor([index for index, own in enumerate(parts) for _ in own])
         text_embeds = self.clip.embed_tokens([part for own in parts for part in own])
-        image_embeds = self.clip.embed_prepared([image for _, image in batch])
-        cosines = (image_embeds[[image_of[index] for index in caption_of]] * text_embeds).sum(-1)
-        sums = torch.zeros(len(captions)).index_add_(0, torch.tensor(caption_of), cosines)
-        scores = iter((100 * sums / torch.tensor([len(own) for own in parts])).tolist())
-        self.num_captions += len(captions)
+        image_embeds = torch.tensor([row["embedding"] for row in batch])
+        cosines = (image_embeds[caption_of] * text_embeds).sum(-1)
+        sums = torch.zeros(len(batch)).index_add_(0, caption_of, cosines)
         self.num_long += sum(len(tokens) > self.clip.max_tokens for tokens in captions)
-        return [
-            {"id": row["id"], "captions": [{**candidate, "clip_score": next(scores)} for candidate in row["candidates"]]}
-            for row, _ in batch
-        ]
+        return (100 * sums / torch.tensor([len(own) for own in parts])).tolist()
 
     def _parts(self, tokens: list[int]) -> list[list[int]]:
         """The parts of a caption that the model sees: its beginning, or all of it in the fewest parts of equal length."""

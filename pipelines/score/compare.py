@@ -8,11 +8,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from pipelines.score.candidates import Candidates
 from pipelines.score.config import Policy, SelectionConfig
 from pipelines.score.selection import Caption, all_policies, caption_probabilities
 from pipelines.tables.sampling import spread
-from pipelines.tables.schema import ORIGINAL_CAPTIONER, SCORES, scores_path
-from pipelines.tables.table import Table
+from pipelines.tables.schema import ORIGINAL_CAPTIONER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,37 +111,31 @@ class Scope:
     total_shards: int
 
 
-def table_captioners(dataset_uri: str, scorer: str) -> list[str]:
-    """Whose captions compete in `scores/<scorer>`. Raises MissingTableError if there is no such table."""
-    manifest = Table(dataset_uri, scores_path(scorer), SCORES).require()
-    return [ORIGINAL_CAPTIONER, *manifest.config.get("captioners", [])]
-
-
 def compare_table(
     dataset_uri: str,
-    scorer: str,
+    clip: str,
+    captioners: Sequence[str],
     selection: SelectionConfig,
     *,
     max_shards: int | None = None,
     on_shard: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Comparison, Scope]:
-    """Compare all policies over `scores/<scorer>`, shard by shard.
+    """Compare all policies over `scores/<clip>/<captioner>` of some captioners, shard by shard.
 
     Args:
         selection: the policies' settings; its own policy is one of those that are compared.
         on_shard: is told how many of how many shards are read.
 
     Raises:
-        MissingTableError: there is no such table.
+        MissingTableError: a captioner has no such table.
     """
-    table = Table(dataset_uri, scores_path(scorer), SCORES)
-    captioners = table_captioners(dataset_uri, scorer)
-    shards = table.list_shards()
+    candidates = Candidates(dataset_uri, tuple(captioners), clip)
+    shards = candidates.list_scored()
     chosen = [shards[index] for index in spread(len(shards), len(shards) if max_shards is None else max_shards)]
 
     def rows() -> Iterator[list[Caption]]:
         for index, shard in enumerate(chosen):
-            yield from table.read_shard(shard, ["captions"])["captions"].to_pylist()
+            yield from candidates.read_scored(shard).values()
             on_shard(index + 1, len(chosen))
 
     comparison = compare_policies(rows(), all_policies(selection, captioners))

@@ -1,7 +1,7 @@
-"""Configuration of scoring: caption scorers, image scorers, near duplicates, and the policy that selects captions."""
+"""Configuration of scoring: the CLIP, caption and image scorers, near duplicates, and the policies that select."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal, get_args
 
 from pipelines.stages.contract import Resources
@@ -32,61 +32,79 @@ class DuplicatesConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScorerConfig:
-    """A CLIP (any transformers CLIP or SigLIP) and the captioners whose captions compete.
-
-    A score is 100 times the cosine of image and caption, with SigLIP too. Its cosines lie lower than CLIP's: the published
-    thresholds (25, and 22 for the best) are CLIP ViT-L/14's.
+class ClipConfig:
+    """A CLIP (any transformers CLIP or SigLIP) that embeds images, once for all that compares them with something.
 
     Args:
-        name: of the table under scores/.
+        name: of the table under image_embeds/, and of the folder under scores/.
         model: a local folder, a hub id, or a zoo://, hf:// or fsspec URI.
         revision: of a hub id.
-        captioners: names of the tables under captions/. The caption that came with an image competes too, as "original".
         dtype: of the weights.
-        long_captions: what is done with a caption over the model's limit (77 tokens for CLIP, 64 for SigLIP): "cut": its
-            beginning is scored, as the published code does; "chunks": its score is the mean over as few equal parts as fit.
-        batch_size: images in one call of the model; changes no value, and is halved where memory is not enough.
+        batch_size: images, or captions, in one call of the model; changes no value, and is halved where memory is not enough.
         prepare_threads: that decode and resize, ahead of the model.
         device: "cpu", "cuda"; None: the first GPU that Ray gave the actor, or else the CPU.
         resources: of the stage's actors.
-        max_reject_share: the job fails when a larger share of the images is refused.
+        max_reject_share: the job fails when a larger share of the rows is refused.
     """
 
-    NO_VALUE: ClassVar = ("name", "revision", "batch_size", "prepare_threads", "device", "resources", "max_reject_share")
+    NO_VALUE: ClassVar[tuple[str, ...]] = (
+        *("name", "revision", "batch_size", "prepare_threads", "device", "resources", "max_reject_share"),
+    )
 
     name: str
     model: str
-    captioners: tuple[str, ...]
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    long_captions: Literal["cut", "chunks"] = "cut"
     batch_size: int = 64
     prepare_threads: int = 4
     device: str | None = None
     resources: Resources = field(default_factory=Resources)
     max_reject_share: float = 0.1
 
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerConfig(ClipConfig):
+    """A CLIP and the captioners whose captions it scores, each into a table of its own, scores/<name>/<captioner>.
+
+    A score is 100 times the cosine of image and caption, with SigLIP too. Its cosines lie lower than CLIP's: the published
+    thresholds (25, and 22 for the best) are CLIP ViT-L/14's.
+
+    Args:
+        captioners: names of the tables under captions/; "original" are the captions that came with the images.
+        long_captions: what is done with a caption over the model's limit (77 tokens for CLIP, 64 for SigLIP): "cut": its
+            beginning is scored, as the published code does; "chunks": its score is the mean over as few equal parts as fit.
+    """
+
+    NO_VALUE: ClassVar[tuple[str, ...]] = (*ClipConfig.NO_VALUE, "captioners")
+
+    captioners: tuple[str, ...]
+    long_captions: Literal["cut", "chunks"] = "cut"
+
     def __post_init__(self) -> None:
-        if len(set(self.captioners)) < len(self.captioners) or ORIGINAL_CAPTIONER in self.captioners:
-            raise ValueError(
-                f"captioners={list(self.captioners)} must differ from each other and from {ORIGINAL_CAPTIONER!r}: "
-                "what came with the images competes anyway"
-            )
+        if not self.captioners:
+            raise ValueError(f"captioners=[] names nobody: give tables under captions/, or {ORIGINAL_CAPTIONER!r}")
+        if len(set(self.captioners)) < len(self.captioners):
+            raise ValueError(f"captioners={list(self.captioners)} must differ from each other")
+
+    @property
+    def clip(self) -> ClipConfig:
+        """The settings of the CLIP alone."""
+        return ClipConfig(**{own.name: getattr(self, own.name) for own in fields(ClipConfig)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageScorerConfig:
-    """A model that gives each image one number.
+    """A model that gives each image one number: a classifier that sees the images, or a head that reads a CLIP's embeddings.
 
     Args:
         name: of the table under image_scores/.
-        model: a classifier or a CLIP: a local folder, a hub id, or a zoo://, hf:// or fsspec URI.
+        model: a classifier: a local folder, a hub id, or a zoo://, hf:// or fsspec URI.
         revision: of a hub id.
-        label: of a classifier: the name or the number of the class whose probability, from 0 to 1, is the score.
-        head: for a CLIP: a file (.pth, .safetensors) of linear layers over its image embedding; a path, an hf:// or an fsspec
-            URI. What they say is the score: from 1 to 10 for the LAION aesthetic predictors.
-        dtype: of the weights.
+        label: the name or the number of the class whose probability, from 0 to 1, is the score.
+        clip: of a head: name of the table under image_embeds/ that it reads. No image is decoded for it.
+        head: a file (.pth, .safetensors) of linear layers over a CLIP's unit embeddings; a path, an hf:// or an fsspec URI.
+            What they say is the score: from 1 to 10 for the LAION aesthetic predictors (over CLIP ViT-L/14).
+        dtype: of the classifier's weights.
         batch_size: images in one call of the model; changes no value, and is halved where memory is not enough.
         prepare_threads: that decode and resize, ahead of the model.
         device: "cpu", "cuda"; None: the first GPU that Ray gave the actor, or else the CPU.
@@ -97,9 +115,10 @@ class ImageScorerConfig:
     NO_VALUE: ClassVar = ("name", "revision", "batch_size", "prepare_threads", "device", "resources", "max_reject_share")
 
     name: str
-    model: str
+    model: str | None = None
     revision: str | None = None
     label: str | None = None
+    clip: str | None = None
     head: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     batch_size: int = 64
@@ -111,8 +130,34 @@ class ImageScorerConfig:
     def __post_init__(self) -> None:
         if self.name == NEAR_DUPLICATES:
             raise ValueError(f"name={self.name!r} is taken by the stage that finds near duplicates")
-        if (self.label is None) == (self.head is None):
-            raise ValueError(f"label={self.label!r}, head={self.head!r}: give a classifier's label, or a CLIP's head")
+        given = tuple(getattr(self, name) is not None for name in ("model", "label", "clip", "head"))
+        if given not in ((True, True, False, False), (False, False, True, True)):
+            raise ValueError(
+                f"model={self.model!r}, label={self.label!r}, clip={self.clip!r}, head={self.head!r}: give model and label "
+                "(a classifier), or clip and head (a head on the embeddings of image_embeds/<clip>)"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFilter:
+    """The scores of an image scorer that admit an image: from `min` to `max`, both included; None: no limit."""
+
+    min: float | None = None
+    max: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.min is None and self.max is None:
+            raise ValueError("an image filter needs min, max or both, such as {min: 5.0}")
+
+    def admits(self, score: float | None) -> bool:
+        """Whether a score is within the limits. An image without a score is not admitted."""
+        if score is None:
+            return False
+        return (self.min is None or score >= self.min) and (self.max is None or score <= self.max)
+
+    def __str__(self) -> str:
+        limits = [f"{name} {limit:g}" for name, limit in (("min", self.min), ("max", self.max)) if limit is not None]
+        return ", ".join(limits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,3 +189,8 @@ class SelectionConfig:
             raise ValueError(
                 f"policy 'proportions' needs proportions={self.proportions} with a positive share, such as {{llava: 1}}"
             )
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the policy looks at scores."""
+        return self.policy not in ("random", "proportions") or self.min_best_score is not None

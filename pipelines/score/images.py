@@ -1,60 +1,60 @@
 """Scores of images alone (aesthetic, not safe for work, watermark): one table for each scorer, thresholds come downstream.
 
-A scorer is any image classifier of transformers (its score is the probability of one label), or a CLIP with a linear head
-over its image embedding, as the LAION aesthetic predictors are.
+A scorer is any image classifier of transformers (its score is the probability of one label), or a head that reads a CLIP's
+embeddings of the images (`pipelines.score.heads`), as the LAION aesthetic predictors do.
 """
 
 import hashlib
 import math
-import re
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Any, Protocol
 
 import pyarrow as pa
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForImageClassification, CLIPVisionModelWithProjection
+from transformers import AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the top-level name wants torchvision
 
 from pipelines.score.config import ImageScorerConfig
-from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
+from pipelines.score.heads import EmbeddingScorer, Head
+from pipelines.stages.contract import OnProgress, ReadShard, ShardOutput, ShardWorker, StageResult
 from pipelines.stages.run import run_shards
 from pipelines.storage.lease import Leases
 from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.rejects import RowRefused, reject
-from pipelines.tables.schema import IMAGE_SCORES, IMAGES, IMAGES_PATH, Row, image_scores_path
+from pipelines.tables.schema import (
+    IMAGE_SCORES,
+    IMAGES,
+    IMAGES_PATH,
+    Row,
+    image_embeds_path,
+    image_embeds_schema,
+    image_scores_path,
+)
 from pipelines.tables.table import Table
 from pipelines.workers.halving import run_halving
 from pipelines.workers.images import decode
 from pipelines.workers.models import find_model, pick_device, pretrained
 from pipelines.workers.prepare import iter_rows, prepare_ahead
 from sana_model.files.places import resolve
-from sana_model.files.tensors import read_weights_file
 
 
 def run_image_scores(
     dataset_uri: str, config: ImageScorerConfig, *, on_progress: OnProgress = lambda _: None, leases: Leases | None = None
 ) -> StageResult:
-    """Score every image of a dataset into `image_scores/<name>`.
+    """Score every image of a dataset into `image_scores/<name>`: a head reads `image_embeds/<clip>`, a classifier the images.
 
-    Raises as `run_shards`, and MissingTableError if there are no images.
+    Raises as `run_shards`, and MissingTableError if there are no images, or no embeddings.
     """
-    model = find_model(config.model, config.revision)
-    images = Table(dataset_uri, IMAGES_PATH, IMAGES)
-    models = {config.name: model.version}
-    if config.head:
-        with resolve(config.head).open("rb") as file:
-            models["head"] = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:32]}"
-    identity = Identity("score_images", value_settings(config), models, {IMAGES_PATH: images.require().fingerprint})
+    source, models, read_shard, make_worker = (_of_head if config.head else _of_classifier)(dataset_uri, config)
     return run_shards(
         Table(dataset_uri, image_scores_path(config.name), IMAGE_SCORES),
-        identity,
-        images.list_shards(),
-        read_shard=partial(images.read_shard, columns=["id", "image_bytes", "source_uri"]),
-        make_worker=partial(ImageScorer, replace(config, model=model.path, revision=model.revision)),
+        Identity("score_images", value_settings(config), models, {source.path: source.require().fingerprint}),
+        source.list_shards(),
+        read_shard=read_shard,
+        make_worker=make_worker,
         resources=config.resources,
         max_reject_share=config.max_reject_share,
         on_progress=on_progress,
@@ -62,22 +62,38 @@ def run_image_scores(
     )
 
 
-class ImageModel(Protocol):
-    """A model that gives each image one number; its transformers `processor` prepares an RGB image for it."""
+Scoring = tuple[Table, dict[str, str], ReadShard, Callable[[], ShardWorker]]
+"""What is read, the versions of the models, how a shard is read, and the worker."""
 
-    processor: Any
 
-    def score(self, pixels: Tensor) -> Tensor:
-        """Prepared images (B, 3, H, W) -> scores (B,), float32 on the CPU."""
-        ...
+def _of_head(dataset_uri: str, config: ImageScorerConfig) -> Scoring:
+    assert config.clip is not None and config.head is not None
+    embeds = Table(dataset_uri, image_embeds_path(config.clip), image_embeds_schema(-1))
+    width = embeds.require().config["width"]  # before the head is fetched
+    head = Head.read(config.head)
+    if head.width != width:
+        raise ValueError(f"head={config.head} takes embeddings of {head.width} numbers, {embeds.uri} holds {width}")
+    with resolve(config.head).open("rb") as file:
+        version = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:32]}"
+    return embeds, {"head": version}, embeds.read_shard, partial(EmbeddingScorer, head)
+
+
+def _of_classifier(dataset_uri: str, config: ImageScorerConfig) -> Scoring:
+    assert config.model is not None
+    images = Table(dataset_uri, IMAGES_PATH, IMAGES)
+    images.require()  # before any weights are fetched or hashed
+    model = find_model(config.model, config.revision)
+    worker = partial(ImageScorer, replace(config, model=model.path, revision=model.revision))
+    columns = ["id", "image_bytes", "source_uri"]
+    return images, {config.name: model.version}, partial(images.read_shard, columns=columns), worker
 
 
 class ImageScorer:
-    """Ray Data actor: images -> scores."""
+    """Ray Data actor: images -> scores of a classifier."""
 
     def __init__(self, config: ImageScorerConfig):
         self.config = config
-        self.model: ImageModel = ClipHead(config) if config.head else Classifier(config)
+        self.model = Classifier(config)
 
     def process(self, table: pa.Table) -> ShardOutput:
         """A score for each image, or a reject. Threads prepare images while the model runs the batch before."""
@@ -114,6 +130,7 @@ class Classifier:
     """
 
     def __init__(self, config: ImageScorerConfig):
+        assert config.model is not None and config.label is not None
         path, options = pretrained(config.model, config.revision)
         self.device = pick_device(config.device)
         self.processor = AutoImageProcessor.from_pretrained(path, **options, backend="pil")
@@ -121,7 +138,6 @@ class Classifier:
         model = AutoModelForImageClassification.from_pretrained(path, dtype=dtype, **options)
         self.model = model.to(self.device).eval()
         labels = {str(name): int(number) for number, name in model.config.id2label.items()}
-        assert config.label is not None
         number = labels.get(config.label, int(config.label) if config.label.isdecimal() else -1)
         if not 0 <= number < len(labels):
             raise ValueError(f"{config.model} has no label {config.label!r}; it has {', '.join(labels)}")
@@ -132,42 +148,3 @@ class Classifier:
         """Prepared images (B, 3, H, W) -> scores (B,), float32 on the CPU."""
         logits = self.model(pixel_values=pixels.to(self.device, self.model.dtype)).logits
         return logits.float().softmax(-1)[:, self.label].cpu()
-
-
-class ClipHead:
-    """A CLIP's image tower whose unit embedding goes through linear layers, kept as "layers.<n>.weight" and "layers.<n>.bias".
-
-    So are the aesthetic predictors of LAION (christophschuhmann/improved-aesthetic-predictor): from 768 to 1 in five layers,
-    with nothing between them but dropout.
-
-    Raises ValueError: the file holds no such layers, or they do not end in one number.
-    """
-
-    def __init__(self, config: ImageScorerConfig):
-        assert config.head is not None
-        path, options = pretrained(config.model, config.revision)
-        self.device = pick_device(config.device)
-        self.processor = AutoImageProcessor.from_pretrained(path, **options, backend="pil")
-        dtype = getattr(torch, config.dtype)
-        model: torch.nn.Module = CLIPVisionModelWithProjection.from_pretrained(path, dtype=dtype, **options)
-        self.model = model.to(self.device, dtype).eval()
-        self.dtype = dtype
-        weights = read_weights_file(resolve(config.head))
-        numbers = sorted(int(name.split(".")[1]) for name in weights if re.fullmatch(r"layers\.\d+\.weight", name))
-        if not numbers or len(weights[f"layers.{numbers[-1]}.weight"]) != 1:
-            raise ValueError(
-                f"{config.head} is no head: it needs layers.<n>.weight, the last of one row; it holds {', '.join(weights)}"
-            )
-        self.layers = [
-            tuple(weights[f"layers.{number}.{part}"].float().to(self.device) for part in ("weight", "bias"))
-            for number in numbers
-        ]
-
-    @torch.inference_mode()
-    def score(self, pixels: Tensor) -> Tensor:
-        """Prepared images (B, 3, H, W) -> scores (B,), float32 on the CPU."""
-        embeds = self.model(pixel_values=pixels.to(self.device, self.dtype)).image_embeds.float()
-        hidden = F.normalize(embeds, dim=-1)
-        for weight, bias in self.layers:
-            hidden = F.linear(hidden, weight, bias)
-        return hidden[:, 0].cpu()

@@ -9,35 +9,32 @@ from pipelines.score.config import POLICIES, Policy, SelectionConfig
 from pipelines.tables.chance import uniform
 
 Caption = dict[str, Any]
-"""captioner, caption, clip_score."""
+"""captioner, caption, clip_score (None where the policy does not look at scores)."""
 
 
 def caption_probabilities(captions: Sequence[Caption], config: SelectionConfig) -> list[float]:
     """The probability of each caption; they sum to 1, or are all 0 if none may be chosen."""
     if not captions or is_below(captions, config.min_best_score):
         return [0.0] * len(captions)
-    weights = _weights(captions, [caption["clip_score"] for caption in captions], config)
+    weights = _weights(captions, config)
     total = sum(weights)
     return [weight / total if total else 0.0 for weight in weights]
 
 
 def is_below(captions: Sequence[Caption], min_best_score: float | None) -> bool:
     """Whether an image is dropped because its best caption scores too low. It must have a caption."""
-    return min_best_score is not None and best_score(captions) < min_best_score
+    return min_best_score is not None and max(caption["clip_score"] for caption in captions) < min_best_score
 
 
-def best_score(captions: Sequence[Caption]) -> float:
-    return max(caption["clip_score"] for caption in captions)
-
-
-def _weights(captions: Sequence[Caption], scores: list[float], config: SelectionConfig) -> list[float]:
+def _weights(captions: Sequence[Caption], config: SelectionConfig) -> list[float]:
+    if config.policy == "random":
+        return [1.0] * len(captions)
+    if config.policy == "proportions":
+        return [config.proportions.get(caption["captioner"], 0.0) for caption in captions]
+    scores = [caption["clip_score"] for caption in captions]
     best = max(scores)
     if config.policy == "paper":
         return [math.exp((score - best) / config.tau) for score in scores]
-    if config.policy == "random":
-        return [1.0] * len(scores)
-    if config.policy == "proportions":
-        return [config.proportions.get(caption["captioner"], 0.0) for caption in captions]
     if config.policy == "published" and best >= config.threshold and best > 0:
         return [(score / best) ** (1 / config.tau) if score >= config.threshold and score > 0 else 0.0 for score in scores]
     return [float(index == scores.index(best)) for index in range(len(scores))]

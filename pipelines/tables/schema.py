@@ -145,6 +145,9 @@ TABLE_SCHEMAS = {
 }
 """Schemas by the first part of a table's path, in the order in which stages make the tables."""
 
+NESTED = ("scores", "caption_embeds")
+"""Groups whose tables lie one floor deeper: a folder for each model, and in it a table for each captioner."""
+
 MADE_BY = {
     IMAGES_PATH: "ingest",
     "image_embeds": "embed_images or jobs.score",

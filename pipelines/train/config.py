@@ -96,7 +96,7 @@ class TrainConfig:
 
     Args:
         latents: path of the table in the dataset, such as latents/dc-ae-512; or a list of tables with weights.
-        caption_embeds: name of a table of stored embeddings under caption_embeds/ of the dataset (of each dataset of a
+        caption_embeds: name of the stored embeddings under caption_embeds/ of the dataset (of each dataset of a
             mixture), so that the text encoder is not needed on the training's device. None: captions are encoded in the step.
         init: the pipeline to start from: a folder, or a zoo://, hf:// or fsspec URI; ours, diffusers' or an NVlabs .pth.
         preset: without `init`, the shape of a new transformer, such as sana-0.6b; with `init`, the shape that it must have.
@@ -108,7 +108,7 @@ class TrainConfig:
         micro_batch_size: samples of one worker's forward pass.
         global_batch_size: samples of one step; a multiple of micro_batch_size * num_workers.
         num_workers: workers that train together, each on its own shards.
-        data: which samples and captions are drawn.
+        data: whose captions compete, which of them are drawn, and for which images.
         flow: the noise levels to train at.
         lora: train adapters, and leave the weights of `init` as they are; None: train all weights.
         optim: optimizer and learning rate.
@@ -147,7 +147,7 @@ class TrainConfig:
     micro_batch_size: int
     global_batch_size: int
     num_workers: int = 1
-    data: StreamConfig = field(default_factory=StreamConfig)
+    data: StreamConfig
     flow: FlowConfig = field(default_factory=FlowConfig)
     lora: LoraConfig | None = None
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -202,7 +202,7 @@ class TrainConfig:
 
     def sources(self, dataset_uri: str) -> list[Source]:
         """Return the tables to train on. Raises ValueError if none is named, or one twice."""
-        return find_sources(dataset_uri, self.latents, caption_embeds=self.caption_embeds)
+        return find_sources(dataset_uri, self.latents, self.data, caption_embeds=self.caption_embeds)
 
     def validation_sources(self, dataset_uri: str) -> list[Source]:
         """Return the tables to validate with; empty if there is no validation."""

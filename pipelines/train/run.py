@@ -25,7 +25,7 @@ from pipelines.train.models import find_text_encoder
 from pipelines.train.outputs import GRIDS_DIR
 from pipelines.train.record import TrainingRecord, write_config
 from pipelines.train.stream.captions import check_caption_embeds
-from pipelines.train.stream.mixture import Source
+from pipelines.train.stream.mixture import Source, check_complete
 from pipelines.train.stream.stream import TrainingStream
 from pipelines.train.task import TrainTask
 from pipelines.train.trained_pipeline import PIPELINE_DIR
@@ -78,13 +78,10 @@ def train_identity(dataset_uri: str, config: TrainConfig) -> Identity:
 
 def _inputs(dataset_uri: str, sources: Sequence[Source]) -> dict[str, str]:
     """Return name -> fingerprint of the tables of `sources`. Raises like `train_identity`."""
-    inputs = {}
+    inputs: dict[str, str] = {}
     for source in sources:
-        if not source.manifest.complete:
-            raise ValueError(f"{source.table.uri} is not complete: let its stage finish first, or samples would come and go")
-        inputs[source.table.name_in(dataset_uri)] = source.manifest.fingerprint
-        if source.embeds is not None:
-            inputs[source.embeds.name_in(dataset_uri)] = source.embeds.require().fingerprint
+        check_complete(source)
+        inputs |= {table.name_in(dataset_uri): table.require().fingerprint for table in source.tables()}
     return inputs
 
 

@@ -1,12 +1,13 @@
 """CLIP and SigLIP of transformers: images and texts to unit vectors whose cosine says how well they fit."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from pipelines.workers.models import pick_device, pretrained
 
@@ -15,6 +16,17 @@ MAX_TEXTS = 512
 
 PreparedImage = Mapping[str, Tensor]
 """The output of the model's image processor for one image, by argument of the model."""
+
+
+def embedding_width(model: str, revision: str | None = None) -> int:
+    """The width D of a CLIP's or SigLIP's embeddings, from its configuration alone."""
+    path, options = pretrained(model, revision)
+    return _width(AutoConfig.from_pretrained(path, **options))
+
+
+def _width(config: Any) -> int:
+    """SigLIP has no projection: its embeddings are as wide as its image tower."""
+    return int(getattr(config, "projection_dim", None) or config.vision_config.hidden_size)
 
 
 class ClipModel:
@@ -32,6 +44,7 @@ class ClipModel:
         self.image_processor, self.tokenizer = processor.image_processor, processor.tokenizer
         # SigLIP learned with every text padded to its full length, on the right, and with the padding in sight: no mask.
         self.pads_fully = self.model.config.model_type.startswith("siglip")
+        self.width = _width(self.model.config)
         self.length = min(self.model.config.text_config.max_position_embeddings, self.tokenizer.model_max_length)
         self.prefix, self.suffix = self._special_tokens()
         self.max_tokens = self.length - len(self.prefix) - len(self.suffix)

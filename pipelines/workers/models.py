@@ -59,11 +59,16 @@ def find_model(path: str, revision: str | None = None) -> FoundModel:
     if is_hub_id(path):
         commit = hub_commit(path, revision)
         return FoundModel(path, commit, f"{path}@{commit}")
-    place = resolve(path)
-    pinned = _with_commit(path, place) if path.startswith("hf://") else path
+    pinned, place = locate(path)
     if place.parent.name == "snapshots":  # of the hub's cache
         return FoundModel(pinned, None, place.name)
     return FoundModel(pinned, None, _hash_files(place))
+
+
+def locate(path: str) -> tuple[str, Path]:
+    """A model's path, with the commit in an hf:// address, and the local place of its files. Raises as `resolve`."""
+    place = resolve(path)
+    return _with_commit(path, place) if path.startswith("hf://") else path, place
 
 
 def _with_commit(address: str, place: Path) -> str:

@@ -4,12 +4,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pipelines.score.selection import caption_probabilities
+from pipelines.score.selection import Caption, caption_probabilities
 from pipelines.tables.errors import MissingTableError
 from pipelines.train.config import TrainConfig
 from pipelines.train.preflight.models import ModelShapes
 from pipelines.train.stream.captions import check_caption_embeds
-from pipelines.train.stream.mixture import Source
+from pipelines.train.stream.mixture import Source, check_complete
 from pipelines.train.stream.samples import is_held_out
 from pipelines.train.stream.stream import TrainingStream
 from sana_model.nn.text_encoder import TextEncoder
@@ -75,12 +75,12 @@ def read_dataset(dataset_uri: str, training: TrainConfig, shapes: ModelShapes, p
     sources, tables = training.sources(dataset_uri), []
     for source in sources:
         try:
-            complete = source.manifest.complete
-        except MissingTableError:
-            problems.append(f"{source.table.uri} is not there yet: its rows, buckets and captions are not counted")
+            check_complete(source)
+        except MissingTableError as error:
+            problems.append(f"{error}; rows, buckets and captions of {source.table.uri} are not counted")
             continue
-        if not complete:
-            problems.append(f"{source.table.uri} is not complete: the training will refuse it until its stage has finished")
+        except ValueError as error:
+            problems.append(f"the training will refuse {source.table.uri} until this is mended: {error}")
         if source.embeds is not None:
             try:
                 check_caption_embeds(source, text_encoder=shapes.text_encoder_path, prompts=shapes.prompts)
@@ -106,21 +106,23 @@ def _count_truncated(tokens: Sequence[int], counter: TextEncoder | None) -> int:
 def _read_table(source: Source, name: str, training: TrainConfig) -> TableFacts:
     shards = source.table.list_shards()
     rows = sum(source.table.read_facts(shard).num_rows for shard in shards)
-    looked_at = shards[:: -(-len(shards) // MAX_SHARDS_READ)] if shards else []
+    joined = sorted(set(shards).intersection(*(table.list_shards() for table in source.tables())))
+    looked_at = joined[:: -(-len(joined) // MAX_SHARDS_READ)] if joined else []
     counted: Counter[tuple[int, int]] = Counter()
     channels, judged, passing, captions = 0, 0, 0, list[str]()
     for shard in looked_at:
-        with_captions = len(captions) < MAX_CAPTIONS_READ
-        columns = ["id", "channels", "height", "width"] + (["captions"] if with_captions else [])
-        for row in source.table.read_shard(shard, columns).to_pylist():
-            counted[row["height"], row["width"]] += 1
-            channels = row["channels"]
-            if with_captions:
-                captions += [caption["caption"] for caption in row["captions"]]
-                judged += 1
-                passing += any(caption_probabilities(row["captions"], training.data.selection)) and not is_held_out(
-                    row["id"], training.data.held_out_share
-                )
+        table = source.table.read_shard(shard, ["id", "channels", "height", "width"])
+        counted.update((row["height"], row["width"]) for row in table.to_pylist())
+        channels = table["channels"][0].as_py() if table.num_rows else channels
+        if len(captions) < MAX_CAPTIONS_READ:
+            contests = _contests(source, shard, table["id"].to_pylist())
+            captions += [caption["caption"] for _, contest in contests for caption in contest]
+            judged += table.num_rows
+            passing += sum(
+                any(caption_probabilities(contest, training.data.selection))
+                and not is_held_out(row_id, training.data.held_out_share)
+                for row_id, contest in contests
+            )
     draws = source.weight * rows * passing / max(judged, 1)
     buckets = Counter({bucket: round(count * draws / counted.total()) for bucket, count in counted.items()})
     return TableFacts(
@@ -133,3 +135,10 @@ def _read_table(source: Source, name: str, training: TrainConfig) -> TableFacts:
         buckets=buckets,
         captions=captions,
     )
+
+
+def _contests(source: Source, shard: str, ids: Sequence[str]) -> list[tuple[str, list[Caption]]]:
+    """The captions that compete for each of a shard's images, without the images that the filters keep out."""
+    candidates = source.candidates.read(shard)
+    admitted = source.filters.read(shard, ids) if source.filters else [True] * len(ids)
+    return [(row_id, candidates.get(row_id, [])) for row_id, is_in in zip(ids, admitted, strict=True) if is_in]

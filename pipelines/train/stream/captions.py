@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pipelines.extract.embed_captions import prompt_settings
+from pipelines.tables.captions import captions_table
 from pipelines.tables.identity import Identity, describe_differences
-from pipelines.tables.table import Table
 from pipelines.train.stream.mixture import Source
 from pipelines.workers.models import model_version
 from sana_model.nn.config import TextEncoderConfig
@@ -77,62 +77,68 @@ def check_caption_embeds(source: Source, *, text_encoder: str, prompts: TextEnco
     """Check that the stored embeddings of `source` are what the training's own text encoder would compute.
 
     Args:
-        source: a latents table with its table of embeddings.
+        source: a latents table with the stored embeddings of its captions.
         text_encoder: path of the training's text encoder.
         prompts: how that text encoder turns captions into tokens.
 
-    Raises MissingTableError if the table of embeddings does not exist; ValueError if it is incomplete, or was made by another
-    text encoder or from other captions, naming the fields that differ.
+    Raises MissingTableError if a table of embeddings does not exist; ValueError if it was made by another text encoder or from
+    other captions, naming the fields that differ.
     """
-    assert source.embeds is not None
-    table, manifest = source.embeds, source.embeds.require()
-    if not manifest.complete:
-        raise ValueError(f"{table.uri} is not complete: let its stage finish first")
-    if missing := set(source.table.list_shards()).difference(table.list_shards()):
-        raise ValueError(f"{table.uri} has no shard {min(missing)}, which {source.table.uri} has: let its stage make it first")
     ours = prompt_settings(prompts) | {"attn_implementation": "sdpa"}
-    scores = {path: value for path, value in source.manifest.inputs.items() if path.startswith("scores/")}
-    made = Identity(
-        "embed_captions",
-        {name: manifest.config[name] for name in ours},
-        {"text_encoder": next(iter(manifest.models.values()))},
-        manifest.inputs,
-    )
-    wanted = Identity("embed_captions", ours, {"text_encoder": model_version(text_encoder)}, scores)
-    if made != wanted:
-        differences = "\n".join(f"  {line}" for line in describe_differences(made, wanted))
-        raise ValueError(
-            f"{table.uri} is not what this training's text encoder gives for the captions of {source.table.uri}:\n"
-            f"{differences}\nEmbed the captions again; or let the training encode as they were encoded, with "
-            f"train.text_encoder={manifest.config['text_encoder']} and its train.prompts; or leave train.caption_embeds out."
+    version = model_version(text_encoder)
+    for captioner in source.captioners:
+        table = source.embeds_table(captioner)
+        manifest = table.require()
+        captions = captions_table(table.dataset_uri, captioner)
+        made = Identity(
+            "embed_captions",
+            {name: manifest.config[name] for name in ours},
+            {"text_encoder": next(iter(manifest.models.values()))},
+            manifest.inputs,
         )
+        wanted = Identity("embed_captions", ours, {"text_encoder": version}, {captions.path: captions.require().fingerprint})
+        if made != wanted:
+            differences = "\n".join(f"  {line}" for line in describe_differences(made, wanted))
+            raise ValueError(
+                f"{table.uri} is not what this training's text encoder gives for the captions of {captioner}:\n"
+                f"{differences}\nEmbed the captions again; or let the training encode as they were, with its train.prompts and "
+                f"train.text_encoder={manifest.config['text_encoder']}; or leave train.caption_embeds out."
+            )
 
 
-def list_caption_embeds(table: Table, shard: str) -> frozenset[tuple[str, str]]:
-    """Return (id, captioner) of every embedded caption of a shard. Raises like `Table.read_shard`."""
-    rows = table.read_shard(shard, ["id", "captioner"])
-    return frozenset(zip(rows["id"].to_pylist(), rows["captioner"].to_pylist(), strict=True))
+def list_caption_embeds(source: Source, shard: str) -> frozenset[tuple[str, str]] | None:
+    """Return (id, captioner) of every embedded caption of a shard; None if `source` has no stored embeddings.
+
+    Raises like `Table.read_shard`.
+    """
+    if source.embeds is None:
+        return None
+    found: set[tuple[str, str]] = set()
+    for captioner in source.captioners:
+        ids = source.embeds_table(captioner).read_shard(shard, ["id"])["id"].to_pylist()
+        found |= {(row_id, captioner) for row_id in ids}
+    return frozenset(found)
 
 
-def read_caption_embeds(
-    table: Table, shard: str, wanted: Set[tuple[str, str]] | None = None
-) -> dict[tuple[str, str], torch.Tensor]:
-    """Read the embeddings of a shard's captions: (id, captioner) -> (num_tokens, width), in the table's dtype.
+def read_caption_embeds(source: Source, shard: str, wanted: Set[tuple[str, str]]) -> dict[tuple[str, str], torch.Tensor]:
+    """Read stored embeddings of a shard's captions: (id, captioner) -> (num_tokens, width), in the table's dtype.
 
     Args:
-        table: a table under caption_embeds/.
-        shard: name of the shard; it is the name of the latents' shard too, since shards are aligned.
-        wanted: (id, captioner) of the captions to keep, for example those that the selection policy chose; None keeps all.
-            The others are dropped a few rows at a time, so they cost little memory.
+        source: a latents table with the stored embeddings of its captions.
+        shard: name of the shard.
+        wanted: (id, captioner) of the captions to keep, for example those that the selection policy chose. The others are
+            dropped a few rows at a time, so they cost little memory.
 
     Raises MissingTableError if there is no such table, FileNotFoundError if it has no such shard.
     """
-    dtype = getattr(torch, table.require().config["dtype"])
     found = {}
-    for batch in table.iter_shard(shard, ROWS_AT_ONCE):
-        keys = list(zip(batch["id"].to_pylist(), batch["captioner"].to_pylist(), strict=True))
-        for row, key in enumerate(keys):
-            if wanted is None or key in wanted:
-                values = bytearray(batch["embeds"][row].as_buffer())
-                found[key] = torch.frombuffer(values, dtype=dtype).view(batch["num_tokens"][row].as_py(), -1)
+    for captioner in sorted({captioner for _, captioner in wanted}):
+        table = source.embeds_table(captioner)
+        dtype = getattr(torch, table.require().config["dtype"])
+        for batch in table.iter_shard(shard, ROWS_AT_ONCE):
+            for row, row_id in enumerate(batch["id"].to_pylist()):
+                if (row_id, captioner) in wanted:
+                    values = bytearray(batch["embeds"][row].as_buffer())
+                    embeds = torch.frombuffer(values, dtype=dtype).view(batch["num_tokens"][row].as_py(), -1)
+                    found[row_id, captioner] = embeds
     return found

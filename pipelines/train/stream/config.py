@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from pipelines.score.config import SelectionConfig
+from pipelines.score.config import ImageFilter, SelectionConfig
+from pipelines.tables.schema import ORIGINAL_CAPTIONER
 
 UNIT = 1_000_000
 """Weights of tables are counted in whole millionths of a draw, so that rounding errors never add up over the epochs."""
@@ -12,9 +13,13 @@ UNIT = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class StreamConfig:
-    """Settings of the stream: which samples are drawn, and with which captions.
+    """Settings of the stream: which samples are drawn, and with which captions. No table depends on them.
 
     Args:
+        captioners: whose captions compete: names of tables under captions/; "original" are the captions that came with the
+            images. To add one or to drop one, change this list.
+        clip: whose scores under scores/<clip>/ the selection policy compares; None: for policies that look at no score.
+        image_filters: limits on the scores of images, by the name of a table under image_scores/: {aesthetic: {min: 5.0}}.
         selection: policy that picks one of a sample's captions, anew in each epoch.
         caption_dropout: share of samples that get the null caption instead, for classifier-free guidance.
         held_out_share: share of samples, chosen by their ids, that are kept for the validation loss and never trained on.
@@ -24,6 +29,9 @@ class StreamConfig:
 
     NO_VALUE: ClassVar = ("prefetch",)
 
+    captioners: tuple[str, ...]
+    clip: str | None = None
+    image_filters: dict[str, ImageFilter] = field(default_factory=dict)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     caption_dropout: float = 0.1
     held_out_share: float = 0.0
@@ -31,6 +39,12 @@ class StreamConfig:
     prefetch: int = 4
 
     def __post_init__(self) -> None:
+        check_captioners(self.captioners)
+        if self.clip is None and self.selection.needs_scores:
+            raise ValueError(
+                f"clip=None: selection.policy={self.selection.policy!r} compares scores; name the CLIP that made them, such as "
+                "clip=clip-vit-l-14, or let selection.policy be random (and min_best_score none)"
+            )
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"caption_dropout={self.caption_dropout} must be between 0 and 1")
         if not 0 <= self.held_out_share < 1:
@@ -94,12 +108,24 @@ class WeightedTable:
         weight: how often each sample is drawn in an epoch. 1: once. 2.5: twice, and a third time in every other epoch (half of
             the samples in each). 0.1: once in ten epochs (a tenth of the samples in each).
         dataset_uri: the dataset that holds the table; None: the training's own.
+        captioners: whose captions compete for its images; None: those of `data.captioners`.
     """
 
     latents: str
     weight: float = 1.0
     dataset_uri: str | None = None
+    captioners: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.captioners is not None:
+            check_captioners(self.captioners)
         if not 1 / UNIT <= self.weight < math.inf:
             raise ValueError(f"weight={self.weight} of {self.latents} must be a positive number: draws of a sample in an epoch")
+
+
+def check_captioners(captioners: tuple[str, ...]) -> None:
+    """Raise ValueError if nobody is named, or somebody twice."""
+    if not captioners:
+        raise ValueError(f"captioners=[] names nobody: give tables under captions/, or {ORIGINAL_CAPTIONER!r}")
+    if len(set(captioners)) < len(captioners):
+        raise ValueError(f"captioners={list(captioners)} must differ from each other")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from pipelines.score.candidates import Candidates, Filters
 from pipelines.tables.chance import uniform
 from pipelines.tables.identity import Manifest
 from pipelines.tables.schema import CAPTION_EMBEDS, LATENTS, caption_embeds_path
@@ -13,20 +14,37 @@ from pipelines.train.stream.config import UNIT, StreamConfig, ValidationConfig, 
 
 @dataclass(frozen=True)
 class Source:
-    """A latents table that samples are drawn from.
+    """A latents table that samples are drawn from, and the tables of its dataset that say with which captions.
 
-    table: the latents. weight: how often each sample is drawn in an epoch, see `WeightedTable`. embeds: the table with the
-    stored embeddings of its captions; None: captions are encoded during the step.
+    table: the latents. candidates: the captions that compete. weight: how often each sample is drawn in an epoch, see
+    `WeightedTable`. filters: limits on the images. embeds: name of the folder under caption_embeds/ with the stored embeddings
+    of the captions; None: captions are encoded during the step.
     """
 
     table: Table
+    candidates: Candidates
     weight: float = 1.0
-    embeds: Table | None = None
+    filters: Filters | None = None
+    embeds: str | None = None
 
     @cached_property
     def manifest(self) -> Manifest:
         """Manifest of the latents table. Raises MissingTableError if there is no such table."""
         return self.table.require()
+
+    @property
+    def captioners(self) -> tuple[str, ...]:
+        return self.candidates.captioners
+
+    def embeds_table(self, captioner: str) -> Table:
+        """The stored embeddings of a captioner's captions."""
+        assert self.embeds is not None
+        return Table(self.table.dataset_uri, caption_embeds_path(self.embeds, captioner), CAPTION_EMBEDS)
+
+    def tables(self) -> list[Table]:
+        """All tables that samples are made of, the latents first."""
+        embeds = [self.embeds_table(captioner) for captioner in self.captioners] if self.embeds is not None else []
+        return [self.table, *self.candidates.tables(), *(self.filters.tables() if self.filters else []), *embeds]
 
     @property
     def num_passes(self) -> int:
@@ -50,14 +68,15 @@ class Source:
 
 
 def find_sources(
-    dataset_uri: str, latents: str | Sequence[WeightedTable], *, caption_embeds: str | None = None
+    dataset_uri: str, latents: str | Sequence[WeightedTable], stream: StreamConfig, *, caption_embeds: str | None = None
 ) -> list[Source]:
     """Return a source for each table that `latents` names.
 
     Args:
         dataset_uri: the training's dataset.
         latents: path of one table, with weight 1, or several tables with their weights.
-        caption_embeds: name of the table of stored embeddings under caption_embeds/ of each dataset; None: none are stored.
+        stream: whose captions compete, and which images are let in.
+        caption_embeds: name of the stored embeddings under caption_embeds/ of each dataset; None: none are stored.
 
     Raises ValueError if no table is named, or one is named more than once.
     """
@@ -65,14 +84,28 @@ def find_sources(
     sources = []
     for entry in named:
         uri = dataset_uri if entry.dataset_uri is None else absolute_uri(entry.dataset_uri)
-        embeds = None if caption_embeds is None else Table(uri, caption_embeds_path(caption_embeds), CAPTION_EMBEDS)
-        sources.append(Source(Table(uri, entry.latents, LATENTS), entry.weight, embeds))
+        candidates = Candidates(uri, entry.captioners or stream.captioners, stream.clip)
+        filters = Filters(uri, stream.image_filters) if stream.image_filters else None
+        sources.append(Source(Table(uri, entry.latents, LATENTS), candidates, entry.weight, filters, caption_embeds))
     uris = [source.table.uri for source in sources]
     if not uris:
         raise ValueError("latents=[] names no table: give the path of one, or a list of tables with weights")
     if twice := {uri for uri in uris if uris.count(uri) > 1}:
         raise ValueError(f"latents names {min(twice)} more than once: give it one weight")
     return sources
+
+
+def check_complete(source: Source) -> None:
+    """Check that a training can draw all samples of a source, and goes on drawing the same ones.
+
+    Raises MissingTableError if a table is missing; ValueError, naming it, if its stage has not finished or it lacks a shard.
+    """
+    shards = source.table.list_shards()
+    for table in source.tables():
+        if not table.require().complete:
+            raise ValueError(f"{table.uri} is not complete: let its stage finish first, or samples would come and go")
+        if missing := set(shards).difference(table.list_shards()):
+            raise ValueError(f"{table.uri} has no shard {min(missing)}, which {source.table.uri} has: run its stage again")
 
 
 def check_channels(sources: Sequence[Source], channels: int) -> None:
@@ -93,5 +126,5 @@ def validation_sources(
 ) -> list[Source]:
     """Return the tables to validate a training on `sources` with; empty if there is no validation."""
     if config.latents is not None:
-        return find_sources(dataset_uri, config.latents, caption_embeds=caption_embeds)
+        return find_sources(dataset_uri, config.latents, stream, caption_embeds=caption_embeds)
     return list(sources) if stream.held_out_share else []

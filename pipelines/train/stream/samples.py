@@ -1,6 +1,7 @@
 """Samples: rows of a latents table with the caption that was drawn for them, and micro-batches of samples of one bucket."""
 
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -100,10 +101,14 @@ class ShardRows:
         self.shard = shard
         self.place = place
         self.dtype = dtype
-        self.rows = source.table.read_shard(shard)
-        self.ids: list[str] = self.rows["id"].to_pylist()
+        with ThreadPoolExecutor(3) as pool:  # on an object store reading is waiting
+            candidates = pool.submit(source.candidates.read, shard)
+            embedded = pool.submit(list_caption_embeds, source, shard)
+            self.rows = source.table.read_shard(shard)
+            self.ids: list[str] = self.rows["id"].to_pylist()
+            self._admitted = source.filters.read(shard, self.ids) if source.filters else [True] * len(self.ids)
+            self._candidates, self._embedded = candidates.result(), embedded.result()
         self._embeds: dict[tuple[str, str], Tensor] = {}
-        self._embedded = list_caption_embeds(source.embeds, shard) if source.embeds is not None else None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -111,9 +116,12 @@ class ShardRows:
     def choose(self, row: int, epoch: int, config: StreamConfig, *, seed: int) -> Choice | None:
         """Choose the caption for a draw of a row: `epoch` is the number of the draw.
 
-        Returns None if the selection policy lets no caption of the row pass, or none of its captions was embedded.
+        Returns None if the image's own scores do not let it in, it has no caption, the selection policy lets none of its
+        captions pass, or none of them was embedded.
         """
-        captions = self.rows["captions"][row].as_py()
+        if not self._admitted[row]:
+            return None
+        captions = self._candidates.get(self.ids[row], [])
         if self._embedded is not None:
             captions = [caption for caption in captions if (self.ids[row], caption["captioner"]) in self._embedded]
         chosen = choose_caption(captions, config.selection, seed=seed, epoch=epoch, sample_id=self.ids[row])
@@ -126,7 +134,7 @@ class ShardRows:
         """Read the stored embeddings of these (row, choice) into memory, if the source has any; call before `sample`."""
         if self.source.embeds is not None:
             keys = {(self.ids[row], choice.captioner) for row, choice in wanted if not choice.dropped}
-            self._embeds |= read_caption_embeds(self.source.embeds, self.shard, keys)
+            self._embeds |= read_caption_embeds(self.source, self.shard, keys)
 
     def sample(self, row: int, epoch: int, choice: Choice) -> Sample:
         """Make the sample of a row from its choice of caption, which `load_embeds` has seen. `epoch`: see `choose`."""

@@ -1,4 +1,4 @@
-"""The training stream: latents tables -> micro-batches of one bucket, the same ones again after a resume.
+"""The training stream: latents, captions and scores -> micro-batches of one bucket, the same ones again after a resume.
 
 Each rank reads its own endless stream, so no rank ever waits for another. In each epoch the shards are dealt out anew among
 the ranks. A rank reads `shuffle_shards` of them at a time (a window), shuffles their rows, and puts each drawn sample into the
@@ -302,8 +302,9 @@ class TrainingStream:
                     return
         names = ", ".join(source.table.uri for source in self.sources)
         raise ValueError(
-            f"no sample of {names} can be drawn: it has no rows, or {self.config.selection} lets none pass, or all are held "
-            f"out (held_out_share={self.config.held_out_share:g}); look at the table, or loosen these settings"
+            f"no sample of {names} can be drawn: it has no rows, or none has a caption of {self.sources[0].captioners}, or "
+            f"{self.config.selection} or image_filters={self.config.image_filters} let none pass, or all are held out "
+            f"(held_out_share={self.config.held_out_share:g}); look at the tables, or loosen these settings"
         )
 
     def _restore_buffers(self, buffers: dict[str, list[tuple[int, int, str]]]) -> dict[str, list[Sample]]:
