@@ -169,15 +169,17 @@ class Table:
         return manifest
 
     def _find_old(self) -> "tuple[Table, Manifest] | None":
-        """A table of a form that is no longer read, where this one is or should be.
-
-        That is this table itself, or one in the folder above: `scores/<clip>` once held the scores of all captioners.
-        """
-        manifest, table = self.read_manifest(), self
-        if manifest is None and self.path.count("/") > 1:
-            table = Table(self.dataset_uri, self.path.rpartition("/")[0], self.schema)
+        """A table of a form that is no longer read: this one, or one in the folder above it."""
+        for table in (self, *self._outer()):
             manifest = table.read_manifest()
-        return (table, manifest) if manifest is not None and manifest.is_old else None
+            if manifest is not None:
+                return (table, manifest) if manifest.is_old else None
+        return None
+
+    def _outer(self) -> "list[Table]":
+        """The table that may lie in the folder above: `scores/<clip>` once held the scores of all captioners."""
+        folder = self.path.rpartition("/")[0]
+        return [Table(self.dataset_uri, folder, self.schema)] if "/" in folder else []
 
     def _explain_missing(self) -> str:
         """The likely cause: no dataset at all, or another table of the same kind is meant, or its stage has not run."""
@@ -195,8 +197,10 @@ class Table:
 
         Raises StaleTableError, with the fields that differ, if the table was begun with another identity.
         """
-        if self.deletion_begun():
-            raise StaleTableError(f"{self.uri} is being deleted, to be made anew: start its job again, it goes on there", self)
+        for table in (self, *self._outer()):
+            if table.deletion_begun():
+                message = f"{table.uri} is being deleted, to be made anew: start its job again, it goes on there"
+                raise StaleTableError(message, table)
         try:
             manifest = self.read_manifest()
         except ValueError as error:

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 def config(tmp_path: Path) -> Path:
     """The demo's stages, as a pipeline's YAML."""
     values: dict[str, Any] = yaml.safe_load((ROOT / "jobs/configs/demo.yaml").read_text())
-    del values["world"]
+    del values["world"], values["late_captioner"]
     values["prompts"] = ["a large red solid circle in the center of a black background"]
     path = tmp_path / "pipeline.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -38,8 +38,10 @@ def test_stages_that_do_not_fit_together_are_refused(config: Path) -> None:
     job = parse(config)
     with pytest.raises(ValueError, match=r"train\.latents=latents/dc-ae-tiny-64 is not what extract makes, latents/other-64"):
         replace(job, extract=replace(job.extract, name="other"))
-    with pytest.raises(ValueError, match=r"extract\.scorer=clip is not scorer\.name=siglip"):
+    with pytest.raises(ValueError, match=r"train\.data\.clip=clip is not scorer\.name=siglip"):
         replace(job, scorer=replace(job.scorer, name="siglip"))
+    with pytest.raises(ValueError, match=r"train\.data\.captioners names \['llava'\], which scorer\.captioners does not"):
+        replace(job, scorer=replace(job.scorer, captioners=("original", "llava-next")))
     with pytest.raises(ValueError, match=r"\['llava'\] name a table more than once"):
         replace(job, captioners=[job.captioners[0], job.captioners[0]])
 

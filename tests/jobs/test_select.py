@@ -3,32 +3,21 @@
 import json
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 import ray
 
 from jobs import select
 from pipelines.score.config import POLICIES
-from pipelines.tables.identity import Identity
-from pipelines.tables.schema import SCORES
-from pipelines.tables.table import Table
+from tests.support.contests import write_contest
 
-ROWS = [
-    {"id": "x", "captions": [("original", 24.0), ("llava", 30.0), ("qwen", 27.0)]},
-    {"id": "y", "captions": [("llava", 20.0), ("qwen", 21.0)]},
-]
+SCORES = {"x": {"original": 24.0, "llava": 30.0, "qwen": 27.0}, "y": {"llava": 20.0, "qwen": 21.0}}
 
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> str:
-    table = Table(str(tmp_path / "data"), "scores/clip", SCORES)
-    table.claim(Identity("score", {"captioners": ["llava", "qwen"]}, {}, {}))
-    rows = [
-        {"id": row["id"], "captions": [{"captioner": n, "caption": f"by {n}", "clip_score": s} for n, s in row["captions"]]}
-        for row in ROWS
-    ]
-    table.write_shard("00000", pa.Table.from_pylist(rows, SCORES))
-    return table.dataset_uri
+    uri = str(tmp_path / "data")
+    write_contest(uri, {row_id: {name: (f"by {name}", score) for name, score in own.items()} for row_id, own in SCORES.items()})
+    return uri
 
 
 def test_all_five_policies_are_shown_side_by_side(
@@ -36,7 +25,7 @@ def test_all_five_policies_are_shown_side_by_side(
 ) -> None:
     starts: list[object] = []
     monkeypatch.setattr(ray, "init", lambda *args, **options: starts.append(options))  # other tests' Ray may run already
-    assert select.main(["--dataset_uri", dataset, "--scorer", "clip", "--min_best_score", "22"]) == 0
+    assert select.main(["--dataset_uri", dataset, "--clip", "clip", "--min_best_score", "22"]) == 0
     shown = capsys.readouterr().out
     assert "scores/clip: 2 images in 1 of 1 shards" in shown
     lines = {line.split()[0]: line.split() for line in shown.splitlines() if line.strip()}
@@ -49,31 +38,33 @@ def test_all_five_policies_are_shown_side_by_side(
 
 def test_json_and_proportions(dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--policies", "[proportions, best]", "--proportions", "{original: 1, qwen: 3}", "--json"]
-    assert select.main(["--dataset_uri", dataset, "--scorer", "clip", *arguments]) == 0
+    assert select.main(["--dataset_uri", dataset, "--clip", "clip", *arguments]) == 0
     content = json.loads(capsys.readouterr().out)
     assert list(content["policies"]) == ["proportions", "best"]
     assert content["policies"]["proportions"]["shares"] == pytest.approx({"original": 0.125, "qwen": 0.875})
     assert content["policies"]["proportions"]["num_dropped"] == 0
     assert content["num_images"] == 2 and content["captioners"]["original"] == {"num_captions": 1, "mean_score": 24.0}
-    assert select.main(["--dataset_uri", dataset, "--scorer", "clip", "--policies", "[proportions]", "--json"]) == 0
+    assert select.main(["--dataset_uri", dataset, "--clip", "clip", "--policies", "[proportions]", "--json"]) == 0
     equal = json.loads(capsys.readouterr().out)["policies"]["proportions"]["shares"]
     assert equal == pytest.approx({"original": 1 / 6, "llava": 5 / 12, "qwen": 5 / 12})
 
 
 def test_the_page(dataset: str, tmp_path: Path) -> None:
     page = tmp_path / "pages" / "policies.html"
-    assert select.main(["--dataset_uri", dataset, "--scorer", "clip", "--policies", "[paper]", "--html", str(page)]) == 0
+    assert select.main(["--dataset_uri", dataset, "--clip", "clip", "--policies", "[paper]", "--html", str(page)]) == 0
     assert "Policies compared" in page.read_text()
 
 
 def test_what_is_wrong_is_said_in_one_line(dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert select.main(["--dataset_uri", dataset, "--scorer", "siglip"]) == 1
+    assert select.main(["--dataset_uri", dataset, "--clip", "siglip"]) == 1
     told = capsys.readouterr().err
-    assert "there is no table 'scores/siglip'" in told
-    assert "which has scores/clip: run the stage that makes it first (jobs.score)" in told
-    assert select.main(["--dataset_uri", f"{dataset}/nowhere", "--scorer", "clip"]) == 1
+    assert "there is no table 'scores/siglip/original'" in told and "run the stage that makes it first (jobs.score)" in told
+    assert select.main(["--dataset_uri", dataset, "--clip", "clip", "--captioners", "[llava, phi]"]) == 1
+    told = capsys.readouterr().err
+    assert "there is no table 'scores/clip/phi'" in told and "which has scores/clip/llava, scores/clip/original" in told
+    assert select.main(["--dataset_uri", f"{dataset}/nowhere", "--clip", "clip"]) == 1
     assert "nowhere, where nothing is: is this the dataset? (jobs.ingest begins one)" in capsys.readouterr().err
-    assert select.main(["--dataset_uri", dataset, "--scorer", "clip", "--tau", "0"]) == 1
+    assert select.main(["--dataset_uri", dataset, "--clip", "clip", "--tau", "0"]) == 1
     assert "tau=0.0 must be positive" in capsys.readouterr().err
     for arguments in (
         ["--proportions", "llava"],
@@ -82,4 +73,4 @@ def test_what_is_wrong_is_said_in_one_line(dataset: str, capsys: pytest.CaptureF
         ["--policies", "[worst]"],
     ):
         with pytest.raises(SystemExit, match="2"):
-            select.main(["--dataset_uri", dataset, "--scorer", "clip", *arguments])
+            select.main(["--dataset_uri", dataset, "--clip", "clip", *arguments])

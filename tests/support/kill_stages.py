@@ -18,6 +18,8 @@ from pipelines.tables.schema import (
     SCORES,
     caption_embeds_path,
     captions_path,
+    image_embeds_path,
+    image_embeds_schema,
     latents_path,
     scores_path,
 )
@@ -30,9 +32,10 @@ PATHS = {
     "cheap": (captions_path("cheap"), CAPTIONS),
     "ingest": (IMAGES_PATH, IMAGES),
     "caption": (captions_path("tiny"), CAPTIONS),
-    "score": (scores_path("clip"), SCORES),
+    "embed_images": (image_embeds_path("clip"), image_embeds_schema(-1)),
+    "score": (scores_path("clip", "tiny"), SCORES),
     "extract": (latents_path("tiny", 64), LATENTS),
-    "embed_captions": (caption_embeds_path("tiny"), CAPTION_EMBEDS),
+    "embed_captions": (caption_embeds_path("tiny", "tiny"), CAPTION_EMBEDS),
 }
 TWO = Resources(num_actors=2, num_cpus=1)
 
@@ -78,23 +81,29 @@ def run_stage(stage: str, dataset_uri: str, source: str) -> StageResult:
         sampling = SamplingConfig(max_new_tokens=48)
         options = {"dtype": "float32", "batch_size": 64, "sampling": sampling, "resources": TWO}
         return run_caption(dataset_uri, CaptionerConfig(name="tiny", model="zoo://captioner-a", **options))  # type: ignore[arg-type]
+    if stage == "embed_images":
+        from pipelines.score.config import ClipConfig
+        from pipelines.score.embeds import run_image_embeds
+
+        return run_image_embeds(dataset_uri, ClipConfig(name="clip", model="zoo://clip", resources=TWO))
     if stage == "score":
         from pipelines.score.captions import run_score
         from pipelines.score.config import ScorerConfig
 
-        return run_score(dataset_uri, ScorerConfig(name="clip", model="zoo://clip", captioners=["tiny"], resources=TWO))
+        scorer = ScorerConfig(name="clip", model="zoo://clip", captioners=("tiny",), resources=TWO)
+        return run_score(dataset_uri, scorer, "tiny")
     if stage == "extract":
         from pipelines.extract.run import ExtractConfig, run_extract
 
         autoencoder = "zoo://pipeline/autoencoder"
-        config = ExtractConfig(name="tiny", autoencoder=autoencoder, resolution=64, scorer="clip", resources=TWO)
+        config = ExtractConfig(name="tiny", autoencoder=autoencoder, resolution=64, resources=TWO)
         return run_extract(dataset_uri, config)
     from pipelines.extract.config import EmbedConfig
     from pipelines.extract.embed_captions import run_embed_captions
 
     encoder = "zoo://pipeline/text_encoder"
-    embedder = EmbedConfig(name="tiny", text_encoder=encoder, scorer="clip", compute_dtype="float32", resources=TWO)
-    return run_embed_captions(dataset_uri, embedder)
+    embedder = EmbedConfig(name="tiny", text_encoder=encoder, captioners=("tiny",), compute_dtype="float32", resources=TWO)
+    return run_embed_captions(dataset_uri, embedder, "tiny")
 
 
 def main(stage: str, dataset_uri: str, source: str) -> None:

@@ -43,7 +43,7 @@ FILES = {
     "other.yaml": b"captioner: {name: a}\n",
 }
 GIVEN = "--dataset_uri x --ingest.source a "
-EXTRACT = "--extract.name a --extract.autoencoder b --extract.scorer clip "
+EXTRACT = "--extract.name a --extract.autoencoder b "
 ROWS = [
     ("ingest", "--config binary", ["binary is no YAML file: it is not text"]),
     ("ingest", "--config control", ["control is no YAML file"]),

@@ -20,6 +20,7 @@ from jobs.pipeline import PipelineJob, StagesJob
 from pipelines.tables.errors import StaleTableError
 
 ROOT = Path(__file__).parents[3]
+CAPTIONERS = ("llava", "llava-next", "llava-warm")  # the last joins the finished dataset
 SMALL = (
     "--world.num_images 40 --world.num_prompts 4 --ingest.rows_per_shard 20 --draw.num_steps 4 --train.num_steps 4 "
     "--train.grid.every 2 --train.grid.num_steps 4 --train.checkpoint_every 4 --train.log_every 1"
@@ -97,13 +98,14 @@ def test_the_next_run_goes_on_and_does_the_rest(finished: tuple[Path, str]) -> N
 
 def test_every_stage_leaves_its_table_and_the_closing_table_tells_of_it(finished: tuple[Path, str]) -> None:
     folder, told = finished
-    tables = ["images", "captions/llava", "captions/llava-next", "scores/clip", "latents/dc-ae-tiny-64"]
-    for table in [*tables, "samples/before", "samples/after", "evaluations/before", "evaluations/after"]:
+    tables = ["images", *(f"captions/{name}" for name in CAPTIONERS), "latents/dc-ae-tiny-64"]
+    tables += [f"scores/clip/{name}" for name in ("original", *CAPTIONERS)]
+    for table in [*tables, "image_embeds/clip", "samples/before", "samples/after", "evaluations/before", "evaluations/after"]:
         assert (folder / table / "_manifest.json").exists(), table
     for page in [*tables, "train", "."]:
         assert (folder / page / "report.html").stat().st_size > 1000, page
     assert (folder / "samples/after/grid.png").exists() and (folder / "train/pipeline/pipeline.json").exists()
-    for stage in ("ingest", "caption llava", "caption llava-next", "score", "extract"):
+    for stage in ("ingest", "caption llava", "caption llava-next", "extract", "caption llava-warm"):
         assert re.search(rf"^  {stage} +40 +0 +\d+", told, re.MULTILINE), told
     exact = {
         name: int(re.search(rf"{name}.* (\d+)%\n", told)[1]) for name in ("llava ", "llava-next", "random choice", "CLIP sel")
@@ -121,13 +123,15 @@ def test_mlflow_holds_a_run_for_each_stage(finished: tuple[Path, str]) -> None:
     found = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
     runs = {run.info.run_name: run for run in found}  # the last of each name: the stopped job may have begun another
     assert set(runs) == {
-        "ingest", "caption llava", "caption llava-next", "score", "extract", "train",
+        "ingest", "embed images clip", *(f"caption {name}" for name in CAPTIONERS), "score original",
+        *(f"score {name}" for name in CAPTIONERS), "extract", "train",
         "sample before", "evaluate before", "sample after", "evaluate after",
     }  # fmt: skip
     assert all(run.info.status == "FINISHED" for run in runs.values())
     assert runs["caption llava"].data.params["captioner.prompt"] == "Describe the image."
-    assert runs["score"].data.metrics["rows"] == 40
-    assert "table.captions/llava" in runs["score"].data.tags
+    assert runs["score llava"].data.metrics["rows"] == 40 and runs["score original"].data.metrics["rows"] == 0
+    tags = runs["score llava"].data.tags
+    assert "table.captions/llava" in tags and "table.captions/llava-next" not in tags
     train = runs["train"].info.run_id
     assert [point.step for point in client.get_metric_history(train, "loss")] == [1, 2, 3, 4]
     artifacts = {artifact.path for artifact in client.list_artifacts(train)}

@@ -31,7 +31,8 @@ from sana_model.files.places import ZOO_DIR
 from tests.support.counted_stages import count_workers
 from tests.support.whole_dataset import SHARDS, make_dataset, write_table
 
-Jobs = dict[str, tuple[Callable[[JobConfig], StageResult], JobConfig]]
+SCORED = ["image_embeds/clip", "scores/clip/a", "scores/clip/b"]
+Jobs = dict[str, tuple[Callable[[JobConfig], object], JobConfig]]
 
 
 @pytest.fixture
@@ -60,16 +61,18 @@ def make_jobs(folder: Path) -> Jobs:
             extract.run,
             extract.ExtractJob(
                 dataset_uri=uri,
-                extract=ExtractConfig(name="ae", autoencoder="zoo://pipeline/autoencoder", resolution=64, scorer="clip"),
+                extract=ExtractConfig(name="ae", autoencoder="zoo://pipeline/autoencoder", resolution=64),
             ),
         ),
     }
     return job  # type: ignore[return-value]  # each job's run takes its own kind
 
 
-def run(jobs: Jobs, path: str, *, on_stale: str = "refuse") -> StageResult:
+def run(jobs: Jobs, path: str, *, on_stale: str = "refuse") -> list[StageResult]:
+    """Run a job; some make several tables."""
     run_stage, job = jobs[path]
-    return run_stage(replace(job, on_stale=on_stale))  # type: ignore[arg-type]
+    made = run_stage(replace(job, on_stale=on_stale))  # type: ignore[arg-type]
+    return made if isinstance(made, list) else [made]  # type: ignore[list-item]
 
 
 def change(jobs: Jobs, path: str, name: str, **settings: object) -> Jobs:
@@ -93,13 +96,13 @@ def test_finished_stages_are_not_done_again_and_stale_ones_are_rebuilt_alone(
     tmp_path: Path, log: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     jobs = make_jobs(tmp_path)
-    assert not any(run(jobs, path).was_done for path in jobs)
+    assert not any(result.was_done for path in jobs for result in run(jobs, path))
     made = log.read_text().split()
-    assert made == ["ingest", "caption", "caption", "score", "extract"]
+    assert made == ["images", "captions/a", "captions/b", *SCORED, "latents/ae-64"]
 
     # a second start of each constructs no worker, and writes no shard
     before = files(tmp_path)
-    assert all(run(jobs, path).was_done for path in jobs)
+    assert all(result.was_done for path in jobs for result in run(jobs, path))
     assert log.read_text().split() == made and files(tmp_path) == before
     assert all(table.complete for table in state(tmp_path).values()) and stale(tmp_path) == set()
 
@@ -119,17 +122,26 @@ def test_finished_stages_are_not_done_again_and_stale_ones_are_rebuilt_alone(
         path.relative_to(tmp_path / "data").parent for path, stamp in files(tmp_path).items() if before.get(path) != stamp
     }
     assert {str(path) for path in changed} == {"captions/a", "rejects/captions/a"}
-    assert stale(tmp_path) == {"scores/clip", "latents/ae-64"}
-    assert "captions/a was made anew" in state(tmp_path)["scores/clip"].stale[0]
-    assert state(tmp_path)["latents/ae-64"].stale == ["scores/clip is stale"]
+    assert stale(tmp_path) == {"scores/clip/a"}
+    assert "captions/a was made anew" in state(tmp_path)["scores/clip/a"].stale[0]
 
     # what was made from it: by its own stage's run
     with pytest.raises(StaleTableError, match=r"inputs\.captions/a: "):
         run(prompted, "scores/clip")
     for path in prompted:
         run(prompted, path, on_stale="rebuild")
-    assert log.read_text().split() == [*made, "caption", "score", "extract"]
+    assert log.read_text().split() == [*made, "captions/a", "scores/clip/a"]
     assert stale(tmp_path) == set() and list(verify_dataset(str(tmp_path / "data"))) == []
+
+    # a third captioner: its captions and their scores are made, and of all else not a shard is touched
+    before = files(tmp_path)
+    jobs = prompted | {"captions/c": change(prompted, "captions/b", "captioner", name="c")["captions/b"]}
+    jobs = change(jobs, "scores/clip", "scorer", captioners=("a", "b", "c"))
+    for path in ("captions/c", "scores/clip", "latents/ae-64"):
+        run(jobs, path)
+    assert log.read_text().split()[len(made) + 2 :] == ["captions/c", "scores/clip/c"]
+    assert before.items() <= files(tmp_path).items() and stale(tmp_path) == set()
+    assert state(tmp_path)["scores/clip/c"].num_rows == 6 and list(verify_dataset(str(tmp_path / "data"))) == []
 
 
 def test_of_several_stale_tables_each_is_deleted_once(tmp_path: Path) -> None:
@@ -190,11 +202,11 @@ def test_changed_models_and_inputs_are_rebuilt_too_images_with_their_plan(tmp_pa
     limited = change(model, "images", "ingest", limits=ImageLimits(min_size=8), rows_per_shard=2)
     with pytest.raises(StaleTableError, match=r"config\.rows_per_shard: 3 -> 2"):
         run(limited, "images")
-    assert run(limited, "images", on_stale="rebuild").num_shards == 3
+    assert run(limited, "images", on_stale="rebuild")[0].num_shards == 3
     assert stale(tmp_path) == {"captions/a"}
     with pytest.raises(StaleTableError, match=r"inputs\.images: "):
         run(limited, "captions/a")
-    result = run(limited, "captions/a", on_stale="rebuild")
+    (result,) = run(limited, "captions/a", on_stale="rebuild")
     assert (result.num_shards, result.num_rows) == (3, 6)
     assert list(verify_dataset(str(tmp_path / "data"))) == []
 
@@ -212,7 +224,7 @@ def test_a_deletion_that_was_broken_off_goes_on_at_the_next_start_whatever_it_is
             run(prompted, "captions/a", on_stale="rebuild")
     assert state(tmp_path)["captions/a"].problems == ["its deletion was begun and not ended: start its stage again"]
     assert any("broken off" in found.problem for found in verify_dataset(str(tmp_path / "data")))
-    result = run(prompted, "captions/a")
+    (result,) = run(prompted, "captions/a")
     assert not result.was_done and result.num_rows == 6
     assert list(verify_dataset(str(tmp_path / "data"))) == []
 
@@ -265,8 +277,8 @@ def test_a_table_without_a_whole_manifest_may_be_made_anew(tmp_path: Path, conte
 def test_a_table_that_is_being_read_or_written_is_not_deleted(tmp_path: Path) -> None:
     tables = make_dataset(str(tmp_path / "data"))
     before = files(tmp_path)
-    with hold(tables["scores/clip"].uri):
-        with pytest.raises(LeaseHeldError, match=r"captions/a cannot be deleted now: scores/clip is made from it by"):
+    with hold(tables["scores/clip/a"].uri):
+        with pytest.raises(LeaseHeldError, match=r"captions/a cannot be deleted now: scores/clip/a is made from it by"):
             delete_table(tables["captions/a"])
         delete_table(tables["latents/ae-64"])
     assert files(tmp_path) == {path: stamp for path, stamp in before.items() if "latents" not in str(path)}
@@ -281,6 +293,6 @@ def test_on_s3_only_the_table_goes_and_none_whose_name_begins_alike(bucket_uri: 
     assert list(verify_dataset(first.dataset_uri)) == []
     delete_table(first)
     found = {table.path: table for table in dataset_status(first.dataset_uri).tables}
-    assert list(found) == ["images", "captions/a-next", "captions/b", "scores/clip", "latents/ae-64"]
-    assert found["captions/a-next"].complete and found["scores/clip"].stale == ["captions/a is gone"]
+    assert list(found) == ["images", "image_embeds/clip", "captions/a-next", "captions/b", *SCORED[1:], "latents/ae-64"]
+    assert found["captions/a-next"].complete and found["scores/clip/a"].stale == ["captions/a is gone"]
     assert first.rejects().list_shards() == [] and other.rejects().list_shards() == list(SHARDS)

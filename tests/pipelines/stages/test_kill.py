@@ -19,7 +19,7 @@ from tests.support.s3 import BUCKET, FaultyProxy, environment, s3_environment, s
 
 NUM_IMAGES = 2048
 TARGETS: list[Target] = ["driver", "actor", "actor", "raylet", "actor", "actor", "driver", "actor", "raylet", "actor"]
-STAGES = ["ingest", "caption", "score", "extract", "embed_captions"]
+STAGES = ["ingest", "caption", "embed_images", "score", "extract", "embed_captions"]
 LARGE = (1024, 1024)  # pixels of the raw images: decoding takes so long that ingest can be struck on the way
 
 

@@ -18,6 +18,8 @@ from pipelines.tables.schema import (
     SCORES,
     captions_path,
     evaluations_path,
+    image_embeds_path,
+    image_embeds_schema,
     latents_path,
     samples_path,
     scores_path,
@@ -35,10 +37,11 @@ PROMPTS = ["a large red solid circle in the center of a black background", "a bl
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One job of the chain.
+    """One job of the chain, or the part of a job that makes one table.
 
     Args:
         name: of its MLflow run.
+        job: the command under `jobs`; the first word of the name unless given.
         settings: of the job, by dotted name.
         path, schema: of the table that it makes; without them it is the training.
         process: in the names of the processes that do its work.
@@ -49,12 +52,18 @@ class Stage:
     settings: Mapping[str, object]
     path: str = ""
     schema: pa.Schema | None = None
+    job: str = ""
     process: str = "ray::MapWorker"
     parts_before_fault: int = 3
 
     def command(self, dataset_uri: str, experiment: str) -> list[str]:
         values = {"dataset_uri": dataset_uri, "tracking.experiment": experiment, **self.settings}
-        return ["python", "-m", f"jobs.{self.name.split()[0]}", *(f"--{name}={value}" for name, value in values.items())]
+        return [
+            "python",
+            "-m",
+            f"jobs.{self.job or self.name.split()[0]}",
+            *(f"--{name}={value}" for name, value in values.items()),
+        ]
 
     def table(self, dataset_uri: str) -> Table:
         assert self.schema is not None
@@ -92,6 +101,16 @@ def _caption(name: str, model: str) -> Stage:
     return Stage(name=f"caption {name}", settings=settings, path=captions_path(name), schema=CAPTIONS)
 
 
+def _score(captioner: str) -> Stage:
+    settings = {
+        "scorer.name": "clip",
+        "scorer.model": "zoo://clip",
+        "scorer.captioners": json.dumps([captioner]),
+        **_actors("scorer", "encoding"),
+    }
+    return Stage(name=f"score {captioner}", settings=settings, path=scores_path("clip", captioner), schema=SCORES)
+
+
 INGEST = Stage(
     name="ingest",
     settings={"ingest.source": RAW, "ingest.rows_per_shard": ROWS_PER_SHARD, **_actors("ingest", "encoding")},
@@ -99,24 +118,20 @@ INGEST = Stage(
     schema=IMAGES,
 )
 CAPTION, CAPTION_NEXT = (_caption(name, model) for name, model in CAPTIONERS.items())
-SCORE = Stage(
-    name="score",
-    settings={
-        "scorer.name": "clip",
-        "scorer.model": "zoo://clip",
-        "scorer.captioners": json.dumps(list(CAPTIONERS)),
-        **_actors("scorer", "encoding"),
-    },
-    path=scores_path("clip"),
-    schema=SCORES,
+EMBED = Stage(
+    name="embed images clip",
+    job="embed_images",
+    settings={"clip.name": "clip", "clip.model": "zoo://clip", **_actors("clip", "encoding")},
+    path=image_embeds_path("clip"),
+    schema=image_embeds_schema(-1),
 )
+SCORE, SCORE_NEXT = (_score(name) for name in CAPTIONERS)
 EXTRACT = Stage(
     name="extract",
     settings={
         "extract.name": "dc-ae-tiny",
         "extract.autoencoder": "zoo://pipeline/autoencoder",
         "extract.resolution": 64,
-        "extract.scorer": "clip",
         **_actors("extract", "encoding"),
     },
     path=LATENTS_PATH,
@@ -126,6 +141,8 @@ TRAIN = Stage(
     name="train",
     settings={
         "train.latents": LATENTS_PATH,
+        "train.data.captioners": json.dumps(list(CAPTIONERS)),
+        "train.data.clip": "clip",
         "train.init": "zoo://pipeline",
         "train.num_steps": NUM_STEPS,
         "train.micro_batch_size": 4,
@@ -142,7 +159,7 @@ TRAIN = Stage(
     process="ray::RayTrainWo",
     parts_before_fault=CHECKPOINT_EVERY + 5,
 )
-DATA_STAGES = [INGEST, CAPTION, CAPTION_NEXT, SCORE, EXTRACT]
+DATA_STAGES = [INGEST, CAPTION, CAPTION_NEXT, EMBED, SCORE, SCORE_NEXT, EXTRACT]
 
 
 def last_stages(dataset_uri: str) -> list[Stage]:
