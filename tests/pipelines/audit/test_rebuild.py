@@ -135,8 +135,10 @@ def test_finished_stages_are_not_done_again_and_stale_ones_are_rebuilt_alone(
 
     # a third captioner: its captions and their scores are made, and of all else not a shard is touched
     before = files(tmp_path)
-    jobs = prompted | {"captions/c": change(prompted, "captions/b", "captioner", name="c")["captions/b"]}
-    jobs = change(jobs, "scores/clip", "scorer", captioners=("a", "b", "c"))
+    caption_b, job_b = prompted["captions/b"]
+    assert isinstance(job_b, caption.CaptionJob) and job_b.captioner is not None
+    third = (caption_b, replace(job_b, captioner=replace(job_b.captioner, name="c")))
+    jobs = change(prompted, "scores/clip", "scorer", captioners=("a", "b", "c")) | {"captions/c": third}
     for path in ("captions/c", "scores/clip", "latents/ae-64"):
         run(jobs, path)
     assert log.read_text().split()[len(made) + 2 :] == ["captions/c", "scores/clip/c"]
