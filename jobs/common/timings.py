@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass
 class Timings:
-    """Seconds by name; results of those that are stages."""
+    """Seconds by name; results of those that are stages. A job that makes several tables is listed table by table."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     stages: dict[str, StageResult] = field(default_factory=dict)
@@ -24,6 +24,10 @@ class Timings:
     def measure(self, name: str, run: Callable[[], T]) -> T:
         start = time.monotonic()
         result = run()
+        if isinstance(result, list):
+            for one in result:
+                self.stages[one.table.path], self.seconds[one.table.path] = one, one.seconds
+            return result
         self.seconds[name] = time.monotonic() - start
         if isinstance(result, StageResult):
             self.stages[name] = result

@@ -6,7 +6,7 @@ scores are stored; selection comes later.
 
 import math
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 
 import pyarrow as pa
@@ -86,7 +86,12 @@ class CaptionScorer:
 
     def __init__(self, config: ScorerConfig):
         self.config = config
-        self.clip = ClipModel(config.model, revision=config.revision, dtype=config.dtype, device=config.device)
+
+    @cached_property
+    def clip(self) -> ClipModel:
+        """Loaded for the first caption: many datasets came without any."""
+        config = self.config
+        return ClipModel(config.model, revision=config.revision, dtype=config.dtype, device=config.device)
 
     def process(self, table: pa.Table) -> ShardOutput:
         """A score for each caption, or a reject; figures: captions, and how many of them were long."""

@@ -16,7 +16,7 @@ def config(*arguments: str) -> PlanConfig:
 def test_formulas_by_hand() -> None:
     plan = make_plan(config("--images", "1_000_000", "--keep_share.value", "0.8", "--days", "2"))
     assert plan.shards == 1000 and plan.listing_requests == 1
-    assert plan.objects == 2 * (1 + 2 + 1 + 1) * 1000  # five tables with their rejects
+    assert plan.objects == 2 * (1 + 2 + 1 + 3 + 1) * 1000  # eight tables with their rejects
     caption = plan.stages["caption"]
     assert caption.images == 2 * 800_000
     assert caption.hours == pytest.approx(1_600_000 / 6 / 3600)
@@ -26,11 +26,11 @@ def test_formulas_by_hand() -> None:
     assert plan.stages["train"].images == 100_000 * 2048
     assert plan.tables["images"].total_bytes == 1_000_000 * 300_000
     assert plan.tables["captions"].total_bytes == 2 * 800_000 * 246
-    assert plan.tables["latents"].shard_bytes == pytest.approx(800 * 15_560)
+    assert plan.tables["latents"].shard_bytes == pytest.approx(800 * 15_097)
     total = sum(table.total_bytes for table in plan.tables.values())
     assert plan.storage_dollars_per_month == pytest.approx(total / 1e9 * 0.023)
     assert plan.driver_bytes == 1000 * 191
-    assert plan.dollars == pytest.approx(sum(stage.dollars for stage in plan.stages.values()) + 10_000 / 1000 * 0.005)
+    assert plan.dollars == pytest.approx(sum(stage.dollars for stage in plan.stages.values()) + 16_000 / 1000 * 0.005)
 
 
 def test_everything_but_the_training_grows_with_the_images() -> None:
