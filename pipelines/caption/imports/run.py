@@ -5,8 +5,9 @@ later, another run makes the new shards, and does not go back to the old ones. W
 captions: `_import.json` counts it, and `_not_imported.jsonl` names the first rows of each kind.
 
 The files are read twice: for the hash of their contents, which is part of the table's identity, and for the captions, if a
-shard is missing. Memory holds 256 MiB of the index, some thousand rows or a few hundred small files, and one name for each
-file; the index on disk takes about twice the texts, and 150 bytes for each caption and for each image.
+shard is missing. Memory holds 256 MiB of the index, as much again to sort it, some thousand rows or a few hundred JSON files,
+and one name for each file. The index on disk takes twice the texts, and 100 bytes for each caption and each image. Measured for
+a million captions of 60 words in random order: 150 s on a busy core, 0.85 GB of memory, 0.76 GB of disk.
 """
 
 import json
