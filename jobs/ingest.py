@@ -26,12 +26,23 @@ def run(job: IngestJob) -> StageResult:
     from pipelines.ingest.run import run_ingest
     from pipelines.reports.images import images_report
 
-    return track_stage(
+    result = track_stage(
         job,
         "ingest",
         lambda on_progress, leases: run_ingest(job.dataset_uri, job.ingest, on_progress=on_progress, leases=leases),
         make_report=lambda: images_report(job.dataset_uri),
     )
+    print(f"{'':<22} {describe_captions(result)}", flush=True)
+    return result
+
+
+def describe_captions(result: StageResult) -> str:
+    """How many images came with a caption, and under which keys the captions were found."""
+    from pipelines.ingest.sidecars import CAPTION_COUNTS
+
+    counts = {name: int(count) for name, count in result.figures.items() if name.startswith(CAPTION_COUNTS)}
+    keys = ", ".join(f"{name.removeprefix(CAPTION_COUNTS)} {count}" for name, count in sorted(counts.items()))
+    return f"{sum(counts.values())} of {result.num_rows} images came with a caption{f', by key: {keys}' if keys else ''}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,6 +16,7 @@ GROUPS: Mapping[str, Lines] = {
         "score_images": "Score images alone: aesthetics, watermarks, not safe for work.",
         "duplicates": "Find images that look alike.",
         "caption": "Have VLMs caption every image, each into a table of its own.",
+        "import_captions": "Take captions that others made, and their CLIP scores, into tables. Needs no Ray.",
         "score": "Score every caption against its image with CLIP, each captioner's into a table of its own.",
         "select": "Show what each selection policy would choose among the captions; makes nothing.",
         "extract": "Encode every image as DC-AE latents.",

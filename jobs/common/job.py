@@ -9,19 +9,18 @@ from typing import Literal, TypeVar
 from jobs.common.commands import COMMANDS, program
 from jobs.common.config import parse_config
 from jobs.common.exit_codes import ExitCode, exit_code, is_expected
-from jobs.common.ray import JobStopped, RayConfig, start_ray
+from jobs.common.ray import JobStopped, RayConfig, start_ray, stop_on_sigterm
 from pipelines.storage.lease import LeaseConfig
 from pipelines.tables.table import absolute_uri
 from pipelines.tracking.config import TrackingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobConfig:
-    """Configuration that every stage's job shares.
+class TableJobConfig:
+    """Configuration that every job which makes tables shares.
 
     Args:
         dataset_uri: the folder (any fsspec URI) that holds the dataset's tables.
-        ray: the Ray to run on.
         tracking: where MLflow keeps the run.
         lease: the lock that keeps a second job from writing the same table.
         on_stale: what to do with a table that was made with other settings, models or inputs. refuse: stop with an error.
@@ -29,14 +28,24 @@ class JobConfig:
     """
 
     dataset_uri: str
-    ray: RayConfig = field(default_factory=RayConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     lease: LeaseConfig = field(default_factory=LeaseConfig)
     on_stale: Literal["refuse", "rebuild"] = "refuse"
 
 
+@dataclass(frozen=True, kw_only=True)
+class JobConfig(TableJobConfig):
+    """Configuration that every stage's job shares.
+
+    Args:
+        ray: the Ray to run on.
+    """
+
+    ray: RayConfig = field(default_factory=RayConfig)
+
+
 Config = TypeVar("Config")
-Job = TypeVar("Job", bound=JobConfig)
+Job = TypeVar("Job", bound=TableJobConfig)
 
 
 def run_job(
@@ -49,7 +58,8 @@ def run_job(
 ) -> int:
     """Parse the command line, start Ray, run the job; returns the exit code (see `ExitCode`).
 
-    An error that a user can fix is one message on stderr; any other keeps its traceback.
+    A job whose configuration is no `JobConfig` runs in this process alone, without Ray. An error that a user can fix is one
+    message on stderr; any other keeps its traceback.
 
     Args:
         name: the command's name in `COMMANDS`.
@@ -59,7 +69,7 @@ def run_job(
     job = replace(job, dataset_uri=absolute_uri(job.dataset_uri))
     try:
         if not look_first(job):
-            with start_ray(job.ray):
+            with start_ray(job.ray) if isinstance(job, JobConfig) else stop_on_sigterm():
                 run(job)
     except JobStopped:
         return ExitCode.STOPPED

@@ -55,6 +55,17 @@ def start_ray(config: RayConfig) -> Iterator[None]:
         ray.shutdown()
 
 
+@contextmanager
+def stop_on_sigterm() -> Iterator[None]:
+    """Stop a job that needs no Ray on SIGTERM, as `start_ray` does."""
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _quiet_libraries() -> None:
     """Show only the warnings of libraries: a stage prints its own progress. Ray's log files keep everything."""
     for name in ("ray", "ray.data"):

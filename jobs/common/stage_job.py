@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from jobs.common.config import to_dict
-from jobs.common.job import JobConfig
+from jobs.common.job import TableJobConfig
 from jobs.common.status_line import StatusLine, describe_progress, describe_result
 from pipelines.stages.contract import OnProgress, Progress, StageResult
 from pipelines.storage.files import list_folder
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def track_stage(
-    job: JobConfig,
+    job: TableJobConfig,
     name: str,
     run_stage: Callable[[OnProgress, Leases], StageResult],
     *,
@@ -73,7 +73,9 @@ def _lacks_report(result: StageResult) -> bool:
     return result.num_shards > 0 and REPORT not in list_folder(result.table.uri)
 
 
-def _run_rebuilding(job: JobConfig, name: str, run_stage: Callable[[Leases], StageResult], line: StatusLine) -> StageResult:
+def _run_rebuilding(
+    job: TableJobConfig, name: str, run_stage: Callable[[Leases], StageResult], line: StatusLine
+) -> StageResult:
     """Run the stage; where the job may, delete each stale table that it names, and run it again.
 
     The leases are held all the while: nobody else gets at a table between its deletion and its making.

@@ -7,6 +7,8 @@ from pipelines.stages.contract import Resources
 from pipelines.workers.images import ImageLimits
 
 Kind = Literal["folder", "webdataset", "parquet", "list"]
+CAPTION_KEYS = ("caption", "text", "txt", "prompt", "captions")
+"""Names under which captions usually stand; in NVlabs' WebDatasets it is "prompt"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +57,14 @@ class IngestConfig:
     """Which images become the dataset.
 
     Args:
-        source: a folder of images with captions beside them (.txt, or .json with "caption" or "text"), of WebDataset tars, of
+        source: a folder of images with captions beside them (.txt, or .json with one of `caption_keys`), of WebDataset tars, of
             Parquet files, or of lists of URLs or keys (csv, tsv, jsonl, parquet), at any depth, or one such file; a path or an
             fsspec URI. What img2dataset writes is read as it is.
         source_kind: which files to take where there are several kinds; auto: the kind that is there.
         image_column: of Parquet files; found by its name unless given.
-        caption_column: of Parquet files and lists; found by its name unless given.
+        caption_column: of Parquet files and lists; found by its name, one of `caption_keys`, unless given.
+        caption_keys: names, in any case, of JSON keys and columns that hold captions; the first that is there is used. Where it
+            holds a list of texts, the first text is the caption, and the metadata keeps the whole list.
         url_column: of lists; found by its name unless given. Columns beside these become the images' metadata.
         base_uri: what the keys of a list are relative to; the folder of the list unless given.
         download: how URLs are fetched.
@@ -81,6 +85,7 @@ class IngestConfig:
     source_kind: Kind | Literal["auto"] = "auto"
     image_column: str | None = None
     caption_column: str | None = None
+    caption_keys: tuple[str, ...] = CAPTION_KEYS
     url_column: str | None = None
     base_uri: str | None = None
     download: DownloadConfig = field(default_factory=DownloadConfig)

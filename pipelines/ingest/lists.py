@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.ingest.download import fetch_all
-from pipelines.ingest.sidecars import to_json
-from pipelines.ingest.sources import CAPTION_COLUMNS, URL_COLUMNS, Part, Source, find_column, holds_text, is_binary
+from pipelines.ingest.sidecars import take_caption, to_json
+from pipelines.ingest.sources import URL_COLUMNS, Part, Source, find_column, holds_captions, holds_text, is_binary
 from pipelines.storage.errors import StorageError
 from pipelines.storage.files import open_file, read_file, write_file
 from pipelines.tables.rejects import RowRefused
@@ -28,7 +28,7 @@ PIECE_ROWS = 100_000
 ROW_GROUP = 1000  # about the rows of a shard
 MAX_FIELD = 2**24  # characters of a CSV's field; Python's own limit is 128 KiB
 LIST_ERROR = "list_error"  # key in the metadata of a line that could not be parsed
-LIST_ROWS = pa.schema([("url", pa.string()), ("caption", pa.string()), ("metadata", pa.string())])
+LIST_ROWS = pa.schema([("url", pa.string()), ("caption", pa.string()), ("caption_key", pa.string()), ("metadata", pa.string())])
 
 
 def copy_list(source: Source, part: Part) -> int:
@@ -62,7 +62,7 @@ def read_listed(source: Source, parts: Iterable[Part]) -> Iterator[Row]:
     uris = [source.resolve(path, row["url"]) for path, _, row in rows if row["url"]]
     contents = iter(zip(uris, fetch_all(uris, source.download, source.max_bytes), strict=True))
     for path, index, row in rows:
-        found = {"caption": row["caption"], "metadata": row["metadata"]}
+        found = {name: row.get(name) for name in ("caption", "caption_key", "metadata")}  # old copies have no caption_key
         if not row["url"]:
             uri = f"{source.uri_of(path)}#{index}"
             yield found | {"source_uri": uri, "error": "no_url", "detail": f"row {index} of the list names no image"}
@@ -122,7 +122,7 @@ def _read_list(source: Source, path: str) -> Iterator[Row]:
             schema = parquet.schema_arrow
         else:
             text = io.TextIOWrapper(file, "utf-8-sig", errors="replace", newline="")
-            records = _read_csv(text, path) if path.lower().endswith((".csv", ".tsv")) else _read_json(text)
+            records = read_csv(text, path) if path.lower().endswith((".csv", ".tsv")) else read_json_lines(text)
             first = list(islice(records, ROW_GROUP))
             if not first:
                 return
@@ -130,21 +130,29 @@ def _read_list(source: Source, path: str) -> Iterator[Row]:
             records = chain(first, records)
         url_column, caption_column = _find_columns(schema, source, path)
         for record in records:
-            url, caption = record.pop(url_column, None), record.pop(caption_column, None) if caption_column else None
-            yield {"url": _text(url), "caption": _text(caption), "metadata": to_json(record)}
+            url = record.pop(url_column, None)
+            caption = take_caption(record, caption_column)
+            yield {"url": _text(url), **caption, "metadata": to_json(record)}
 
 
 def _schema_of(records: list[Row]) -> pa.Schema:
-    """The schema of some records: all keys whose value is text, or null, in any of them. Records may have different keys."""
-    keys = {name: None for record in records for name, value in record.items() if value is None or isinstance(value, str)}
+    """The schema of some records: all keys whose value is text, null or a list, in any of them. Records may have different
+    keys."""
+    keys: dict[str, pa.DataType] = {}
+    for record in records:
+        for name, value in record.items():
+            if value is None or isinstance(value, str):
+                keys[name] = pa.string()
+            elif isinstance(value, list):
+                keys.setdefault(name, pa.list_(pa.string()))
     keys.pop(LIST_ERROR, None)
-    return pa.schema([(name, pa.string()) for name in keys])
+    return pa.schema(list(keys.items()))
 
 
 def _find_columns(schema: pa.Schema, source: Source, path: str) -> tuple[str, str | None]:
     """Find the column of URLs, and the column of captions if there is one. Raises ValueError if a column is missing."""
     url_column = find_column(schema, source.url_column, URL_COLUMNS, holds_text)
-    caption_column = find_column(schema, source.caption_column, CAPTION_COLUMNS, holds_text)
+    caption_column = find_column(schema, source.caption_column, source.caption_keys, holds_captions)
     uri, there = source.uri_of(path), ", ".join(schema.names)
     if url_column is None:
         wanted = source.url_column or " or ".join(URL_COLUMNS)
@@ -158,14 +166,16 @@ def _text(value: object) -> str | None:
     return clean(value) if isinstance(value, str) else None
 
 
-def _read_csv(text: Iterable[str], path: str) -> Iterator[Row]:
+def read_csv(text: Iterable[str], path: str) -> Iterator[Row]:
+    """The rows of a table of text, by the names in its first line. Fields are split at tabs if the path ends with ".tsv"."""
     csv.field_size_limit(MAX_FIELD)
     for row in csv.DictReader(text, delimiter="\t" if path.lower().endswith(".tsv") else ","):
         row.pop(None, None)  # more fields than the header has
         yield row
 
 
-def _read_json(text: Iterable[str]) -> Iterator[Row]:
+def read_json_lines(text: Iterable[str]) -> Iterator[Row]:
+    """The objects of JSON lines; for a line that holds none, an object whose LIST_ERROR says why."""
     for line in text:
         if not line.strip():
             continue

@@ -15,23 +15,21 @@ import pyarrow.parquet as pq
 
 from pipelines.ingest.download import fetch_all, read_key
 from pipelines.ingest.lists import copy_list, read_listed
-from pipelines.ingest.sidecars import read_sidecars, to_json
+from pipelines.ingest.sidecars import read_sidecars, take_caption, to_json
 from pipelines.ingest.sources import (
-    CAPTION_COLUMNS,
     IMAGE_COLUMNS,
     SIDECARS,
     Part,
     Source,
     find_column,
+    holds_captions,
     holds_images,
-    holds_text,
     is_binary,
 )
 from pipelines.storage.errors import StorageError
 from pipelines.storage.files import open_file
 from pipelines.tables.rejects import RowRefused
 from pipelines.tables.schema import Row
-from pipelines.tables.text import clean
 from pipelines.workers.images import EXTENSIONS, too_many_bytes
 from sana_model.files.retry import is_transient
 
@@ -40,6 +38,7 @@ SOURCE_ROWS = pa.schema(
         pa.field("image_bytes", pa.large_binary()),  # null where they could not be read
         pa.field("source_uri", pa.string(), nullable=False),
         pa.field("caption", pa.string()),
+        pa.field("caption_key", pa.string()),  # under which it was found; ".txt" for a file beside the image
         pa.field("metadata", pa.string()),  # a JSON object
         pa.field("error", pa.string()),  # a short code; null for a good row
         pa.field("detail", pa.string()),
@@ -133,7 +132,7 @@ def _read_image_file(source: Source, part: Part) -> Row:
             raise StorageError(f"cannot read {uri}: {content.detail}")
         return _refused(uri, content)
     beside = {splitext(path)[1]: read_key(source.uri_of(path), source.max_bytes) for path in part.sidecars}
-    return {"image_bytes": content, "source_uri": uri, **read_sidecars(beside)}
+    return {"image_bytes": content, "source_uri": uri, **read_sidecars(beside, source.caption_keys)}
 
 
 def _read_tar(source: Source, part: Part) -> Iterator[Row]:
@@ -151,7 +150,7 @@ def _read_tar(source: Source, part: Part) -> Iterator[Row]:
                 if cut_off is None:
                     raise image_bytes
                 break  # the last member is cut off
-            yield {"image_bytes": image_bytes, "source_uri": uri, **read_sidecars(contents)}
+            yield {"image_bytes": image_bytes, "source_uri": uri, **read_sidecars(contents, source.caption_keys)}
         if part.stop is None and cut_off is not None:
             raise cut_off
 
@@ -200,8 +199,7 @@ def _read_parquet(source: Source, part: Part) -> Iterator[Row]:
         for batch, first in _parquet_batches(parquet, image_column, part.start, stop):
             contents = _image_contents(source, part.path, [row.pop(image_column) for row in batch])
             for index, (row, content) in enumerate(zip(batch, contents, strict=True), first):
-                caption = clean(row.pop(caption_column)) if caption_column else None
-                found = {"caption": caption, "metadata": to_json(row)}
+                found = take_caption(row, caption_column) | {"metadata": to_json(row)}
                 if isinstance(content, RowRefused):
                     yield found | _refused(f"{uri}#{index}", content)
                 else:
@@ -237,7 +235,7 @@ def _parquet_batches(parquet: pq.ParquetFile, image_column: str, start: int, sto
 def _find_columns(schema: pa.Schema, source: Source, uri: str) -> tuple[str, str | None]:
     """Find the image column, and the caption column if there is one. Raises ValueError if a column is missing."""
     image = find_column(schema, source.image_column, IMAGE_COLUMNS, holds_images)
-    caption = find_column(schema, source.caption_column, CAPTION_COLUMNS, holds_text)
+    caption = find_column(schema, source.caption_column, source.caption_keys, holds_captions)
     there = ", ".join(f"{field.name} ({field.type})" for field in schema)
     if image is None:
         names = source.image_column or " or ".join(IMAGE_COLUMNS)

@@ -6,6 +6,7 @@ Before any shard is made, `plan` decides which samples belong to which shard. Of
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,10 +18,11 @@ import pyarrow.compute as pc
 import ray
 from ray.actor import ActorHandle
 
-from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.config import CAPTION_KEYS, IngestConfig
 from pipelines.ingest.ledger import UNSEEN, claim, skipping, start_ledger, to_digests
 from pipelines.ingest.plan import Plan, ShardSize, SharedPlan, extend_plan, plan_retries, read_plan, write_plan
 from pipelines.ingest.readers import NUM_THREADS, read_parts
+from pipelines.ingest.sidecars import CAPTION_COUNTS
 from pipelines.ingest.sources import ACCEPTED, Part, Source, find_source
 from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
@@ -82,10 +84,11 @@ class IngestWorker:
         self.limits = limits
 
     def process(self, table: pa.Table) -> ShardOutput:
-        """Turn the table that `ShardReader` reads for a shard into IMAGES rows and rejects."""
+        """Turn the table that `ShardReader` reads for a shard into IMAGES rows and rejects; count captions by their keys."""
         rows: list[Row] = []
         rejects: list[Row] = []
         seen: dict[str, str] = {}
+        keys: Counter[str] = Counter()
         for row in table.to_pylist():
             if row["error"]:
                 rejects.append(reject(row, RowRefused(row["error"], row["detail"])))
@@ -95,9 +98,10 @@ class IngestWorker:
                 seen[row["id"]] = row["source_uri"]
                 try:
                     rows.append(self._describe(row))
+                    keys.update([row["caption_key"]] if row["caption_key"] else [])
                 except RowRefused as error:
                     rejects.append(reject(row, error))
-        return ShardOutput(rows, rejects)
+        return ShardOutput(rows, rejects, {f"{CAPTION_COUNTS}{key}": float(count) for key, count in keys.items()})
 
     def _describe(self, row: Row) -> Row:
         opened = open_image(row["image_bytes"], self.limits)
@@ -173,6 +177,8 @@ def _identity(config: IngestConfig, source: Source, plan: Plan) -> Identity:
     """Everything that the images depend on. The sizes of shards count too: all other tables are aligned to these shards."""
     settings = value_settings(config)
     settings |= settings.pop("download")
+    if config.caption_keys == CAPTION_KEYS:  # as in the tables that were made before they could be chosen
+        del settings["caption_keys"]
     settings |= {"source": source.uri, "source_kind": source.kind, "first_listing": plan.first_listing}
     return Identity(STAGE, settings, models={}, inputs={})
 
@@ -186,6 +192,7 @@ def _plan_sources(images: Table, config: IngestConfig) -> tuple[Source, Plan]:
         plan.kind if plan and config.source_kind == "auto" else config.source_kind,
         image_column=config.image_column,
         caption_column=config.caption_column,
+        caption_keys=config.caption_keys,
         url_column=config.url_column,
         base_uri=config.base_uri,
         copies_uri=f"{images.uri}/{COPIES}",

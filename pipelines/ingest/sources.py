@@ -9,7 +9,7 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.ingest.config import DownloadConfig, Kind
+from pipelines.ingest.config import CAPTION_KEYS, DownloadConfig, Kind
 from pipelines.storage.files import find_files, open_file
 from pipelines.storage.retry import call
 from pipelines.tables.table import absolute_uri
@@ -26,7 +26,6 @@ ENDINGS: dict[Kind, tuple[str, ...]] = {
 SIDECARS = (".txt", ".json")
 """Files that may lie beside an image, with the same stem: its caption, and other metadata."""
 IMAGE_COLUMNS = ("image", "image_bytes", "jpg", "jpeg", "png", "webp", "img", "bytes")
-CAPTION_COLUMNS = ("caption", "text", "txt")
 URL_COLUMNS = ("url", "image_url", "uri", "key", "file_name", "path")
 ACCEPTED = (
     "a folder of images (jpg, png, webp, ...), of WebDataset tars, of Parquet files with an image column, or of lists "
@@ -54,6 +53,7 @@ class Source:
         root: URI of the folder.
         name: name of the only file, if the source is a file in `root`.
         image_column, caption_column, url_column: columns of Parquet files and lists; None: found by usual names.
+        caption_keys: the usual names of captions, in columns and in JSON files.
         base_uri: the folder to which the keys of a list, and the paths that Parquet rows hold instead of bytes, are relative;
             None: the folder of the file that holds them.
         copies_uri: where lists are copied to.
@@ -65,6 +65,7 @@ class Source:
     kind: Kind
     image_column: str | None = None
     caption_column: str | None = None
+    caption_keys: tuple[str, ...] = CAPTION_KEYS
     url_column: str | None = None
     base_uri: str | None = None
     copies_uri: str = ""
@@ -91,6 +92,7 @@ def find_source(
     *,
     image_column: str | None = None,
     caption_column: str | None = None,
+    caption_keys: tuple[str, ...] = CAPTION_KEYS,
     url_column: str | None = None,
     base_uri: str | None = None,
     copies_uri: str = "",
@@ -112,9 +114,19 @@ def find_source(
     if kind == "auto":
         kind = _tell_kind(root, _list_files(root, name, exclude), uri, url_column)
     base_uri = absolute_uri(os.path.expanduser(base_uri)) if base_uri else None
-    columns = {"image_column": image_column, "caption_column": caption_column, "url_column": url_column}
-    download = download or DownloadConfig()
-    return Source(root, name, kind, **columns, base_uri=base_uri, copies_uri=copies_uri, max_bytes=max_bytes, download=download)
+    return Source(
+        root,
+        name,
+        kind,
+        image_column=image_column,
+        caption_column=caption_column,
+        caption_keys=caption_keys,
+        url_column=url_column,
+        base_uri=base_uri,
+        copies_uri=copies_uri,
+        max_bytes=max_bytes,
+        download=download or DownloadConfig(),
+    )
 
 
 def list_parts(source: Source, exclude: str | None = None) -> list[Part]:
@@ -133,7 +145,7 @@ def find_column(
 ) -> str | None:
     """Find the given column, or the first of `names` (in any case), whose type `fits`; None if there is none."""
     there = {given: given} if given in schema.names else {name.lower(): name for name in schema.names}
-    wanted = [there[name] for name in ((given,) if given else names) if name in there]
+    wanted = [there[name] for name in ((given,) if given else [name.lower() for name in names]) if name in there]
     return next((name for name in wanted if fits(schema.field(name).type)), None)
 
 
@@ -184,6 +196,12 @@ def holds_images(kind: pa.DataType) -> bool:
 
 def holds_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def holds_captions(kind: pa.DataType) -> bool:
+    """Whether a column holds a text, or a list of texts, in each row."""
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return holds_text(kind.value_type) if is_list else holds_text(kind)
 
 
 def is_binary(kind: pa.DataType) -> bool:

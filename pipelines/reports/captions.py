@@ -18,6 +18,8 @@ from pipelines.tables.sampling import DEFAULT_SCOPE, LightRows, ReportScope, rea
 from pipelines.tables.schema import CAPTIONS, IMAGES, IMAGES_PATH, Row, captions_path
 from pipelines.tables.table import REPORT, Table
 
+IMPORT = "import_captions"
+"""The stage of captions that were imported: no tokenizer is known for them, so their words are counted."""
 NUM_EXAMPLES = 4  # captions shown for each flag
 NUM_REPEATED = 10  # repeated captions shown
 
@@ -32,14 +34,18 @@ def captions_report(dataset_uri: str, captioner: str, *, sample: ReportScope = D
     times = Counter(light.rows["caption"].to_pylist())
     flags = Counter(pc.list_flatten(light.rows["flags"]).to_pylist())
     rows = with_pictures(dataset_uri, sample_rows(table, sample), lambda row: [row["caption"]])
+    is_imported = table.require().stage == IMPORT
     return table_page(
         "captions.html.jinja",
         table,
         light,
         read_rejects(table, sample),
         title=f"Captions by {captioner}",
-        about=f"What the captioner {captioner!r} says about each image.",
-        lengths=histograms({"": light.rows["num_tokens"].to_numpy()}, title="Caption length", x_label="tokens"),
+        about=f"What the captioner {captioner!r} says about each image{', as others had it' if is_imported else ''}.",
+        is_imported=is_imported,
+        lengths=histograms(
+            {"": light.rows["num_tokens"].to_numpy()}, title="Caption length", x_label="words" if is_imported else "tokens"
+        ),
         finish_reasons=dict(Counter(light.rows["finish_reason"].to_pylist()).most_common()),
         flags=[(flag, count, f"{count / light.rows.num_rows:.1%}") for flag, count in flags.most_common()],
         repeated=[(caption, count) for caption, count in times.most_common(NUM_REPEATED) if count > 1],
@@ -90,7 +96,12 @@ def captioners_report(dataset_uri: str, names: Sequence[str], *, sample: ReportS
             facts={"Captioners": len(captioners), "Images": images.require().num_rows},
             origin={captioner.name: captioner.manifest.config for captioner in captioners},
         ),
-        lengths=histograms(lengths, title="Caption length", x_label="tokens, as each captioner counts", colors=colors),
+        lengths=histograms(
+            lengths,
+            title="Caption length",
+            x_label="tokens (of imported captions words)",
+            colors=colors,
+        ),
         columns=["captioner", "model", "engine", "captions", "rejects", "mean tokens", "different"],
         captioners=[_describe(captioner) for captioner in captioners],
         scopes={captioner.name: captioner.light.scope for captioner in captioners},

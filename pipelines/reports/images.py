@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from pipelines.ingest.sidecars import CAPTION_COUNTS
 from pipelines.reports.charts import histograms
 from pipelines.reports.page import table_page
 from pipelines.reports.pictures import alt_text, thumbnail
@@ -35,6 +36,11 @@ def images_report(dataset_uri: str, *, sample: ReportScope = DEFAULT_SCOPE) -> s
             histograms({"": width / height}, title="Aspect ratio", x_label="width / height"),
         ],
         formats=dict(Counter(light.rows["format"].to_pylist()).most_common()),
+        caption_keys={
+            name.removeprefix(CAPTION_COUNTS): int(count)
+            for name, count in table.require().figures.items()
+            if name.startswith(CAPTION_COUNTS)
+        },
         num_captions=sum(bool(caption) for caption in light.rows["caption"].to_pylist()),
         samples=rows,
     )

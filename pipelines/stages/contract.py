@@ -37,6 +37,7 @@ class ShardOutput(NamedTuple):
 
     `rows` have the output table's schema; `rejects` are made by `pipelines.tables.rejects.reject`. `figures` are facts about
     the shard, such as a PSNR: the shard's file keeps them in its footer, the manifest their mean and minimum over all shards.
+    A figure whose name begins with "num_" is a count: the manifest has its sum, under the same name.
     """
 
     rows: list[Row] | pa.Table
@@ -109,7 +110,7 @@ class StageResult:
     num_rejects: int
     rejects_by_reason: dict[str, int]
     figures: dict[str, float]
-    """"<figure>.mean" and "<figure>.min" over the shards."""
+    """"<figure>.mean" and "<figure>.min" over the shards, and the sums of counts."""
     seconds: float
     rows_per_second: float
 

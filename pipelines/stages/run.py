@@ -20,6 +20,8 @@ DIED = (
     "(ray logs, or /tmp/ray/session_latest/logs)."
 )
 
+COUNT = "num_"
+"""Figures whose names begin so are counts: they are summed over the shards."""
 
 Stream = Callable[[list[str], Ticket], Iterator[Outcome]]
 """Makes shards, checking the ticket before each write, and yields the outcome of each shard when it is written."""
@@ -162,8 +164,12 @@ def _describe_failures(output: Table, failed: dict[str, str]) -> str:
 def _complete(output: Table, progress: Progress, start: float) -> StageResult:
     """Write the counts into the manifest."""
     manifest = output.require()
-    figures = {f"{name}.mean": sum(values) / len(values) for name, values in progress.figures.items()}
-    figures |= {f"{name}.min": min(values) for name, values in progress.figures.items()}
+    figures: dict[str, float] = {}
+    for name, values in progress.figures.items():
+        if name.startswith(COUNT):
+            figures[name] = sum(values)
+        else:
+            figures |= {f"{name}.mean": sum(values) / len(values), f"{name}.min": min(values)}
     counted = replace(
         manifest,
         complete=True,

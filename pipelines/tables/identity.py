@@ -60,7 +60,7 @@ class Manifest:
     num_rejects: int = 0
     rejects_by_reason: dict[str, int]
     figures: dict[str, float] = field(default_factory=dict)
-    """"<figure>.mean" and "<figure>.min" over the shards."""
+    """"<figure>.mean" and "<figure>.min" over the shards, and the sums of counts."""
     versions: dict[str, str] = field(default_factory=dict)
     """Versions of the software that began the table. They do not change the fingerprint."""
     license: str | None = None

@@ -32,7 +32,7 @@ CAPTIONS = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
         pa.field("caption", pa.string(), nullable=False),
-        pa.field("num_tokens", pa.int32(), nullable=False),  # as the captioner counts, without the prompt
+        pa.field("num_tokens", pa.int32(), nullable=False),  # as the captioner counts; words where imported
         pa.field("finish_reason", pa.string(), nullable=False),  # "stop", or "length" where the caption was cut
         pa.field("flags", pa.list_(pa.string())),  # faults that did not lead to a reject: caption.config.FAULTS
     ]

@@ -173,7 +173,7 @@ def test_scoring_waits_for_the_captioners_that_it_names(finished: tuple[Path, st
     job = with_broken(pipeline_job(finished[0]))
     with pytest.raises(FileNotFoundError, match="no-such-model"):
         pipeline.run(replace(job, scorer=replace(job.scorer, captioners=("broken", "llava"))))
-    stages = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
+    stages = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
     assert stages == ["ingest", "caption llava", "caption llava-next"]
 
 

@@ -14,17 +14,20 @@ import pytest
 from PIL import Image
 from ray import cloudpickle
 
+from jobs.ingest import describe_captions
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.plan import ShardSize, SharedPlan, pack
 from pipelines.ingest.readers import SOURCE_ROWS
 from pipelines.ingest.run import IngestWorker, ShardReader, image_id, run_ingest
 from pipelines.ingest.sources import Part, find_source, list_parts
+from pipelines.reports.images import images_report
 from pipelines.storage.lease import LEASE
 from pipelines.storage.swap import LOCK_SUFFIX
 from pipelines.tables.errors import StaleTableError, TooManyRejectsError
 from pipelines.tables.schema import IMAGES, IMAGES_PATH
 from pipelines.tables.table import Table
 from pipelines.workers.images import ImageLimits, decode
+from tests.support.html_page import check_page
 
 
 def noise_image(seed: int, height: int = 32, width: int = 48) -> Image.Image:
@@ -86,7 +89,8 @@ def test_bad_folder_through_the_worker(tmp_path):
     write_bad_folder(tmp_path)
     source = find_source(str(tmp_path), "auto")
     table = ShardReader(source, lambda shard: list_parts(source))("00000")
-    rows, rejects, _ = IngestWorker(ImageLimits()).process(table)
+    rows, rejects, figures = IngestWorker(ImageLimits()).process(table)
+    assert figures == {"num_captions/.txt": 1, "num_captions/caption": 1}
     found = {Path(row["source_uri"]).name: (row["format"], row["width"], row["height"], row["caption"]) for row in rows}
     assert found == {
         "a_good.jpg": ("JPEG", 48, 32, "a caption"),
@@ -187,6 +191,7 @@ def test_whole_stage_resumes_grows_and_refuses_another_config(tmp_path, local_ra
         (replace(config, limits=ImageLimits(min_size=8)), "config.limits.min_size: 16 -> 8"),
         (replace(config, source=str(source / "0_new")), "config.source: "),
         (replace(config, rows_per_shard=4), "config.rows_per_shard: 3 -> 4"),
+        (replace(config, caption_keys=("prompt",)), "config.caption_keys: "),
     ]:
         with pytest.raises(StaleTableError, match=field):
             run_ingest(str(dataset), changed)
@@ -202,6 +207,8 @@ def test_parquet_source_and_too_many_rejects(tmp_path, local_ray):
         run_ingest(str(tmp_path / "dataset"), config)
     result = run_ingest(str(tmp_path / "dataset"), replace(config, max_reject_share=0.5))
     assert result.rejects_by_reason == {"not_an_image": 1, "duplicate": 1}
+    assert describe_captions(result) == "3 of 3 images came with a caption, by key: text 3"
+    assert "found under text (3)" in check_page(images_report(str(tmp_path / "dataset"))).text
     captions = images_of(tmp_path / "dataset").read_shard("00000", ["caption"])["caption"].to_pylist()
     assert captions == ["caption 0", "caption 1", "caption 2"]
 

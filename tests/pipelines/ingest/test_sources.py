@@ -220,6 +220,42 @@ def test_parquet_columns_by_config(tmp_path):
     assert (row["image_bytes"], row["caption"], json.loads(row["metadata"])) == (IMAGE, "named", {"text": "not this"})
 
 
+def captions_by_key(rows: list[dict]) -> list[tuple[str | None, str | None]]:
+    return [(row["caption_key"], row["caption"]) for row in rows]
+
+
+def test_the_keys_of_captions_are_configuration_and_the_one_that_was_used_is_told(tmp_path):
+    nvlabs = b'{"file_name": "0.jpg", "prompt": "a cat", "width": 8, "height": 8}'
+    members = {
+        "0.jpg": IMAGE + b"0",
+        "0.json": nvlabs,
+        "1.jpg": IMAGE + b"1",
+        "1.json": b'{"Captions": [" ", "one", "two"], "prompt": null, "raw": "as found"}',
+        "2.jpg": IMAGE + b"2",
+        "2.json": b'{"TEXT": "upper case", "prompt": "after text", "raw": "as found"}',
+        "3.jpg": IMAGE + b"3",
+        "3.json": b'{"captions": [{"raw": "no text"}], "raw": "as found"}',
+        "4.jpg": IMAGE + b"4",
+        "4.txt": b"a file",
+    }
+    write_tar(tmp_path / "tar/x.tar", members)
+    rows = read_all(tmp_path / "tar")
+    expected = [("prompt", "a cat"), ("Captions", "one"), ("TEXT", "upper case"), (None, None), (".txt", "a file")]
+    assert captions_by_key(rows) == expected
+    assert json.loads(rows[0]["metadata"]) == {"file_name": "0.jpg", "width": 8, "height": 8}
+    assert json.loads(rows[1]["metadata"]) == {"Captions": [" ", "one", "two"], "raw": "as found"}  # no caption is lost
+    rows = read_all(tmp_path / "tar", caption_keys=("Raw", "prompt"))
+    assert captions_by_key(rows) == [("prompt", "a cat"), *[("raw", "as found")] * 3, (".txt", "a file")]
+
+    columns = {"image": [IMAGE, IMAGE], "prompt": ["after", "after"], "captions": [["one", "two"], None]}
+    (tmp_path / "parquet").mkdir()
+    pq.write_table(pa.table(columns), tmp_path / "parquet/x.parquet")
+    assert captions_by_key(read_all(tmp_path / "parquet")) == [("prompt", "after")] * 2
+    rows = read_all(tmp_path / "parquet", caption_keys=("CAPTIONS",))
+    assert captions_by_key(rows) == [("captions", "one"), (None, None)]
+    assert json.loads(rows[0]["metadata"]) == {"prompt": "after", "captions": ["one", "two"]}
+
+
 def test_damaged_parquet(tmp_path):
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"image": [IMAGE * 100] * 100}), path)

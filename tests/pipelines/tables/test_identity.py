@@ -10,6 +10,8 @@ import pyarrow as pa
 import pytest
 
 from pipelines.caption.config import CaptionerConfig, HttpConfig, QualityConfig, VllmConfig
+from pipelines.caption.imports.config import ImportConfig
+from pipelines.caption.imports.run import CaptionImport
 from pipelines.caption.run import run_caption
 from pipelines.draw.config import DrawConfig, SampleConfig
 from pipelines.draw.sample import run_sample
@@ -142,6 +144,21 @@ def test_the_fingerprint_of_the_images_stays_as_it_was(tmp_path: Path, dataset: 
     identity = claimed.value.identity
     settings = {**identity.config, "source": "/raw", "first_listing": "abc"}
     assert fingerprint(replace(identity, config=settings)) == "7004be27cb86aa7d", settings
+
+
+def test_the_fingerprints_of_imported_captions_and_scores_stay_as_they_were(tmp_path: Path, dataset: str) -> None:
+    """Where the scores go, and how they are read, changes no caption."""
+    (tmp_path / "x.jsonl").write_text("{}")
+    config = ImportConfig(name="a", source=str(tmp_path / "x.jsonl"), score_scale=100, max_reject_share=0.5)
+    expected = {"captions": "e61424254cdcb099", "scores": "0cb3daca800cc2be"}
+    for clip in ("clip", "other"):
+        importer = CaptionImport(dataset, replace(config, clip=clip))
+        with pytest.raises(Claimed) as claimed:
+            importer.run()
+        identity = replace(claimed.value.identity, config=claimed.value.identity.config | {"source": ["/x.jsonl"]})
+        assert fingerprint(identity) == expected["captions"], json.dumps(asdict(identity), indent=1)
+        scores = replace(importer.scores_identity, inputs={"captions/a": "1"})
+        assert fingerprint(scores) == expected["scores"], json.dumps(asdict(scores), indent=1)
 
 
 def test_the_fingerprint_of_a_training_stays_as_it_was(dataset: str) -> None:
