@@ -30,6 +30,8 @@ def run(job: ImportJob) -> StageResult:
     """Import captions, and the scores that came with them, each in an MLflow run. Returns the result of the captions."""
     from pipelines.caption.imports.run import NOT_IMPORTED, CaptionImport
     from pipelines.reports.captions import captions_report
+    from pipelines.reports.scores import scores_report
+    from pipelines.score.config import SelectionConfig
 
     line = StatusLine()
     name = job.captions.name
@@ -46,6 +48,7 @@ def run(job: ImportJob) -> StageResult:
             job,
             f"import scores {name}",
             lambda on_progress, leases: stage.run_scores(on_progress=on_progress, leases=leases),
+            make_report=lambda: scores_report(job.dataset_uri, job.captions.clip, name, SelectionConfig()),
             is_due=not result.was_done,
         )
     if result.num_shards:
