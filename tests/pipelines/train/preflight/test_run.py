@@ -9,14 +9,16 @@ from pipelines.train.config import GridConfig, PositionConfig, TrainConfig, Work
 from pipelines.train.engine.config import EngineConfig, LoraConfig, OptimConfig
 from pipelines.train.preflight.run import GIB, Preflight, format_preflight, run_preflight
 from sana_model.nn.config import TextEncoderConfig
-from tests.support.training_world import PATH, make_pipeline, make_shards, make_table
+from tests.support.training_world import PATH, STREAM, make_pipeline, make_shards, make_table
 
 
 @pytest.fixture(scope="module")
 def training(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     init = make_pipeline(tmp_path_factory.mktemp("pipeline") / "init")
     engine = EngineConfig(zero_stage=0, dtype="fp32")
-    return TrainConfig(latents=PATH, init=init, num_steps=30, micro_batch_size=4, global_batch_size=8, engine=engine)
+    return TrainConfig(
+        latents=PATH, init=init, num_steps=30, micro_batch_size=4, global_batch_size=8, data=STREAM, engine=engine
+    )
 
 
 @pytest.fixture(scope="module")
