@@ -1,6 +1,7 @@
 """The training's workers without Ray: other world sizes, damaged checkpoints, bad steps, validation."""
 
 import os
+import shutil
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
@@ -26,7 +27,16 @@ from pipelines.train.worker import TrainWorker
 from tests.support.drawn import read_drawn
 from tests.support.s3 import BUCKET, s3_environment, serve_s3
 from tests.support.training_ranks import BUCKETS, tiny_config, train_on_ranks
-from tests.support.training_world import PATH, STREAM, make_pipeline, make_row, make_shards, make_source, make_table
+from tests.support.training_world import (
+    PATH,
+    STREAM,
+    add_captioner,
+    make_pipeline,
+    make_row,
+    make_shards,
+    make_source,
+    make_table,
+)
 
 SIZES = [30, 20, 26]
 
@@ -112,6 +122,22 @@ def test_checkpoints_that_stay(tmp_path: Path, dataset: Path, config: TrainConfi
     assert steps_in(tmp_path / "kept") == [6, 12]
     assert list(trained["other"].losses) == list(range(1, 16))  # it went on from the other folder's checkpoint
     assert min(read_drawn(str(tmp_path / "other" / "drawn"))) == 13
+
+
+def test_a_captioner_that_is_added_changes_no_sample(tmp_path: Path, dataset: Path, config: TrainConfig) -> None:
+    """A training with one captioner more goes on from another's checkpoint: the same samples, with new captions among them."""
+    shutil.copytree(dataset, tmp_path / "dataset")
+    entries = {name: {row["id"]: ("new", 35.0) for row in rows} for name, rows in make_shards(SIZES, BUCKETS).items()}
+    add_captioner(tmp_path / "dataset", "c", entries)
+    longer = replace(config, num_steps=20)
+    data = replace(config.data, captioners=("a", "b", "c"))
+    more = replace(longer, data=data, resume_from=str(tmp_path / "before/checkpoints/step-000010"))
+    trained = train_on_ranks(tmp_path, tmp_path / "dataset", [("before", config), ("more", more), ("straight", longer)])
+    before, after = trained["straight"].losses, trained["more"].losses
+    assert trained["more"].error is None and list(after) == list(before) == list(range(1, 21))
+    assert all((before[step] == after[step]) == (step <= 10) for step in before)
+    drawn, others = (read_drawn(str(tmp_path / name / "drawn")) for name in ("more", "straight"))
+    assert list(drawn) == list(range(11, 21)) and all(drawn[step] == others[step] for step in drawn)
 
 
 def test_checkpoints_on_s3(tmp_path: Path, dataset: Path, config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """A weighted mixture of tables: how often each sample is drawn, in which epochs, and after a resume."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from pipelines.tables.table import Table
 from pipelines.train.record import TrainingRecord
 from pipelines.train.run import train_identity
 from pipelines.train.stream.config import WeightedTable
-from pipelines.train.stream.mixture import Source, check_channels, find_sources
+from pipelines.train.stream.mixture import Source, check_channels, check_complete, find_sources
 from pipelines.train.stream.stream import TrainingStream
 from tests.support.training_ranks import tiny_config
 from tests.support.training_world import PATH, STREAM, make_row, make_shards, make_source, make_table
@@ -233,3 +234,44 @@ def test_a_table_that_was_made_anew_is_named(tmp_path: Path) -> None:
     make_table(tmp_path / "far", make_shards([8]), inputs={"images": "f00d"}, complete=False)
     with pytest.raises(ValueError, match=f"{far.uri} is not complete"):
         train_identity(own, config)
+
+
+def test_tables_that_do_not_fit_together_are_refused_by_name(tmp_path: Path) -> None:
+    table = make_table(tmp_path, make_shards([5, 6]), inputs={"images": "first"})
+    (source,) = find_sources(str(tmp_path), PATH, STREAM)
+    check_complete(source)
+    captions, scores = (Table(str(tmp_path), path, None) for path in ("captions/b", "scores/clip/a"))
+    manifest = captions.require()
+    captions.write_manifest(replace(manifest, complete=False))
+    with pytest.raises(ValueError, match=f"{captions.uri} is not complete: let its stage finish first"):
+        check_complete(source)
+    captions.write_manifest(replace(manifest, inputs={"images": "second"}))
+    with pytest.raises(ValueError, match=f"{captions.uri} was made from another images than {table.uri}"):
+        check_complete(source)
+    captions.write_manifest(manifest)
+    made = scores.require()
+    scores.write_manifest(replace(made, inputs={"captions/a": "older"}))
+    with pytest.raises(ValueError, match=f"{scores.uri} was made from another captions/a than the one that is there now"):
+        check_complete(source)
+    scores.write_manifest(made)
+    Path(scores.shard_uri("00001")).unlink()
+    with pytest.raises(ValueError, match=f"{scores.uri} has no shard 00001, which {table.uri} has: run its stage again"):
+        check_complete(source)
+    with pytest.raises(MissingTableError, match=r"no table 'captions/c' in .*, which has captions/a, captions/b"):
+        check_complete(find_sources(str(tmp_path), PATH, replace(STREAM, captioners=("a", "c")))[0])
+
+
+def test_tables_of_the_old_form_are_refused_in_a_sentence(tmp_path: Path) -> None:
+    """Latents that held captions, and scores of all captioners in one table."""
+    table = make_table(tmp_path, make_shards([5]))
+    config, manifest = tiny_config("zoo://pipeline"), table.require()
+    table.write_manifest(replace(manifest, schema_version=1))
+    old = r"is of form 1, and this program knows form 2 of what jobs\.{0} makes: let jobs\.{0} make it anew with --on_stale .*$"
+    with pytest.raises(StaleTableError, match=f"^{table.uri} {old.format('extract')}"):
+        train_identity(str(tmp_path), config)
+    table.write_manifest(manifest)
+    one_for_all = Table(str(tmp_path), "scores/clip", None)
+    one_for_all.write_manifest(replace(Table(str(tmp_path), "scores/clip/a", None).require(), schema_version=1))
+    shutil.rmtree(tmp_path / "scores/clip/a")
+    with pytest.raises(StaleTableError, match=f"^{one_for_all.uri} {old.format('score')}"):
+        train_identity(str(tmp_path), config)
