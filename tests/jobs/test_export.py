@@ -21,7 +21,7 @@ from pipelines.train.worker import TrainWorker
 from sana_model.nn.transformer import SanaTransformer
 from sana_model.pipeline import TextToImage
 from tests.support.one_worker import one_worker
-from tests.support.training_world import PATH, make_pipeline, make_shards, make_table
+from tests.support.training_world import PATH, STREAM, make_pipeline, make_shards, make_table
 
 PROMPTS = ["a red square", "blue"]
 
@@ -45,6 +45,7 @@ def train(folder: Path, table: Table, engine: EngineConfig, **settings: Any) -> 
         num_steps=5,
         micro_batch_size=4,
         global_batch_size=4,
+        data=STREAM,
         engine=engine,
         optim=OptimConfig(lr=1e-2),
         **settings,

@@ -20,7 +20,7 @@ from ray.core.generated import autoscaler_pb2
 from pipelines.train.config import TrainConfig, WorkerResources
 from pipelines.train.desk import TrainProgress
 from pipelines.train.run import run_train
-from tests.support.training_world import PATH, make_pipeline, make_shards, make_table
+from tests.support.training_world import PATH, STREAM, make_pipeline, make_shards, make_table
 
 PATIENCE = 100  # seconds
 WORKER = "ray::RayTrainWorker"
@@ -34,6 +34,7 @@ def main(folder: Path) -> dict[str, object]:
         num_steps=600,
         micro_batch_size=4,
         global_batch_size=4,
+        data=STREAM,
         checkpoint_every=600,
         log_every=5,
         resources=WorkerResources(custom={"trainer": 1}),

@@ -17,7 +17,7 @@ from pipelines.train.config import TrainConfig
 from pipelines.train.engine.config import EngineConfig, OptimConfig
 from pipelines.train.task import TrainTask
 from pipelines.train.worker import TrainWorker
-from tests.support.training_world import PATH
+from tests.support.training_world import PATH, STREAM
 
 BUCKETS = ("64x64", "64x64", "32x128")
 
@@ -30,6 +30,7 @@ def tiny_config(init: str) -> TrainConfig:
         num_steps=10,
         micro_batch_size=2,
         global_batch_size=4,
+        data=STREAM,
         engine=EngineConfig(zero_stage=1, dtype="fp32"),
         optim=OptimConfig(lr=1e-3),
         log_every=1,

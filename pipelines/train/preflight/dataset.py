@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pipelines.score.selection import Caption, caption_probabilities
-from pipelines.tables.errors import MissingTableError
+from pipelines.tables.errors import MissingTableError, StaleTableError
 from pipelines.train.config import TrainConfig
 from pipelines.train.preflight.models import ModelShapes
 from pipelines.train.stream.captions import check_caption_embeds
@@ -76,7 +76,7 @@ def read_dataset(dataset_uri: str, training: TrainConfig, shapes: ModelShapes, p
     for source in sources:
         try:
             check_complete(source)
-        except MissingTableError as error:
+        except (MissingTableError, StaleTableError) as error:
             problems.append(f"{error}; rows, buckets and captions of {source.table.uri} are not counted")
             continue
         except ValueError as error:

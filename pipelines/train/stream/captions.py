@@ -7,6 +7,7 @@ Before they start, `check_caption_embeds` makes sure that the table holds what t
 """
 
 from collections.abc import Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -113,11 +114,12 @@ def list_caption_embeds(source: Source, shard: str) -> frozenset[tuple[str, str]
     """
     if source.embeds is None:
         return None
-    found: set[tuple[str, str]] = set()
-    for captioner in source.captioners:
-        ids = source.embeds_table(captioner).read_shard(shard, ["id"])["id"].to_pylist()
-        found |= {(row_id, captioner) for row_id in ids}
-    return frozenset(found)
+    with ThreadPoolExecutor(len(source.captioners)) as pool:  # on an object store reading is waiting
+        tables = [source.embeds_table(captioner) for captioner in source.captioners]
+        shards = pool.map(lambda table: table.read_shard(shard, ["id"])["id"].to_pylist(), tables)
+        return frozenset(
+            (row_id, captioner) for captioner, ids in zip(source.captioners, shards, strict=True) for row_id in ids
+        )
 
 
 def read_caption_embeds(source: Source, shard: str, wanted: Set[tuple[str, str]]) -> dict[tuple[str, str], torch.Tensor]:

@@ -42,8 +42,9 @@ class StreamConfig:
         check_captioners(self.captioners)
         if self.clip is None and self.selection.needs_scores:
             raise ValueError(
-                f"clip=None: selection.policy={self.selection.policy!r} compares scores; name the CLIP that made them, such as "
-                "clip=clip-vit-l-14, or let selection.policy be random (and min_best_score none)"
+                f"clip=None: selection.policy={self.selection.policy!r} with min_best_score={self.selection.min_best_score} "
+                "compares scores; name the CLIP that made them, such as clip=clip-vit-l-14, or let selection.policy be random "
+                "or proportions, and min_best_score null"
             )
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"caption_dropout={self.caption_dropout} must be between 0 and 1")

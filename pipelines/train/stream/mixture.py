@@ -44,7 +44,11 @@ class Source:
     def tables(self) -> list[Table]:
         """All tables that samples are made of, the latents first."""
         embeds = [self.embeds_table(captioner) for captioner in self.captioners] if self.embeds is not None else []
-        return [self.table, *self.candidates.tables(), *(self.filters.tables() if self.filters else []), *embeds]
+        return [*self.joined_tables(), *embeds]
+
+    def joined_tables(self) -> list[Table]:
+        """The tables whose rows are joined by id, the latents first: all but the stored embeddings."""
+        return [self.table, *self.candidates.tables(), *(self.filters.tables() if self.filters else [])]
 
     @property
     def num_passes(self) -> int:
@@ -98,7 +102,8 @@ def find_sources(
 def check_complete(source: Source) -> None:
     """Check that a training can draw all samples of a source, and goes on drawing the same ones.
 
-    Raises MissingTableError if a table is missing; ValueError, naming it, if its stage has not finished or it lacks a shard.
+    Raises MissingTableError if a table is missing; ValueError, naming it, if its stage has not finished, it lacks a shard, or
+    it was not made from the tables that it is joined with.
     """
     shards = source.table.list_shards()
     for table in source.tables():
@@ -106,6 +111,24 @@ def check_complete(source: Source) -> None:
             raise ValueError(f"{table.uri} is not complete: let its stage finish first, or samples would come and go")
         if missing := set(shards).difference(table.list_shards()):
             raise ValueError(f"{table.uri} has no shard {min(missing)}, which {source.table.uri} has: run its stage again")
+    _check_inputs(source.joined_tables())
+
+
+def _check_inputs(tables: Sequence[Table]) -> None:
+    """Raise ValueError if two tables of a dataset were made from different versions of a third, or of one of the two.
+
+    Scores would be those of captions that are no longer there, or captions would lie in another shard than their images.
+    """
+    manifests = [table.require() for table in tables]
+    known = {table.path: (made.fingerprint, "the one that is there now") for table, made in zip(tables, manifests, strict=True)}
+    for table, made in zip(tables, manifests, strict=True):
+        for path, fingerprint in made.inputs.items():
+            first, whose = known.setdefault(path, (fingerprint, table.uri))
+            if fingerprint != first:
+                raise ValueError(
+                    f"{table.uri} was made from another {path} than {whose}: let the stage of the older table make it anew "
+                    "with --on_stale rebuild"
+                )
 
 
 def check_channels(sources: Sequence[Source], channels: int) -> None:

@@ -301,8 +301,9 @@ class TrainingStream:
                 if not held_out and rows.choose(row, 0, self.config, seed=self.seed) is not None:
                     return
         names = ", ".join(source.table.uri for source in self.sources)
+        captioners = ", ".join(dict.fromkeys(captioner for source in self.sources for captioner in source.captioners))
         raise ValueError(
-            f"no sample of {names} can be drawn: it has no rows, or none has a caption of {self.sources[0].captioners}, or "
+            f"no sample of {names} can be drawn: it has no rows, or none has a caption of {captioners}, or "
             f"{self.config.selection} or image_filters={self.config.image_filters} let none pass, or all are held out "
             f"(held_out_share={self.config.held_out_share:g}); look at the tables, or loosen these settings"
         )

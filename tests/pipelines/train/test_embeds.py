@@ -1,6 +1,5 @@
 """Training from captions that were embedded before: as with the text encoder itself, and never from those of another one."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,19 +13,24 @@ from jobs.embed_captions import run as run_embed_job
 from pipelines.extract.config import EmbedConfig
 from pipelines.score.config import SelectionConfig
 from pipelines.tables.errors import MissingTableError
-from pipelines.tables.identity import Identity
-from pipelines.tables.schema import CAPTION_EMBEDS, SCORES
+from pipelines.tables.schema import CAPTION_EMBEDS
 from pipelines.tables.table import Table
 from pipelines.tracking.config import TrackingConfig
 from pipelines.train.config import TrainConfig
 from pipelines.train.preflight.run import run_preflight
 from pipelines.train.run import check_tables, train_identity
-from pipelines.train.stream.captions import HostTextEncoder, encode_captions, pad_embeds, read_caption_embeds
-from pipelines.train.stream.config import StreamConfig, ValidationConfig, WeightedTable
+from pipelines.train.stream.captions import (
+    HostTextEncoder,
+    encode_captions,
+    list_caption_embeds,
+    pad_embeds,
+    read_caption_embeds,
+)
+from pipelines.train.stream.config import ValidationConfig, WeightedTable
 from sana_model.nn.config import TextEncoderConfig
 from sana_model.pipeline import TextToImage
 from tests.support.training_ranks import tiny_config, train_on_ranks
-from tests.support.training_world import make_pipeline, make_shards, make_table
+from tests.support.training_world import PATH, STREAM, make_pipeline, make_shards, make_table
 
 PROMPTS = TextEncoderConfig(instruction="User Prompt: ", max_tokens=32)
 
@@ -36,28 +40,19 @@ def init(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_pipeline(tmp_path_factory.mktemp("init"))
 
 
-def make_dataset(folder: Path, sizes: Sequence[int], first: int = 0) -> None:
-    """Scores and latents of the same captions."""
-    shards = make_shards(sizes, ("64x64", "64x64", "32x128"), first=first)
-    scores = Table(str(folder), "scores/clip", SCORES)
-    manifest = scores.claim(Identity("score", {}, {}, {}))
-    for name, rows in shards.items():
-        kept = [{"id": row["id"], "captions": row["captions"]} for row in rows]
-        scores.write_shard(name, pa.Table.from_pylist(kept, SCORES))
-    scores.write_manifest(replace(manifest, complete=True, num_shards=len(shards)))
-    make_table(folder, shards, inputs={"scores/clip": manifest.fingerprint})
-
-
 def embed_config(init: str) -> EmbedConfig:
     encoder = f"{init}/text_encoder"
-    return EmbedConfig(name="tiny", text_encoder=encoder, scorer="clip", prompts=PROMPTS, compute_dtype="float32", batch_size=8)
+    captioners = STREAM.captioners
+    return EmbedConfig(
+        name="tiny", text_encoder=encoder, captioners=captioners, prompts=PROMPTS, compute_dtype="float32", batch_size=8
+    )
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory, local_ray: None, init: str) -> Path:
     """Embedded by the job, on Ray."""
     folder = tmp_path_factory.mktemp("dataset")
-    make_dataset(folder, [30, 20, 26])
+    make_table(folder, make_shards([30, 20, 26], ("64x64", "64x64", "32x128")))
     tracking = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db")
     run_embed_job(EmbedJob(dataset_uri=str(folder), embed=embed_config(init), tracking=tracking))
     return folder
@@ -66,25 +61,28 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, local_ray: None, init: str
 @pytest.fixture(scope="module")
 def config(init: str) -> TrainConfig:
     """Of two captions of each sample one is drawn, or none."""
-    data = StreamConfig(selection=SelectionConfig(policy="random"), caption_dropout=0.2, held_out_share=0.1)
+    data = replace(STREAM, selection=SelectionConfig(policy="random"), caption_dropout=0.2, held_out_share=0.1)
     return replace(tiny_config(init), num_steps=20, data=data, validation=ValidationConfig(every=20), caption_embeds="tiny")
 
 
 def test_the_job_embeds_every_caption(dataset: Path, init: str) -> None:
-    table = Table(str(dataset), "caption_embeds/tiny", CAPTION_EMBEDS)
-    manifest = table.require()
-    assert manifest.complete and (manifest.num_shards, manifest.num_rows) == (3, 152)
-    found = read_caption_embeds(table, "00001")
-    assert len(found) == 40 and {who for _, who in found} == {"a", "b"}
+    (source,) = replace(tiny_config(init), caption_embeds="tiny").sources(str(dataset))
+    for captioner in STREAM.captioners:
+        manifest = source.embeds_table(captioner).require()
+        assert manifest.complete and (manifest.num_shards, manifest.num_rows) == (3, 76)
+        assert (dataset / "caption_embeds/tiny" / captioner / "report.html").exists()
+    listed = list_caption_embeds(source, "00001")
+    assert listed == {(f"{index:064x}", captioner) for index in range(30, 50) for captioner in STREAM.captioners}
+    found = read_caption_embeds(source, "00001", listed)
+    assert found.keys() == listed
     encoder = TextToImage.from_pretrained(init).text_encoder
     embeds, _ = encoder.encode(["a blue square"])
     torch.testing.assert_close(found[f"{30:064x}", "a"].float(), embeds[0].float(), atol=1e-2, rtol=1e-2)
-    assert (dataset / "caption_embeds/tiny/report.html").exists()
     client = mlflow.MlflowClient(f"sqlite:///{dataset}/mlflow.db")
     experiment = client.get_experiment_by_name("sana")
     assert experiment is not None
-    (run,) = client.search_runs([experiment.experiment_id])
-    assert run.info.status == "FINISHED" and run.data.metrics["rows"] == 152
+    runs = client.search_runs([experiment.experiment_id])
+    assert [(run.info.status, run.data.metrics["rows"]) for run in runs] == [("FINISHED", 76)] * 2
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -118,35 +116,42 @@ def test_only_real_tokens_and_the_null_caption(init: str) -> None:
     assert host.encode(["blue"])[0].device.type == "meta" and host.device.type == "cpu"
 
 
-def test_embeddings_of_something_else_are_refused(tmp_path: Path, dataset: Path, config: TrainConfig, init: str) -> None:
+def test_embeddings_of_something_else_are_refused(dataset: Path, config: TrainConfig) -> None:
     check_tables(str(dataset), config)
-    assert set(train_identity(str(dataset), config).inputs) == {"latents/tiny-64", "caption_embeds/tiny"}
+    joined = {f"{table}/{captioner}" for table in ("captions", "scores/clip", "caption_embeds/tiny") for captioner in "ab"}
+    assert train_identity(str(dataset), config).inputs.keys() == {PATH} | joined
     other = TextEncoderConfig(instruction="Say: ", max_tokens=16)
-    with pytest.raises(ValueError, match="is not what this training's text encoder gives") as error:
+    with pytest.raises(ValueError, match="is not what this training's text encoder gives for the captions of a") as error:
         check_tables(str(dataset), replace(config, prompts=other))
     told = str(error.value)
     assert "config.instruction: 'sha256:" in told and "config.max_tokens: 32 -> 16" in told and "lowercase" not in told
     with pytest.raises(ValueError, match=r"models\.text_encoder: 'sha256:.* -> 'sha256:"):
         check_tables(str(dataset), replace(config, text_encoder="zoo://pipeline/text_encoder"))
-    with pytest.raises(MissingTableError, match="no table 'caption_embeds/none'"):
+    with pytest.raises(MissingTableError, match="no table 'caption_embeds/none/a'"):
         check_tables(str(dataset), replace(config, caption_embeds="none"))
-    # Of a mixture, the dataset whose captions were not embedded, or were scored anew since, is named.
-    make_dataset(tmp_path, [8, 4], first=100)
-    mixture = [WeightedTable(latents="latents/tiny-64"), WeightedTable(latents="latents/tiny-64", dataset_uri=str(tmp_path))]
-    with pytest.raises(MissingTableError, match=f"'caption_embeds/tiny' in {tmp_path}"):
-        check_tables(str(dataset), replace(config, latents=mixture))
-    table = Table(str(tmp_path), "caption_embeds/tiny", CAPTION_EMBEDS)
-    made = Table(str(dataset), "caption_embeds/tiny", CAPTION_EMBEDS).require().identity()
-    manifest = table.claim(replace(made, inputs={"scores/clip": "older"}))
+
+
+def test_of_a_mixture_the_dataset_whose_captions_lack_embeddings_is_named(
+    tmp_path: Path, dataset: Path, config: TrainConfig
+) -> None:
+    make_table(tmp_path, make_shards([8, 4], first=100))
+    mixture = [WeightedTable(latents=PATH), WeightedTable(latents=PATH, dataset_uri=str(tmp_path), captioners=("b",))]
+    config = replace(config, latents=mixture)
+    with pytest.raises(MissingTableError, match=f"'caption_embeds/tiny/b' in {tmp_path}"):
+        train_identity(str(dataset), config)
+    table = Table(str(tmp_path), "caption_embeds/tiny/b", CAPTION_EMBEDS)
+    made = Table(str(dataset), "caption_embeds/tiny/b", CAPTION_EMBEDS).require().identity()
+    manifest = table.claim(replace(made, inputs={"captions/b": "older"}))
     with pytest.raises(ValueError, match=f"{table.uri} is not complete"):
-        check_tables(str(dataset), replace(config, latents=mixture))
+        train_identity(str(dataset), config)
     table.write_manifest(replace(manifest, complete=True))
     with pytest.raises(ValueError, match=f"{table.uri} has no shard 00000"):
-        check_tables(str(dataset), replace(config, latents=mixture))
+        train_identity(str(dataset), config)
     for shard in ("00000", "00001"):
         table.write_shard(shard, pa.Table.from_pylist([], CAPTION_EMBEDS))
-    with pytest.raises(ValueError, match=r"inputs\.scores/clip: 'older' -> '"):
-        check_tables(str(dataset), replace(config, latents=mixture))
+    train_identity(str(dataset), config)
+    with pytest.raises(ValueError, match=rf"{table.uri} .* for the captions of b:\n  inputs\.captions/b: 'older' -> '"):
+        check_tables(str(dataset), config)
 
 
 def test_a_dry_run_counts_no_text_encoder_on_the_device(dataset: Path, config: TrainConfig) -> None:

@@ -17,7 +17,7 @@ import pytest
 from pipelines.storage.files import list_folder
 from pipelines.train.record import TrainingRecord
 from tests.support.drawn import read_drawn
-from tests.support.training_world import PATH, make_pipeline, make_shards, make_table
+from tests.support.training_world import PATH, STREAM, make_pipeline, make_shards, make_table
 
 Kind = Literal["worker", "driver", "ray"]
 NUM_STEPS = 240
@@ -31,6 +31,8 @@ def start_job(dataset: Path, name: str, init: str, num_workers: int) -> subproce
         "ray.num_cpus": 8,
         "tracking.uri": f"sqlite:///{dataset}/mlflow.db",
         "train.latents": PATH,
+        "train.data.captioners": list(STREAM.captioners),
+        "train.data.clip": STREAM.clip,
         "train.init": init,
         "train.num_steps": NUM_STEPS,
         "train.micro_batch_size": 4,

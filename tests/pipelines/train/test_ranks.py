@@ -1,6 +1,7 @@
 """The training's workers without Ray: other world sizes, damaged checkpoints, bad steps, validation."""
 
 import os
+import shutil
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
@@ -19,15 +20,23 @@ from pipelines.tracking.config import TrackingConfig
 from pipelines.train.config import BadStepConfig, TrainConfig
 from pipelines.train.engine.checkpoints import Checkpoint, read_weights
 from pipelines.train.engine.config import EngineConfig, OptimConfig
-from pipelines.train.stream.config import StreamConfig, ValidationConfig, WeightedTable
-from pipelines.train.stream.mixture import Source
+from pipelines.train.stream.config import ValidationConfig, WeightedTable
 from pipelines.train.stream.samples import is_held_out
 from pipelines.train.stream.stream import TrainingStream
 from pipelines.train.worker import TrainWorker
 from tests.support.drawn import read_drawn
 from tests.support.s3 import BUCKET, s3_environment, serve_s3
 from tests.support.training_ranks import BUCKETS, tiny_config, train_on_ranks
-from tests.support.training_world import PATH, make_pipeline, make_row, make_shards, make_table
+from tests.support.training_world import (
+    PATH,
+    STREAM,
+    add_captioner,
+    make_pipeline,
+    make_row,
+    make_shards,
+    make_source,
+    make_table,
+)
 
 SIZES = [30, 20, 26]
 
@@ -35,7 +44,7 @@ SIZES = [30, 20, 26]
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     config = tiny_config(make_pipeline(tmp_path_factory.mktemp("init")))
-    return replace(config, data=StreamConfig(shuffle_shards=1), checkpoint_every=5, record_samples=True)
+    return replace(config, data=replace(STREAM, shuffle_shards=1), checkpoint_every=5, record_samples=True)
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +124,22 @@ def test_checkpoints_that_stay(tmp_path: Path, dataset: Path, config: TrainConfi
     assert min(read_drawn(str(tmp_path / "other" / "drawn"))) == 13
 
 
+def test_a_captioner_that_is_added_changes_no_sample(tmp_path: Path, dataset: Path, config: TrainConfig) -> None:
+    """A training with one captioner more goes on from another's checkpoint: the same samples, with new captions among them."""
+    shutil.copytree(dataset, tmp_path / "dataset")
+    entries = {name: {row["id"]: ("new", 35.0) for row in rows} for name, rows in make_shards(SIZES, BUCKETS).items()}
+    add_captioner(tmp_path / "dataset", "c", entries)
+    longer = replace(config, num_steps=20)
+    data = replace(config.data, captioners=("a", "b", "c"))
+    more = replace(longer, data=data, resume_from=str(tmp_path / "before/checkpoints/step-000010"))
+    trained = train_on_ranks(tmp_path, tmp_path / "dataset", [("before", config), ("more", more), ("straight", longer)])
+    before, after = trained["straight"].losses, trained["more"].losses
+    assert trained["more"].error is None and list(after) == list(before) == list(range(1, 21))
+    assert all((before[step] == after[step]) == (step <= 10) for step in before)
+    drawn, others = (read_drawn(str(tmp_path / name / "drawn")) for name in ("more", "straight"))
+    assert list(drawn) == list(range(11, 21)) and all(drawn[step] == others[step] for step in drawn)
+
+
 def test_checkpoints_on_s3(tmp_path: Path, dataset: Path, config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     with serve_s3() as endpoint:
         for name, value in s3_environment(endpoint).items():
@@ -169,7 +194,7 @@ def test_a_loss_that_leaps(tmp_path: Path, config: TrainConfig) -> None:
     """One sample in 300 has latents thirty times as large; it comes in step 60, once there are steps enough to compare with."""
     shards = make_shards([100, 100, 100])
     plain = make_table(tmp_path / "plain", shards)
-    stream = TrainingStream([Source(plain)], config.data, micro_batch_size=config.micro_batch_size, seed=config.seed)
+    stream = TrainingStream([make_source(plain)], config.data, micro_batch_size=config.micro_batch_size, seed=config.seed)
     batches = list(islice(stream, 120))
     leaps = batches[118].ids[0]  # the first of the two micro-batches of step 60
     for rows in shards.values():
@@ -205,7 +230,7 @@ def test_a_loss_that_leaps(tmp_path: Path, config: TrainConfig) -> None:
 
 
 def test_validation_is_the_same_on_any_number_of_workers(tmp_path: Path, dataset: Path, config: TrainConfig) -> None:
-    held_out = replace(config, num_steps=4, data=StreamConfig(held_out_share=0.2), validation=ValidationConfig(every=2))
+    held_out = replace(config, num_steps=4, data=replace(STREAM, held_out_share=0.2), validation=ValidationConfig(every=2))
     held_out = replace(held_out, optim=OptimConfig(lr=1e-12), keep_best="validation_loss")
     one = train_on_ranks(tmp_path, dataset, [("one", held_out)])["one"]
     sharded = replace(held_out, num_workers=2, engine=EngineConfig(zero_stage=3, dtype="fp32"))
@@ -216,7 +241,7 @@ def test_validation_is_the_same_on_any_number_of_workers(tmp_path: Path, dataset
 
 
 def test_what_cannot_be_validated_with(tmp_path: Path, dataset: Path, config: TrainConfig) -> None:
-    other = replace(config, data=StreamConfig(held_out_share=1e-6))
+    other = replace(config, data=replace(STREAM, held_out_share=1e-6))
     error = train_on_ranks(tmp_path, dataset, [("none", other)])["none"].error
     assert error is not None and "has no sample to validate with" in error
     with pytest.raises(ValueError, match=r"keep_best=validation_loss needs validation\.latents"):

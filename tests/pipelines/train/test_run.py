@@ -23,7 +23,7 @@ from pipelines.train.run import TrainResult, run_train
 from pipelines.train.stream.captions import encode_captions
 from pipelines.train.stream.config import FlowConfig
 from sana_model.pipeline import TextToImage
-from tests.support.training_world import PATH, make_pipeline, make_shards, make_table
+from tests.support.training_world import PATH, STREAM, make_pipeline, make_shards, make_table
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> World:
         num_steps=160,
         micro_batch_size=8,
         global_batch_size=16,
+        data=STREAM,
         engine=EngineConfig(zero_stage=0, dtype="fp32"),
         optim=OptimConfig(lr=2e-3, schedule="cosine", warmup_steps=10),
         grid=GridConfig(prompts=["a red square", "a blue square"], every=80, num_steps=4),

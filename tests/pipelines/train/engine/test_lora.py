@@ -17,6 +17,7 @@ from pipelines.train.engine.lora import add_lora, merge_lora, save_lora
 from sana_model.flow import flow_loss
 from sana_model.nn.transformer import SanaTransformer
 from tests.support.one_worker import one_worker
+from tests.support.training_world import STREAM
 
 LORA = LoraConfig(rank=4, alpha=8.0)
 
@@ -118,7 +119,7 @@ def test_diffusers_draws_with_the_adapter_what_we_draw(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_said_at_once() -> None:
-    sizes = {"latents": "l", "init": "i", "num_steps": 1, "micro_batch_size": 1, "global_batch_size": 1}
+    sizes = {"latents": "l", "init": "i", "num_steps": 1, "micro_batch_size": 1, "global_batch_size": 1, "data": STREAM}
     with pytest.raises(ValueError, match="lora with zero_stage=3"):
         TrainConfig(**sizes, lora=LORA, engine=EngineConfig(zero_stage=3))
     with pytest.raises(ValueError, match="both must be positive"):

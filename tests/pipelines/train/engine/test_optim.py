@@ -17,6 +17,7 @@ from pipelines.train.engine.optim import learning_rate, make_optimizer
 from sana_model.flow import flow_loss
 from sana_model.nn.transformer import SanaTransformer
 from tests.support.one_worker import one_worker
+from tests.support.training_world import STREAM
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -129,7 +130,7 @@ def test_every_optimizer_learns(optimizer: Any, zero_stage: Any, dtype: Any) -> 
 
 
 def test_came_is_refused_where_shapes_are_lost() -> None:
-    sizes = {"latents": "l", "init": "i", "num_steps": 1, "micro_batch_size": 1, "global_batch_size": 1}
+    sizes = {"latents": "l", "init": "i", "num_steps": 1, "micro_batch_size": 1, "global_batch_size": 1, "data": STREAM}
     came = OptimConfig(optimizer="came")
     assert TrainConfig(**sizes, optim=came, engine=EngineConfig(zero_stage=0)).optim is came
     for optim in (came, replace(came, optimizer="came_8bit")):

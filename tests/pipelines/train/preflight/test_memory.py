@@ -26,6 +26,7 @@ from sana_model.flow import flow_loss
 from sana_model.nn.config import SanaConfig
 from sana_model.nn.transformer import SanaTransformer
 from tests.support.one_worker import one_worker
+from tests.support.training_world import STREAM
 
 MODEL = SanaConfig(dim=256, depth=4, num_cross_heads=4, ffn_dim=640, in_channels=8, caption_dim=64, base_size=16)
 STEP = StepShape(samples=8, height=16, width=16, caption_tokens=40)
@@ -121,6 +122,7 @@ def test_is_within_15_percent_of_what_a_step_takes(engine: Any, optimizer: Any, 
         num_steps=1,
         micro_batch_size=STEP.samples,
         global_batch_size=STEP.samples,
+        data=STREAM,
         engine=EngineConfig(**engine),
         optim=OptimConfig(optimizer=optimizer),
         lora=lora,

@@ -9,13 +9,13 @@ from pipelines.train.config import PositionConfig, TrainConfig
 from pipelines.train.preflight.models import find_shapes
 from sana_model.nn.config import AUTOENCODER_PRESETS, PRESETS
 from sana_model.pipeline import TextToImage
-from tests.support.training_world import PATH, make_pipeline
+from tests.support.training_world import PATH, STREAM, make_pipeline
 
 
 @pytest.fixture(scope="module")
 def training(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     init = make_pipeline(tmp_path_factory.mktemp("pipeline") / "init")
-    return TrainConfig(latents=PATH, init=init, num_steps=30, micro_batch_size=4, global_batch_size=8)
+    return TrainConfig(latents=PATH, init=init, num_steps=30, micro_batch_size=4, global_batch_size=8, data=STREAM)
 
 
 def test_the_shapes_are_those_of_the_pipeline_that_lies_there(training: TrainConfig) -> None:

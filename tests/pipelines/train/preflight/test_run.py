@@ -5,18 +5,24 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.score.config import ImageFilter
+from pipelines.tables.identity import Identity
+from pipelines.tables.schema import IMAGE_SCORES
+from pipelines.tables.table import Table
 from pipelines.train.config import GridConfig, PositionConfig, TrainConfig, WorkerResources
 from pipelines.train.engine.config import EngineConfig, LoraConfig, OptimConfig
 from pipelines.train.preflight.run import GIB, Preflight, format_preflight, run_preflight
 from sana_model.nn.config import TextEncoderConfig
-from tests.support.training_world import PATH, make_pipeline, make_shards, make_table
+from tests.support.training_world import PATH, STREAM, add_captioner, make_pipeline, make_shards, make_table, write_table
 
 
 @pytest.fixture(scope="module")
 def training(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     init = make_pipeline(tmp_path_factory.mktemp("pipeline") / "init")
     engine = EngineConfig(zero_stage=0, dtype="fp32")
-    return TrainConfig(latents=PATH, init=init, num_steps=30, micro_batch_size=4, global_batch_size=8, engine=engine)
+    return TrainConfig(
+        latents=PATH, init=init, num_steps=30, micro_batch_size=4, global_batch_size=8, data=STREAM, engine=engine
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +67,30 @@ def test_counts_the_dataset(dataset: str, training: TrainConfig) -> None:
         ({"num_workers": 4, "global_batch_size": 16}, "num_workers=4 need a shard each"),
         ({"positions": PositionConfig(base_size=16)}, "made for 16x16 tokens, the images have about 8x8"),
         ({"positions": PositionConfig(base_size=64)}, "set positions.scale"),
-        ({"latents": "latents/none"}, "latents/none is not there yet"),
+        ({"latents": "latents/none"}, "there is no table 'latents/none'"),
+        ({"data": replace(STREAM, captioners=("a", "c"))}, "there is no table 'captions/c'"),
     ],
 )
 def test_says_what_is_wrong(dataset: str, training: TrainConfig, changes: dict[str, object], problem: str) -> None:
     result = look(dataset, replace(training, **changes))  # type: ignore[arg-type]
     assert any(problem in found for found in result.problems), result.problems
     assert problem in format_preflight(result)
+
+
+def test_counts_what_captions_and_filters_let_in(training: TrainConfig, tmp_path: Path) -> None:
+    make_table(tmp_path, make_shards([20, 20]))
+    few = {f"{index:064x}": ("a thing", 28.0) for index in range(10)}
+    add_captioner(tmp_path, "few", {"00000": few, "00001": {}})
+    rows = [{"id": row_id, "score": float(index), "detail": None} for index, row_id in enumerate(few)]
+    scores = Table(str(tmp_path), "image_scores/aesthetic", IMAGE_SCORES)
+    write_table(scores, Identity("score_images", {}, {}, {}), {"00000": rows, "00001": []})
+    of_few = replace(STREAM, captioners=("few",))
+    assert look(str(tmp_path), replace(training, data=of_few)).dataset.draws == 10
+    filtered = replace(of_few, image_filters={"aesthetic": ImageFilter(min=6.0)})
+    assert look(str(tmp_path), replace(training, data=filtered)).dataset.draws == 4
+    Path(scores.shard_uri("00001")).unlink()
+    problems = look(str(tmp_path), replace(training, data=filtered)).problems
+    assert any(f"until this is mended: {scores.uri} has no shard 00001" in problem for problem in problems)
 
 
 def test_more_than_a_gpu_has_is_the_first_problem(training: TrainConfig, tmp_path: Path) -> None:

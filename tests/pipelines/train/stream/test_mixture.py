@@ -1,6 +1,7 @@
 """A weighted mixture of tables: how often each sample is drawn, in which epochs, and after a resume."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,11 +15,11 @@ from pipelines.tables.errors import MissingTableError, StaleTableError
 from pipelines.tables.table import Table
 from pipelines.train.record import TrainingRecord
 from pipelines.train.run import train_identity
-from pipelines.train.stream.config import StreamConfig, WeightedTable
-from pipelines.train.stream.mixture import Source, check_channels, find_sources
+from pipelines.train.stream.config import WeightedTable
+from pipelines.train.stream.mixture import Source, check_channels, check_complete, find_sources
 from pipelines.train.stream.stream import TrainingStream
 from tests.support.training_ranks import tiny_config
-from tests.support.training_world import PATH, make_row, make_shards, make_table
+from tests.support.training_world import PATH, STREAM, make_row, make_shards, make_source, make_table
 
 WEIGHTS = (1.0, 2.5, 0.4)
 SIZES = ((9, 0, 7), (6, 5), (11, 10, 9, 5))
@@ -34,11 +35,11 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Source]:
         make_table(tmp_path_factory.mktemp("data"), make_shards(sizes, BUCKETS, first=100 * index))
         for index, sizes in enumerate(SIZES)
     ]
-    return [Source(table, weight) for table, weight in zip(tables, WEIGHTS, strict=True)]
+    return [make_source(table, weight) for table, weight in zip(tables, WEIGHTS, strict=True)]
 
 
 def make_stream(sources: Sequence[Source], rank: int = 0, world_size: int = 1, **changes: object) -> TrainingStream:
-    config = StreamConfig(shuffle_shards=2)
+    config = replace(STREAM, shuffle_shards=2)
     options = {"micro_batch_size": 4, "seed": 3, **changes}
     return TrainingStream(sources, config, rank=rank, world_size=world_size, **options)  # type: ignore[arg-type]
 
@@ -71,7 +72,7 @@ def waiting_in(stream: TrainingStream) -> list[Key]:
 
 @pytest.mark.parametrize("weight", [0.1, 1.0, 2.5, 1 / 3])
 def test_a_weight_is_draws_of_each_sample_in_an_epoch(weight: float) -> None:
-    source = Source(Table("", "", None), weight)
+    source = make_source(Table("", "", None), weight)
     totals = []
     for index in range(400):
         epochs = [source.draws(f"{index:064x}", epoch=epoch, seed=0) for epoch in range(30)]
@@ -146,18 +147,18 @@ def test_another_world_size_loses_nothing_and_draws_nothing_twice(sources: list[
 def test_a_table_that_grew_is_drawn_as_it_was(tmp_path: Path) -> None:
     shards = make_shards([8, 8, 8])
     (table,) = [make_table(tmp_path, dict(list(shards.items())[:2]))]
-    stream = make_stream([Source(table)])
+    stream = make_stream([make_source(table)])
     list(islice(stream, 3))
     make_table(tmp_path, shards)
-    assert {i for batch in islice(make_stream([Source(table)]), 40) for i in batch.ids} > {i for i in all_of(shards, 2)}
-    resumed = make_stream([Source(table)])
+    assert {i for batch in islice(make_stream([make_source(table)]), 40) for i in batch.ids} > {i for i in all_of(shards, 2)}
+    resumed = make_stream([make_source(table)])
     resumed.load_state_dict(json.loads(json.dumps(stream.state_dict())))
     for expected, batch in zip(islice(stream, 20), resumed, strict=False):
         assert batch.ids == expected.ids
     (tmp_path / PATH / "00001.parquet").unlink()
     (tmp_path / PATH / "00002.parquet").unlink()
     with pytest.raises(ValueError, match="has 1 shards, and had 2 when the training began"):
-        make_stream([Source(table)]).load_state_dict(stream.state_dict())
+        make_stream([make_source(table)]).load_state_dict(stream.state_dict())
 
 
 def all_of(shards: dict[str, list[dict[str, object]]], count: int) -> list[str]:
@@ -166,7 +167,7 @@ def all_of(shards: dict[str, list[dict[str, object]]], count: int) -> list[str]:
 
 def test_states_of_other_mixtures_are_refused(sources: list[Source]) -> None:
     state = make_stream(sources).state_dict()
-    others = [Source(sources[0].table, 2.0), *sources[1:]]
+    others = [make_source(sources[0].table, 2.0), *sources[1:]]
     with pytest.raises(ValueError, match=r"come in another order \(tables: .* put it back, or begin a new training"):
         make_stream(others).load_state_dict(state)
     with pytest.raises(ValueError, match=r"come in another order \(seed: 3 -> 4\)"):
@@ -175,17 +176,17 @@ def test_states_of_other_mixtures_are_refused(sources: list[Source]) -> None:
 
 def test_what_is_wrong_is_said_of_its_table(tmp_path: Path, sources: list[Source]) -> None:
     with pytest.raises(MissingTableError, match="no table 'latents/none'"):
-        make_stream([sources[0], Source(Table(str(tmp_path), "latents/none", sources[0].table.schema))])
+        make_stream([sources[0], make_source(Table(str(tmp_path), "latents/none", sources[0].table.schema))])
     empty = make_table(tmp_path / "empty", {})
     with pytest.raises(ValueError, match=f"{empty.uri} is empty"):
-        make_stream([sources[0], Source(empty)])
+        make_stream([sources[0], make_source(empty)])
     narrow = make_shards([0, 3])
     for row in narrow["00001"]:
         row["channels"] = 4
     other = make_table(tmp_path / "narrow", narrow)
     check_channels(sources, 8)
     with pytest.raises(ValueError, match=f"{other.uri} holds latents of 4 channels, the transformer takes 8"):
-        check_channels([*sources, Source(other)], 8)
+        check_channels([*sources, make_source(other)], 8)
     with pytest.raises(ValueError, match="num_workers=20 need a shard each"):  # 3, three times 2, and 4 shards
         make_stream(sources, world_size=20)
     with pytest.raises(ValueError, match=r"weight=-1.0 of latents/a must be a positive number"):
@@ -194,16 +195,23 @@ def test_what_is_wrong_is_said_of_its_table(tmp_path: Path, sources: list[Source
 
 def test_tables_are_found_by_their_dataset() -> None:
     one, other = find_sources(
-        "s3://own", [WeightedTable(latents="latents/a"), WeightedTable(latents="latents/b", weight=3, dataset_uri="s3://far/")]
+        "s3://own",
+        [
+            WeightedTable(latents="latents/a"),
+            WeightedTable(latents="latents/b", weight=3, dataset_uri="s3://far/", captioners=("original",)),
+        ],
+        STREAM,
     )
     assert (one.table.uri, other.table.uri, other.weight) == ("s3://own/latents/a", "s3://far/latents/b", 3)
     with pytest.raises(ValueError, match=r"latents names s3://own/latents/a more than once"):
         find_sources(
-            "s3://own", [WeightedTable(latents="latents/a"), WeightedTable(latents="latents/a", dataset_uri="s3://own")]
+            "s3://own", [WeightedTable(latents="latents/a"), WeightedTable(latents="latents/a", dataset_uri="s3://own")], STREAM
         )
     with pytest.raises(ValueError, match="names no table"):
-        find_sources("s3://own", [])
-    assert (one.table.name_in("s3://own"), other.table.name_in("s3://own")) == ("latents/a", "s3://far/latents/b")
+        find_sources("s3://own", [], STREAM)
+    names = [[table.name_in("s3://own") for table in source.tables()] for source in (one, other)]
+    assert names[0] == ["latents/a", "captions/a", "captions/b", "scores/clip/a", "scores/clip/b"]
+    assert names[1] == ["s3://far/latents/b", "s3://far/images", "s3://far/scores/clip/original"]
 
 
 def test_a_table_that_was_made_anew_is_named(tmp_path: Path) -> None:
@@ -220,9 +228,50 @@ def test_a_table_that_was_made_anew_is_named(tmp_path: Path) -> None:
     (tmp_path / "far" / PATH / "00000.parquet").unlink()
     with pytest.raises(MissingTableError, match=f"no table '{PATH}' in {tmp_path}/far"):
         train_identity(own, config)
-    make_table(tmp_path / "far", make_shards([8]), inputs={"scores/clip": "f00d"})
+    make_table(tmp_path / "far", make_shards([8]), inputs={"images": "f00d"})
     with pytest.raises(StaleTableError, match=f"inputs.{far.uri}: '"):
         TrainingRecord.claim(output, train_identity(own, config))
-    make_table(tmp_path / "far", make_shards([8]), inputs={"scores/clip": "f00d"}, complete=False)
+    make_table(tmp_path / "far", make_shards([8]), inputs={"images": "f00d"}, complete=False)
     with pytest.raises(ValueError, match=f"{far.uri} is not complete"):
         train_identity(own, config)
+
+
+def test_tables_that_do_not_fit_together_are_refused_by_name(tmp_path: Path) -> None:
+    table = make_table(tmp_path, make_shards([5, 6]), inputs={"images": "first"})
+    (source,) = find_sources(str(tmp_path), PATH, STREAM)
+    check_complete(source)
+    captions, scores = (Table(str(tmp_path), path, None) for path in ("captions/b", "scores/clip/a"))
+    manifest = captions.require()
+    captions.write_manifest(replace(manifest, complete=False))
+    with pytest.raises(ValueError, match=f"{captions.uri} is not complete: let its stage finish first"):
+        check_complete(source)
+    captions.write_manifest(replace(manifest, inputs={"images": "second"}))
+    with pytest.raises(ValueError, match=f"{captions.uri} was made from another images than {table.uri}"):
+        check_complete(source)
+    captions.write_manifest(manifest)
+    made = scores.require()
+    scores.write_manifest(replace(made, inputs={"captions/a": "older"}))
+    with pytest.raises(ValueError, match=f"{scores.uri} was made from another captions/a than the one that is there now"):
+        check_complete(source)
+    scores.write_manifest(made)
+    Path(scores.shard_uri("00001")).unlink()
+    with pytest.raises(ValueError, match=f"{scores.uri} has no shard 00001, which {table.uri} has: run its stage again"):
+        check_complete(source)
+    with pytest.raises(MissingTableError, match=r"no table 'captions/c' in .*, which has captions/a, captions/b"):
+        check_complete(find_sources(str(tmp_path), PATH, replace(STREAM, captioners=("a", "c")))[0])
+
+
+def test_tables_of_the_old_form_are_refused_in_a_sentence(tmp_path: Path) -> None:
+    """Latents that held captions, and scores of all captioners in one table."""
+    table = make_table(tmp_path, make_shards([5]))
+    config, manifest = tiny_config("zoo://pipeline"), table.require()
+    table.write_manifest(replace(manifest, schema_version=1))
+    old = r"is of form 1, and this program knows form 2 of what jobs\.{0} makes: let jobs\.{0} make it anew with --on_stale .*$"
+    with pytest.raises(StaleTableError, match=f"^{table.uri} {old.format('extract')}"):
+        train_identity(str(tmp_path), config)
+    table.write_manifest(manifest)
+    one_for_all = Table(str(tmp_path), "scores/clip", None)
+    one_for_all.write_manifest(replace(Table(str(tmp_path), "scores/clip/a", None).require(), schema_version=1))
+    shutil.rmtree(tmp_path / "scores/clip/a")
+    with pytest.raises(StaleTableError, match=f"^{one_for_all.uri} {old.format('score')}"):
+        train_identity(str(tmp_path), config)

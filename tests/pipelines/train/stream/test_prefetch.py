@@ -1,5 +1,6 @@
 """Reading ahead: the same batches, the state of those handed out, errors where the batch is asked for."""
 
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -8,11 +9,9 @@ import pytest
 from pipelines.score.config import SelectionConfig
 from pipelines.tables.errors import DamagedShardError
 from pipelines.tables.table import Table
-from pipelines.train.stream.config import StreamConfig
-from pipelines.train.stream.mixture import Source
 from pipelines.train.stream.prefetch import PrefetchedStream
 from pipelines.train.stream.stream import TrainingStream
-from tests.support.training_world import assert_same, make_shards, make_table
+from tests.support.training_world import STREAM, assert_same, make_shards, make_source, make_table
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +20,8 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
 
 
 def make_stream(table: Table, selection: SelectionConfig | None = None) -> TrainingStream:
-    config = StreamConfig(shuffle_shards=2, selection=selection or SelectionConfig())
-    return TrainingStream([Source(table)], config, micro_batch_size=4, seed=3)
+    config = replace(STREAM, shuffle_shards=2, selection=selection or SelectionConfig())
+    return TrainingStream([make_source(table)], config, micro_batch_size=4, seed=3)
 
 
 def test_reading_ahead_changes_nothing(table: Table) -> None:
@@ -50,5 +49,5 @@ def test_an_error_of_the_thread_is_raised_where_the_batch_is_asked_for(tmp_path:
     with pytest.raises(DamagedShardError, match="00000"):
         next(PrefetchedStream(make_stream(table), depth=2))
     none_passes = make_stream(make_table(tmp_path / "other", make_shards([8])), SelectionConfig(min_best_score=99.0))
-    with pytest.raises(ValueError, match="lets none pass"):
+    with pytest.raises(ValueError, match="let none pass"):
         next(PrefetchedStream(none_passes, depth=2))

@@ -15,13 +15,12 @@ from pipelines.tables.errors import MissingTableError
 from pipelines.tables.schema import LATENTS
 from pipelines.tables.table import Table
 from pipelines.train.stream.config import StreamConfig
-from pipelines.train.stream.mixture import Source
 from pipelines.train.stream.samples import is_held_out
 from pipelines.train.stream.stream import TrainingStream, deal
-from tests.support.training_world import PATH, assert_same, make_row, make_shards, make_table
+from tests.support.training_world import PATH, STREAM, assert_same, make_row, make_shards, make_source, make_table
 
 BUCKETS = ("64x64", "64x64", "32x128", "64x64", "128x32")
-CONFIG = StreamConfig(shuffle_shards=2)
+CONFIG = replace(STREAM, shuffle_shards=2)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
 
 
 def make_stream(table: Table, config: StreamConfig = CONFIG, rank: int = 0, world_size: int = 1) -> TrainingStream:
-    return TrainingStream([Source(table)], config, micro_batch_size=4, seed=3, rank=rank, world_size=world_size)
+    return TrainingStream([make_source(table)], config, micro_batch_size=4, seed=3, rank=rank, world_size=world_size)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
@@ -78,7 +77,7 @@ def test_epochs_differ_in_order_and_seeds_too(table: Table) -> None:
 
     first, second = order(make_stream(table), 0), order(make_stream(table), 1)
     assert first != second
-    other = TrainingStream([Source(table)], CONFIG, micro_batch_size=4, seed=4)
+    other = TrainingStream([make_source(table)], CONFIG, micro_batch_size=4, seed=4)
     assert order(other, 0) != first == order(make_stream(table), 0)
 
 
@@ -167,7 +166,7 @@ def test_skewed_buckets_on_two_ranks(tmp_path: Path) -> None:
 
 
 def test_captions_depend_on_seed_epoch_and_id_alone(table: Table) -> None:
-    config = StreamConfig(selection=SelectionConfig(policy="random"), caption_dropout=0.3)
+    config = replace(STREAM, selection=SelectionConfig(policy="random"), caption_dropout=0.3)
     captions: dict[tuple[int, str], str | None] = {}
     for batch in islice(make_stream(table, config), 200):
         captions.update(zip(zip(batch.epochs, batch.ids, strict=True), batch.captions, strict=True))
@@ -189,8 +188,8 @@ def test_tables_that_cannot_be_trained_on(tmp_path: Path, table: Table) -> None:
         next(make_stream(make_table(tmp_path / "rowless", {"00000": []})))
     with pytest.raises(ValueError, match=r"num_workers=8 need a shard each, and .* has 7"):
         make_stream(table, world_size=8)
-    none_passes = StreamConfig(selection=SelectionConfig(min_best_score=99.0))
-    with pytest.raises(ValueError, match="lets none pass"):
+    none_passes = replace(STREAM, selection=SelectionConfig(min_best_score=99.0))
+    with pytest.raises(ValueError, match="let none pass"):
         next(make_stream(table, none_passes))
 
 

@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 
 from pipelines.tables.table import Table
-from pipelines.train.stream.config import StreamConfig, ValidationConfig
-from pipelines.train.stream.mixture import Source
+from pipelines.train.stream.config import ValidationConfig
 from pipelines.train.stream.samples import is_held_out
 from pipelines.train.stream.validation import ValidationSet
-from tests.support.training_world import PATH, make_row, make_shards, make_table
+from tests.support.training_world import PATH, STREAM, make_row, make_shards, make_source, make_table
 
-STREAM = StreamConfig(held_out_share=0.4, caption_dropout=0.5)
+HELD_OUT = replace(STREAM, held_out_share=0.4, caption_dropout=0.5)
 IDS = [str(make_row(index)["id"]) for index in range(40)]
 
 
@@ -23,7 +22,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
 
 def read(table: Table, config: ValidationConfig | None = None, *, rank: int = 0, world_size: int = 1) -> ValidationSet:
     config = config or ValidationConfig()
-    return ValidationSet.read([Source(table)], config, STREAM, batch_size=3, rank=rank, world_size=world_size)
+    return ValidationSet.read([make_source(table)], config, HELD_OUT, batch_size=3, rank=rank, world_size=world_size)
 
 
 def test_it_is_the_held_out_samples_each_once_and_with_its_caption(table: Table) -> None:
@@ -52,12 +51,12 @@ def test_a_table_of_its_own_is_taken_whole_up_to_the_number(table: Table) -> Non
 def test_two_tables_come_by_turns(table: Table, tmp_path: Path) -> None:
     other = make_table(tmp_path, make_shards([9], first=100))
     config = ValidationConfig(latents=PATH, num_samples=6)
-    both = ValidationSet.read([Source(table), Source(other)], config, STREAM, batch_size=8, rank=0, world_size=1)
+    both = ValidationSet.read([make_source(table), make_source(other)], config, HELD_OUT, batch_size=8, rank=0, world_size=1)
     tables = [uri for entry in both.batches for uri in entry.batch.tables]
     assert tables.count(table.uri) == tables.count(other.uri) == 3
 
 
 def test_no_sample_is_an_error_that_names_the_table(table: Table) -> None:
-    none = replace(STREAM, held_out_share=0.0)
+    none = replace(HELD_OUT, held_out_share=0.0)
     with pytest.raises(ValueError, match=r"latents/tiny-64 has no sample to validate with: raise data\.held_out_share"):
-        ValidationSet.read([Source(table)], ValidationConfig(), none, batch_size=3, rank=0, world_size=1)
+        ValidationSet.read([make_source(table)], ValidationConfig(), none, batch_size=3, rank=0, world_size=1)
