@@ -7,7 +7,7 @@ shards as an input. Other tables are not touched: those made from this one becom
 
 from pipelines.audit.status import find_tables
 from pipelines.storage.errors import LeaseHeldError
-from pipelines.storage.files import find_files, remove_files
+from pipelines.storage.files import remove_files
 from pipelines.storage.lease import LEASE, Leases, read_lease, shared
 from pipelines.storage.swap import LOCK_SUFFIX
 from pipelines.tables.identity import MANIFEST
@@ -33,9 +33,9 @@ def delete_table(table: Table, leases: Leases | None = None) -> None:
         if not table.deletion_begun():
             table.write_file(REBUILD, b"{}\n")
         remove_files([f"{table.uri}/{MANIFEST}"])
-        rejects = table.rejects().uri
-        remove_files([f"{rejects}/{name}" for name in find_files(rejects)])
-        remove_files([f"{table.uri}/{name}" for name in find_files(table.uri) if name not in KEPT])
+        rejects = table.rejects()
+        remove_files([f"{rejects.uri}/{name}" for name in rejects.list_files()])
+        remove_files([f"{table.uri}/{name}" for name in table.list_files() if name not in KEPT])
         remove_files([f"{table.uri}/{REBUILD}"])
 
 

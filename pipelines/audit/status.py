@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.ingest.plan import read_plan
-from pipelines.storage.files import NUM_THREADS, find_files, list_folder, read_file
+from pipelines.storage.files import NUM_THREADS, list_folder, read_file
 from pipelines.storage.lease import read_lease
 from pipelines.tables.identity import Manifest
 from pipelines.tables.schema import IMAGES_PATH, NESTED, TABLE_SCHEMAS, form_of, schema_of
@@ -164,7 +164,7 @@ def _table_status(
 ) -> tuple[TableStatus, list[str]]:
     """The status of a table, and the names of its shards."""
     table, manifest = found.table, found.manifest
-    files, refused = find_files(table.uri), find_files(table.rejects().uri)
+    files, refused = table.list_files(), table.rejects().list_files()
     shards = [name.removesuffix(".parquet") for name in files if name.endswith(".parquet") and name[0] not in "._"]
     expected = expected_shards(found, known)
     counted = manifest is not None and manifest.complete and manifest.num_shards == len(shards)

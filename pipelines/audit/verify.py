@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from pipelines.audit.seen_ids import SeenIds
 from pipelines.audit.status import FoundTable, expected_shards, find_stale, find_tables
 from pipelines.storage.errors import StorageError
-from pipelines.storage.files import find_files, open_file
+from pipelines.storage.files import open_file
 from pipelines.tables.captions import read_captions
 from pipelines.tables.identity import MANIFEST, Manifest
 from pipelines.tables.schema import IMAGES_PATH, NESTED, ORIGINAL_CAPTIONER
@@ -186,11 +186,14 @@ def _check_manifest(found: FoundTable, stale: list[str]) -> Iterator[Violation]:
 def _check_listing(found: FoundTable, shards: list[str], expected: list[str] | None) -> Iterator[Violation]:
     table, manifest = found.table, found.manifest
     refused = set(table.rejects().list_shards())
-    for folder in (table.uri, table.rejects().uri):
-        for name in find_files(folder):
+    for folder in (table, table.rejects()):
+        for name in folder.list_files():
             if name.startswith("."):
-                file = f"{folder.removeprefix(table.dataset_uri + '/')}/{name}"
-                yield Violation(file, "is a leftover of a writer that died", "delete it once no job is writing this table")
+                yield Violation(
+                    f"{folder.path}/{name}",
+                    "is a leftover of a writer that died",
+                    "delete it once no job is writing this table",
+                )
     if expected is not None and found.path != IMAGES_PATH:
         for shard in sorted(set(shards) - set(expected)):
             yield Violation(_file(table, shard), "is about no shard of the table's inputs", "delete it")

@@ -100,6 +100,8 @@ class Filters:
 
 
 def scored_captioners(dataset_uri: str, clip: str) -> tuple[str, ...]:
-    """The captioners that have a table under scores/<clip>/, "original" first."""
-    names = [name for name in list_folder(f"{dataset_uri.rstrip('/')}/scores/{clip}", with_files=False) if name[0] not in "._"]
+    """The captioners that have a table under scores/<clip>/, "original" first. Raises ValueError for a damaged manifest."""
+    folders = list_folder(f"{dataset_uri.rstrip('/')}/scores/{clip}", with_files=False)
+    tables = {name: Table(dataset_uri, scores_path(clip, name), SCORES) for name in folders if name[0] not in "._"}
+    names = [name for name, table in tables.items() if table.read_manifest() is not None]
     return tuple(sorted(names, key=lambda name: (name != ORIGINAL_CAPTIONER, name)))

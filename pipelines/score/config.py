@@ -112,7 +112,10 @@ class ImageScorerConfig:
         max_reject_share: the job fails when a larger share of the images is refused.
     """
 
-    NO_VALUE: ClassVar = ("name", "revision", "batch_size", "prepare_threads", "device", "resources", "max_reject_share")
+    NO_VALUE: ClassVar = (
+        *("name", "revision", "batch_size", "prepare_threads", "device", "resources", "max_reject_share"),
+        "clip",  # the fingerprint of its embeddings stands for it
+    )
 
     name: str
     model: str | None = None

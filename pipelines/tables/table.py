@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.storage.errors import StorageError
-from pipelines.storage.files import list_folder, open_file, read_file, write_file
+from pipelines.storage.files import find_files, list_folder, open_file, read_file, write_file
 from pipelines.tables.errors import DamagedShardError, MissingTableError, StaleTableError
 from pipelines.tables.identity import MANIFEST, Identity, Manifest, _now, describe_differences, software_versions
 from pipelines.tables.schema import MADE_BY, REJECTS, form_of
@@ -84,6 +84,10 @@ class Table:
         """Names of the shards that exist, sorted."""
         names = list_folder(self.uri)
         return [name.removesuffix(".parquet") for name in names if name.endswith(".parquet") and name[0] not in "._"]
+
+    def list_files(self) -> dict[str, int]:
+        """Name and size in bytes of each file in the table's folder. Folders in it are other tables: see `_outer`."""
+        return {name: size for name, size in find_files(self.uri).items() if "/" not in name}
 
     def read_shard(self, shard: str, columns: list[str] | None = None) -> pa.Table:
         """Read all rows of a shard; from an object store only the parts with these columns are fetched.

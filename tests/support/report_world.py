@@ -13,7 +13,7 @@ from pipelines.shapes.drawing import draw_row
 from pipelines.shapes.grammar import sample_caption
 from pipelines.tables.identity import Identity
 from pipelines.tables.rejects import RowRefused, reject
-from pipelines.tables.schema import CAPTIONS, IMAGES, LATENTS, SCORES, Row
+from pipelines.tables.schema import CAPTIONS, IMAGES, LATENTS, SCORES, Row, scores_path
 from pipelines.tables.table import Table
 
 LONG = "a very long caption " * 250
@@ -57,9 +57,10 @@ def text_of(captioner: str, index: int) -> str:
 
 
 def competing(index: int, row: Row) -> list[Row]:
+    """The captions that compete for an image, with their scores; an empty one does not."""
     rng = np.random.default_rng([index, 7])
     texts = {"original": row["caption"]} if row["caption"] else {}
-    texts |= {captioner: text_of(captioner, index) for captioner in CAPTIONERS}
+    texts |= {captioner: text for captioner in CAPTIONERS if (text := text_of(captioner, index))}
     base = {"original": 24, "llava": 26, "idefics": 20}
     return [
         {"captioner": name, "caption": text, "clip_score": float(np.float32(base[name] + rng.normal(0, 3)))}
@@ -70,7 +71,7 @@ def competing(index: int, row: Row) -> list[Row]:
 def latents_row(index: int, row: Row) -> Row:
     latents = np.random.default_rng(index).normal(np.arange(4)[:, None, None] / 4, 1, (4, 8, 8)).astype(np.float16)
     shape = {"channels": 4, "height": 8, "width": 8, "bucket": "64x64" if index % 3 else "64x128"}
-    return {"id": row["id"], "latents": latents.tobytes(), "captions": competing(index, row), **shape}
+    return {"id": row["id"], "latents": latents.tobytes(), **shape}
 
 
 def make_table(
@@ -122,8 +123,17 @@ def make_dataset(folder: Path, num_shards: int = 3, shard_rows: int = 10) -> str
         ]
         refused = reject(images[0], RowRefused("empty_caption", "it said nothing"))
         make_table(uri, f"captions/{captioner}", CAPTIONS, cut(rows), [refused])
-    scores = [{"id": row["id"], "captions": competing(index, row)} for index, row in enumerate(images)]
-    make_table(uri, "scores/clip", SCORES, cut(scores))
+    for captioner in ("original", *CAPTIONERS):
+        shards = [
+            [
+                {"id": row["id"], "clip_score": entry["clip_score"]}
+                for index, row in enumerate(images)
+                for entry in competing(index, row)
+                if entry["captioner"] == captioner and index // shard_rows == shard
+            ]
+            for shard in range(num_shards)
+        ]
+        make_table(uri, scores_path("clip", captioner), SCORES, shards)
     latents = [latents_row(index, row) for index, row in enumerate(images)]
     make_table(uri, "latents/tiny-64", LATENTS, cut(latents), dtype="float16")
     return uri

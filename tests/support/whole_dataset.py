@@ -1,8 +1,9 @@
-"""Make a small finished dataset without any model: two shards of images, two captioners, scores, latents, and rejects."""
+"""Make a small finished dataset without any model: two shards of images, a CLIP, two captioners, latents, and rejects."""
 
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from io import BytesIO
 
 import pyarrow as pa
@@ -11,42 +12,51 @@ from PIL import Image
 from pipelines.ingest.run import image_id
 from pipelines.tables.identity import Identity, Manifest
 from pipelines.tables.rejects import RowRefused, reject
-from pipelines.tables.schema import CAPTIONS, IMAGES, IMAGES_PATH, LATENTS, SCORES, Row
+from pipelines.tables.schema import CAPTIONS, IMAGES, IMAGES_PATH, LATENTS, SCORES, Row, image_embeds_schema
 from pipelines.tables.table import Table
 
 SHARDS = ("00000", "00001")
 CAPTIONERS = ("a", "b")
 ROWS_PER_SHARD = 20
+WIDTH = 4  # of the images' embeddings
+Shards = Mapping[str, tuple[list[Row], list[Row]]]
+"""Rows and rejects, by shard."""
 
 
 def make_dataset(uri: str) -> dict[str, Table]:
-    """Return the tables by path. Each image shard has one reject; captioner b, scores and latents reject one more of 00001."""
+    """Return the tables by path.
+
+    Each shard of images has a reject. Of shard 00001 the CLIP refuses the last image, whose captions thus have no score, and
+    the captioner b and the autoencoder refuse the first image.
+    """
     tables = {}
 
-    def put(path: str, schema: pa.Schema, identity: Identity, shards: Mapping[str, tuple[list[Row], list[Row]]]) -> Manifest:
-        table = tables[path] = Table(uri, path, schema)
-        return write_table(table, identity, shards)
+    def put(path: str, schema: pa.Schema, identity: Identity, shards: Shards) -> dict[str, str]:
+        tables[path] = Table(uri, path, schema)
+        return {path: write_table(tables[path], identity, shards).fingerprint}
 
     kept = {shard: [image_row(f"{shard}-{number}") for number in range(ROWS_PER_SHARD)] for shard in SHARDS}
     bad = {shard: [reject({"source_uri": f"{shard}/broken.png"}, RowRefused("truncated", "it ends early"))] for shard in SHARDS}
     shards = {shard: (kept[shard], bad[shard]) for shard in SHARDS}
     images = put(IMAGES_PATH, IMAGES, Identity("ingest", {"source": "photos"}, {}, {}), shards)
-    inputs = {IMAGES_PATH: images.fingerprint}
+    first, last = (kept["00001"][index]["id"] for index in (0, -1))
+    clip = {"clip": "sha256:clip"}
+    identity = Identity("embed_images", {"width": WIDTH}, clip, images)
+    embeds = put("image_embeds/clip", image_embeds_schema(WIDTH), identity, _refuse(kept, "corrupt", last, embeds_row))
     for captioner in CAPTIONERS:
         settings = {"prompt": "Describe.", "model": "vlm"}
-        identity = Identity("caption", settings, {captioner: f"sha256:{captioner}"}, {IMAGES_PATH: images.fingerprint})
-        captions = _refuse_first(kept, "empty_caption", "00001" if captioner == "b" else None, caption_row)
-        inputs[f"captions/{captioner}"] = put(f"captions/{captioner}", CAPTIONS, identity, captions).fingerprint
-    scored = _refuse_first(kept, "no_caption", "00001", score_row)
-    identity = Identity("score", {"captioners": list(CAPTIONERS)}, {"clip": "sha256:clip"}, inputs)
-    scores = put("scores/clip", SCORES, identity, scored)
-    inputs = {IMAGES_PATH: images.fingerprint, "scores/clip": scores.fingerprint}
-    latents = _refuse_first({shard: rows for shard, (rows, _) in scored.items()}, "low_score", "00001", latents_row)
-    put("latents/ae-64", LATENTS, Identity("extract", {"dtype": "float16"}, {"ae": "sha256:ae"}, inputs), latents)
+        said = _refuse(kept, "empty_caption", first if captioner == "b" else "", caption_row)
+        identity = Identity("caption", settings, {captioner: f"sha256:{captioner}"}, images)
+        captions = put(f"captions/{captioner}", CAPTIONS, identity, said)
+        scored = _refuse({shard: rows for shard, (rows, _) in said.items()}, "no_embedding", last, SCORE_ROWS[captioner])
+        identity = Identity("score", {"long_captions": "cut"}, clip, embeds | captions, rows_of=f"captions/{captioner}")
+        put(f"scores/clip/{captioner}", SCORES, identity, scored)
+    identity = Identity("extract", {"dtype": "float16"}, {"ae": "sha256:ae"}, images)
+    put("latents/ae-64", LATENTS, identity, _refuse(kept, "bad_latents", first, latents_row))
     return tables
 
 
-def write_table(table: Table, identity: Identity, shards: Mapping[str, tuple[list[Row], list[Row]]]) -> Manifest:
+def write_table(table: Table, identity: Identity, shards: Shards) -> Manifest:
     """Write shards of (rows, rejects), and the manifest of a finished stage."""
     manifest = table.claim(identity)
     reasons: dict[str, int] = {}
@@ -77,28 +87,28 @@ def caption_row(row: Row) -> Row:
     return {"id": row["id"], "caption": f"it is {row['id'][:6]}", "num_tokens": 3, "finish_reason": "stop"}
 
 
-def score_row(row: Row) -> Row:
-    score = 20 + int(row["id"][:2], 16) / 25.6  # 20 to 30
-    return {
-        "id": row["id"],
-        "captions": [
-            {"captioner": captioner, "caption": f"it is {row['id'][:6]}", "clip_score": score + bonus}
-            for captioner, bonus in zip(CAPTIONERS, (0.0, 5.0), strict=True)
-        ],
-    }
+def embeds_row(row: Row) -> Row:
+    return {"id": row["id"], "embedding": [1.0, *[0.0] * (WIDTH - 1)]}
+
+
+def score_row(bonus: float, row: Row) -> Row:
+    """A score of 20 to 30 by the image's id, and the captioner's bonus."""
+    return {"id": row["id"], "clip_score": 20 + int(row["id"][:2], 16) / 25.6 + bonus}
+
+
+SCORE_ROWS = {captioner: partial(score_row, bonus) for captioner, bonus in zip(CAPTIONERS, (0.0, 5.0), strict=True)}
 
 
 def latents_row(row: Row) -> Row:
-    shape = {"latents": b"\0" * 16, "channels": 2, "height": 2, "width": 2, "bucket": "64x64"}
-    return {"id": row["id"], **shape, "captions": row["captions"]}
+    return {"id": row["id"], "latents": b"\0" * 16, "channels": 2, "height": 2, "width": 2, "bucket": "64x64"}
 
 
-def _refuse_first(
-    shards: Mapping[str, list[Row]], reason: str, where: str | None, make: Callable[[Row], Row]
-) -> dict[str, tuple[list[Row], list[Row]]]:
-    """Apply `make` to the rows, and refuse the first row of the shard `where`."""
-    made = {}
-    for shard, rows in shards.items():
-        refused = rows[: int(shard == where)]
-        made[shard] = ([make(row) for row in rows[len(refused) :]], [reject(row, RowRefused(reason, "")) for row in refused])
-    return made
+def _refuse(shards: Mapping[str, list[Row]], reason: str, row_id: str, make: Callable[[Row], Row]) -> Shards:
+    """Apply `make` to all rows but the one with `row_id`, which becomes a reject."""
+    return {
+        shard: (
+            [make(row) for row in rows if row["id"] != row_id],
+            [reject(row, RowRefused(reason, "")) for row in rows if row["id"] == row_id],
+        )
+        for shard, rows in shards.items()
+    }

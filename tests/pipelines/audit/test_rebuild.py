@@ -29,6 +29,7 @@ from pipelines.tables.table import REBUILD, Table
 from pipelines.workers.images import ImageLimits
 from sana_model.files.places import ZOO_DIR
 from tests.support.counted_stages import count_workers
+from tests.support.old_forms import write_old_manifest, write_old_scores
 from tests.support.whole_dataset import SHARDS, make_dataset, write_table
 
 SCORED = ["image_embeds/clip", "scores/clip/a", "scores/clip/b"]
@@ -228,6 +229,26 @@ def test_a_deletion_that_was_broken_off_goes_on_at_the_next_start_whatever_it_is
     assert any("broken off" in found.problem for found in verify_dataset(str(tmp_path / "data")))
     (result,) = run(prompted, "captions/a")
     assert not result.was_done and result.num_rows == 6
+    assert list(verify_dataset(str(tmp_path / "data"))) == []
+
+
+def test_tables_of_an_old_form_are_refused_and_rebuilding_puts_the_new_ones_in_their_place(tmp_path: Path, log: Path) -> None:
+    """The scores of all captioners lie where the folder of their tables goes, and the latents hold captions."""
+    jobs = make_jobs(tmp_path)
+    for path in ("images", "captions/a", "captions/b"):
+        run(jobs, path)
+    scores = write_old_scores(str(tmp_path / "data"), "clip")
+    latents = Table(scores.dataset_uri, "latents/ae-64", scores.schema)
+    write_old_manifest(latents, "extract", {"dtype": "float16"})
+    before = files(tmp_path)
+    for path, maker in (("scores/clip", "score"), ("latents/ae-64", "extract")):
+        with pytest.raises(StaleTableError, match=rf"{path} is of form 1.* jobs\.{maker} make it anew with --on_stale rebuild"):
+            run(jobs, path)
+    assert scores.list_shards() == ["00000"] and before.items() <= files(tmp_path).items()
+    results = [result for path in jobs for result in run(jobs, path, on_stale="rebuild")]
+    assert [result.num_rows for result in results[-4:]] == [6, 6, 6, 6]
+    assert scores.list_shards() == scores.rejects().list_shards() == [] and stale(tmp_path) == set()
+    assert list(state(tmp_path)) == ["images", "image_embeds/clip", "captions/a", "captions/b", *SCORED[1:], "latents/ae-64"]
     assert list(verify_dataset(str(tmp_path / "data"))) == []
 
 

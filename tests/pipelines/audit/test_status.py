@@ -17,9 +17,12 @@ from pipelines.tables import schema
 from pipelines.tables.identity import MANIFEST, Identity
 from pipelines.tables.schema import TABLE_SCHEMAS
 from pipelines.tables.table import Table
+from tests.support.old_forms import write_old_scores
 from tests.support.whole_dataset import caption_row, make_dataset, write_table
 
 Tables = dict[str, Table]
+SCORES = ("scores/clip/a", "scores/clip/b")
+PATHS = ["images", "image_embeds/clip", "captions/a", "captions/b", *SCORES, "latents/ae-64"]
 
 
 @pytest.fixture(params=["file", "memory"])
@@ -48,19 +51,19 @@ def remake(table: Table, **changes: object) -> None:
 
 def test_a_finished_dataset(tables: Tables) -> None:
     found = look(tables)
-    assert list(found) == ["images", "captions/a", "captions/b", "scores/clip", "latents/ae-64"]
+    assert list(found) == PATHS
     assert all(table.complete and table.stale == [] and table.num_shards == 2 for table in found.values())
-    assert [table.num_rows for table in found.values()] == [40, 40, 39, 39, 38]
+    assert [table.num_rows for table in found.values()] == [40, 39, 40, 39, 39, 38, 39]
     assert found["images"].rejects_by_reason == {"truncated": 2} and found["captions/a"].num_rejects == 0
-    manifest = tables["scores/clip"].require()
-    assert found["scores/clip"].fingerprint == manifest.fingerprint and found["scores/clip"].updated == manifest.updated
+    manifest = tables["latents/ae-64"].require()
+    assert found["latents/ae-64"].fingerprint == manifest.fingerprint and found["latents/ae-64"].updated == manifest.updated
 
 
 def test_files_beside_the_tables_are_not_looked_into(tables: Tables) -> None:
     uri = tables["images"].dataset_uri
     write_captioners_report(uri, ["a", "b"])
     write_file(f"{uri}/NOTES", b"mine")
-    assert list(look(tables)) == ["images", "captions/a", "captions/b", "scores/clip", "latents/ae-64"]
+    assert list(look(tables)) == PATHS
     delete_table(tables["latents/ae-64"])
     assert "latents/ae-64" not in look(tables) and list(verify_dataset(uri)) == []
 
@@ -77,14 +80,14 @@ def test_missing_shards_and_the_count_of_those_that_are_there(tables: Tables) ->
     assert (found.num_shards, found.missing, found.num_rows, found.complete) == (1, ["00000"], None, False)
     counted = look(tables, count_rows=True)["captions/b"]
     assert (counted.num_rows, counted.rejects_by_reason) == (19, {"empty_caption": 1})
-    assert look(tables)["scores/clip"].complete
+    assert look(tables)["scores/clip/b"].complete
 
 
 def test_a_table_begun_by_its_stage_is_unfinished_though_no_shard_is_missing(tables: Tables) -> None:
     manifest = tables["latents/ae-64"].require()
     tables["latents/ae-64"].write_manifest(replace(manifest, complete=False))
     found = look(tables, count_rows=True)["latents/ae-64"]
-    assert found.missing == [] and found.num_rows == 38 and not found.complete
+    assert found.missing == [] and found.num_rows == 39 and not found.complete
 
 
 def test_stale_is_what_an_input_is_not_any_more_or_whose_input_is_stale_or_gone(tables: Tables) -> None:
@@ -92,16 +95,43 @@ def test_stale_is_what_an_input_is_not_any_more_or_whose_input_is_stale_or_gone(
     remake(tables["captions/a"], config={"prompt": "Another."})
     new = tables["captions/a"].require().fingerprint
     found = look(tables)
-    assert found["scores/clip"].stale == [f"captions/a was made anew ({old[:8]} -> {new[:8]})"]
-    assert found["latents/ae-64"].stale == ["scores/clip is stale"]
-    assert found["captions/a"].stale == found["captions/b"].stale == found["images"].stale == []
+    assert {path: table.stale for path, table in found.items() if table.stale} == {
+        "scores/clip/a": [f"captions/a was made anew ({old[:8]} -> {new[:8]})"]
+    }
+    remake(tables["image_embeds/clip"], models={"clip": "sha256:other"})
+    assert [path for path, table in look(tables).items() if table.stale] == ["scores/clip/a", "scores/clip/b"]
     delete(tables["captions/b"], MANIFEST)
     found = look(tables)
-    assert "captions/b is gone" in found["scores/clip"].stale
+    assert "captions/b is gone" in found["scores/clip/b"].stale
     assert found["captions/b"].problems == ["it has shards and no manifest: nothing says what made them"]
     manifest = tables["images"].require()
     tables["images"].write_manifest(replace(manifest, schema_version=0))
-    assert "table version 0" in look(tables)["images"].stale[0]
+    found = look(tables)
+    assert found["images"].stale == ["it is of form 0, this program writes form 1"]
+    assert found["latents/ae-64"].stale == ["images is stale"]
+
+
+def test_a_table_of_an_old_form_is_shown_where_it_lies_and_what_is_to_be_done(tables: Tables) -> None:
+    """`scores/<clip>` held the scores of all captioners: now it is the folder of their tables."""
+    uri = tables["images"].dataset_uri
+    old = write_old_scores(uri, "old")
+    found = look(tables)
+    assert [path for path in found if path.startswith("scores/")] == ["scores/clip/a", "scores/clip/b", "scores/old"]
+    assert found[old.path].stale == ["it is of form 1, this program writes form 2"]
+    assert (found[old.path].num_shards, found[old.path].num_rows) == (1, 1)
+    (told,) = verify_dataset(uri, paths=[old.path])
+    assert (
+        str(told) == "scores/old: is stale: it is of form 1, this program writes form 2: run its stage with --on_stale rebuild"
+    )
+
+
+def test_the_shards_of_a_table_are_those_of_the_input_that_it_is_about_whatever_came_first(tables: Tables) -> None:
+    assert list(tables["scores/clip/b"].require().inputs) == ["image_embeds/clip", "captions/b"]
+    delete(tables["image_embeds/clip"], "00001.parquet")
+    found = look(tables)
+    assert found["image_embeds/clip"].missing == ["00001"] and found["scores/clip/b"].missing == []
+    delete(tables["scores/clip/b"], "00000.parquet")
+    assert look(tables)["scores/clip/b"].missing == ["00000"]
 
 
 def test_who_is_writing(tmp_path: Path) -> None:
@@ -119,8 +149,8 @@ def test_a_broken_manifest_is_told_and_the_rest_is_shown(tmp_path: Path) -> None
 
 
 def add_training(folder: Path, tables: Tables, name: str, result: dict[str, float] | None) -> None:
-    latents = tables["latents/ae-64"]
-    identity = Identity("train", {"num_steps": 200}, {}, {latents.path: latents.require().fingerprint})
+    inputs = {path: tables[path].require().fingerprint for path in ("latents/ae-64", "scores/clip/a")}
+    identity = Identity("train", {"num_steps": 200}, {}, inputs)
     (folder / name).mkdir()
     (folder / name / "training.json").write_text(json.dumps({"fingerprint": "f", **asdict(identity), "result": result}))
 
@@ -140,9 +170,10 @@ def test_the_page_fits_and_names_what_matters(tmp_path: Path, capsys: pytest.Cap
     page = "\n".join(lines)
     assert any(line.startswith("images") and "2/2" in line and "40" in line and line.endswith("complete") for line in lines)
     assert any("1 missing" in line and "1/2" in line for line in lines)
-    assert any(line.startswith("scores/clip") and line.endswith("STALE") for line in lines)
+    assert any(line.startswith("scores/clip/a") and line.endswith("STALE") for line in lines)
     assert "stale: captions/a was made anew" in page and "rejects: truncated 2" in page
-    assert "train: 200 steps on latents/ae-64, loss 1.250 -> 0.500" in page and "stale: latents/ae-64 is stale" in page
+    assert "train: 200 steps on latents/ae-64, scores/clip/a, loss 1.250 -> 0.500" in page
+    assert "stale: scores/clip/a is stale" in page
     assert "train-2: not ended, 200 steps" in page
     assert job.main(["--dataset_uri", str(tmp_path), "--json", "--rows"]) == 0
     content = json.loads(capsys.readouterr().out)

@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +15,7 @@ from pipelines.audit.seen_ids import SeenIds
 from pipelines.audit.verify import Violation, verify_dataset
 from pipelines.tables.identity import MANIFEST, Identity
 from pipelines.tables.rejects import RowRefused, reject
-from pipelines.tables.schema import CAPTIONS, TABLE_SCHEMAS, Row
+from pipelines.tables.schema import CAPTIONS, SCORES
 from pipelines.tables.table import Table
 from tests.support.whole_dataset import make_dataset, write_table
 
@@ -50,7 +51,7 @@ def test_a_whole_dataset_is_clean_wherever_it_lies(tables: Tables, tmp_path: Pat
     remote = make_dataset(f"memory://{tmp_path.name}")
     assert find(remote) == []
     assert job.main(["--dataset_uri", tables["images"].dataset_uri, "--threads", "3"]) == 0
-    assert "10 shards, 196 rows read" in capsys.readouterr().out
+    assert "14 shards, 274 rows read" in capsys.readouterr().out
 
 
 def test_a_truncated_file(tables: Tables) -> None:
@@ -68,7 +69,7 @@ def first_page(column: pq.ColumnChunkMetaData) -> int:
     return column.dictionary_page_offset or column.data_page_offset
 
 
-@pytest.mark.parametrize("path", ["images", "captions/a", "scores/clip", "latents/ae-64", "rejects"])
+@pytest.mark.parametrize("path", ["images", "image_embeds/clip", "captions/a", "scores/clip/a", "latents/ae-64", "rejects"])
 def test_a_flipped_byte_anywhere_in_the_pages(tables: Tables, path: str) -> None:
     """In the last page of each column, near its end, where only checksums can tell."""
     table = tables["images"].rejects() if path == "rejects" else tables[path]
@@ -93,7 +94,8 @@ def test_a_lost_row_and_a_doubled_one(tables: Tables) -> None:
     assert "more than once" in found["captions/b/00000.parquet"]
     assert found["captions/a/_manifest.json"] == "tells of 40 rows, there are 39"
     assert found["captions/b/_manifest.json"] == "tells of 39 rows, there are 40"
-    assert len(found) == 4
+    assert "that captions/a has not in this shard" in found["scores/clip/a/00000.parquet"]
+    assert len(found) == 5
 
 
 def test_a_row_of_another_shard_and_one_both_kept_and_refused(tables: Tables) -> None:
@@ -108,39 +110,51 @@ def test_a_row_of_another_shard_and_one_both_kept_and_refused(tables: Tables) ->
     assert any("refused at the same time" in one.problem for one in find(tables, "captions/b"))
 
 
-def test_latents_are_aligned_to_the_scores_and_not_to_all_images(tables: Tables) -> None:
-    refused = tables["scores/clip"].rejects().read_shard("00001").to_pylist()[0]["id"]
-    rewrite(tables["latents/ae-64"], "00001", lambda rows: [*rows, {**rows[0], "id": refused}])
-    problems = [one.problem for one in find(tables, "latents/ae-64")]
-    assert any("that scores/clip has not in this shard" in problem for problem in problems)
+def test_each_table_is_compared_with_the_one_that_it_is_about_whatever_came_first(tables: Tables) -> None:
+    scores = tables["scores/clip/b"]
+    assert list(scores.require().inputs) == ["image_embeds/clip", "captions/b"]
+    unsaid = tables["captions/b"].rejects().read_shard("00001").to_pylist()[0]["id"]  # it has an embedding
+    rewrite(scores, "00001", lambda rows: [*rows, {**rows[0], "id": unsaid}])
+    problems = [one.problem for one in find(tables, scores.path)]
+    assert any("that captions/b has not in this shard" in problem for problem in problems)
+    edit_manifest(scores, rows_of="")  # then the first input counts, to which the rejected row is a stranger
+    assert any("that image_embeds/clip has not in this shard" in one.problem for one in find(tables, scores.path))
 
 
-def test_where_a_row_is_a_caption_an_id_may_come_once_for_each_captioner(
-    tables: Tables, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    schema = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("id", "captioner")])
-    monkeypatch.setitem(TABLE_SCHEMAS, "by_caption", schema)
-    table, scores = Table(tables["images"].dataset_uri, "by_caption/x", schema), tables["scores/clip"]
-    shards: dict[str, tuple[list[Row], list[Row]]] = {}
-    for shard in scores.list_shards():
-        ids = scores.read_shard(shard)["id"].to_pylist()
-        rows = [{"id": row_id, "captioner": captioner} for row_id in ids for captioner in ("a", "b")]
-        shards[shard] = rows[1:], [reject(rows[0], RowRefused("bad_embeds", ""))]
-    write_table(table, Identity("embed", {}, {}, {scores.path: scores.require().fingerprint}), shards)
-    assert find(tables, table.path) == []
-    rewrite(table, "00000", lambda rows: [*rows[:-1], rows[0]])
-    assert any("id (" in one.problem and "more than once" in one.problem for one in find(tables, table.path))
-    rewrite(table, "00001", lambda rows: rows[3:])
+def test_scores_of_the_original_captions_are_about_those_images_that_came_with_one(tables: Tables) -> None:
+    images, uri = tables["images"], tables["images"].dataset_uri
+    rewrite(images, "00001", lambda rows: [{**row, "caption": "told"} if index < 3 else row for index, row in enumerate(rows)])
+    ids = images.read_shard("00001")["id"].to_pylist()
+    scores = [{"id": row_id, "clip_score": 25.0} for row_id in ids[:2]]
+    refused = [reject({"id": ids[2]}, RowRefused("no_embedding", ""))]
+    inputs = {path: tables[path].require().fingerprint for path in ("image_embeds/clip", "images")}
+    table = Table(uri, "scores/clip/original", SCORES)
+    identity = Identity("score", {}, {"clip": "sha256:clip"}, inputs, rows_of="images")
+    write_table(table, identity, {"00000": ([], []), "00001": (scores, refused)})
+    assert find(tables) == []
+    rewrite(table, "00001", lambda rows: rows[:1])
     assert any("lacks 1 id" in one.problem for one in find(tables, table.path))
+    rewrite(table, "00001", lambda rows: [*scores, {"id": ids[3], "clip_score": 1.0}])
+    assert any("hold 1 id" in one.problem and "that images has not" in one.problem for one in find(tables, table.path))
+
+
+def test_embeddings_of_another_width_than_the_manifests(tables: Tables) -> None:
+    table = tables["image_embeds/clip"]
+    identity = replace(table.require().identity(), config={"width": 5})
+    edit_manifest(table, config={"width": 5}, fingerprint=identity.fingerprint)
+    problems = [one.problem for one in find(tables, table.path)]
+    assert len(problems) == 2 and all(
+        "other columns" in problem and "[4]" in problem and "[5]" in problem for problem in problems
+    )
 
 
 def test_an_edited_manifest(tables: Tables) -> None:
     edit_manifest(tables["captions/a"], config={"prompt": "Something else."})
-    edit_manifest(tables["scores/clip"], num_rows=7, rejects_by_reason={"other": 1})
+    edit_manifest(tables["scores/clip/a"], num_rows=7, rejects_by_reason={"other": 1})
     found = [(one.file, one.problem) for one in find(tables)]
     assert ("captions/a/_manifest.json", "was edited: its fingerprint is not that of its content") in found
-    assert ("scores/clip/_manifest.json", "tells of 7 rows, there are 39") in found
-    assert ("scores/clip/_manifest.json", "tells of 1 rejects for other, there are 0") in found
+    assert ("scores/clip/a/_manifest.json", "tells of 7 rows, there are 39") in found
+    assert ("scores/clip/a/_manifest.json", "tells of 1 rejects for other, there are 0") in found
     edit_manifest(tables["captions/b"], identity=3)
     Path(tables["latents/ae-64"].uri, MANIFEST).write_text("{")
     Path(tables["images"].uri, MANIFEST).unlink()
@@ -166,12 +180,12 @@ def test_files_that_are_missing_or_too_many(tables: Tables) -> None:
     captions = tables["captions/a"]
     file(captions, "00000").unlink()
     file(tables["captions/b"].rejects(), "00001").unlink()
-    file(tables["scores/clip"], "00001").rename(file(tables["scores/clip"], "00007"))
+    file(tables["scores/clip/a"], "00001").rename(file(tables["scores/clip/a"], "00007"))
     Path(tables["latents/ae-64"].uri, ".00001.parquet.abc.tmp").write_bytes(b"half")
     found = {one.file: one.problem for one in find(tables)}
     assert "is missing, of a table that was complete" in found["captions/a/00000.parquet"]
     assert found["rejects/captions/b/00001.parquet"] == "is missing"
-    assert "about no shard of the table's inputs" in found["scores/clip/00007.parquet"]
+    assert "about no shard of the table's inputs" in found["scores/clip/a/00007.parquet"]
     assert "leftover" in found["latents/ae-64/.00001.parquet.abc.tmp"]
 
 
@@ -188,7 +202,7 @@ def test_a_shard_of_another_schema_or_of_another_making(tables: Tables) -> None:
 
 def test_a_stale_table_is_told_and_not_compared(tables: Tables) -> None:
     edit_manifest(tables["captions/a"], fingerprint="0" * 64)
-    problems = [one.problem for one in find(tables, "scores/clip")]
+    problems = [one.problem for one in find(tables, "scores/clip/a")]
     assert len(problems) == 1 and "captions/a was made anew" in problems[0]
 
 
@@ -197,7 +211,7 @@ def test_the_command_tells_each_violation_and_fails(tables: Tables, capsys: pyte
     uri = tables["images"].dataset_uri
     assert job.main(["--dataset_uri", uri]) == 1
     told = capsys.readouterr().out.splitlines()
-    assert told[0].startswith("captions/a/00000.parquet: lacks 1 id") and told[-1].endswith("2 violations")
+    assert told[0].startswith("captions/a/00000.parquet: lacks 1 id") and told[-1].endswith("3 violations")
     assert job.main(["--dataset_uri", uri, "--tables", "[captions/b, images]"]) == 0
     assert job.main(["--dataset_uri", uri, "--tables", "[captions/none]"]) == 1
     assert "no table 'captions/none'" in capsys.readouterr().err

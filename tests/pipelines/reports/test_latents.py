@@ -10,7 +10,7 @@ from pipelines.tables.sampling import ReportScope
 from pipelines.tables.schema import IMAGES, LATENTS
 from pipelines.tables.table import Table
 from tests.support.html_page import check_page
-from tests.support.report_world import image_row, latents_row, make_table
+from tests.support.report_world import image_row, latents_row, make_table, text_of
 
 
 def test_latents_report_measures_values_and_shows_reconstructions(dataset: str) -> None:
@@ -26,7 +26,9 @@ def test_latents_report_measures_values_and_shows_reconstructions(dataset: str) 
     assert f"here it is {values.std():.4g}" in page.text
     assert "64x64 20 66.7%" in page.text
     assert sum(image["alt"].startswith("decoded: ") for image in page.all("img")) == 30
-    assert "what the autoencoder makes" not in check_page(latents_report(dataset, table.path)).text
+    alone = check_page(latents_report(dataset, table.path)).text
+    assert "what the autoencoder makes" not in alone and "Captions join them when a training reads them." in alone
+    assert not any(text_of("llava", index) in alone for index in range(3, 30))
 
 
 def test_latents_that_are_not_finite_are_counted(tmp_path: Path) -> None:

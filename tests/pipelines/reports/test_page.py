@@ -17,13 +17,13 @@ BEST = SelectionConfig(policy="best")
 
 def test_empty_tables_make_pages(tmp_path: Path) -> None:
     uri = str(tmp_path)
-    tables = {"images": IMAGES, "captions/llava": CAPTIONS, "scores/clip": SCORES, "latents/tiny-64": LATENTS}
+    tables = {"images": IMAGES, "captions/llava": CAPTIONS, "scores/clip/llava": SCORES, "latents/tiny-64": LATENTS}
 
     def pages() -> list[str]:
         return [
             images_report(uri),
             captions_report(uri, "llava"),
-            scores_report(uri, "clip", BEST),
+            scores_report(uri, "clip", "llava", BEST),
             latents_report(uri, "latents/tiny-64"),
         ]
 

@@ -13,7 +13,7 @@ from pipelines.score.config import POLICIES, SelectionConfig
 from pipelines.score.selection import Caption, all_policies, choose_caption
 from pipelines.tables.errors import MissingTableError
 from pipelines.tables.identity import Identity
-from pipelines.tables.schema import SCORES, Row
+from pipelines.tables.schema import SCORES, Row, scores_path
 from pipelines.tables.table import Table
 
 SELECTION = SelectionConfig(proportions={"original": 1, "a": 3}, min_best_score=22.0)
@@ -70,20 +70,31 @@ def test_entropy_is_in_nats_and_dropped_images_have_none() -> None:
     assert (nothing.expected_score, nothing.entropy, nothing.shares) == (None, None, {})
 
 
-def test_a_table_is_read_shard_by_shard_or_in_part(tmp_path: Path) -> None:
-    rows = make_rows(30)
-    table = Table(str(tmp_path), "scores/clip", SCORES)
-    with pytest.raises(MissingTableError, match="scores/clip"):
-        compare_table(str(tmp_path), "clip", SELECTION)
-    table.claim(Identity("score", {"captioners": ["a", "b"]}, {}, {}))
-    for shard in range(3):
-        table.write_shard(f"{shard:05d}", pa.Table.from_pylist(rows[10 * shard : 10 * shard + 10], SCORES))
+def test_tables_are_read_shard_by_shard_or_in_part(tmp_path: Path) -> None:
+    rows, names = make_rows(30), ("original", "a", "b")
+    with pytest.raises(MissingTableError, match="scores/clip/original"):
+        compare_table(str(tmp_path), "clip", names, SELECTION)
+    for name in names:
+        table = Table(str(tmp_path), scores_path("clip", name), SCORES)
+        table.claim(Identity("score", {}, {}, {}))
+        for shard in range(3):
+            scores = [
+                {"id": row["id"], "clip_score": caption["clip_score"]}
+                for row in rows[10 * shard : 10 * shard + 10]
+                for caption in row["captions"]
+                if caption["captioner"] == name
+            ]
+            table.write_shard(f"{shard:05d}", pa.Table.from_pylist(scores, SCORES))
     seen: list[tuple[int, int]] = []
-    comparison, scope = compare_table(str(tmp_path), "clip", SELECTION, on_shard=lambda *progress: seen.append(progress))
-    policies = all_policies(SELECTION, ["original", "a", "b"])
-    stored = [row["captions"] for shard in table.list_shards() for row in table.read_shard(shard).to_pylist()]
-    assert comparison == compare_policies(stored, policies)
+    comparison, scope = compare_table(str(tmp_path), "clip", names, SELECTION, on_shard=lambda *progress: seen.append(progress))
+    expected = compare_policies(captions_of(rows), all_policies(SELECTION, names))
+    assert comparison.num_images == 30 and list(comparison.policies) == list(expected.policies)
+    for name, figures in expected.policies.items():  # a table holds float32
+        assert comparison.policies[name].shares == pytest.approx(figures.shares, abs=1e-4)
+        assert comparison.policies[name].expected_score == pytest.approx(figures.expected_score, abs=1e-4)
     assert seen == [(1, 3), (2, 3), (3, 3)] and scope.total_shards == 3
-    part, scope = compare_table(str(tmp_path), "clip", SELECTION, max_shards=2)
+    part, scope = compare_table(str(tmp_path), "clip", names, SELECTION, max_shards=2)
     assert scope.shards == ["00000", "00002"] and part.num_images == 20
-    assert [comparison.captioners[name].num_captions for name in ("original", "a", "b")] == [20, 30, 30]
+    assert [comparison.captioners[name].num_captions for name in names] == [20, 30, 30]
+    alone, _ = compare_table(str(tmp_path), "clip", ["a"], SELECTION)  # the others' tables are not looked at
+    assert list(alone.captioners) == ["a"] and alone.policies["best"].shares == {"a": 1.0}

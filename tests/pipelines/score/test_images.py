@@ -7,23 +7,20 @@ import pyarrow as pa
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    CLIPModel,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-    ViTConfig,
-    ViTForImageClassification,
-)
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers import ViTConfig, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from pipelines.audit.verify import verify_dataset
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.run import run_ingest
 from pipelines.reports.image_scores import image_scores_report
 from pipelines.score.config import ImageScorerConfig
+from pipelines.score.embeds import embeds_table, to_vectors
+from pipelines.score.heads import EmbeddingScorer, Head
 from pipelines.score.images import ImageScorer, run_image_scores
-from pipelines.tables.errors import StaleTableError
-from pipelines.tables.schema import IMAGE_SCORES, image_scores_path
+from pipelines.tables.errors import MissingTableError, StaleTableError
+from pipelines.tables.identity import Identity
+from pipelines.tables.schema import IMAGE_SCORES, image_embeds_path, image_embeds_schema, image_scores_path
 from pipelines.tables.table import Table
 from pipelines.workers.images import decode
 from tests.support.hostile_images import encode, gradient
@@ -49,20 +46,13 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def clip_with_head(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """The head as LAION keeps it: a pickle of a Sequential named `layers`, with dropout between."""
+def head(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A head as LAION keeps it: a pickle of a Sequential named `layers`, with dropout between."""
     torch.manual_seed(0)
-    config = CLIPVisionConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8,
-        projection_dim=12,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("clip")
-    CLIPVisionModelWithProjection(config).save_pretrained(folder)
-    CLIPImageProcessorPil(size=SIZE, crop_size=SIZE).save_pretrained(folder)
     layers = nn.Sequential(nn.Linear(12, 8), nn.Dropout(0.2), nn.Linear(8, 4), nn.Dropout(0.1), nn.Linear(4, 1))
-    head = folder / "head.pth"
-    torch.save({f"layers.{name}": value for name, value in layers.state_dict().items()}, head)
-    return str(folder), str(head)
+    file = tmp_path_factory.mktemp("head") / "head.pth"
+    torch.save({f"layers.{name}": value for name, value in layers.state_dict().items()}, file)
+    return str(file)
 
 
 def table_of(contents: list[bytes]) -> pa.Table:
@@ -109,37 +99,55 @@ def test_what_does_not_fit_or_is_no_number_costs_its_row_only(classifier: str, m
     assert [(row["id"], row["reject_reason"]) for row in rejects] == [("id5", "bad_score")]
 
 
-def test_a_head_over_a_clip(clip_with_head: tuple[str, str]) -> None:
-    folder, head = clip_with_head
-    rows, _, _ = ImageScorer(ImageScorerConfig(name="aesthetic", model=folder, head=head)).process(table_of(CONTENTS))
-    model = CLIPVisionModelWithProjection.from_pretrained(folder)
-    pixels = CLIPImageProcessorPil.from_pretrained(folder)(
-        images=[decode(content) for content in CONTENTS], return_tensors="pt"
-    )
+def write_embeds(uri: str, width: int, shards: dict[str, list[str]]) -> dict[str, torch.Tensor]:
+    """Write embeddings, and no images at all; return them as they are stored, made unit vectors again."""
+    table = Table(uri, image_embeds_path("clip"), image_embeds_schema(width))
+    table.claim(Identity("embed_images", {"width": width}, {}, {}))
+    found = {}
+    for shard, ids in shards.items():
+        vectors = torch.randn(len(ids), width, generator=torch.Generator().manual_seed(int(shard)))
+        rows = embeds_table(ids, list(nn.functional.normalize(vectors, dim=-1)), width)
+        table.write_shard(shard, rows)
+        found |= dict(zip(ids, to_vectors(rows), strict=True))
+    return found
+
+
+def test_a_head_reads_the_embeddings_of_a_dataset_and_decodes_nothing(head: str, tmp_path: Path, local_ray: None) -> None:
+    """There is not even an image in the dataset."""
+    uri = str(tmp_path)
+    config = ImageScorerConfig(name="aesthetic", clip="clip", head=head)
+    with pytest.raises(MissingTableError, match="no table 'image_embeds/clip'"):
+        run_image_scores(uri, config)
+    vectors = write_embeds(uri, 12, {"00000": ["x", "y", "z"], "00001": ["v"], "00002": []})
+    result = run_image_scores(uri, config)
+    assert (result.num_shards, result.num_rows, result.num_rejects) == (3, 4, 0)
+    table = Table(uri, image_scores_path("aesthetic"), IMAGE_SCORES)
+    found = {row["id"]: row["score"] for shard in table.list_shards() for row in table.read_shard(shard).to_pylist()}
     weights = torch.load(head, weights_only=True)
-    with torch.no_grad():
-        embeds = model(**pixels).image_embeds
-        hidden = embeds / embeds.norm(dim=-1, keepdim=True)
+    for row_id, vector in vectors.items():
+        hidden = vector
         for number in (0, 2, 4):
             hidden = hidden @ weights[f"layers.{number}.weight"].T + weights[f"layers.{number}.bias"]
-    np.testing.assert_allclose([row["score"] for row in rows], hidden[:, 0], atol=1e-5)
-    torch.save({"other.weight": torch.zeros(1, 12)}, Path(folder, "no_head.pth"))
+        assert found[row_id] == pytest.approx(float(hidden), abs=1e-5)
+    assert len(set(found.values())) == 4 and list(table.require().inputs) == ["image_embeds/clip"]
+    assert run_image_scores(uri, config).was_done and list(verify_dataset(uri, paths=[table.path])) == []
+
+
+def test_a_head_of_another_width_or_no_head_is_refused_before_anything_is_made(head: str, tmp_path: Path) -> None:
+    write_embeds(str(tmp_path), 16, {"00000": ["x"]})
+    with pytest.raises(ValueError, match=r"head.pth takes embeddings of 12 numbers, .*/image_embeds/clip holds 16"):
+        run_image_scores(str(tmp_path), ImageScorerConfig(name="aesthetic", clip="clip", head=head))
+    torch.save({"other.weight": torch.zeros(1, 12)}, tmp_path / "no_head.pth")
     with pytest.raises(ValueError, match=r"no_head.pth is no head: .*holds other.weight"):
-        ImageScorer(ImageScorerConfig(name="x", model=folder, head=f"{folder}/no_head.pth"))
+        run_image_scores(str(tmp_path), ImageScorerConfig(name="x", clip="clip", head=str(tmp_path / "no_head.pth")))
+    assert not (tmp_path / "image_scores").exists()
 
 
-def test_the_image_tower_of_a_whole_clip_will_do(clip_with_head: tuple[str, str], tmp_path: Path) -> None:
-    model = CLIPModel.from_pretrained("sana_model/zoo/clip")
-    width = model.config.projection_dim
-    torch.save({"layers.0.weight": torch.eye(1, width), "layers.0.bias": torch.zeros(1)}, tmp_path / "first.pth")
-    config = ImageScorerConfig(name="first", model="zoo://clip", head=str(tmp_path / "first.pth"))
-    scorer = ImageScorer(config)
-    rows, _, _ = scorer.process(table_of(CONTENTS[:2]))
-    pixels = scorer.model.processor(images=[decode(content) for content in CONTENTS[:2]], return_tensors="pt")["pixel_values"]
-    with torch.no_grad():
-        features = model.get_image_features(pixel_values=pixels)
-    embeds = features if isinstance(features, torch.Tensor) else features.pooler_output
-    np.testing.assert_allclose([row["score"] for row in rows], (embeds / embeds.norm(dim=-1, keepdim=True))[:, 0], atol=1e-5)
+def test_a_score_of_a_head_that_is_no_number_costs_its_row_only(head: str) -> None:
+    vectors = [torch.eye(12)[0], torch.full((12,), torch.nan)]
+    rows, rejects, _ = EmbeddingScorer(Head.read(head)).process(embeds_table(["x", "y"], vectors, 12))
+    assert [row["id"] for row in rows] == ["x"]
+    assert [(row["id"], row["reject_reason"]) for row in rejects] == [("y", "bad_score")]
 
 
 def test_stage_and_page(classifier: str, tmp_path: Path, local_ray: None) -> None:
@@ -161,10 +169,13 @@ def test_stage_and_page(classifier: str, tmp_path: Path, local_ray: None) -> Non
     assert page.index(f"{scores[-1]:.3f}") < page.index(f"{scores[0]:.3f}")
 
 
-@pytest.mark.parametrize("fields", [{}, {"label": "nsfw", "head": "x.pth"}])
-def test_either_a_label_or_a_head(fields: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match="a classifier's label, or a CLIP's head"):
-        ImageScorerConfig(name="x", model="y", **fields)
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"model": "m"}, {"clip": "c"}, {"model": "m", "head": "x.pth"}, {"model": "m", "label": "nsfw", "head": "x.pth"}],
+)
+def test_either_a_classifier_or_a_head(fields: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=r"give model and label \(a classifier\), or clip and head"):
+        ImageScorerConfig(name="x", **fields)  # type: ignore[arg-type]
 
 
 def test_the_name_of_near_duplicates_is_taken() -> None:

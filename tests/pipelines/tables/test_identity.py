@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import pyarrow as pa
 import pytest
+import torch
 
 from pipelines.caption.config import CaptionerConfig, HttpConfig, QualityConfig, VllmConfig
 from pipelines.caption.imports.config import ImportConfig
@@ -17,28 +18,32 @@ from pipelines.draw.config import DrawConfig, SampleConfig
 from pipelines.draw.sample import run_sample
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.run import run_evaluate
-from pipelines.extract.config import EmbedConfig, ExtractConfig, ImageFilter
+from pipelines.extract.config import EmbedConfig, ExtractConfig
 from pipelines.extract.embed_captions import run_embed_captions
 from pipelines.extract.run import run_extract
 from pipelines.ingest.config import DownloadConfig, IngestConfig
 from pipelines.ingest.run import run_ingest
 from pipelines.score.captions import run_score
-from pipelines.score.config import DuplicatesConfig, ImageScorerConfig, ScorerConfig
+from pipelines.score.config import DuplicatesConfig, ImageFilter, ImageScorerConfig, ScorerConfig
 from pipelines.score.duplicates import run_duplicates
+from pipelines.score.embeds import run_image_embeds
 from pipelines.score.images import run_image_scores
 from pipelines.stages.contract import Resources
 from pipelines.tables.identity import Identity, value_settings
-from pipelines.tables.schema import CAPTIONS, IMAGE_SCORES, IMAGES, LATENTS, SAMPLES, SCORES
+from pipelines.tables.schema import CAPTIONS, IMAGE_SCORES, IMAGES, LATENTS, SAMPLES, SCORES, image_embeds_schema
 from pipelines.tables.table import Table
 from pipelines.train.config import TrainConfig
 from pipelines.train.engine.config import LoraConfig
 from pipelines.train.run import train_identity
+from pipelines.train.stream.config import StreamConfig
 
 TABLES: dict[str, pa.Schema] = {
     "images": IMAGES,
+    "image_embeds/clip": image_embeds_schema(4),
     "captions/a": CAPTIONS,
     "captions/b": CAPTIONS,
-    "scores/clip": SCORES,
+    "scores/clip/a": SCORES,
+    "scores/clip/original": SCORES,
     "image_scores/aesthetic": IMAGE_SCORES,
     "samples/night": SAMPLES,
     "latents/ae-64": LATENTS,
@@ -51,43 +56,45 @@ VLLM = replace(VLM, engine="vllm", vllm=VllmConfig(engine_args={"quantization": 
 HTTP = replace(VLM, engine="http", http=HttpConfig(image_format="jpeg", extra={"top_k": 1}, timeout=3))
 SCORE = ScorerConfig(name="clip", model="zoo://clip", captioners=("a", "b"), batch_size=5, device="cpu")
 LABEL = ImageScorerConfig(name="w", model="zoo://clip", label="1", batch_size=5)
-HEAD = ImageScorerConfig(name="w", model="zoo://clip", head="head.pth", dtype="bfloat16")
-AE = ExtractConfig(name="ae", autoencoder="zoo://pipeline/autoencoder", resolution=64, scorer="clip")
-FILTERED = replace(AE, image_filters={"aesthetic": ImageFilter(min=5.0)}, check_rows=9, prepare_threads=2)
+HEAD = ImageScorerConfig(name="w", clip="clip", head="head.pth")
+AE = ExtractConfig(name="ae", autoencoder="zoo://pipeline/autoencoder", resolution=64, check_rows=9, prepare_threads=2)
 LARGE = replace(AE, resolution=2048, tile_size=512, max_upscale=1.5)
-EMBED = EmbedConfig(name="gemma", text_encoder="zoo://pipeline/text_encoder", scorer="clip", batch_size=4)
+EMBED = EmbedConfig(name="gemma", text_encoder="zoo://pipeline/text_encoder", captioners=("a", "b"), batch_size=4)
 DRAW = DrawConfig(height=64, batch_size=2, device="cpu")
 SAMPLE = SampleConfig(name="night", pipeline="zoo://pipeline", prompts=["a", "b"], draw=DRAW)
 EVALUATE = EvaluateConfig(name="night", model="zoo://clip", batch_size=2)
+DATA = StreamConfig(captioners=("original", "a"), clip="clip", image_filters={"aesthetic": ImageFilter(min=5.0)})
 TRAIN = TrainConfig(
-    latents="latents/ae-64", init="zoo://pipeline", num_steps=4, micro_batch_size=1, global_batch_size=2, lora=LoraConfig(),
-    keep_every=3, seed=5,
+    latents="latents/ae-64", data=DATA, init="zoo://pipeline", num_steps=4, micro_batch_size=1, global_batch_size=2,
+    lora=LoraConfig(), keep_every=3, seed=5,
 )  # fmt: skip
 STAGES: dict[str, tuple[Callable[[str], object], str]] = {
     "caption": (lambda uri: run_caption(uri, CAPTION), "60b7c9e31e3993de"),
     "caption by vllm": (lambda uri: run_caption(uri, VLLM), "db7b4401a6af1bb1"),
     "caption by http": (lambda uri: run_caption(uri, HTTP), "d5caa120109e8716"),
-    "score": (lambda uri: run_score(uri, SCORE), "aed9d8fe8f36b3e0"),
+    "embed_images": (lambda uri: run_image_embeds(uri, SCORE.clip), "9bd35ae3b79e8d3c"),
+    "score": (lambda uri: run_score(uri, SCORE, "a"), "cb6299014f793416"),
+    "score of the original captions": (lambda uri: run_score(uri, SCORE, "original"), "04cfe3f9aef60b47"),
     "score_images by label": (
         lambda uri: run_image_scores(uri, LABEL),
         "658082a4acf1ef90",
     ),
     "score_images by head": (
         lambda uri: run_image_scores(uri, HEAD),
-        "d682ff58981cc460",
+        "0d65cddb45c603f7",
     ),
     "duplicates": (
         lambda uri: run_duplicates(uri, DuplicatesConfig(max_distance=2)),
         "853ef0a50e00fe63",
     ),
-    "extract": (lambda uri: run_extract(uri, FILTERED), "568022c6932b1cf8"),
+    "extract": (lambda uri: run_extract(uri, AE), "325e73cbe5c2df30"),
     "extract at 2048": (
         lambda uri: run_extract(uri, LARGE),
-        "6e41403d0273efb2",
+        "97a9f0eca990c129",
     ),
     "embed_captions": (
-        lambda uri: run_embed_captions(uri, EMBED),
-        "0d1ecc807909ca55",
+        lambda uri: run_embed_captions(uri, EMBED, "a"),
+        "cd48d29ba3774805",
     ),
     "sample": (lambda uri: run_sample(uri, SAMPLE), "21636580ff530f36"),
     "evaluate": (lambda uri: run_evaluate(uri, EVALUATE), "088a84ae8518b06a"),
@@ -108,8 +115,9 @@ def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A dataset of empty tables; from now on, whatever would write into one raises Claimed."""
     for path, schema in TABLES.items():
         table = Table(str(tmp_path / "data"), path, schema)
-        table.write_manifest(replace(table.claim(Identity("x", {"path": path}, {}, {})), complete=True))
-    (tmp_path / "head.pth").write_bytes(b"head")
+        settings = {"path": path} | ({"width": 4} if path == "image_embeds/clip" else {})
+        table.write_manifest(replace(table.claim(Identity("x", settings, {}, {})), complete=True))
+    torch.save({"layers.0.weight": torch.zeros(1, 4), "layers.0.bias": torch.zeros(1)}, tmp_path / "head.pth")
     monkeypatch.chdir(tmp_path)
 
     def claim(table: Table, identity: Identity) -> None:
@@ -163,7 +171,7 @@ def test_the_fingerprints_of_imported_captions_and_scores_stay_as_they_were(tmp_
 
 def test_the_fingerprint_of_a_training_stays_as_it_was(dataset: str) -> None:
     identity = train_identity(dataset, TRAIN)
-    assert fingerprint(identity) == "498c9d4f813fcc46", json.dumps(asdict(identity), indent=1)
+    assert fingerprint(identity) == "56d78d4edb8d1ab4", json.dumps(asdict(identity), indent=1)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from pipelines.score import captions as score
 from pipelines.score import images as score_images
 from pipelines.score.config import ImageScorerConfig, ScorerConfig
 from pipelines.tables.identity import Identity
-from pipelines.tables.schema import CAPTIONS, IMAGES, SAMPLES, SCORES
+from pipelines.tables.schema import CAPTIONS, IMAGES, SAMPLES, image_embeds_schema
 from pipelines.tables.table import Table
 from pipelines.workers import models
 from pipelines.workers.models import find_model, hub_commit, is_hub_id, model_version, pretrained
@@ -80,7 +80,7 @@ STAGES: dict[str, tuple[Any, Callable[[str], object], list[str]]] = {
     ),
     "score": (
         score,
-        lambda uri: score.run_score(uri, ScorerConfig(name="clip", model="acme/vlm", captioners=("a",))),
+        lambda uri: score.run_score(uri, ScorerConfig(name="clip", model="acme/vlm", captioners=("a",)), "a"),
         [f"{REVISION}/main"],
     ),
     "score_images": (
@@ -90,7 +90,9 @@ STAGES: dict[str, tuple[Any, Callable[[str], object], list[str]]] = {
     ),
     "embed_captions": (
         embed_captions,
-        lambda uri: embed_captions.run_embed_captions(uri, EmbedConfig(name="e", text_encoder="acme/vlm", scorer="clip")),
+        lambda uri: embed_captions.run_embed_captions(
+            uri, EmbedConfig(name="e", text_encoder="acme/vlm", captioners=("a",)), "a"
+        ),
         [f"{REVISION}/main"],
     ),
     "evaluate": (
@@ -107,7 +109,9 @@ STAGES: dict[str, tuple[Any, Callable[[str], object], list[str]]] = {
 def test_a_stage_asks_the_hub_once_for_each_model_and_its_workers_load_that_commit(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for path, schema in {"images": IMAGES, "captions/a": CAPTIONS, "scores/clip": SCORES, "samples/night": SAMPLES}.items():
+    embeds = image_embeds_schema(4)
+    tables = {"images": IMAGES, "image_embeds/clip": embeds, "captions/a": CAPTIONS, "samples/night": SAMPLES}
+    for path, schema in tables.items():
         table = Table(str(tmp_path), path, schema)
         table.write_manifest(replace(table.claim(Identity("x", {}, {}, {})), complete=True))
     module, run, asked = STAGES[name]
