@@ -21,12 +21,12 @@ from pipelines.extract.run import run_extract
 from pipelines.ingest.config import DownloadConfig, IngestConfig
 from pipelines.ingest.run import run_ingest
 from pipelines.score.captions import run_score
-from pipelines.score.config import DuplicatesConfig, ImageScorerConfig, ScorerConfig
+from pipelines.score.config import DuplicatesConfig, ImageScorerConfig, ScorerConfig, SemanticConfig
 from pipelines.score.duplicates import run_duplicates
 from pipelines.score.images import run_image_scores
 from pipelines.stages.contract import Resources
 from pipelines.tables.identity import Identity, value_settings
-from pipelines.tables.schema import CAPTIONS, IMAGE_SCORES, IMAGES, LATENTS, SAMPLES, SCORES
+from pipelines.tables.schema import CAPTIONS, IMAGE_SCORES, IMAGES, LATENTS, SAMPLES, SCORES, image_embeds_schema
 from pipelines.tables.table import Table
 from pipelines.train.config import TrainConfig
 from pipelines.train.engine.config import LoraConfig
@@ -34,6 +34,7 @@ from pipelines.train.run import train_identity
 
 TABLES: dict[str, pa.Schema] = {
     "images": IMAGES,
+    "image_embeds/clip": image_embeds_schema(4),
     "captions/a": CAPTIONS,
     "captions/b": CAPTIONS,
     "scores/clip": SCORES,
@@ -77,6 +78,10 @@ STAGES: dict[str, tuple[Callable[[str], object], str]] = {
     "duplicates": (
         lambda uri: run_duplicates(uri, DuplicatesConfig(max_distance=2)),
         "853ef0a50e00fe63",
+    ),
+    "semantic duplicates": (
+        lambda uri: run_duplicates(uri, SemanticConfig(clip="clip", min_similarity=0.9)),
+        "0000000000000000",
     ),
     "extract": (lambda uri: run_extract(uri, FILTERED), "568022c6932b1cf8"),
     "extract at 2048": (
