@@ -36,7 +36,7 @@ COLUMNS = {
     "object store": 14,
     "found": 8,
     "recall": 8,
-}  # widths
+}
 LIMITS = (0.9, 0.95, 0.97, 0.99)
 CHECKED_ROWS = 2000
 CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {

@@ -39,6 +39,10 @@ class SemanticConfig:
     Args:
         clip: name of the table under image_embeds/ that holds the embeddings.
         min_similarity: cosine of two embeddings from which on their images count as near duplicates; above 0.5 and below 1.
+            The default was chosen with the tiny zoo://clip, on 300 drawn pictures: all that were compressed (JPEG, quality 50)
+            or halved reach it, 80 % of those cropped by 10 % (94 % reach 0.9), 59 % of the mirrored; another picture is as
+            alike for 4 %. On 49 cuts of three photographs: all, all, 51 %, 20 %; 8 % (10 % at 0.9). `jobs.benchmark
+            duplicates --clip MODEL --pictures FOLDER` measures it with another CLIP.
         resources: of the actors that write; they compute nothing.
     """
 

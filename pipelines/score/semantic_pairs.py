@@ -4,7 +4,18 @@ Up to EXACT_ROWS images are all compared with each other. More are put into K = 
 their centres, every image is in the clusters of its nearest and its second nearest centre, and only images that share a
 cluster are compared, exactly.
 
-PLACEHOLDER
+How it grows, with N embeddings of w numbers (measured at 25,000, 50,000 and 100,000 of 512):
+- Time grows as N^1.5: N K products with the centres, and I (2 N)^2 / (2 K) within clusters, where I = 1.6 says how much more
+  clusters of unequal size cost. One core computes 50 and 30 billion operations a second of the 2 w of each product: 5 s for
+  100,000, and by the formula about 40 core hours for 100 million, spread over tasks of one core. A cluster of M images costs
+  M^2 / 2 products in one task, however alike they are: three hours for a million copies.
+- The driver holds 96 bytes for each image at its peak (measured at a million; 10 GB for 100 million) and 20 for each pair.
+  No embedding passes through it.
+- Embeddings pass through Ray's object store once, 2 (2 w + 12) bytes for each image (200 MiB for 100,000; 207 GB for 100
+  million, over all nodes): what has no place in its memory Ray puts on the nodes' disks. A task holds ROWS_PER_TASK embeddings,
+  and for a moment a second copy: 1 GB.
+- Of pairs at 0.95 or more all were found among the clusters of `jobs.benchmark duplicates`, and 99.8 % among 50,000 vectors
+  that form no clusters at all.
 """
 
 import math

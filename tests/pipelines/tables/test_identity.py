@@ -81,7 +81,7 @@ STAGES: dict[str, tuple[Callable[[str], object], str]] = {
     ),
     "semantic duplicates": (
         lambda uri: run_duplicates(uri, SemanticConfig(clip="clip", min_similarity=0.9)),
-        "0000000000000000",
+        "2334a5ce1e57289b",
     ),
     "extract": (lambda uri: run_extract(uri, FILTERED), "568022c6932b1cf8"),
     "extract at 2048": (
