@@ -1,12 +1,13 @@
-"""`python -m jobs.duplicates --config jobs/configs/duplicates.yaml`: images -> which of them look alike."""
+"""`python -m jobs.duplicates --config jobs/configs/duplicates.yaml`: images or their embeddings -> which of them look alike."""
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from jobs.common.job import JobConfig, run_job
 from jobs.common.stage_job import track_stage
-from pipelines.score.config import DuplicatesConfig
+from pipelines.score.config import NEAR_DUPLICATES, SEMANTIC_DUPLICATES, DuplicatesConfig, SemanticConfig
 from pipelines.stages.contract import StageResult
 
 
@@ -15,10 +16,19 @@ class DuplicatesJob(JobConfig):
     """Configuration of the search for images that look alike.
 
     Args:
-        duplicates: what counts as looking alike.
+        method: hash: by perceptual hashes, into image_scores/near_duplicates; finds copies that were scaled or compressed.
+            semantic: by CLIP embeddings, into image_scores/semantic_duplicates; finds many that were cropped too.
+        duplicates: what counts as looking alike for the method hash.
+        semantic: what counts as looking alike for the method semantic, which needs it.
     """
 
+    method: Literal["hash", "semantic"] = "hash"
     duplicates: DuplicatesConfig = field(default_factory=DuplicatesConfig)
+    semantic: SemanticConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.method == "semantic" and self.semantic is None:
+            raise ValueError("method 'semantic' needs --semantic.clip NAME: the table image_embeds/NAME holds the embeddings")
 
 
 def run(job: DuplicatesJob) -> StageResult:
@@ -26,11 +36,14 @@ def run(job: DuplicatesJob) -> StageResult:
     from pipelines.reports.image_scores import duplicates_report
     from pipelines.score.duplicates import run_duplicates
 
+    config = job.semantic if job.method == "semantic" else job.duplicates
+    assert config is not None
+    scorer = SEMANTIC_DUPLICATES if job.method == "semantic" else NEAR_DUPLICATES
     return track_stage(
         job,
         "duplicates",
-        lambda on_progress, leases: run_duplicates(job.dataset_uri, job.duplicates, on_progress=on_progress, leases=leases),
-        make_report=lambda: duplicates_report(job.dataset_uri),
+        lambda on_progress, leases: run_duplicates(job.dataset_uri, config, on_progress=on_progress, leases=leases),
+        make_report=lambda: duplicates_report(job.dataset_uri, scorer),
     )
 
 

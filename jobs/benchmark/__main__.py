@@ -1,9 +1,17 @@
-"""`python -m jobs.benchmark model|train|solver|tiling|stage|startup`; `--help` after any of them."""
+"""`python -m jobs.benchmark model|train|solver|tiling|stage|duplicates|startup`; `--help` after any of them."""
 
 import sys
 from collections.abc import Sequence
 
-from jobs.benchmark.config import ModelConfig, SolverConfig, StageConfig, StartupConfig, TilingConfig, TrainStepConfig
+from jobs.benchmark.config import (
+    DuplicatesConfig,
+    ModelConfig,
+    SolverConfig,
+    StageConfig,
+    StartupConfig,
+    TilingConfig,
+    TrainStepConfig,
+)
 from jobs.common.subcommands import Subcommand, run_subcommand
 
 
@@ -37,6 +45,12 @@ def run_stage(config: StageConfig) -> None:
     benchmark_stage(config)
 
 
+def run_duplicates(config: DuplicatesConfig) -> None:
+    from jobs.benchmark.duplicates import benchmark_duplicates
+
+    benchmark_duplicates(config)
+
+
 def run_startup(config: StartupConfig) -> None:
     from jobs.benchmark.startup import benchmark_startup
 
@@ -56,6 +70,11 @@ PARTS = {
         line="Measure a stage's speed against the bare loop over its model, and its memory.",
         config_class=StageConfig,
         run=run_stage,
+    ),
+    "duplicates": Subcommand(
+        line="Measure the search for near duplicates by embeddings, and which changed pictures it finds.",
+        config_class=DuplicatesConfig,
+        run=run_duplicates,
     ),
     "startup": Subcommand(
         line="Measure the CPU seconds of --help of every command, and of status.", config_class=StartupConfig, run=run_startup

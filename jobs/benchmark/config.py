@@ -115,6 +115,25 @@ class StageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DuplicatesConfig:
+    """Configuration of the measurement of the search for near duplicates by embeddings.
+
+    Args:
+        rows: how many embeddings to search, one number after the other; empty leaves this out.
+        width: of the embeddings.
+        clip: that embeds changed pictures: a local folder, a hub id, or a zoo://, hf:// or fsspec URI.
+        pictures: a folder of pictures; None: 300 drawn ones of 256 px.
+        num_cpus: logical CPUs of the local Ray.
+    """
+
+    rows: list[int] = field(default_factory=lambda: [25_000, 50_000, 100_000])
+    width: int = 512
+    clip: str = "zoo://clip"
+    pictures: str | None = None
+    num_cpus: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
 class StartupConfig:
     """Configuration of the measurement of how fast commands start.
 

@@ -1,20 +1,15 @@
 """A stage's overhead: its time compared with the bare loop over the same calls, and its memory as rows grow."""
 
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
 
-import psutil
 import pyarrow as pa
-import ray
-from ray._private.internal_api import get_memory_info_reply, get_state_from_address  # Ray has no public way to its store's use
 from tqdm import tqdm
 
 from jobs.benchmark.config import StageConfig
+from jobs.benchmark.memory import MIB, watch_memory
 from jobs.benchmark.stand_ins import NoModel, SleepingModel
 from jobs.common.ray import RayConfig, start_ray
 from pipelines.stages.contract import Resources, ShardWorker, StageResult
@@ -22,8 +17,6 @@ from pipelines.stages.run import run_shards
 from pipelines.tables.identity import Identity
 from pipelines.tables.schema import CAPTIONS, captions_path
 from pipelines.tables.table import Table
-
-MIB = 2**20
 
 
 def benchmark_stage(config: StageConfig) -> None:
@@ -39,7 +32,7 @@ def benchmark_stage(config: StageConfig) -> None:
             print(f"{'rows':>9}{'seconds':>9}{'rows/s':>9}{'driver':>8}{'workers':>9}{'object store':>14}", flush=True)
         for count in config.memory_rows:
             source = _make_input(folder, f"no-model-{count}", count, rows_per_shard)
-            with _watch_memory() as peaks:
+            with watch_memory() as peaks:
                 result = _run(source, NoModel)
             print(
                 f"{count:>9}{result.seconds:>9.1f}{count / result.seconds:>9.0f}{peaks.driver / MIB:>8.0f}"
@@ -93,44 +86,3 @@ def _run(source: Table, make_worker: Callable[[], ShardWorker]) -> StageResult:
         resources=Resources(),
         max_reject_share=0.0,
     )
-
-
-@dataclass
-class _Peaks:
-    """Peaks in bytes of the Ray at `address`, sampled by a thread."""
-
-    address: str
-    driver: int = 0
-    workers: int = 0
-    object_store: int = 0
-    stopped: threading.Event = field(default_factory=threading.Event)
-
-    def watch(self) -> None:
-        me, state = psutil.Process(), get_state_from_address(self.address)
-        while not self.stopped.wait(0.2):
-            workers = 0
-            for process in me.children(recursive=True):
-                try:
-                    memory = process.memory_info()
-                    name = " ".join(process.cmdline()[:1])
-                except psutil.Error:
-                    continue  # it has just ended
-                if name.startswith("ray::"):
-                    workers += memory.rss - memory.shared
-            stats = get_memory_info_reply(state).store_stats
-            self.object_store = max(self.object_store, stats.object_store_bytes_used)
-            memory = me.memory_info()
-            self.driver = max(self.driver, memory.rss - memory.shared)
-            self.workers = max(self.workers, workers)
-
-
-@contextmanager
-def _watch_memory() -> Iterator[_Peaks]:
-    peaks = _Peaks(ray.get_runtime_context().gcs_address)
-    thread = threading.Thread(target=peaks.watch, daemon=True)
-    thread.start()
-    try:
-        yield peaks
-    finally:
-        peaks.stopped.set()
-        thread.join()

@@ -11,8 +11,8 @@ from pipelines.reports.page import page_head
 from pipelines.reports.pictures import image_thumbnail, read_image_bytes
 from pipelines.reports.rejects import read_rejects
 from pipelines.reports.templates import render
-from pipelines.score.config import NEAR_DUPLICATES
-from pipelines.score.duplicates import HASH_BITS
+from pipelines.score.config import NEAR_DUPLICATES, SEMANTIC_DUPLICATES
+from pipelines.score.hash_pairs import HASH_BITS
 from pipelines.tables.sampling import DEFAULT_SCOPE, ReportScope, read_light, spread
 from pipelines.tables.schema import IMAGE_SCORES, Row, image_scores_path
 from pipelines.tables.table import Table
@@ -50,37 +50,44 @@ def image_scores_report(dataset_uri: str, scorer: str, *, sample: ReportScope = 
     )
 
 
-def duplicates_report(dataset_uri: str, *, sample: ReportScope = DEFAULT_SCOPE) -> str:
-    """The page of `image_scores/near_duplicates`, as HTML: how many images look alike, and pairs of them side by side.
+def duplicates_report(dataset_uri: str, scorer: str = NEAR_DUPLICATES, *, sample: ReportScope = DEFAULT_SCOPE) -> str:
+    """The page of a table of near duplicates, as HTML: how many images look alike, and pairs of them side by side.
+
+    Args:
+        scorer: name of the table under image_scores/: NEAR_DUPLICATES or SEMANTIC_DUPLICATES.
 
     Raises MissingTableError if there is no such table.
     """
-    table = Table(dataset_uri, image_scores_path(NEAR_DUPLICATES), IMAGE_SCORES)
+    table = Table(dataset_uri, image_scores_path(scorer), IMAGE_SCORES)
     light = read_light(table, ["score", "detail"], sample)
-    found = light.rows.filter(pc.is_valid(light.rows["detail"]))
+    scores = light.rows.filter(pc.is_valid(light.rows["detail"]))["score"].to_numpy()
+    by_embedding = scorer == SEMANTIC_DUPLICATES
     pairs = _pairs(table, sample)
-    distances = _distance(found["score"].to_numpy())
     for row in pairs:
         row["twin_shard"], _, row["twin"] = row["detail"].partition("/")
-        row["distance"] = _distance(row["score"])
+        row["told"] = f"cosine {row['score']:.3f}" if by_embedding else f"{_distance(row['score'])} of 64 bits differ"
     wanted = [place for row in pairs for place in ((row["shard"], row["id"]), (row["twin_shard"], row["twin"]))]
     contents = read_image_bytes(dataset_uri, wanted)
     for row in pairs:
         row["left"] = image_thumbnail(contents, row["twin"], "stays")
         row["right"] = image_thumbnail(contents, row["id"], "its near duplicate")
+    if by_embedding:
+        chart = histograms({"": scores}, title="Likeness to the image that stays", x_label="cosine of the embeddings")
+    else:
+        chart = histograms({"": _distance(scores)}, title="Distance to the image that stays", x_label="bits of 64")
     manifest = table.require()
     return render(
         "duplicates.html.jinja",
         head=page_head(
             table,
             manifest,
-            title="Near duplicates",
+            title="Near duplicates by embedding" if by_embedding else "Near duplicates",
             about="Images that look like another one, which stands for them.",
-            facts={"Images": light.rows.num_rows, "Near duplicates": found.num_rows},
+            facts={"Images": light.rows.num_rows, "Near duplicates": len(scores)},
             origin=asdict(manifest.identity()),
         ),
         scope=light.scope,
-        chart=histograms({"": distances}, title="Distance to the image that stays", x_label="bits of 64"),
+        chart=chart,
         pairs=pairs,
     )
 

@@ -4,10 +4,12 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from jobs.benchmark.solver import STEPS, mixture_errors
 from jobs.benchmark.tiling import peak_mib
 from jobs.benchmark.timing import count_flops
+from pipelines.shapes.drawing import draw_row
 from sana_model.kernels.linear import Linear
 
 
@@ -86,6 +88,17 @@ def test_stage_command_prints_the_ratio_and_the_memory():
     rows = [line.split() for line in run.stdout.splitlines()[-2:]]
     assert [row[0] for row in rows] == ["50", "100"]
     assert all(int(figure) > 0 for row in rows for figure in row[3:5]), "memory of driver and workers"
+
+
+def test_duplicates_command_prints_recall_and_what_changed_pictures_are_found(tmp_path):
+    for index in range(2):
+        Image.fromarray(draw_row(index)[1]).save(tmp_path / f"{index}.png")
+    run = run_benchmark("duplicates", "--rows=[200]", "--width=16", f"--pictures={tmp_path}")
+    assert run.returncode == 0, run.stderr[-3000:]
+    lines = run.stdout.splitlines()
+    assert lines[2].split()[0] == "200" and lines[2].split()[-1] == "100.0%"
+    halved = next(line.split() for line in lines if line.strip().startswith("half the size"))
+    assert len(halved) == 8 and halved[5] == "100.0%"
 
 
 def test_help_and_bad_values_are_clear():

@@ -1,84 +1,39 @@
-"""Near duplicates: every pair is found, the best stays, and growing or being killed changes no verdict."""
+"""Near duplicates by both methods: growing, being killed and losing shards change no verdict, and the page shows the pairs."""
 
 import io
 import os
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from PIL import Image, ImageFilter
 
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.run import run_ingest
 from pipelines.reports.image_scores import duplicates_report
-from pipelines.score.config import NEAR_DUPLICATES, DuplicatesConfig
-from pipelines.score.duplicates import GENERATIONS, Hashes, band_masks, decide, near_pairs, run_duplicates
+from pipelines.score.config import NEAR_DUPLICATES, SEMANTIC_DUPLICATES, DuplicatesConfig, SemanticConfig
+from pipelines.score.duplicates import GENERATIONS, VERDICTS, run_duplicates
+from pipelines.stages.contract import StageResult
 from pipelines.storage.errors import LeaseHeldError
 from pipelines.storage.lease import LEASE, hold
-from pipelines.tables.errors import StaleTableError
+from pipelines.tables.errors import DamagedShardError, StaleTableError
 from pipelines.tables.identity import Identity
-from pipelines.tables.schema import IMAGE_SCORES, IMAGES, IMAGES_PATH, image_scores_path
+from pipelines.tables.schema import (
+    IMAGE_SCORES,
+    IMAGES,
+    IMAGES_PATH,
+    image_embeds_path,
+    image_embeds_schema,
+    image_scores_path,
+)
 from pipelines.tables.table import Table
+from pipelines.workers.clip import ClipModel
+from pipelines.workers.images import decode
 from tests.support.html_page import check_page
-
-
-def clustered(count: int, seed: int = 0) -> np.ndarray:
-    """Hashes of which many lie within a few bits of each other."""
-    rng = np.random.default_rng(seed)
-    hashes = rng.integers(0, 2**64, count // 4, dtype=np.uint64)[rng.integers(0, count // 4, count)]
-    for _ in range(5):
-        bit = np.uint64(1) << rng.integers(0, 64, count).astype(np.uint64)
-        hashes ^= np.where(rng.random(count) < 0.5, bit, np.uint64(0))
-    return hashes
-
-
-def known(hashes: np.ndarray, pixels: np.ndarray | None = None, is_new: np.ndarray | None = None) -> Hashes:
-    count = len(hashes)
-    return Hashes(
-        np.arange(count, dtype=np.uint64),
-        hashes,
-        np.ones(count, np.int64) if pixels is None else pixels,
-        np.ones(count, bool) if is_new is None else is_new,
-    )
-
-
-@pytest.mark.parametrize("max_distance", [0, 1, 3, 4, 7])
-def test_pairs_against_all_comparisons(max_distance: int) -> None:
-    unique = np.unique(clustered(600))
-    distances = np.bitwise_count(unique[:, None] ^ unique[None])
-    wanted = {(i, j) for i, j in np.argwhere(distances <= max_distance).tolist() if i < j}
-    parts = [np.stack(part, axis=1) for part in near_pairs(unique, max_distance)]
-    found = [tuple(sorted(pair)) for part in parts for pair in part.tolist()]
-    assert len(found) == len(set(found)) and set(found) == (wanted if max_distance else set())
-    assert max_distance < 3 or len(wanted) > 100
-    masks = band_masks(max_distance + 1)
-    assert int(np.bitwise_or.reduce(masks)) == 2**64 - 1 and np.bitwise_count(masks).sum() == 64
-
-
-def test_the_best_stays_and_every_other_is_near_it() -> None:
-    rng = np.random.default_rng(1)
-    hashes, pixels = clustered(500, 1), rng.integers(1, 5, 500)
-    verdicts = decide(known(hashes, pixels), 3)
-    refused = dict(zip(verdicts.positions.tolist(), verdicts.twins.tolist(), strict=True))
-    kept = [place for place in range(500) if place not in refused]
-    assert 20 < len(refused) < 480
-    for place, twin in refused.items():
-        assert twin not in refused
-        assert (hashes[place] ^ hashes[twin]).item().bit_count() <= 3
-        assert (-pixels[twin], twin) < (-pixels[place], place)
-    apart = np.bitwise_count(hashes[kept][:, None] ^ hashes[kept][None]) + 64 * np.eye(len(kept), dtype=int)
-    assert apart.min() > 3
-    assert verdicts.distances.tolist() == [(hashes[p] ^ hashes[t]).item().bit_count() for p, t in refused.items()]
-
-
-def test_old_images_stay_and_plain_ones_say_nothing() -> None:
-    telling = 0x0F0F0F0F0F0F0F0F
-    hashes = np.array([telling, telling ^ 1, 0, 0, 1], np.uint64)
-    pixels = np.array([1, 100, 5, 5, 5])
-    is_new = np.array([False, True, True, True, True])
-    verdicts = decide(known(hashes, pixels, is_new), 3)
-    assert (verdicts.positions.tolist(), verdicts.twins.tolist(), verdicts.distances.tolist()) == ([1], [0], [1])
 
 
 def picture(seed: int, scale: int = 2, quality: int = 90) -> bytes:
@@ -90,20 +45,31 @@ def picture(seed: int, scale: int = 2, quality: int = 90) -> bytes:
     return buffer.getvalue()
 
 
-def verdicts_of(dataset: Path) -> dict[str, tuple[float, str | None]]:
-    """Score, and the name of the twin, by the image's name."""
-    images, table = (
-        Table(str(dataset), IMAGES_PATH, IMAGES),
-        Table(str(dataset), image_scores_path(NEAR_DUPLICATES), IMAGE_SCORES),
-    )
-    assert table.list_shards() == images.list_shards()
+def embed_images(dataset: Path) -> None:
+    """Write the missing shards of the table of embeddings, without the image of noise, as if the CLIP had refused it."""
+    images = Table(str(dataset), IMAGES_PATH, IMAGES)
+    model = ClipModel("zoo://clip")
+    embeds = Table(str(dataset), image_embeds_path("tiny"), image_embeds_schema(128))
+    embeds.claim(Identity("embed_images", {"width": 128}, {}, {IMAGES_PATH: images.require().fingerprint}))
+    for shard in sorted({*images.list_shards()} - {*embeds.list_shards()}):
+        rows = images.read_shard(shard)
+        vectors = model.embed_images([decode(content) for content in rows["image_bytes"].to_pylist()]).numpy()
+        lists = pa.FixedSizeListArray.from_arrays(pa.array(vectors.astype(np.float16).ravel()), 128)
+        accepted = pc.invert(pc.ends_with(rows["source_uri"], "e_refused.jpg"))
+        embeds.write_shard(shard, pa.table({"id": rows["id"], "embedding": lists}).cast(embeds.schema).filter(accepted))
+
+
+def verdicts_of(dataset: Path, scorer: str, source: str) -> dict[str, tuple[float, str | None]]:
+    """Score, and the name of the twin, by the image's name. Checks that the table has the rows of its source."""
+    images, table = Table(str(dataset), IMAGES_PATH, IMAGES), Table(str(dataset), image_scores_path(scorer), IMAGE_SCORES)
     names, places, found = {}, {}, {}
     for shard in images.list_shards():
         for row in images.read_shard(shard, ["id", "source_uri"]).to_pylist():
             names[row["id"]], places[row["id"]] = Path(row["source_uri"]).stem, shard
+    assert table.list_shards() == images.list_shards()
     for shard in table.list_shards():
         rows = table.read_shard(shard).to_pylist()
-        assert [row["id"] for row in rows] == images.read_shard(shard, ["id"])["id"].to_pylist()
+        assert [row["id"] for row in rows] == Table(str(dataset), source, IMAGES).read_shard(shard, ["id"])["id"].to_pylist()
         for row in rows:
             twin = row["detail"].split("/") if row["detail"] else None
             assert twin is None or places[twin[1]] == twin[0]
@@ -111,48 +77,94 @@ def verdicts_of(dataset: Path) -> dict[str, tuple[float, str | None]]:
     return found
 
 
-def test_stage_grows_resumes_and_shows(tmp_path: Path, local_ray: None) -> None:
+@dataclass(frozen=True)
+class Method:
+    """A method, its table, whose rows that table has, how a setting is changed, and what the page says of a pair."""
+
+    config: DuplicatesConfig | SemanticConfig
+    scorer: str
+    source: str
+    other: DuplicatesConfig | SemanticConfig
+    difference: str
+    told: str
+
+
+METHODS = {
+    "hash": Method(
+        DuplicatesConfig(),
+        NEAR_DUPLICATES,
+        IMAGES_PATH,
+        DuplicatesConfig(max_distance=5),
+        r"config\.max_distance: 3 -> 5",
+        r"\d of 64 bits differ",
+    ),
+    "semantic": Method(
+        SemanticConfig(clip="tiny"),
+        SEMANTIC_DUPLICATES,
+        image_embeds_path("tiny"),
+        SemanticConfig(clip="tiny", min_similarity=0.9),
+        r"config\.min_similarity: 0\.95 -> 0\.9",
+        r"cosine [01]\.\d{3}",
+    ),
+}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_stage_grows_resumes_and_shows(tmp_path: Path, local_ray: None, method: Method) -> None:
     source, dataset = tmp_path / "photos", tmp_path / "dataset"
+    folder = dataset / image_scores_path(method.scorer)
     source.mkdir()
     for name, content in {
         "a": picture(0, 2),
         "b": picture(1, 2),
         "c": picture(2, 2),
         "d_large_a": picture(0, 6),
-        "e": picture(3, 2),
+        "e_refused": picture(3, 2),
     }.items():
         (source / f"{name}.jpg").write_bytes(content)
     ingest = IngestConfig(source=str(source), rows_per_shard=2)
-    run_ingest(str(dataset), ingest)
-    config = DuplicatesConfig()
-    result = run_duplicates(str(dataset), config)
-    first = verdicts_of(dataset)
+    by_embedding = method.scorer == SEMANTIC_DUPLICATES
+    num_rows = 4 if by_embedding else 5
+
+    def grow() -> StageResult:
+        run_ingest(str(dataset), ingest)
+        if by_embedding:
+            embed_images(dataset)
+        return run_duplicates(str(dataset), method.config)
+
+    assert grow().num_rows == num_rows
+    first = verdicts_of(dataset, method.scorer, method.source)
     assert {name: twin for name, (_, twin) in first.items() if twin} == {"a": "d_large_a"}
-    assert first["a"][0] >= 1 - 3 / 64 and first["b"] == (0, None)
-    assert result.num_rows == 5
+    assert first["a"][0] >= 1 - 3 / 64 and first["b"] == (0, None) and len(first) == num_rows
 
     (source / "z_larger_a.jpg").write_bytes(picture(0, 8))
     (source / "z_other_c.jpg").write_bytes(picture(2, 3, quality=60))
-    run_ingest(str(dataset), ingest)
-    grown = run_duplicates(str(dataset), config)
+    grown = grow()
     assert (grown.num_shards, grown.found_shards) == (4, 3)
-    second = verdicts_of(dataset)
+    second = verdicts_of(dataset, method.scorer, method.source)
     assert {name: second[name] for name in first} == first
     assert {name: twin for name, (_, twin) in second.items() if twin and name not in first} == {
         "z_larger_a": "d_large_a",
         "z_other_c": "c",
     }
-    for shards in (["00000"], ["00003"], ["00001", "00003"]):
+    for shards in (["00000"], ["00001", "00003"]):
         for shard in shards:
-            os.remove(dataset / f"image_scores/{NEAR_DUPLICATES}/{shard}.parquet")
-        assert run_duplicates(str(dataset), config).found_shards == 4 - len(shards)
-        assert verdicts_of(dataset) == second
-    assert run_duplicates(str(dataset), config).was_done
-    with pytest.raises(StaleTableError, match=r"config\.max_distance: 3 -> 5"):
-        run_duplicates(str(dataset), DuplicatesConfig(max_distance=5))
-    page = duplicates_report(str(dataset))
+            os.remove(folder / f"{shard}.parquet")
+        if len(shards) == 2:  # as earlier versions left it, which kept no verdicts
+            os.remove(folder / VERDICTS.format(0))
+        assert run_duplicates(str(dataset), method.config).found_shards == 4 - len(shards)
+        assert verdicts_of(dataset, method.scorer, method.source) == second
+    assert run_duplicates(str(dataset), method.config).was_done
+    with pytest.raises(StaleTableError, match=method.difference):
+        run_duplicates(str(dataset), method.other)
+    page = duplicates_report(str(dataset), method.scorer)
     check_page(page)
-    assert page.count("of 64 bits differ") == 3
+    assert len(re.findall(method.told, page)) == 3
+
+    os.remove(folder / "00000.parquet")
+    (folder / VERDICTS.format(0)).write_bytes(b"cut")
+    with pytest.raises(DamagedShardError, match=r"_verdicts-00000\.parquet is damaged .* delete it"):
+        run_duplicates(str(dataset), method.config)
 
 
 def test_what_a_run_decides_about_is_noted_under_its_lease(tmp_path: Path) -> None:
@@ -171,3 +183,5 @@ def test_what_a_run_decides_about_is_noted_under_its_lease(tmp_path: Path) -> No
 def test_config() -> None:
     with pytest.raises(ValueError, match="max_distance=8"):
         DuplicatesConfig(max_distance=8)
+    with pytest.raises(ValueError, match=r"min_similarity=0\.4 must be above 0\.5"):
+        SemanticConfig(clip="tiny", min_similarity=0.4)

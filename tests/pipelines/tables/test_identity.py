@@ -24,7 +24,7 @@ from pipelines.extract.run import run_extract
 from pipelines.ingest.config import DownloadConfig, IngestConfig
 from pipelines.ingest.run import run_ingest
 from pipelines.score.captions import run_score
-from pipelines.score.config import DuplicatesConfig, ImageFilter, ImageScorerConfig, ScorerConfig
+from pipelines.score.config import DuplicatesConfig, ImageFilter, ImageScorerConfig, ScorerConfig, SemanticConfig
 from pipelines.score.duplicates import run_duplicates
 from pipelines.score.embeds import run_image_embeds
 from pipelines.score.images import run_image_scores
@@ -86,6 +86,10 @@ STAGES: dict[str, tuple[Callable[[str], object], str]] = {
     "duplicates": (
         lambda uri: run_duplicates(uri, DuplicatesConfig(max_distance=2)),
         "853ef0a50e00fe63",
+    ),
+    "semantic duplicates": (
+        lambda uri: run_duplicates(uri, SemanticConfig(clip="clip", min_similarity=0.9)),
+        "2334a5ce1e57289b",
     ),
     "extract": (lambda uri: run_extract(uri, AE), "325e73cbe5c2df30"),
     "extract at 2048": (
