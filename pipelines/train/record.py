@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pipelines.storage.files import list_folder, read_file, write_file
@@ -56,11 +56,11 @@ class TrainingRecord:
             content = json.loads(read_file(f"{output_uri}/{RECORD}"))
         except FileNotFoundError:
             return None
-        identity = Identity(*(content[field.name] for field in fields(Identity)))
+        identity = Identity(*(content[name] for name in ("stage", "config", "models", "inputs")))
         return cls(output_uri, identity, content["result"])
 
     def _write(self) -> None:
-        content = {"fingerprint": self.identity.fingerprint, **asdict(self.identity), "result": self.result}
+        content = {"fingerprint": self.identity.fingerprint, **self.identity.values(), "result": self.result}
         write_file(f"{self.output_uri}/{RECORD}", (json.dumps(content, indent=2) + "\n").encode())
 
 

@@ -116,8 +116,9 @@ def test_says_in_mlflow_what_it_is(world: World, straight: TrainResult) -> None:
     assert run.info.status == "FINISHED" and run.data.params == {"seed": "0"}
     assert run.data.tags["checkpoint"] == straight.checkpoint and run.data.tags["version.torch"] == torch.__version__
     assert len(run.data.tags["mlflow.source.git.commit"].removesuffix("-dirty")) == 40
-    (read,) = run.inputs.dataset_inputs
-    assert read.dataset.name == PATH and straight.inputs[PATH].startswith(read.dataset.digest)
+    read = {entry.dataset.name: entry.dataset.digest for entry in run.inputs.dataset_inputs}
+    assert read.keys() == straight.inputs.keys() == {PATH, "captions/a", "captions/b", "scores/clip/a", "scores/clip/b"}
+    assert all(straight.inputs[name].startswith(digest) for name, digest in read.items())
 
 
 def test_ends_in_a_pipeline_with_the_average_weights(world: World, straight: TrainResult) -> None:

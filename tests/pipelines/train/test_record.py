@@ -1,0 +1,28 @@
+"""The record of a training in its output folder, also one that an earlier version of this program wrote."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipelines.tables.errors import StaleTableError
+from pipelines.tables.identity import Identity
+from pipelines.train.record import RECORD, TrainingRecord
+
+BEFORE = Identity(
+    "train", {"num_steps": 5, "data": {"caption_dropout": 0.1}}, {"init": "sha256:1"}, {"latents/tiny-64": "1234"}
+)
+
+
+def test_a_finished_training_of_an_earlier_version_is_kept(tmp_path: Path) -> None:
+    """Its configuration named no captioners: the same training now is another one, and is told what differs."""
+    content = {"fingerprint": "of then", **BEFORE.values(), "result": {"loss_end": 0.5}}
+    (tmp_path / RECORD).write_text(json.dumps(content))
+    found = TrainingRecord.read(str(tmp_path))
+    assert found is not None and (found.identity, found.result) == (BEFORE, {"loss_end": 0.5})
+    data = {"caption_dropout": 0.1, "captioners": ("a",)}
+    now = replace(BEFORE, config={"num_steps": 5, "data": data}, inputs={**BEFORE.inputs, "captions/a": "5678"})
+    with pytest.raises(StaleTableError, match="holds a training with other settings") as error:
+        TrainingRecord.claim(str(tmp_path), now)
+    assert "config.data.captioners: (absent) -> ['a']\n  inputs.captions/a: (absent) -> '5678'" in str(error.value)
