@@ -10,18 +10,22 @@ from pipelines.caption.run import run_caption
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.run import run_ingest
 from pipelines.reports.scores import scores_report
+from pipelines.score.candidates import Candidates
 from pipelines.score.captions import run_score
 from pipelines.score.compare import Comparison, compare_table
 from pipelines.score.config import POLICIES, ScorerConfig, SelectionConfig
+from pipelines.score.embeds import run_image_embeds
+from pipelines.score.selection import Caption
 from pipelines.shapes.drawing import draw_row, write_folder
 from pipelines.shapes.grammar import parse, sample_caption
 from pipelines.stages.contract import Resources
-from pipelines.tables.schema import SCORES, Row
+from pipelines.tables.schema import SCORES, scores_path
 from pipelines.tables.table import Table
 from tests.support.html_page import check_page
 
 FIRST, NUM_IMAGES = 10_000_900, 16
 CAPTIONERS = {"llava": "zoo://captioner-a", "llava-next": "zoo://captioner-b"}
+NAMES = ("original", *CAPTIONERS)
 LIGHT = Resources(num_cpus=0.5)
 SELECTION = SelectionConfig(tau=1.0, proportions={"original": 0.2, "llava": 0.3, "llava-next": 0.5})
 
@@ -38,36 +42,39 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> str:
     for name, model in CAPTIONERS.items():
         sampling = SamplingConfig(max_new_tokens=48)
         run_caption(uri, CaptionerConfig(name=name, model=model, dtype="float32", sampling=sampling, resources=LIGHT))
-    run_score(uri, ScorerConfig(name="clip", model="zoo://clip", captioners=tuple(CAPTIONERS), resources=LIGHT))
+    scorer = ScorerConfig(name="clip", model="zoo://clip", captioners=NAMES, resources=LIGHT)
+    run_image_embeds(uri, scorer.clip)
+    for name in NAMES:
+        run_score(uri, scorer, name)
     return uri
 
 
 @pytest.fixture(scope="module")
 def comparison(dataset: str) -> Comparison:
-    return compare_table(dataset, "clip", SELECTION)[0]
+    return compare_table(dataset, "clip", NAMES, SELECTION)[0]
 
 
-def rows_of(dataset: str) -> list[Row]:
-    table = Table(dataset, "scores/clip", SCORES)
-    assert len(table.list_shards()) == 2
-    return [row for shard in table.list_shards() for row in table.read_shard(shard).to_pylist()]
+def contests_of(dataset: str) -> list[list[Caption]]:
+    candidates = Candidates(dataset, NAMES, "clip")
+    assert len(candidates.list_scored()) == 2
+    return [captions for shard in candidates.list_scored() for captions in candidates.read(shard).values()]
 
 
 def test_every_caption_of_every_image_is_scored(dataset: str) -> None:
-    rows = rows_of(dataset)
-    assert len(rows) == NUM_IMAGES
-    names = [[caption["captioner"] for caption in row["captions"]] for row in rows]
-    assert sorted(names) == sorted([["original", *CAPTIONERS], list(CAPTIONERS)] * (NUM_IMAGES // 2))
-    captions = [caption for row in rows for caption in row["captions"]]
+    contests = contests_of(dataset)
+    names = [tuple(caption["captioner"] for caption in captions) for captions in contests]
+    assert sorted(names) == sorted([NAMES, tuple(CAPTIONERS)] * (NUM_IMAGES // 2))
+    captions = [caption for contest in contests for caption in contest]
     assert np.mean([parse(caption["caption"]) is not None for caption in captions]) > 0.9  # real captions of real scenes
-    assert Table(dataset, "scores/clip", SCORES).require().figures["captions.mean"] == len(captions) / 2
+    counts = {name: Table(dataset, scores_path("clip", name), SCORES).require().num_rows for name in NAMES}
+    assert counts == {"original": NUM_IMAGES // 2, "llava": NUM_IMAGES, "llava-next": NUM_IMAGES}
 
 
 def test_five_policies_choose_differently_over_one_table(dataset: str, comparison: Comparison) -> None:
-    rows, policies = rows_of(dataset), comparison.policies
+    contests, policies = contests_of(dataset), comparison.policies
     assert tuple(policies) == POLICIES and comparison.num_images == NUM_IMAGES
-    best = [max(caption["clip_score"] for caption in row["captions"]) for row in rows]
-    mean = [np.mean([caption["clip_score"] for caption in row["captions"]]) for row in rows]
+    best = [max(caption["clip_score"] for caption in captions) for captions in contests]
+    mean = [np.mean([caption["clip_score"] for caption in captions]) for captions in contests]
     scores = {name: policies[name].expected_score for name in POLICIES}
     assert scores["best"] == pytest.approx(np.mean(best)) and scores["random"] == pytest.approx(np.mean(mean))
     assert scores["random"] < scores["paper"] < scores["best"]  # type: ignore[operator]
@@ -79,7 +86,7 @@ def test_five_policies_choose_differently_over_one_table(dataset: str, compariso
 
 
 def test_the_report_shows_them_side_by_side(dataset: str, comparison: Comparison) -> None:
-    page = check_page(scores_report(dataset, "clip", SELECTION), Table(dataset, "scores/clip", SCORES))
+    page = check_page(scores_report(dataset, "clip", "llava", SELECTION), Table(dataset, scores_path("clip", "llava"), SCORES))
     for name, figures in comparison.policies.items():
         chosen = "✓ selects here " if name == SELECTION.policy else ""
         cells = [f"{figures.shares.get(captioner, 0):.1%}" for captioner in ("original", "llava", "llava-next")]

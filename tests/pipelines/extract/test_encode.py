@@ -1,9 +1,10 @@
 """The extract stage's actor: what is stored is what the autoencoder makes of the image in its bucket."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,17 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.extract.config import ExtractConfig, ImageFilter
-from pipelines.extract.encode import Cropped, LatentEncoder
+from pipelines.extract.config import ExtractConfig
+from pipelines.extract.encode import Cropped, LatentEncoder, find_encoder
 from pipelines.extract.run import read_latents
 from pipelines.shapes.drawing import draw_row
 from pipelines.stages.contract import ShardOutput
-from pipelines.tables.schema import Row
+from pipelines.tables.schema import LATENTS, Row
 from pipelines.workers.images import decode, resize_and_crop
 from sana_model.nn.autoencoder import DCAutoencoder
 
-CONFIG = ExtractConfig(name="tiny", autoencoder="zoo://pipeline/autoencoder", resolution=64, scorer="clip", batch_size=2)
-CAPTIONS = [{"captioner": "a", "caption": "one", "clip_score": 20.0}, {"captioner": "b", "caption": "two", "clip_score": 26.0}]
+CONFIG = ExtractConfig(name="tiny", autoencoder="zoo://pipeline/autoencoder", resolution=64, batch_size=2)
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +29,12 @@ def encoder() -> LatentEncoder:
     return LatentEncoder(CONFIG)
 
 
-def table_of(images: list[Image.Image], **columns: list[object]) -> pa.Table:
+def table_of(images: list[Image.Image]) -> pa.Table:
     rows: list[Row] = []
     for number, image in enumerate(images):
         buffer = BytesIO()
         image.save(buffer, "PNG")
-        row = {"id": f"id{number}", "image_bytes": buffer.getvalue(), "source_uri": "x", "captions": CAPTIONS}
-        rows.append(row | {name: values[number] for name, values in columns.items()})
+        rows.append({"id": f"id{number}", "image_bytes": buffer.getvalue(), "source_uri": "x"})
     return pa.Table.from_pylist(rows)
 
 
@@ -56,7 +55,7 @@ def test_stored_latents_are_those_of_the_autoencoder(dtype: str) -> None:
     assert found.dtype == getattr(torch, dtype) and found.shape == (5, 8, 8, 8)
     torch.testing.assert_close(found.float(), expected, atol=0.02, rtol=0.01)
     assert 0.8 < float(found.float().std()) < 1.2  # scaled
-    assert all(row["bucket"] == "64x64" and row["captions"] == CAPTIONS for row in rows)
+    assert all(row["bucket"] == "64x64" and row.keys() == set(LATENTS.names) for row in rows)
 
 
 def test_each_image_goes_to_the_bucket_of_its_shape_and_order_is_kept() -> None:
@@ -82,13 +81,6 @@ def test_what_waits_for_its_bucket_is_bounded(encoder: LatentEncoder, monkeypatc
     assert sizes == [1, 1, 1, 1] and list(found) == list(expected)
     for row_id, latents in found.items():
         torch.testing.assert_close(latents, expected[row_id], atol=2e-3, rtol=1e-2)
-
-
-def test_images_without_a_good_caption_are_refused() -> None:
-    encoder = LatentEncoder(replace(CONFIG, min_best_score=27.0))
-    rows, rejects, _ = encoder.process(table_of([scene(0)]))
-    assert rows == [] and rejects[0]["reject_reason"] == "low_score" and "26.0" in rejects[0]["detail"]
-    assert len(LatentEncoder(replace(CONFIG, min_best_score=26.0)).process(table_of([scene(0)]))[0]) == 1
 
 
 def reasons(rejects: list[Row]) -> list[tuple[str, str]]:
@@ -130,19 +122,6 @@ def test_images_too_small_for_their_bucket_are_refused() -> None:
     assert [row["id"] for row in rows] == ["id0", "id1"]
     assert reasons(rejects) == [("id2", "too_small_for_bucket"), ("id3", "too_small_for_bucket")]
     assert rejects[0]["detail"] == "42x42 must grow 1.52 times to fill its bucket of 64x64; max_upscale=1.5"
-
-
-def test_image_scores_filter() -> None:
-    config = replace(CONFIG, image_filters={"aesthetic": ImageFilter(min=5.0), "nsfw": ImageFilter(max=0.5)})
-    scores = [(6.0, 0.1), (4.9, 0.1), (5.0, 0.5), (6.0, 0.6), (None, 0.1)]
-    named = [[{"scorer": "aesthetic", "score": aesthetic}, {"scorer": "nsfw", "score": nsfw}] for aesthetic, nsfw in scores]
-    rows, rejects, _ = LatentEncoder(config).process(table_of([scene(row) for row in range(5)], image_scores=named))
-    assert [row["id"] for row in rows] == ["id0", "id2"]
-    assert reasons(rejects) == [("id1", "filtered"), ("id3", "filtered"), ("id4", "filtered")]
-    details = [row["detail"] for row in rejects]
-    assert details[0] == "aesthetic: 4.9, allowed is min 5"
-    assert details[1] == "nsfw: 0.6, allowed is max 0.5"
-    assert details[2] == "aesthetic: no score, allowed is min 5"
 
 
 def test_some_images_of_a_shard_are_decoded_again(encoder: LatentEncoder) -> None:
@@ -258,9 +237,26 @@ def test_several_resolutions_from_one_decode(monkeypatch: pytest.MonkeyPatch) ->
     assert (config.at(128).batch_size, config.at(32).batch_size, config.at(128).path) == (1, 8, "latents/tiny-128")
 
 
+def test_the_version_of_an_autoencoder_is_that_of_its_encoder_whatever_its_layout_and_decoder(tmp_path: Path) -> None:
+    """A decoder that was trained further makes no latents stale."""
+
+    def version(layout: str, change: Callable[[DCAutoencoder], object] = lambda model: None, **settings: float) -> str:
+        model = DCAutoencoder.from_pretrained("zoo://pipeline/autoencoder", **settings)
+        with torch.no_grad():
+            change(model)
+        place = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        model.save_pretrained(place, layout=layout)
+        return find_encoder(str(place))[1]
+
+    first = find_encoder("zoo://pipeline/autoencoder")
+    assert first[0] == "zoo://pipeline/autoencoder" and first[1].startswith("encoder sha256:")
+    for layout in ("sana", "diffusers"):
+        assert version(layout) == version(layout, lambda model: next(model.decoder.parameters()).add_(0.1)) == first[1]
+        changed = version(layout, lambda model: list(model.encoder.parameters())[-1].view(-1)[0].add_(0.001))
+        assert changed != first[1] and version(layout, scaling_factor=0.5) != first[1]
+
+
 def test_settings_that_make_no_sense() -> None:
-    with pytest.raises(ValueError, match="needs min, max or both"):
-        ImageFilter()
     with pytest.raises(ValueError, match=r"max_upscale=0 must be positive"):
         replace(CONFIG, max_upscale=0)
     with pytest.raises(ValueError, match=r"batch_size=0 must be at least 1"):

@@ -1,4 +1,4 @@
-"""The extract stage on Ray: several resolutions from one decode, each table resumed on its own; filters by image scores."""
+"""The extract stage on Ray: several resolutions from one decode, each table resumed on its own."""
 
 import hashlib
 from dataclasses import replace
@@ -10,20 +10,19 @@ import pytest
 from PIL import Image
 
 from jobs.extract import ExtractJob, run
-from pipelines.extract.config import ExtractConfig, ImageFilter
-from pipelines.extract.run import Extractor, extract_identity, read_latents, read_scored_images, run_extract
+from pipelines.extract.config import ExtractConfig
+from pipelines.extract.run import extract_identity, read_latents, run_extract
 from pipelines.shapes.drawing import draw_row
 from pipelines.stages.contract import Resources
 from pipelines.tables.errors import MissingTableError, StaleTableError
 from pipelines.tables.identity import Identity
-from pipelines.tables.schema import IMAGE_SCORES, IMAGES, LATENTS, SCORES, Row
+from pipelines.tables.schema import CAPTIONS, IMAGES, LATENTS, Row
 from pipelines.tables.table import Table
 
 CONFIG = ExtractConfig(
     name="tiny",
     autoencoder="zoo://pipeline/autoencoder",
     resolution=64,
-    scorer="clip",
     batch_size=2,
     check_rows=2,
     resources=Resources(num_cpus=0.5),
@@ -44,18 +43,11 @@ def image_row(number: int) -> Row:
 @pytest.fixture
 def dataset(tmp_path: Path) -> str:
     uri = str(tmp_path / "data")
-    images, scores = Table(uri, "images", IMAGES), Table(uri, "scores/clip", SCORES)
-    filters = Table(uri, "image_scores/aesthetic", IMAGE_SCORES)
-    for table in (images, scores, filters):
-        table.claim(Identity("test", {}, {}, {}))
+    images = Table(uri, "images", IMAGES)
+    images.claim(Identity("test", {}, {}, {}))
     for shard in range(NUM_SHARDS):
         rows = [image_row(SHARD_ROWS * shard + index) for index in range(SHARD_ROWS)]
-        captions = [{"captioner": "a", "caption": "one", "clip_score": 25.0}]
         images.write_shard(f"{shard:05d}", pa.Table.from_pylist(rows, IMAGES))
-        scored = [{"id": row["id"], "captions": captions} for row in rows]
-        scores.write_shard(f"{shard:05d}", pa.Table.from_pylist(scored, SCORES))
-        liked = [{"id": row["id"], "score": float(index)} for index, row in enumerate(rows)]
-        filters.write_shard(f"{shard:05d}", pa.Table.from_pylist(liked, IMAGE_SCORES))
     return uri
 
 
@@ -96,19 +88,18 @@ def test_two_tables_from_one_decode_and_each_resumes_on_its_own(dataset: str, lo
         assert float((read_latents(row, "float16").float() - read_latents(old, "float16").float()).abs().max()) < 0.01
 
 
-def test_filters_read_image_scores_by_aligned_shard(dataset: str) -> None:
-    config = replace(CONFIG, image_filters={"aesthetic": ImageFilter(min=1.0, max=2.0)})
-    tables = [Table(dataset, *of) for of in (("images", IMAGES), ("scores/clip", SCORES))]
-    aesthetic = Table(dataset, "image_scores/aesthetic", IMAGE_SCORES)
-    table = read_scored_images(*tables, {"aesthetic": aesthetic}, "00001")
-    rows, rejects, _ = Extractor(config).process(table)
-    ids = tables[0].read_shard("00001")["id"].to_pylist()
-    assert [row["id"] for row in rows] == ids[1:3]
-    assert [(row["id"], row["reject_reason"]) for row in rejects] == [(ids[0], "filtered"), (ids[3], "filtered")]
-    assert extract_identity(dataset, config, {}).inputs.keys() == {"images", "scores/clip", "image_scores/aesthetic"}
-    assert extract_identity(dataset, config, {}) != extract_identity(dataset, CONFIG, {})
-    with pytest.raises(MissingTableError, match="image_scores/nsfw"):
-        run_extract(dataset, replace(config, image_filters={"nsfw": ImageFilter(max=2.0)}))
+def test_latents_depend_on_the_images_and_on_nothing_that_is_chosen_later(dataset: str) -> None:
+    identity = extract_identity(dataset, CONFIG, {"tiny": "v"})
+    assert list(identity.inputs) == ["images"]
+    captions = Table(dataset, "captions/a", CAPTIONS)  # a captioner joins
+    captions.claim(Identity("caption", {}, {}, dict(identity.inputs)))
+    for other in (replace(CONFIG, autoencoder="a copy elsewhere"), replace(CONFIG, check_rows=9, batch_size=7)):
+        assert extract_identity(dataset, other, {"tiny": "v"}).fingerprint == identity.fingerprint
+    for other in (replace(CONFIG, dtype="bfloat16"), replace(CONFIG, max_latent=9.0), CONFIG.at(128)):
+        assert extract_identity(dataset, other, {"tiny": "v"}).fingerprint != identity.fingerprint
+    assert extract_identity(dataset, CONFIG, {"tiny": "another encoder"}).fingerprint != identity.fingerprint
+    with pytest.raises(MissingTableError, match="no table 'images'"):
+        run_extract(f"{dataset}/none", CONFIG)
 
 
 def test_a_stale_table_of_another_resolution_is_refused_before_anything_is_made(dataset: str) -> None:

@@ -10,8 +10,9 @@ import pytest
 from pipelines.storage.errors import StorageError
 from pipelines.tables.errors import MissingTableError, StaleTableError
 from pipelines.tables.identity import Identity
-from pipelines.tables.schema import CAPTIONS
+from pipelines.tables.schema import CAPTIONS, LATENTS, SCORES
 from pipelines.tables.table import Table, absolute_uri
+from tests.support.old_forms import write_old_manifest, write_old_scores
 
 IDENTITY = Identity("caption", {"prompt": "Describe.", "sampling": {"temperature": 0.0}}, {"vlm": "sha256:1"}, {"images": "f"})
 
@@ -74,6 +75,41 @@ def test_shards_without_a_manifest_are_not_taken_over(table: Table) -> None:
 def test_a_missing_input_is_named(table: Table) -> None:
     with pytest.raises(MissingTableError, match="no table 'captions/vlm'"):
         table.require()
+
+
+@pytest.mark.parametrize("scheme", ["file", "memory"])
+def test_the_scores_of_all_captioners_lie_where_the_folder_of_their_tables_goes(tmp_path: Path, scheme: str) -> None:
+    uri = str(tmp_path) if scheme == "file" else f"memory://{tmp_path.name}-old"
+    old = write_old_scores(uri, "clip")
+    assert old.read_manifest() is not None  # it has no rows_of
+    table = Table(uri, "scores/clip/a", SCORES)
+    sentence = "scores/clip is of form 1, and this program knows form 2 of what jobs.score makes: let jobs.score make it anew"
+    with pytest.raises(StaleTableError, match=sentence) as refused:
+        table.claim(Identity("score", {}, {}, {}))
+    assert refused.value.table is not None and refused.value.table.uri == old.uri  # what --on_stale rebuild deletes
+    with pytest.raises(StaleTableError, match=sentence) as unread:
+        table.require()
+    assert unread.value.table is None  # a reader deletes nothing
+    Table(uri, "scores/siglip/a", SCORES).claim(Identity("score", {}, {}, {}))  # another CLIP has nothing to do with it
+
+
+def test_latents_that_hold_captions_are_refused_and_tables_of_the_first_form_are_not(tmp_path: Path) -> None:
+    latents = Table(str(tmp_path), "latents/ae-64", LATENTS)
+    write_old_manifest(latents, "extract", {"dtype": "float16"})
+    for use in (latents.require, lambda: latents.claim(Identity("extract", {}, {}, {}))):
+        with pytest.raises(StaleTableError, match="latents/ae-64 is of form 1, and this program knows form 2"):
+            use()
+    captions = Table(str(tmp_path), "captions/vlm", CAPTIONS)
+    write_old_manifest(captions, "caption", {"prompt": "Describe."})
+    manifest = captions.require()
+    assert (manifest.schema_version, manifest.rows_of) == (1, "") and manifest.config == {"prompt": "Describe."}
+
+
+def test_which_rows_a_table_is_about_is_recorded_and_changes_no_fingerprint(table: Table) -> None:
+    about = replace(IDENTITY, rows_of="images")
+    assert about.fingerprint == IDENTITY.fingerprint
+    assert table.claim(about).rows_of == table.require().rows_of == "images"
+    assert table.claim(IDENTITY).rows_of == "images"
 
 
 def test_a_damaged_shard_and_a_damaged_manifest_are_named(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from transformers import (
     SiglipProcessor,
 )
 
-from pipelines.workers.clip import ClipModel
+from pipelines.workers.clip import ClipModel, embedding_width
 
 LENGTH = 16
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -65,3 +65,8 @@ def test_cosines_are_those_behind_the_models_own_logits(folder: Path) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     assert tokens["input_ids"].shape == (4, LENGTH) and clip.max_tokens == LENGTH - len(clip.prefix) - len(clip.suffix)
     assert float((found[:, 0] - found[:, 1]).abs().min()) > 1e-4  # texts differ
+    assert embedding_width(str(folder)) == clip.width == clip.embed_images(images).shape[1] == TEXT["hidden_size"]
+
+
+def test_the_width_of_a_clip_is_that_of_its_projection() -> None:
+    assert embedding_width("zoo://clip") == ClipModel("zoo://clip").embed_texts(["a"]).shape[1] == 128
