@@ -148,6 +148,9 @@ TABLE_SCHEMAS = {
 NESTED = ("scores", "caption_embeds")
 """Groups whose tables lie one floor deeper: a folder for each model, and in it a table for each captioner."""
 
+READ_WHOLE = ("captions", "scores", "image_scores")
+"""Groups whose shards are small: they are read whole, by one request to an object store, whatever columns are asked for."""
+
 MADE_BY = {
     IMAGES_PATH: "ingest",
     "image_embeds": "embed_images or jobs.score",

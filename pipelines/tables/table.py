@@ -20,7 +20,7 @@ from pipelines.storage.errors import StorageError
 from pipelines.storage.files import find_files, list_folder, open_file, read_file, write_file
 from pipelines.tables.errors import DamagedShardError, MissingTableError, StaleTableError
 from pipelines.tables.identity import MANIFEST, Identity, Manifest, _now, describe_differences, software_versions
-from pipelines.tables.schema import MADE_BY, REJECTS, form_of
+from pipelines.tables.schema import MADE_BY, READ_WHOLE, REJECTS, form_of
 
 REBUILD = "_rebuild.json"  # exists while the table is being deleted to be rebuilt
 REPORT = "report.html"
@@ -90,11 +90,14 @@ class Table:
         return {name: size for name, size in find_files(self.uri).items() if "/" not in name}
 
     def read_shard(self, shard: str, columns: list[str] | None = None) -> pa.Table:
-        """Read all rows of a shard; from an object store only the parts with these columns are fetched.
+        """Read all rows of a shard; from an object store only the parts with these columns are fetched, or a small file whole.
 
         Raises FileNotFoundError, StorageError, or DamagedShardError.
         """
-        with open_file(self.shard_uri(shard), buffer_size=FOOTER_BYTES) as file, self._naming_damage(shard):
+        uri = self.shard_uri(shard)
+        is_small = self.path.split("/")[0] in READ_WHOLE
+        opened = BytesIO(read_file(uri)) if is_small else open_file(uri, buffer_size=FOOTER_BYTES)
+        with opened as file, self._naming_damage(shard):
             return pq.read_table(file, columns=columns).replace_schema_metadata(None)
 
     def iter_shard(self, shard: str, num_rows: int) -> Iterator[pa.RecordBatch]:

@@ -89,6 +89,14 @@ def test_only_what_is_asked_for_is_fetched(proxy: FaultyProxy) -> None:
         assert file.read() == b"PAR1" == whole[-4:] == whole[:4] and len(whole) > 3_000_000
 
 
+def test_a_small_shard_takes_one_request(proxy: FaultyProxy) -> None:
+    table = Table(f"{URI}/small", "scores/clip/a", SCORES)
+    table.write_shard("00000", pa.table({"id": ["x", "y"], "clip_score": pa.array([20.0, 30.0], pa.float32())}))
+    proxy.requests.clear()
+    assert table.read_shard("00000", ["id"])["id"].to_pylist() == ["x", "y"]
+    assert proxy.requests == {"GET": 1}
+
+
 def test_files_are_found_and_removed_and_listings_are_never_old(proxy: FaultyProxy, endpoint: str) -> None:
     write_file(f"{URI}/found/a/one", b"1")
     assert find_files(f"{URI}/found") == {"a/one": 1}

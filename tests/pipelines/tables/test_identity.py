@@ -89,7 +89,7 @@ STAGES: dict[str, tuple[Callable[[str], object], str]] = {
     ),
     "semantic duplicates": (
         lambda uri: run_duplicates(uri, SemanticConfig(clip="clip", min_similarity=0.9)),
-        "2334a5ce1e57289b",
+        "93bc1ba94a11e2b7",
     ),
     "extract": (lambda uri: run_extract(uri, AE), "325e73cbe5c2df30"),
     "extract at 2048": (
