@@ -23,7 +23,9 @@ def is_local(uri: str) -> bool:
 def read_file(uri: str) -> bytes:
     """Read a whole file. Raises FileNotFoundError, StorageError."""
     filesystem, path = open_filesystem(uri)
-    return call(lambda: filesystem.cat_file(path), "read", uri)
+    # With more than one connection, s3fs would first ask how large the file is.
+    options = {"max_concurrency": 1} if uri.startswith(("s3://", "s3a://")) else {}
+    return call(lambda: filesystem.cat_file(path, **options), "read", uri)
 
 
 def open_file(uri: str, *, buffer_size: int = 2**20) -> BinaryIO:

@@ -17,7 +17,7 @@ from pipelines.storage import files
 from pipelines.storage.errors import StorageError
 from pipelines.storage.files import find_files, list_folder, open_file, read_file, remove_file, write_file
 from pipelines.tables.errors import DamagedShardError
-from pipelines.tables.schema import IMAGES, SAMPLES
+from pipelines.tables.schema import IMAGES, SAMPLES, SCORES
 from pipelines.tables.table import Table
 from sana_model.files import filesystems, retry
 from tests.support.s3 import BUCKET, FaultyProxy, s3_environment
