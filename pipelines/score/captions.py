@@ -5,12 +5,15 @@ scores are stored; selection comes later.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import pairwise
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
+from torch import Tensor
 
 from pipelines.score.config import ScorerConfig
 from pipelines.score.embeds import to_vectors
@@ -72,13 +75,12 @@ def _embeds_table(dataset_uri: str, config: ScorerConfig) -> Table:
 
 
 def read_embedded_captions(embeds: Table, captioner: str, shard: str) -> pa.Table:
-    """id, caption and the image's `embedding` (float32; null if the CLIP refused the image) of each caption of a shard."""
+    """id, caption and the image's `embedding` (null if the CLIP refused the image) of each caption of a shard."""
     captions = read_captions(embeds.dataset_uri, captioner, shard)
     rows = embeds.read_shard(shard)
-    by_id = dict(zip(rows["id"].to_pylist(), to_vectors(rows).numpy(), strict=True))
-    column = pa.array([by_id.get(row_id) for row_id in captions], pa.list_(pa.float32()))
     ids, texts = pa.array(captions, pa.string()), pa.array(captions.values(), pa.string())
-    return pa.table({"id": ids, "caption": texts, "embedding": column})
+    places = pc.index_in(ids, value_set=rows["id"])
+    return pa.table({"id": ids, "caption": texts, "embedding": rows["embedding"].take(places)})
 
 
 class CaptionScorer:
@@ -95,34 +97,33 @@ class CaptionScorer:
 
     def process(self, table: pa.Table) -> ShardOutput:
         """A score for each caption, or a reject; figures: captions, and how many of them were long."""
-        captions = table.to_pylist()
+        embedded = table["embedding"].is_valid()
+        unseen = RowRefused("no_embedding", f"the CLIP refused the image: see {image_embeds_path(self.config.name)}")
+        rejects = [reject({"id": row_id}, unseen) for row_id in table["id"].filter(pc.invert(embedded)).to_pylist()]
         rows: list[Row] = []
-        rejects: list[Row] = []
         self.num_long = 0
-        for row in captions:
-            if row["embedding"] is None:
-                refused = RowRefused("no_embedding", f"the CLIP refused the image: see {image_embeds_path(self.config.name)}")
-                rejects.append(reject(row, refused))
-        good = [row for row in captions if row["embedding"] is not None]
-        for start in range(0, len(good), self.config.batch_size):
-            batch = good[start : start + self.config.batch_size]
-            for row, score in zip(batch, run_halving(self._score, batch), strict=True):
+        good = table.filter(embedded)
+        pairs = list(zip(good["caption"].to_pylist(), to_vectors(good), strict=True))
+        ids = iter(good["id"].to_pylist())
+        for start in range(0, len(pairs), self.config.batch_size):
+            for score in run_halving(self._score, pairs[start : start + self.config.batch_size]):
+                row_id = next(ids)
                 if isinstance(score, RowRefused):
-                    rejects.append(reject(row, score))
+                    rejects.append(reject({"id": row_id}, score))
                 elif not math.isfinite(score):
                     refused = RowRefused("bad_score", f"{self.config.model} gives a score that is not finite")
-                    rejects.append(reject(row, refused))
+                    rejects.append(reject({"id": row_id}, refused))
                 else:
-                    rows.append({"id": row["id"], "clip_score": score})
-        return ShardOutput(rows, rejects, {"captions": len(captions), "long_captions": self.num_long})
+                    rows.append({"id": row_id, "clip_score": score})
+        return ShardOutput(rows, rejects, {"captions": len(table), "long_captions": self.num_long})
 
-    def _score(self, batch: list[Row]) -> list[float]:
-        """One forward pass for all captions, or the parts of long ones."""
-        captions = self.clip.tokenize([row["caption"] for row in batch])
+    def _score(self, batch: Sequence[tuple[str, Tensor]]) -> list[float]:
+        """The scores of captions and their images' embeddings: one forward pass for all captions, or the parts of long ones."""
+        captions = self.clip.tokenize([caption for caption, _ in batch])
         parts = [self._parts(tokens) for tokens in captions]
         caption_of = torch.tensor([index for index, own in enumerate(parts) for _ in own])
         text_embeds = self.clip.embed_tokens([part for own in parts for part in own])
-        image_embeds = torch.tensor([row["embedding"] for row in batch])
+        image_embeds = torch.stack([vector for _, vector in batch])
         cosines = (image_embeds[caption_of] * text_embeds).sum(-1)
         sums = torch.zeros(len(batch)).index_add_(0, caption_of, cosines)
         self.num_long += sum(len(tokens) > self.clip.max_tokens for tokens in captions)
