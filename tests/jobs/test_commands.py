@@ -58,7 +58,7 @@ def test_an_unknown_name_is_answered_with_the_one_that_is_meant(capsys: pytest.C
     code, _, error = ended(capsys, "ingets")
     assert code == 2 and "did you mean ingest?" in error and len(error.splitlines()) == 1
     code, _, error = ended(capsys, "xyz")
-    assert code == 2 and "the names are ingest, score_images" in error
+    assert code == 2 and "the names are ingest, embed_images" in error
 
 
 @pytest.mark.parametrize(
