@@ -24,4 +24,4 @@ def test_the_demo(jobs: Jobs) -> None:
     assert len(read_file(f"{uri}/{REPORT}")) > 1000
     assert Table(uri, evaluations_path("after"), EVALUATIONS).require().num_rows == 4
     jobs.run(name, command)
-    assert jobs.log(name).read_text().count("all there already, nothing to do") == 10
+    assert jobs.log(name).read_text().count("all there already, nothing to do") == 19
