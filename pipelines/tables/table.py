@@ -86,8 +86,11 @@ class Table:
         return [name.removesuffix(".parquet") for name in names if name.endswith(".parquet") and name[0] not in "._"]
 
     def list_files(self) -> dict[str, int]:
-        """Name and size in bytes of each file in the table's folder. Folders in it are other tables: see `_outer`."""
-        return {name: size for name, size in find_files(self.uri).items() if "/" not in name}
+        """Path and size in bytes of each file in the table's folder, and in folders there whose names begin with "." or "_".
+
+        Other folders there are other tables: see `_outer`.
+        """
+        return {name: size for name, size in find_files(self.uri).items() if "/" not in name or name[0] in "._"}
 
     def read_shard(self, shard: str, columns: list[str] | None = None) -> pa.Table:
         """Read all rows of a shard; from an object store only the parts with these columns are fetched, or a small file whole.

@@ -308,6 +308,16 @@ def test_a_table_that_is_being_read_or_written_is_not_deleted(tmp_path: Path) ->
     assert not Path(tables["captions/a"].uri, REBUILD).exists()
 
 
+def test_what_a_stage_keeps_in_its_table_goes_too_and_a_table_in_it_stays(tmp_path: Path) -> None:
+    images = make_dataset(str(tmp_path))["images"]
+    for path in ("images/_lists", "rejects/images/_notes", "images/other"):
+        (tmp_path / path).mkdir()
+        (tmp_path / path / "0-00000.parquet").write_bytes(b"copied")
+    delete_table(images)
+    left = [file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*images*/**/*.parquet")]
+    assert left == ["images/other/0-00000.parquet"]
+
+
 def test_on_s3_only_the_table_goes_and_none_whose_name_begins_alike(bucket_uri: str) -> None:
     tables = make_dataset(f"{bucket_uri}/data")
     first = tables["captions/a"]
