@@ -129,10 +129,12 @@ def _selection(trainings: dict[str, dict[str, Any]]) -> tuple[SelectionConfig, s
 
 def _scores(dataset_uri: str, clip: str, selection: SelectionConfig, max_shards: int) -> dict[str, Any]:
     candidates = Candidates(dataset_uri, scored_captioners(dataset_uri, clip), clip)
-    shards = candidates.list_scored()
-    chosen = [shards[index] for index in spread(len(shards), max_shards)]
+    found = candidates.find_scored()
+    chosen = [found.common[index] for index in spread(len(found.common), max_shards)]
     contests = [contest for shard in chosen for contest in candidates.read_scored(shard).values()]
-    read = f"{len(contests):,} images of {len(chosen):,} of {len(shards):,} shards were read"
+    read = f"{len(contests):,} images of {len(chosen):,} of {found.total:,} shards were read"
+    if lacking := found.explain():
+        read += f"; {lacking}"
     return {"read": read, "captioners": [asdict(share) for share in captioner_shares(contests, selection)]}
 
 
