@@ -209,3 +209,9 @@ def test_captioners_are_named_once_each() -> None:
         replace(CONFIG, captioners=("a", "a"))
     with pytest.raises(ValueError, match="give tables under captions/, or 'original'"):
         replace(CONFIG, captioners=())
+
+
+@pytest.mark.parametrize("name", ["", "clip/large", "_clip", "../clip"])
+def test_a_clip_is_named_as_a_folder_is(name: str) -> None:
+    with pytest.raises(ValueError, match=f"name='{name}' must be a plain folder name"):
+        replace(CONFIG, name=name)
