@@ -171,12 +171,16 @@ class Table:
 
     def require(self) -> Manifest:
         """The manifest of a stage's input. Raises MissingTableError; StaleTableError if the table is of an old form."""
-        if (old := self._find_old()) is not None:
-            raise StaleTableError(_explain_old(*old))
+        self.refuse_old()
         manifest = self.read_manifest()
         if manifest is None:
             raise MissingTableError(f"there is no table {self.path!r} in {self.dataset_uri}{self._explain_missing()}")
         return manifest
+
+    def refuse_old(self) -> None:
+        """Raise StaleTableError if a table of a form that is no longer read lies where this one does, or would."""
+        if (old := self._find_old()) is not None:
+            raise StaleTableError(_explain_old(*old))
 
     def _find_old(self) -> "tuple[Table, Manifest] | None":
         """A table of a form that is no longer read: this one, or one in the folder above it."""

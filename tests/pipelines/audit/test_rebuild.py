@@ -245,6 +245,7 @@ def test_tables_of_an_old_form_are_refused_and_rebuilding_puts_the_new_ones_in_t
         with pytest.raises(StaleTableError, match=rf"{path} is of form 1.* jobs\.{maker} make it anew with --on_stale rebuild"):
             run(jobs, path)
     assert scores.list_shards() == ["00000"] and before.items() <= files(tmp_path).items()
+    assert not (tmp_path / "data/image_embeds").exists()  # no image is embedded before the scores are refused
     results = [result for path in jobs for result in run(jobs, path, on_stale="rebuild")]
     assert [result.num_rows for result in results[-4:]] == [6, 6, 6, 6]
     assert scores.list_shards() == scores.rejects().list_shards() == [] and stale(tmp_path) == set()
