@@ -178,8 +178,9 @@ class Table:
         return manifest
 
     def refuse_old(self) -> None:
-        """Raise StaleTableError if a table of a form that is no longer read lies where this one does, or would."""
-        if (old := self._find_old()) is not None:
+        """Raise StaleTableError if a table of an old form lies where this one does, or would, and is not being deleted."""
+        old = self._find_old()
+        if old is not None and not old[0].deletion_begun():
             raise StaleTableError(_explain_old(*old))
 
     def _find_old(self) -> "tuple[Table, Manifest] | None":
