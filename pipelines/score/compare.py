@@ -1,4 +1,4 @@
-"""Compare what each selection policy would choose from a table of scores, before anything is extracted or trained.
+"""Compare what each selection policy would choose from the captioners' scores, before anything is extracted or trained.
 
 No caption is drawn: the figures are the expected ones of the policies' probabilities. Memory does not grow with the table.
 """
