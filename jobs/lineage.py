@@ -14,7 +14,7 @@ class LineageConfig:
 
     Args:
         dataset_uri: the folder (any fsspec URI) that holds the dataset's tables.
-        max_shards: read at most this many shards of each table of scores.
+        max_shards: read at most this many shards of the scores of each CLIP.
     """
 
     dataset_uri: str

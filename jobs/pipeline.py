@@ -52,10 +52,12 @@ class StagesJob(JobConfig):
             raise ValueError(f"captioners={names}: {sorted(repeated)} name a table more than once")
         if self.train.data.clip not in (None, self.scorer.name):
             raise ValueError(f"train.data.clip={self.train.data.clip} is not scorer.name={self.scorer.name}")
-        if unscored := set(self.train.data.captioners) - set(self.scorer.captioners) if self.train.data.clip else set():
-            raise ValueError(f"train.data.captioners names {sorted(unscored)}, which scorer.captioners does not")
         extracted = Table(self.dataset_uri, self.extract.path, LATENTS)
-        if extracted.uri not in [source.table.uri for source in self.train.sources(self.dataset_uri)]:
+        own = [source for source in self.train.sources(self.dataset_uri) if source.table.dataset_uri == self.dataset_uri]
+        competing = {captioner for source in own for captioner in source.captioners}
+        if unscored := competing - set(self.scorer.captioners) if self.train.data.clip else set():
+            raise ValueError(f"captioners {sorted(unscored)} compete in train, and scorer.captioners does not name them")
+        if extracted.uri not in [source.table.uri for source in own]:
             raise ValueError(f"train.latents={self.train.latents} is not what extract makes, {self.extract.path}")
 
 

@@ -11,6 +11,8 @@ from jobs.common.stage_job import track_stage
 from pipelines.score.config import ScorerConfig, SelectionConfig
 from pipelines.stages.contract import StageResult
 from pipelines.tables.captions import captions_table
+from pipelines.tables.schema import SCORES, scores_path
+from pipelines.tables.table import Table
 
 if TYPE_CHECKING:
     from pipelines.workers.models import FoundModel
@@ -39,6 +41,8 @@ def run(job: ScoreJob) -> list[StageResult]:
     scorer = job.scorer
     for captioner in scorer.captioners:
         captions_table(job.dataset_uri, captioner).require()  # before hours go into the images
+        if job.on_stale == "refuse":
+            Table(job.dataset_uri, scores_path(scorer.name, captioner), SCORES).refuse_old()
     model = find_model(scorer.model, scorer.revision)
     embedded = embed_images.run_embedding(job, scorer.clip, model)
     return [embedded, *(_score(job, captioner, model) for captioner in scorer.captioners)]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.common.job import run_command
 from jobs.common.status_line import StatusLine
 from jobs.common.text_table import format_table
-from pipelines.score.config import POLICIES, Policy, SelectionConfig
+from pipelines.score.config import POLICIES, Policy, SelectionConfig, check_captioners, check_proportions
 from pipelines.tables.schema import ORIGINAL_CAPTIONER, SCORES, scores_path
 from pipelines.tables.table import Table, absolute_uri
 
@@ -55,6 +55,8 @@ class SelectConfig:
     html: str | None = None
 
     def __post_init__(self) -> None:
+        if self.captioners:
+            check_captioners(self.captioners)
         if self.max_shards is not None and self.max_shards < 1:
             raise ValueError(f"max_shards={self.max_shards} must be at least 1")
         for captioner, share in self.proportions.items():
@@ -67,6 +69,7 @@ class SelectConfig:
 
     def selection(self, captioners: Sequence[str]) -> SelectionConfig:
         """The settings of all policies; those that are not given are the defaults. Raises ValueError for what is wrong."""
+        check_proportions(self.proportions, captioners)
         policy = (self.policies or [DEFAULT.policy])[0]
         equal = dict.fromkeys(captioners, 1.0) if policy == "proportions" else {}
         return SelectionConfig(
@@ -138,7 +141,7 @@ def describe(clip: str, comparison: "Comparison", scope: "Scope", policies: Sequ
     columns = ["policy", *captioners, "expected score", "entropy (nats)", "dropped"]
     return "\n\n".join(
         [
-            head,
+            head + (f"\n{scope.lacking}" if scope.lacking else ""),
             format_table(["captioner", "captions", "mean score"], rows),
             format_table(columns, table),
             "  captioners: share of the kept images that train on their caption; dropped: images without a chosen caption",
@@ -148,6 +151,7 @@ def describe(clip: str, comparison: "Comparison", scope: "Scope", policies: Sequ
 
 def to_json(comparison: "Comparison", scope: "Scope", policies: Sequence[Policy]) -> dict[str, Any]:
     content = asdict(comparison) | {"num_shards": len(scope.shards), "total_shards": scope.total_shards}
+    content |= {"lacking": scope.lacking or None}
     return content | {"policies": {name: content["policies"][name] for name in policies}}
 
 

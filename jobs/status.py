@@ -58,7 +58,7 @@ def describe(status: DatasetStatus) -> str:
 
 
 def _describe_table(table: TableStatus, width: int) -> list[str]:
-    path = table.path if len(table.path) <= width else table.path[: width - 1] + "…"
+    path = table.path if len(table.path) <= width else "…" + table.path[1 - width :]  # the end tells tables apart
     shards = f"{table.num_shards}/{'?' if table.missing is None else table.num_shards + len(table.missing)}"
     rows, rejects = ("?" if count is None else f"{count:,}" for count in (table.num_rows, table.num_rejects))
     size, short = format_bytes(table.num_bytes), table.fingerprint[:SHORT]

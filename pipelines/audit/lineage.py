@@ -71,7 +71,7 @@ def make_lineage(dataset_uri: str, *, max_shards: int) -> Lineage:
     status = dataset_status(dataset_uri, count_rows=True)
     manifests = {found.path: found.manifest for found in find_tables(dataset_uri) if found.manifest is not None}
     trainings = dict(find_trainings(dataset_uri))
-    selection, chosen_by = _selection(trainings)
+    selection, competing, chosen_by = _selection(trainings)
     scored = [table.path.split("/") for table in status.tables if table.path.startswith("scores/")]
     clips = {clip for _, clip, *captioner in scored if captioner}  # a table of the old form has no captioner in its path
     return Lineage(
@@ -79,8 +79,8 @@ def make_lineage(dataset_uri: str, *, max_shards: int) -> Lineage:
         made=datetime.now(UTC).isoformat(timespec="seconds"),
         sources=[_describe_source(dataset_uri, manifests[IMAGES_PATH])] if IMAGES_PATH in manifests else [],
         stages=[_describe_stage(table, manifests.get(table.path)) for table in status.tables],
-        selection={"of": chosen_by, **asdict(selection)},
-        scores={f"scores/{clip}": _scores(dataset_uri, clip, selection, max_shards) for clip in sorted(clips)},
+        selection={"of": chosen_by, **asdict(selection)} | ({"captioners": competing} if competing else {}),
+        scores={f"scores/{clip}": _scores(dataset_uri, clip, selection, competing, max_shards) for clip in sorted(clips)},
         trainings=_describe_trainings(status, trainings),
         software=software_versions(),
     )
@@ -118,31 +118,46 @@ def _describe_stage(table: TableStatus, manifest: Manifest | None) -> dict[str, 
     }
 
 
-def _selection(trainings: dict[str, dict[str, Any]]) -> tuple[SelectionConfig, str]:
-    """The selection policy of the dataset's training (the last by name), or the default policy; and whose policy it is."""
+def _selection(trainings: dict[str, dict[str, Any]]) -> tuple[SelectionConfig, list[str], str]:
+    """The selection policy of the dataset's training (the last by name), or the default policy; the captioners that compete
+    in that training, none for all; and whose policy it is."""
     for name, record in sorted(trainings.items(), reverse=True):
-        settings = record["config"].get("data", {}).get("selection")
-        if settings:
-            return SelectionConfig(**settings), f"the training {name!r}"
-    return SelectionConfig(), "the default configuration"
+        data, latents = record["config"].get("data", {}), record["config"].get("latents", "")
+        if settings := data.get("selection"):
+            lists = [data.get("captioners"), *(entry.get("captioners") for entry in latents if isinstance(entry, dict))]
+            competing = dict.fromkeys(captioner for names in lists for captioner in names or [])
+            return SelectionConfig(**settings), list(competing), f"the training {name!r}"
+    return SelectionConfig(), [], "the default configuration"
 
 
-def _scores(dataset_uri: str, clip: str, selection: SelectionConfig, max_shards: int) -> dict[str, Any]:
+def _scores(
+    dataset_uri: str, clip: str, selection: SelectionConfig, competing: Sequence[str], max_shards: int
+) -> dict[str, Any]:
     candidates = Candidates(dataset_uri, scored_captioners(dataset_uri, clip), clip)
-    shards = candidates.list_scored()
-    chosen = [shards[index] for index in spread(len(shards), max_shards)]
+    found = candidates.find_scored()
+    chosen = [found.common[index] for index in spread(len(found.common), max_shards)]
     contests = [contest for shard in chosen for contest in candidates.read_scored(shard).values()]
-    read = f"{len(contests):,} images of {len(chosen):,} of {len(shards):,} shards were read"
-    return {"read": read, "captioners": [asdict(share) for share in captioner_shares(contests, selection)]}
+    read = f"{len(contests):,} images of {len(chosen):,} of {found.total:,} shards were read"
+    if lacking := found.explain():
+        read += f"; {lacking}"
+    return {"read": read, "captioners": [asdict(share) for share in captioner_shares(contests, selection, competing)]}
 
 
-def captioner_shares(contests: Iterable[Sequence[Caption]], selection: SelectionConfig) -> list[CaptionerShare]:
-    """The shares of all captioners, by name, from the captions that compete for each image."""
+def captioner_shares(
+    contests: Iterable[Sequence[Caption]], selection: SelectionConfig, competing: Sequence[str] = ()
+) -> list[CaptionerShare]:
+    """The shares of all captioners, by name, from the scored captions of each image.
+
+    Args:
+        competing: the captioners among whom the policy selects; empty: all.
+    """
     scores: dict[str, list[float]] = defaultdict(list)
     chances: dict[str, float] = defaultdict(float)
     for contest in contests:
-        for caption, chance in zip(contest, caption_probabilities(contest, selection), strict=True):
+        for caption in contest:
             scores[caption["captioner"]].append(caption["clip_score"])
+        rivals = [caption for caption in contest if not competing or caption["captioner"] in competing]
+        for caption, chance in zip(rivals, caption_probabilities(rivals, selection), strict=True):
             chances[caption["captioner"]] += chance
     total = sum(chances.values()) or 1.0
     return [

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from pipelines.stages.contract import Resources
+from pipelines.tables.schema import ORIGINAL_CAPTIONER, check_folder_name
 
 DEFAULT_PROMPT = "Describe the image."
 ORIGINAL = "{caption}"
@@ -221,8 +222,9 @@ class CaptionerConfig:
     def __post_init__(self) -> None:
         if not self.prompt.strip():
             raise ValueError(f"captioner {self.name!r}: prompt={self.prompt!r} is empty; say what to describe")
-        if not self.name or "/" in self.name or self.name[0] in "._":
-            raise ValueError(f"captioner name {self.name!r} must be a plain folder name, such as 'llava'")
+        check_folder_name("name", self.name)
+        if self.name == ORIGINAL_CAPTIONER:
+            raise ValueError(f"name={self.name!r} is the name of the captions that came with the images: give another")
         if self.batch_size < 1 or self.max_image_size < 1 or (self.context_length is not None and self.context_length < 2):
             raise ValueError(
                 f"captioner {self.name!r}: batch_size={self.batch_size} and max_image_size={self.max_image_size} must be at "

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from PIL import Image
 
 from pipelines.stages.contract import Resources
-from pipelines.tables.schema import latents_path
+from pipelines.tables.schema import check_folder_name, latents_path
 from sana_model.nn.config import NVLABS_PROMPTS, TextEncoderConfig
 
 Dtype = Literal["float16", "bfloat16"]
@@ -59,6 +59,7 @@ class ExtractConfig:
     max_reject_share: float = 0.1
 
     def __post_init__(self) -> None:
+        check_folder_name("name", self.name)
         if self.batch_size < 1 or self.check_rows < 0:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1, and check_rows={self.check_rows} at least 0")
         if self.resolution < 1:
@@ -121,5 +122,6 @@ class EmbedConfig:
     max_reject_share: float = 0.01
 
     def __post_init__(self) -> None:
+        check_folder_name("name", self.name)
         if not self.captioners or len(set(self.captioners)) < len(self.captioners):
             raise ValueError(f"captioners={list(self.captioners)} must name at least one, and each once")

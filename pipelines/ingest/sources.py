@@ -195,7 +195,9 @@ def holds_images(kind: pa.DataType) -> bool:
 
 
 def holds_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if pa.types.is_dictionary(kind):  # a column of categories, as pandas writes it
+        kind = kind.value_type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def holds_captions(kind: pa.DataType) -> bool:
@@ -205,7 +207,8 @@ def holds_captions(kind: pa.DataType) -> bool:
 
 
 def is_binary(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+    any_length = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+    return any_length or pa.types.is_fixed_size_binary(kind)
 
 
 def _list_files(root: str, name: str | None, exclude: str | None) -> dict[str, int]:

@@ -72,7 +72,7 @@ def table_page(
 
 
 def caption_texts(row: Row) -> list[str | None]:
-    """The texts of the captions that compete in a row of scores or latents."""
+    """The texts of the captions that compete for an image."""
     return [entry["caption"] for entry in row["captions"]]
 
 

@@ -79,13 +79,15 @@ def scores_report(
 
 def _read_contests(candidates: Candidates, sample: ReportScope) -> tuple[dict[str, list[Caption]], str]:
     """The scored captions of each image of some shards by id, and a sentence that says how much was read."""
-    shards = candidates.list_scored()
+    found = candidates.find_scored()
+    shards = found.common
     chosen = [shards[index] for index in spread(len(shards), sample.max_shards)]
     contests: dict[str, list[Caption]] = {}
     for shard in chosen:
         contests |= candidates.read_scored(shard)
-    part = "all" if len(chosen) == len(shards) else f"{len(chosen):,} of"
-    return contests, f"{len(contests):,} images with scores, of {part} {len(shards):,} shards"
+    part = "all" if len(chosen) == found.total else f"{len(chosen):,} of"
+    scope = f"{len(contests):,} images with scores, of {part} {found.total:,} shards"
+    return contests, f"{scope}; {lacking}" if (lacking := found.explain()) else scope
 
 
 def _sample_images(table: Table, candidates: Candidates, sample: ReportScope) -> list[tuple[str, Row]]:

@@ -17,6 +17,28 @@ from pipelines.tables.table import Table
 
 
 @dataclass(frozen=True)
+class ScoredShards:
+    """The shards that captioners' scores can be compared in.
+
+    Args:
+        common: those that every captioner's scores have.
+        total: how many shards any captioner's scores have.
+        lacking: how many shards a captioner's scores have, of each that lacks some.
+    """
+
+    common: list[str]
+    total: int
+    lacking: dict[str, int]
+
+    def explain(self) -> str:
+        """A sentence that says which captioners lack shards; empty if none does."""
+        if not self.lacking:
+            return ""
+        told = ", ".join(f"{name} has scores for {count:,} of {self.total:,} shards" for name, count in self.lacking.items())
+        return f"{told}: only shards that all captioners have are compared"
+
+
+@dataclass(frozen=True)
 class Candidates:
     """The captions that compete for the images of a dataset.
 
@@ -50,12 +72,20 @@ class Candidates:
                         found.setdefault(row_id, []).append(entry)
         return found
 
+    def find_scored(self) -> ScoredShards:
+        """The shards that every captioner's scores have, and which captioners lack some. Raises MissingTableError."""
+        tables = {captioner: self._scores(captioner) for captioner in self.captioners}
+        for table in tables.values():
+            table.require()
+        found = {captioner: set(table.list_shards()) for captioner, table in tables.items()}
+        any_has = set().union(*found.values())
+        common = sorted(any_has.intersection(*found.values()))
+        lacking = {captioner: len(shards) for captioner, shards in found.items() if len(shards) < len(any_has)}
+        return ScoredShards(common, len(any_has), lacking)
+
     def list_scored(self) -> list[str]:
         """The shards that every captioner's scores have. Raises MissingTableError."""
-        tables = [self._scores(captioner) for captioner in self.captioners]
-        for table in tables:
-            table.require()
-        return sorted(set.intersection(*(set(table.list_shards()) for table in tables))) if tables else []
+        return self.find_scored().common
 
     def read_scored(self, shard: str) -> dict[str, list[Caption]]:
         """As `read`, without the texts: only scores are read."""

@@ -98,7 +98,10 @@ class CaptionScorer:
     def process(self, table: pa.Table) -> ShardOutput:
         """A score for each caption, or a reject; figures: captions, and how many of them were long."""
         embedded = table["embedding"].is_valid()
-        unseen = RowRefused("no_embedding", f"the CLIP refused the image: see {image_embeds_path(self.config.name)}")
+        path = image_embeds_path(self.config.name)
+        unseen = RowRefused(
+            "no_embedding", f"{path} lacks the image: the CLIP refused it (see the rejects), or `images` has no such image"
+        )
         rejects = [reject({"id": row_id}, unseen) for row_id in table["id"].filter(pc.invert(embedded)).to_pylist()]
         rows: list[Row] = []
         self.num_long = 0

@@ -1,4 +1,4 @@
-"""Compare what each selection policy would choose from a table of scores, before anything is extracted or trained.
+"""Compare what each selection policy would choose from the captioners' scores, before anything is extracted or trained.
 
 No caption is drawn: the figures are the expected ones of the policies' probabilities. Memory does not grow with the table.
 """
@@ -105,10 +105,16 @@ def _figures(sums: _Sums, config: SelectionConfig, num_images: int) -> PolicyFig
 
 @dataclass(frozen=True, kw_only=True)
 class Scope:
-    """The shards of a table that are read: all, or `max_shards` of them, spread evenly."""
+    """The shards that are read: all that every captioner's scores have, or `max_shards` of them, spread evenly.
+
+    Args:
+        total_shards: how many shards any captioner's scores have.
+        lacking: a sentence on captioners whose scores lack some of these; empty if there are none.
+    """
 
     shards: list[str]
     total_shards: int
+    lacking: str = ""
 
 
 def compare_table(
@@ -130,7 +136,8 @@ def compare_table(
         MissingTableError: a captioner has no such table.
     """
     candidates = Candidates(dataset_uri, tuple(captioners), clip)
-    shards = candidates.list_scored()
+    found = candidates.find_scored()
+    shards = found.common
     chosen = [shards[index] for index in spread(len(shards), len(shards) if max_shards is None else max_shards)]
 
     def rows() -> Iterator[list[Caption]]:
@@ -139,4 +146,4 @@ def compare_table(
             on_shard(index + 1, len(chosen))
 
     comparison = compare_policies(rows(), all_policies(selection, captioners))
-    return comparison, Scope(shards=chosen, total_shards=len(shards))
+    return comparison, Scope(shards=chosen, total_shards=found.total, lacking=found.explain())

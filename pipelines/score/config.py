@@ -1,16 +1,31 @@
 """Configuration of scoring: the CLIP, caption and image scorers, near duplicates, and the policies that select."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal, get_args
 
 from pipelines.stages.contract import Resources
-from pipelines.tables.schema import ORIGINAL_CAPTIONER
+from pipelines.tables.schema import ORIGINAL_CAPTIONER, check_folder_name
 
 NEAR_DUPLICATES = "near_duplicates"  # names of the tables under image_scores/, by hash and by embedding
 SEMANTIC_DUPLICATES = "semantic_duplicates"
 Policy = Literal["paper", "published", "best", "random", "proportions"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
+
+
+def check_captioners(captioners: Sequence[str]) -> None:
+    """Raise ValueError if nobody is named, or somebody twice."""
+    if not captioners:
+        raise ValueError(f"captioners=[] names nobody: give tables under captions/, or {ORIGINAL_CAPTIONER!r}")
+    if len(set(captioners)) < len(captioners):
+        raise ValueError(f"captioners={list(captioners)} must differ from each other")
+
+
+def check_proportions(proportions: Mapping[str, float], captioners: Sequence[str]) -> None:
+    """Raise ValueError if somebody has a share who is not among the captioners that compete."""
+    if unknown := sorted({name for name, share in proportions.items() if share}.difference(captioners)):
+        raise ValueError(f"proportions gives a share to {', '.join(unknown)}, and only {', '.join(captioners)} compete")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +105,9 @@ class ClipConfig:
     resources: Resources = field(default_factory=Resources)
     max_reject_share: float = 0.1
 
+    def __post_init__(self) -> None:
+        check_folder_name("name", self.name)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScorerConfig(ClipConfig):
@@ -110,10 +128,8 @@ class ScorerConfig(ClipConfig):
     long_captions: Literal["cut", "chunks"] = "cut"
 
     def __post_init__(self) -> None:
-        if not self.captioners:
-            raise ValueError(f"captioners=[] names nobody: give tables under captions/, or {ORIGINAL_CAPTIONER!r}")
-        if len(set(self.captioners)) < len(self.captioners):
-            raise ValueError(f"captioners={list(self.captioners)} must differ from each other")
+        super().__post_init__()
+        check_captioners(self.captioners)
 
     @property
     def clip(self) -> ClipConfig:
@@ -160,6 +176,7 @@ class ImageScorerConfig:
     max_reject_share: float = 0.1
 
     def __post_init__(self) -> None:
+        check_folder_name("name", self.name)
         if self.name in (NEAR_DUPLICATES, SEMANTIC_DUPLICATES):
             raise ValueError(f"name={self.name!r} is taken by the stage that finds near duplicates")
         given = tuple(getattr(self, name) is not None for name in ("model", "label", "clip", "head"))

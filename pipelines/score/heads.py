@@ -33,9 +33,11 @@ class Head:
         """Read a .pth or .safetensors file: a path, an hf:// or an fsspec URI. Raises ValueError if it holds no such layers."""
         weights = read_weights_file(resolve(address))
         numbers = sorted(int(name.split(".")[1]) for name in weights if re.fullmatch(r"layers\.\d+\.weight", name))
-        if not numbers or len(weights[f"layers.{numbers[-1]}.weight"]) != 1:
+        has_biases = all(f"layers.{n}.bias" in weights for n in numbers)
+        if not numbers or not has_biases or len(weights[f"layers.{numbers[-1]}.weight"]) != 1:
             raise ValueError(
-                f"{address} is no head: it needs layers.<n>.weight, the last of one row; it holds {', '.join(weights)}"
+                f"{address} is no head: it needs layers.<n>.weight and layers.<n>.bias, the last weight of one row; "
+                f"it holds {', '.join(weights)}"
             )
         return cls([(weights[f"layers.{n}.weight"].float(), weights[f"layers.{n}.bias"].float()) for n in numbers])
 

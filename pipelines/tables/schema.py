@@ -98,6 +98,12 @@ def image_embeds_schema(width: int) -> pa.Schema:
     )
 
 
+def check_folder_name(setting: str, name: str) -> None:
+    """Raise ValueError if a name cannot be that of a folder of the tables below."""
+    if not name or "/" in name or name[0] in "._":
+        raise ValueError(f"{setting}={name!r} must be a plain folder name, such as 'llava-1.5'")
+
+
 def image_embeds_path(clip: str) -> str:
     return f"image_embeds/{clip}"
 

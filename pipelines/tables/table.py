@@ -86,8 +86,11 @@ class Table:
         return [name.removesuffix(".parquet") for name in names if name.endswith(".parquet") and name[0] not in "._"]
 
     def list_files(self) -> dict[str, int]:
-        """Name and size in bytes of each file in the table's folder. Folders in it are other tables: see `_outer`."""
-        return {name: size for name, size in find_files(self.uri).items() if "/" not in name}
+        """Path and size in bytes of each file in the table's folder, and in folders there whose names begin with "." or "_".
+
+        Other folders there are other tables: see `_outer`.
+        """
+        return {name: size for name, size in find_files(self.uri).items() if "/" not in name or name[0] in "._"}
 
     def read_shard(self, shard: str, columns: list[str] | None = None) -> pa.Table:
         """Read all rows of a shard; from an object store only the parts with these columns are fetched, or a small file whole.
@@ -168,12 +171,17 @@ class Table:
 
     def require(self) -> Manifest:
         """The manifest of a stage's input. Raises MissingTableError; StaleTableError if the table is of an old form."""
-        if (old := self._find_old()) is not None:
-            raise StaleTableError(_explain_old(*old))
+        self.refuse_old()
         manifest = self.read_manifest()
         if manifest is None:
             raise MissingTableError(f"there is no table {self.path!r} in {self.dataset_uri}{self._explain_missing()}")
         return manifest
+
+    def refuse_old(self) -> None:
+        """Raise StaleTableError if a table of an old form lies where this one does, or would, and is not being deleted."""
+        old = self._find_old()
+        if old is not None and not old[0].deletion_begun():
+            raise StaleTableError(_explain_old(*old))
 
     def _find_old(self) -> "tuple[Table, Manifest] | None":
         """A table of a form that is no longer read: this one, or one in the folder above it."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from pipelines.score.config import check_proportions
 from pipelines.train.engine.config import EmaConfig, EngineConfig, LoraConfig, OptimConfig
 from pipelines.train.stream.config import FlowConfig, StreamConfig, ValidationConfig, WeightedTable
 from pipelines.train.stream.mixture import Source, find_sources, validation_sources
@@ -168,7 +169,10 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self.sources("")  # raises ValueError if `latents` is wrong
+        sources = self.sources("")  # raises ValueError if `latents` is wrong
+        if self.data.selection.policy == "proportions":
+            competing = dict.fromkeys(captioner for source in sources for captioner in source.captioners)
+            check_proportions(self.data.selection.proportions, list(competing))
         self.optim.check_sharding(self.engine.zero_stage)
         if self.lora is not None and self.engine.zero_stage == 3:
             raise ValueError(

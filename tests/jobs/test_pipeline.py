@@ -15,6 +15,7 @@ from jobs.common.exit_codes import ExitCode, exit_code
 from jobs.pipeline import PipelineJob
 from pipelines.storage.errors import LeaseHeldError, StorageError
 from pipelines.tables.errors import MissingTableError, StageError, StaleTableError, TooManyRejectsError, TrainingError
+from pipelines.train.stream.config import WeightedTable
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,8 +41,11 @@ def test_stages_that_do_not_fit_together_are_refused(config: Path) -> None:
         replace(job, extract=replace(job.extract, name="other"))
     with pytest.raises(ValueError, match=r"train\.data\.clip=clip is not scorer\.name=siglip"):
         replace(job, scorer=replace(job.scorer, name="siglip"))
-    with pytest.raises(ValueError, match=r"train\.data\.captioners names \['llava'\], which scorer\.captioners does not"):
+    with pytest.raises(ValueError, match=r"\['llava'\] compete in train, and scorer\.captioners does not name them"):
         replace(job, scorer=replace(job.scorer, captioners=("original", "llava-next")))
+    table = WeightedTable(latents=job.extract.path, captioners=("late",))
+    with pytest.raises(ValueError, match=r"\['late'\] compete in train"):
+        replace(job, train=replace(job.train, latents=[table]))
     with pytest.raises(ValueError, match=r"\['llava'\] name a table more than once"):
         replace(job, captioners=[job.captioners[0], job.captioners[0]])
 

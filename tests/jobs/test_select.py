@@ -8,6 +8,9 @@ import ray
 
 from jobs import select
 from pipelines.score.config import POLICIES
+from pipelines.tables.schema import SCORES as SCORES_SCHEMA
+from pipelines.tables.schema import scores_path
+from pipelines.tables.table import Table
 from tests.support.contests import write_contest
 
 SCORES = {"x": {"original": 24.0, "llava": 30.0, "qwen": 27.0}, "y": {"llava": 20.0, "qwen": 21.0}}
@@ -49,6 +52,15 @@ def test_json_and_proportions(dataset: str, capsys: pytest.CaptureFixture[str]) 
     assert equal == pytest.approx({"original": 1 / 6, "llava": 5 / 12, "qwen": 5 / 12})
 
 
+def test_a_captioner_whose_scores_are_not_all_there_yet_is_told(dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for captioner in ("original", "llava"):
+        table = Table(dataset, scores_path("clip", captioner), SCORES_SCHEMA)
+        table.write_shard("00001", table.read_shard("00000"))
+    assert select.main(["--dataset_uri", dataset, "--clip", "clip"]) == 0
+    told = "scores/clip: 2 images in 1 of 2 shards\nqwen has scores for 1 of 2 shards"
+    assert told in capsys.readouterr().out
+
+
 def test_the_page(dataset: str, tmp_path: Path) -> None:
     page = tmp_path / "pages" / "policies.html"
     assert select.main(["--dataset_uri", dataset, "--clip", "clip", "--policies", "[paper]", "--html", str(page)]) == 0
@@ -66,8 +78,11 @@ def test_what_is_wrong_is_said_in_one_line(dataset: str, capsys: pytest.CaptureF
     assert "nowhere, where nothing is: is this the dataset? (jobs.ingest begins one)" in capsys.readouterr().err
     assert select.main(["--dataset_uri", dataset, "--clip", "clip", "--tau", "0"]) == 1
     assert "tau=0.0 must be positive" in capsys.readouterr().err
+    assert select.main(["--dataset_uri", dataset, "--clip", "clip", "--proportions.lava", "1"]) == 1
+    assert "proportions gives a share to lava, and only original, llava, qwen compete" in capsys.readouterr().err
     for arguments in (
         ["--proportions", "llava"],
+        ["--captioners", "[llava, llava]"],
         ["--proportions.llava", "-1"],
         ["--max_shards", "0"],
         ["--policies", "[worst]"],

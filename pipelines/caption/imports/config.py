@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from pipelines.ingest.config import CAPTION_KEYS
-from pipelines.tables.schema import ORIGINAL_CAPTIONER
+from pipelines.tables.schema import ORIGINAL_CAPTIONER, check_folder_name
 
 Match = Literal["auto", "id", "url", "file_name"]
 
@@ -50,9 +50,7 @@ class ImportConfig:
 
     def __post_init__(self) -> None:
         for setting in ("name", "clip"):
-            value = getattr(self, setting)
-            if not value or "/" in value or value[0] in "._":
-                raise ValueError(f"{setting}={value!r} must be a plain folder name, such as 'InternVL2-26B'")
+            check_folder_name(setting, getattr(self, setting))
         if self.name == ORIGINAL_CAPTIONER:
             raise ValueError(f"name={self.name!r} is the name of the captions that came with the images: give another")
         if not self.sources or not all(self.sources):

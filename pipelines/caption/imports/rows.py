@@ -30,6 +30,7 @@ from sana_model.files.retry import is_transient
 ID_NAMES = ("id", "image_id", "sha256")
 SCORE_NAMES = ("clip_score", "clipscore", "similarity")
 PARQUET_BATCH = 1000
+TOO_LARGE = 1e30  # for a score: the table's float32 holds less, whatever its scale
 FILES_AHEAD = 256
 """JSON files that are read at a time: they may be as many as images, and as small as a caption."""
 READ_ERRORS = (OSError, EOFError, ValueError, RecursionError, zlib.error, csv.Error, pa.ArrowException)
@@ -280,8 +281,8 @@ def _parse_score(entry: Entry, value: Any) -> tuple[float | None, Fault | None]:
         score = float(value)
     except (TypeError, ValueError):
         score = math.nan
-    if not math.isfinite(score):
-        return None, Fault(entry.place, entry.key, "bad_score", f"{value!r} is no number"[:1000])
+    if not abs(score) < TOO_LARGE:
+        return None, Fault(entry.place, entry.key, "bad_score", f"{value!r} is no score"[:1000])
     return score, None
 
 

@@ -4,8 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from pipelines.score.config import ImageFilter, SelectionConfig
-from pipelines.tables.schema import ORIGINAL_CAPTIONER
+from pipelines.score.config import ImageFilter, SelectionConfig, check_captioners
 
 UNIT = 1_000_000
 """Weights of tables are counted in whole millionths of a draw, so that rounding errors never add up over the epochs."""
@@ -122,11 +121,3 @@ class WeightedTable:
             check_captioners(self.captioners)
         if not 1 / UNIT <= self.weight < math.inf:
             raise ValueError(f"weight={self.weight} of {self.latents} must be a positive number: draws of a sample in an epoch")
-
-
-def check_captioners(captioners: tuple[str, ...]) -> None:
-    """Raise ValueError if nobody is named, or somebody twice."""
-    if not captioners:
-        raise ValueError(f"captioners=[] names nobody: give tables under captions/, or {ORIGINAL_CAPTIONER!r}")
-    if len(set(captioners)) < len(captioners):
-        raise ValueError(f"captioners={list(captioners)} must differ from each other")

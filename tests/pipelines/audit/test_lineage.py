@@ -45,6 +45,21 @@ def test_the_card_of_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert training["ended"] and training["models"] == {"init": "sha256:i"} and training["result"] == result
 
 
+def test_a_captioner_that_came_after_the_training_has_no_share_in_it(tmp_path: Path) -> None:
+    make_dataset(str(tmp_path))
+    data = {"selection": asdict(SelectionConfig(policy="random")), "captioners": ["a"]}
+    identity = Identity("train", {"num_steps": 9, "data": data, "latents": "latents/ae-64"}, {}, {})
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/training.json").write_text(json.dumps({"fingerprint": "f", **asdict(identity), "result": None}))
+    card = make_lineage(str(tmp_path), max_shards=64)
+    shares = {
+        share["captioner"]: (share["num_captions"], share["selected_share"])
+        for share in card.scores["scores/clip"]["captioners"]
+    }
+    assert shares == {"a": (39, 1.0), "b": (38, 0.0)}
+    assert "(policy random, " in to_markdown(card) and "captioners ['a'])" in to_markdown(card)
+
+
 def test_the_page_for_people_is_whole_markdown(tmp_path: Path) -> None:
     make_dataset(str(tmp_path))
     page = to_markdown(make_lineage(str(tmp_path), max_shards=64))

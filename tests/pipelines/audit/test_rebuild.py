@@ -245,6 +245,7 @@ def test_tables_of_an_old_form_are_refused_and_rebuilding_puts_the_new_ones_in_t
         with pytest.raises(StaleTableError, match=rf"{path} is of form 1.* jobs\.{maker} make it anew with --on_stale rebuild"):
             run(jobs, path)
     assert scores.list_shards() == ["00000"] and before.items() <= files(tmp_path).items()
+    assert not (tmp_path / "data/image_embeds").exists()  # no image is embedded before the scores are refused
     results = [result for path in jobs for result in run(jobs, path, on_stale="rebuild")]
     assert [result.num_rows for result in results[-4:]] == [6, 6, 6, 6]
     assert scores.list_shards() == scores.rejects().list_shards() == [] and stale(tmp_path) == set()
@@ -306,6 +307,16 @@ def test_a_table_that_is_being_read_or_written_is_not_deleted(tmp_path: Path) ->
         delete_table(tables["latents/ae-64"])
     assert files(tmp_path) == {path: stamp for path, stamp in before.items() if "latents" not in str(path)}
     assert not Path(tables["captions/a"].uri, REBUILD).exists()
+
+
+def test_what_a_stage_keeps_in_its_table_goes_too_and_a_table_in_it_stays(tmp_path: Path) -> None:
+    images = make_dataset(str(tmp_path))["images"]
+    for path in ("images/_lists", "rejects/images/_notes", "images/other"):
+        (tmp_path / path).mkdir()
+        (tmp_path / path / "0-00000.parquet").write_bytes(b"copied")
+    delete_table(images)
+    left = [file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*images*/**/*.parquet")]
+    assert left == ["images/other/0-00000.parquet"]
 
 
 def test_on_s3_only_the_table_goes_and_none_whose_name_begins_alike(bucket_uri: str) -> None:

@@ -169,6 +169,7 @@ def test_the_page_fits_and_names_what_matters(tmp_path: Path, capsys: pytest.Cap
     assert max(map(len, lines)) <= job.WIDTH
     page = "\n".join(lines)
     assert any(line.startswith("images") and "2/2" in line and "40" in line and line.endswith("complete") for line in lines)
+    assert any(line.startswith("…") and "captioner-x " in line for line in lines)
     assert any("1 missing" in line and "1/2" in line for line in lines)
     assert any(line.startswith("scores/clip/a") and line.endswith("STALE") for line in lines)
     assert "stale: captions/a was made anew" in page and "rejects: truncated 2" in page

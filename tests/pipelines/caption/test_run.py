@@ -97,8 +97,10 @@ def test_sampling_draws_the_same_again(scenes: pa.Table) -> None:
 def test_settings_that_make_no_sense() -> None:
     with pytest.raises(ValueError, match="prompt='  ' is empty"):
         replace(CONFIG, prompt="  ")
-    with pytest.raises(ValueError, match="captioner name 'a/b'"):
+    with pytest.raises(ValueError, match="name='a/b' must be a plain folder name"):
         replace(CONFIG, name="a/b")
+    with pytest.raises(ValueError, match="name='original' is the name of the captions that came with the images"):
+        replace(CONFIG, name="original")
     with pytest.raises(ValueError, match="temperature must be >= 0"):
         SamplingConfig(temperature=-1)
 

@@ -191,9 +191,10 @@ def test_parquet(tmp_path, column, caption):
     contents = [IMAGE + bytes([index]) for index in range(10)]
     contents[4] = None
     images = huggingface_images(contents) if column == "image" else pa.array(contents, pa.binary())
+    texts = pa.array([f" {i} " for i in range(10)])
     columns = {
         "thumbnail": pa.array([b"other bytes"] * 10),
-        caption: [f" {i} " for i in range(10)],
+        caption: {"caption": texts.dictionary_encode(), "txt": texts.cast(pa.string_view())}.get(caption, texts),
         column: images,
         "width": range(10),
     }

@@ -65,7 +65,10 @@ def test_scores_alone_are_those_of_the_join_in_the_shards_that_every_captioner_h
         table = Table(uri, scores_path("clip", captioner), SCORES)
         table.write_shard("00001", table.read_shard("00000"))
     assert candidates.list_scored() == ["00000"]
-    assert Candidates(uri, ("original", "a"), "clip").list_scored() == ["00000", "00001"]
+    told = candidates.find_scored().explain()
+    assert told == "b has scores for 1 of 2 shards: only shards that all captioners have are compared"
+    both = Candidates(uri, ("original", "a"), "clip").find_scored()
+    assert both.common == ["00000", "00001"] and both.explain() == ""
     with pytest.raises(MissingTableError, match=r"no table 'scores/clip/c' .* which has scores/clip/a, scores/clip/b"):
         Candidates(uri, ("a", "c"), "clip").list_scored()
 

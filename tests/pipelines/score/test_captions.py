@@ -127,7 +127,7 @@ def test_what_has_no_embedding_and_scores_that_are_no_number_cost_their_rows_onl
     assert [row["id"] for row in rows] == ["id0", "id3"] and figures["captions"] == 4
     assert sorted((row["id"], row["reject_reason"]) for row in rejects) == [("id1", "bad_score"), ("id2", "no_embedding")]
     refused = next(row for row in rejects if row["id"] == "id2")
-    assert refused["detail"] == "the CLIP refused the image: see image_embeds/clip"
+    assert refused["detail"].startswith("image_embeds/clip lacks the image: the CLIP refused it")
     assert scorer.process(table.slice(0, 0)) == ([], [], {"captions": 0, "long_captions": 0})
 
 
@@ -209,3 +209,9 @@ def test_captioners_are_named_once_each() -> None:
         replace(CONFIG, captioners=("a", "a"))
     with pytest.raises(ValueError, match="give tables under captions/, or 'original'"):
         replace(CONFIG, captioners=())
+
+
+@pytest.mark.parametrize("name", ["", "clip/large", "_clip", "../clip"])
+def test_a_clip_is_named_as_a_folder_is(name: str) -> None:
+    with pytest.raises(ValueError, match=f"name='{name}' must be a plain folder name"):
+        replace(CONFIG, name=name)

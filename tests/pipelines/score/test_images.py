@@ -140,6 +140,9 @@ def test_a_head_of_another_width_or_no_head_is_refused_before_anything_is_made(h
     torch.save({"other.weight": torch.zeros(1, 12)}, tmp_path / "no_head.pth")
     with pytest.raises(ValueError, match=r"no_head.pth is no head: .*holds other.weight"):
         run_image_scores(str(tmp_path), ImageScorerConfig(name="x", clip="clip", head=str(tmp_path / "no_head.pth")))
+    torch.save({"layers.0.weight": torch.zeros(1, 16)}, tmp_path / "no_bias.pth")
+    with pytest.raises(ValueError, match=r"no_bias.pth is no head: it needs .* layers.<n>.bias"):
+        run_image_scores(str(tmp_path), ImageScorerConfig(name="x", clip="clip", head=str(tmp_path / "no_bias.pth")))
     assert not (tmp_path / "image_scores").exists()
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipelines.score.config import SelectionConfig
 from pipelines.tables.errors import MissingTableError, StaleTableError, TrainingError, TrainingStopped
 from pipelines.tracking.config import TrackingConfig
 from pipelines.tracking.runs import RunRequest
@@ -274,6 +275,9 @@ def test_what_the_driver_can_tell_at_once(world: World, tmp_path: Path) -> None:
         replace(world.config, init=None)
     with pytest.raises(ValueError, match="preset=huge is none of sana"):
         replace(world.config, preset="huge")
+    shares = SelectionConfig(policy="proportions", proportions={"a": 1, "typo": 1})
+    with pytest.raises(ValueError, match="proportions gives a share to typo, and only"):
+        replace(world.config, data=replace(world.config.data, selection=shares))
     with pytest.raises(TrainingError, match="init has dim=64 and preset=shapes 128: leave preset out"):
         world.train("other-shape", replace(world.config, preset="shapes"))
     with pytest.raises(ValueError, match="give text_encoder and autoencoder too"):

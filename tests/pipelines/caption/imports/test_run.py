@@ -201,7 +201,7 @@ def test_what_does_not_arrive_is_told(tmp_path: Path) -> None:
         {"file_name": "b/cat.png", "caption": " "},
         {"file_name": "bird", "caption": ""},
         {"file_name": "bird.webp", "captions": ["first", "second", "third"]},
-        {"file_name": "photos/bird", "text": "repeated"},
+        {"file_name": "photos/bird", "text": "repeated", "similarity": 1e39},
         {"file_name": "7", "caption": "the row of a Parquet file has no file name"},
         {"width": 5, "caption": "of what?"},
         {"file_name": "0001", "caption": "a fish", "similarity": "high"},
@@ -221,7 +221,7 @@ def test_what_does_not_arrive_is_told(tmp_path: Path) -> None:
     cut = sum(key == "none" for _, key in told(done)) - 1  # as many rows of the cut file as could be read
     assert lost.pop("unmatched") == 3 + cut
     assert lost == {
-        "ambiguous": 1, "empty": 2, "repeated": 1, "others_of_a_list": 2, "no_key": 1, "unreadable": 4, "bad_score": 1,
+        "ambiguous": 1, "empty": 2, "repeated": 1, "others_of_a_list": 2, "no_key": 1, "unreadable": 4, "bad_score": 2,
     }  # fmt: skip
     assert counts["captions"] == sum(counts["matched"].values()) + 3 + cut + 1 + 2 + 1  # all are accounted for
     assert counts["keys"]["captions"] == 1 and counts["other_files"] == {".md": 1}
