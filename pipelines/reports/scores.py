@@ -1,6 +1,7 @@
 """The page of `scores/<clip>/<captioner>`: all captioners and selection policies compared."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from pipelines.reports.charts import FOCUS, histograms
 from pipelines.reports.page import caption_texts, captioner_colors, format_mean, table_page, with_score_texts
@@ -37,15 +38,11 @@ def scores_report(
     table = Table(dataset_uri, scores_path(clip, captioner), SCORES)
     candidates = Candidates(dataset_uri, tuple(captioners) or scored_captioners(dataset_uri, clip), clip)
     contests, scope = _read_contests(candidates, sample)
-    scores, chosen = _contest(contests, selection)
-    comparison = compare_policies(contests.values(), all_policies(selection, scores))
-    selected = [score for values in chosen.values() for score in values]
     rows = with_pictures(dataset_uri, _sample_images(table, candidates, sample), caption_texts)
-    colors = captioner_colors([*scores, *(entry["captioner"] for row in rows for entry in row["captions"])])
     for row in rows:
         pick = _choose(row["id"], row["captions"], selection)
         row["chosen"] = None if pick is None else row["captions"].index(pick)
-    by_captioner = {name: scores[name] for name in colors if name in scores}
+    shown = [entry["captioner"] for row in rows for entry in row["captions"]]
     return table_page(
         "scores.html.jinja",
         table,
@@ -54,27 +51,38 @@ def scores_report(
         title=f"Scores by {clip} of {captioner}'s captions",
         about="How well each of an image's captions fits it, as a CLIP model sees it, and which caption is selected.",
         contest_scope=scope,
-        num_images=len(contests),
-        chart=histograms(
+        long_captions=_count_long(table),
+        samples=[row | {"captions": with_score_texts(row["captions"])} for row in rows],
+        **_compare(contests, selection, shown),
+    )
+
+
+def _compare(contests: dict[str, list[Caption]], selection: SelectionConfig, shown: Sequence[str]) -> dict[str, Any]:
+    """What the page says of captioners and policies. `shown`: captioners whose captions are beside pictures."""
+    scores, chosen = _contest(contests, selection)
+    selected = [score for values in chosen.values() for score in values]
+    colors = captioner_colors([*scores, *shown])
+    by_captioner = {name: scores[name] for name in colors if name in scores}
+    return {
+        "num_images": len(contests),
+        "chart": histograms(
             {**by_captioner, "selected": selected},
             title="Scores",
             x_label="score (100 × cosine)",
             colors={**colors, "selected": FOCUS},
         ),
-        captioners=[
+        "captioners": [
             {"name": name, "captions": len(values), "mean": format_mean(values), "chosen": len(chosen.get(name, []))}
             for name, values in by_captioner.items()
         ],
-        colors=colors,
-        long_captions=_count_long(table),
-        policies=comparison.policies,
-        policy=selection.policy,
-        equal_shares=not selection.proportions,
-        num_chosen=len(selected),
-        num_unchosen=len(contests) - len(selected),
-        mean_chosen=format_mean(selected),
-        samples=[row | {"captions": with_score_texts(row["captions"])} for row in rows],
-    )
+        "colors": colors,
+        "policies": compare_policies(contests.values(), all_policies(selection, scores)).policies,
+        "policy": selection.policy,
+        "equal_shares": not selection.proportions,
+        "num_chosen": len(selected),
+        "num_unchosen": len(contests) - len(selected),
+        "mean_chosen": format_mean(selected),
+    }
 
 
 def _read_contests(candidates: Candidates, sample: ReportScope) -> tuple[dict[str, list[Caption]], str]:
