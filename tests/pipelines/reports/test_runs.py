@@ -31,9 +31,9 @@ def test_pictures_that_cannot_be_read_at_once_or_ever(
     make_table(str(tmp_path), "latents/tiny-64", LATENTS, [[]], dtype="bfloat16")
     write_file(GRID, encode(Image.fromarray(np.zeros((256, 256, 3), np.uint8)), "PNG"))
     samples = [(step, GRID) for step in range(5)]
-    proxy.share, proxy.faults = 0.4, ("503", "reset", "cut")
+    proxy.share, proxy.faults = 0.6, ("503", "reset", "cut")
     page = check_page(training_report(str(tmp_path), "latents/tiny-64", [(1, 0.5)], samples))
-    assert len(page.all("img")) == 5 and proxy.spoiled.total() > 1
+    assert len(page.all("img")) == 5 and proxy.spoiled.total() >= 1
 
     monkeypatch.setattr(retry, "STORAGE_ATTEMPTS", 2)
     proxy.share, proxy.faults = 1.0, ("503",)
