@@ -10,11 +10,12 @@ from jobs.common.job import JobConfig, run_job
 from jobs.common.stage_job import track_stage
 from pipelines.extract.config import ExtractConfig
 from pipelines.stages.contract import StageResult
-from pipelines.tables.schema import LATENTS
+from pipelines.tables.schema import IMAGES, IMAGES_PATH, LATENTS
 from pipelines.tables.table import Table
 
 if TYPE_CHECKING:
     from pipelines.reports.latents import DecodeLatents
+    from pipelines.workers.models import FoundModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +38,19 @@ class ExtractJob(JobConfig):
 
 def run(job: ExtractJob) -> StageResult:
     """Run the stage for each resolution in an MLflow run of its own, on the Ray that is connected. Returns the first result."""
+    from pipelines.extract.encode import find_encoder
+
+    Table(job.dataset_uri, IMAGES_PATH, IMAGES).require()  # before any weights are fetched or hashed
+    encoder = find_encoder(job.extract.autoencoder)
     resolutions = job.resolutions or (job.extract.resolution,)
     results = [
-        _run_one(job, job.extract.at(resolution), also=resolutions[index + 1 :]) for index, resolution in enumerate(resolutions)
+        _run_one(job, job.extract.at(resolution), encoder, also=resolutions[index + 1 :])
+        for index, resolution in enumerate(resolutions)
     ]
     return results[0]
 
 
-def _run_one(job: ExtractJob, config: ExtractConfig, *, also: Sequence[int]) -> StageResult:
+def _run_one(job: ExtractJob, config: ExtractConfig, encoder: "FoundModel", *, also: Sequence[int]) -> StageResult:
     from pipelines.extract.run import run_extract
 
     def make_report() -> str:
@@ -57,7 +63,9 @@ def _run_one(job: ExtractJob, config: ExtractConfig, *, also: Sequence[int]) -> 
     return track_stage(
         replace(job, extract=config),
         f"extract {config.resolution}" if job.resolutions else "extract",
-        lambda on_progress, leases: run_extract(job.dataset_uri, config, also=also, on_progress=on_progress, leases=leases),
+        lambda on_progress, leases: run_extract(
+            job.dataset_uri, config, encoder, also=also, on_progress=on_progress, leases=leases
+        ),
         make_report=make_report,
         is_due=manifest is not None and not manifest.complete,
     )

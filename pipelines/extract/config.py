@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 
 from PIL import Image
 
+from pipelines.score.config import check_captioners
 from pipelines.stages.contract import Resources
 from pipelines.tables.schema import check_folder_name, latents_path
 from sana_model.nn.config import NVLABS_PROMPTS, TextEncoderConfig
@@ -123,5 +124,4 @@ class EmbedConfig:
 
     def __post_init__(self) -> None:
         check_folder_name("name", self.name)
-        if not self.captioners or len(set(self.captioners)) < len(self.captioners):
-            raise ValueError(f"captioners={list(self.captioners)} must name at least one, and each once")
+        check_captioners(self.captioners)

@@ -18,7 +18,7 @@ from pipelines.tables.sampling import spread
 from pipelines.tables.schema import Row
 from pipelines.workers.halving import run_halving
 from pipelines.workers.images import decode, resize_and_crop
-from pipelines.workers.models import locate, pick_device
+from pipelines.workers.models import FoundModel, locate, pick_device
 from pipelines.workers.prepare import iter_rows, prepare_ahead
 from sana_model.nn.autoencoder import DCAutoencoder
 
@@ -39,8 +39,8 @@ Fitted = Mapping[int, Cropped | RowRefused]
 """An image cropped, or refused, at each resolution."""
 
 
-def find_encoder(autoencoder: str) -> tuple[str, str]:
-    """Find an autoencoder. Returns its path, with the commit in an hf:// address, and the version of its encoder.
+def find_encoder(autoencoder: str) -> FoundModel:
+    """Find an autoencoder: its path, with the commit in an hf:// address, and as its version that of its encoder.
 
     The version is a hash of the encoder's weights, its shape and the scale of the latents. It is the same in whatever layout
     they are stored, and whatever the decoder is: a decoder that was trained further makes no latents stale.
@@ -55,7 +55,7 @@ def find_encoder(autoencoder: str) -> tuple[str, str]:
     for name, value in sorted(model.encoder.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)}".encode())
         digest.update(value.contiguous().numpy().tobytes())
-    return address, f"encoder sha256:{digest.hexdigest()[:32]}"
+    return FoundModel(address, None, f"encoder sha256:{digest.hexdigest()[:32]}")
 
 
 class LatentEncoder:

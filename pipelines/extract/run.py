@@ -16,6 +16,7 @@ from pipelines.storage.lease import Leases, Ticket, shared
 from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.schema import IMAGES, IMAGES_PATH, LATENTS, Row
 from pipelines.tables.table import Table
+from pipelines.workers.models import FoundModel
 
 SHARD = b"shard"
 """Key in the metadata of the actor's input for the name of the shard."""
@@ -31,6 +32,7 @@ def extract_identity(dataset_uri: str, config: ExtractConfig, models: dict[str, 
 def run_extract(
     dataset_uri: str,
     config: ExtractConfig,
+    encoder: FoundModel | None = None,
     *,
     also: Sequence[int] = (),
     on_progress: OnProgress = lambda _: None,
@@ -39,6 +41,7 @@ def run_extract(
     """Encode every image of a dataset into `latents/<name>-<resolution>`.
 
     Args:
+        encoder: the autoencoder of `config` if `find_encoder` found it before; None: it is sought here.
         also: other resolutions. A shard that is missing here and there is made for both from one decode. The shards that the
             others then still miss are made by a call for each.
 
@@ -46,8 +49,8 @@ def run_extract(
     """
     images = Table(dataset_uri, IMAGES_PATH, IMAGES)
     images.require()  # before any weights are fetched or hashed
-    address, version = find_encoder(config.autoencoder)
-    models = {config.name: version}
+    encoder = encoder or find_encoder(config.autoencoder)
+    models = {config.name: encoder.version}
     identity = extract_identity(dataset_uri, config, models)
     shards = images.list_shards()
     with shared(leases) as held:
@@ -57,7 +60,7 @@ def run_extract(
             identity,
             shards,
             read_shard=partial(read_images, images),
-            make_worker=partial(Extractor, replace(config, autoencoder=address), sides),
+            make_worker=partial(Extractor, replace(config, autoencoder=encoder.path), sides),
             resources=config.resources,
             max_reject_share=config.max_reject_share,
             on_progress=on_progress,

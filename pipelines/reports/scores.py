@@ -7,7 +7,7 @@ from pipelines.reports.charts import FOCUS, histograms
 from pipelines.reports.page import caption_texts, captioner_colors, format_mean, table_page, with_score_texts
 from pipelines.reports.pictures import with_pictures
 from pipelines.reports.rejects import read_rejects
-from pipelines.score.candidates import Candidates, scored_captioners
+from pipelines.score.candidates import Candidates, ScoredShards, scored_captioners
 from pipelines.score.compare import compare_policies
 from pipelines.score.config import SelectionConfig
 from pipelines.score.selection import Caption, all_policies, choose_caption
@@ -37,8 +37,9 @@ def scores_report(
     """
     table = Table(dataset_uri, scores_path(clip, captioner), SCORES)
     candidates = Candidates(dataset_uri, tuple(captioners) or scored_captioners(dataset_uri, clip), clip)
-    contests, scope = _read_contests(candidates, sample)
-    rows = with_pictures(dataset_uri, _sample_images(table, candidates, sample), caption_texts)
+    scored = candidates.find_scored()
+    contests, scope = _read_contests(candidates, scored, sample)
+    rows = with_pictures(dataset_uri, _sample_images(table, candidates, scored, sample), caption_texts)
     for row in rows:
         pick = _choose(row["id"], row["captions"], selection)
         row["chosen"] = None if pick is None else row["captions"].index(pick)
@@ -85,9 +86,8 @@ def _compare(contests: dict[str, list[Caption]], selection: SelectionConfig, sho
     }
 
 
-def _read_contests(candidates: Candidates, sample: ReportScope) -> tuple[dict[str, list[Caption]], str]:
+def _read_contests(candidates: Candidates, found: ScoredShards, sample: ReportScope) -> tuple[dict[str, list[Caption]], str]:
     """The scored captions of each image of some shards by id, and a sentence that says how much was read."""
-    found = candidates.find_scored()
     shards = found.common
     chosen = [shards[index] for index in spread(len(shards), sample.max_shards)]
     contests: dict[str, list[Caption]] = {}
@@ -98,10 +98,10 @@ def _read_contests(candidates: Candidates, sample: ReportScope) -> tuple[dict[st
     return contests, f"{scope}; {lacking}" if (lacking := found.explain()) else scope
 
 
-def _sample_images(table: Table, candidates: Candidates, sample: ReportScope) -> list[tuple[str, Row]]:
+def _sample_images(table: Table, candidates: Candidates, found: ScoredShards, sample: ReportScope) -> list[tuple[str, Row]]:
     """Some images of the table with their shards, and with `captions`: all that compete for them."""
     rows = sample_rows(table, sample)
-    scored = set(candidates.list_scored())
+    scored = set(found.common)
     read = {shard: candidates.read(shard) for shard in dict.fromkeys(shard for shard, _ in rows) if shard in scored}
     return [(shard, {"id": row["id"], "captions": read[shard].get(row["id"], [])}) for shard, row in rows if shard in read]
 

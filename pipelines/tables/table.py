@@ -171,8 +171,9 @@ class Table:
 
     def require(self) -> Manifest:
         """The manifest of a stage's input. Raises MissingTableError; StaleTableError if the table is of an old form."""
-        self.refuse_old()
         manifest = self.read_manifest()
+        if manifest is None or manifest.is_old:
+            self.refuse_old()
         if manifest is None:
             raise MissingTableError(f"there is no table {self.path!r} in {self.dataset_uri}{self._explain_missing()}")
         return manifest
@@ -222,7 +223,7 @@ class Table:
             raise StaleTableError(
                 f"{error}. Put it back, or let the job make the table anew with --on_stale rebuild.", self
             ) from error
-        if (old := self._find_old()) is not None:
+        if (manifest is None or manifest.is_old) and (old := self._find_old()) is not None:
             raise StaleTableError(_explain_old(*old), old[0])
         if manifest is None:
             if shards := self.list_shards():

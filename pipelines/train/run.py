@@ -80,8 +80,7 @@ def _inputs(dataset_uri: str, sources: Sequence[Source]) -> dict[str, str]:
     """Return name -> fingerprint of the tables of `sources`. Raises like `train_identity`."""
     inputs: dict[str, str] = {}
     for source in sources:
-        check_complete(source)
-        inputs |= {table.name_in(dataset_uri): table.require().fingerprint for table in source.tables()}
+        inputs |= {table.name_in(dataset_uri): made.fingerprint for table, made in check_complete(source)}
     return inputs
 
 

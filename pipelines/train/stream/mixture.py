@@ -99,29 +99,32 @@ def find_sources(
     return sources
 
 
-def check_complete(source: Source) -> None:
+def check_complete(source: Source) -> list[tuple[Table, Manifest]]:
     """Check that a training can draw all samples of a source, and goes on drawing the same ones.
+
+    Returns the source's tables with their manifests, in the order of `Source.tables`.
 
     Raises MissingTableError if a table is missing; ValueError, naming it, if its stage has not finished, it lacks a shard, or
     it was not made from the tables that it is joined with.
     """
     shards = source.table.list_shards()
-    for table in source.tables():
-        if not table.require().complete:
+    found = [(table, table.require()) for table in source.tables()]
+    for table, manifest in found:
+        if not manifest.complete:
             raise ValueError(f"{table.uri} is not complete: let its stage finish first, or samples would come and go")
         if missing := set(shards).difference(table.list_shards()):
             raise ValueError(f"{table.uri} has no shard {min(missing)}, which {source.table.uri} has: run its stage again")
-    _check_inputs(source.joined_tables())
+    _check_inputs(found[: len(source.joined_tables())])
+    return found
 
 
-def _check_inputs(tables: Sequence[Table]) -> None:
+def _check_inputs(tables: Sequence[tuple[Table, Manifest]]) -> None:
     """Raise ValueError if two tables of a dataset were made from different versions of a third, or of one of the two.
 
     Scores would be those of captions that are no longer there, or captions would lie in another shard than their images.
     """
-    manifests = [table.require() for table in tables]
-    known = {table.path: (made.fingerprint, "the one that is there now") for table, made in zip(tables, manifests, strict=True)}
-    for table, made in zip(tables, manifests, strict=True):
+    known = {table.path: (made.fingerprint, "the one that is there now") for table, made in tables}
+    for table, made in tables:
         for path, fingerprint in made.inputs.items():
             first, whose = known.setdefault(path, (fingerprint, table.uri))
             if fingerprint != first:

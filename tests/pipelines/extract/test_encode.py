@@ -246,14 +246,14 @@ def test_the_version_of_an_autoencoder_is_that_of_its_encoder_whatever_its_layou
             change(model)
         place = tmp_path / f"{len(list(tmp_path.iterdir()))}"
         model.save_pretrained(place, layout=layout)
-        return find_encoder(str(place))[1]
+        return find_encoder(str(place)).version
 
     first = find_encoder("zoo://pipeline/autoencoder")
-    assert first[0] == "zoo://pipeline/autoencoder" and first[1].startswith("encoder sha256:")
+    assert first.path == "zoo://pipeline/autoencoder" and first.version.startswith("encoder sha256:")
     for layout in ("sana", "diffusers"):
-        assert version(layout) == version(layout, lambda model: next(model.decoder.parameters()).add_(0.1)) == first[1]
+        assert version(layout) == version(layout, lambda model: next(model.decoder.parameters()).add_(0.1)) == first.version
         changed = version(layout, lambda model: list(model.encoder.parameters())[-1].view(-1)[0].add_(0.001))
-        assert changed != first[1] and version(layout, scaling_factor=0.5) != first[1]
+        assert changed != first.version and version(layout, scaling_factor=0.5) != first.version
 
 
 def test_settings_that_make_no_sense() -> None:
