@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sana_model.files.png import read_facts, save_picture
     from sana_model.flow import (
         add_noise,
         flow_loss,
@@ -24,7 +25,15 @@ if TYPE_CHECKING:
     from sana_model.nn.text_encoder import TextEncoder
     from sana_model.nn.transformer import SanaTransformer
     from sana_model.pipeline import TextToImage, guided_velocity
-    from sana_model.solver import classifier_free_guidance, euler_sigmas, flow_dpm_solver, flow_euler, sampling_sigmas
+    from sana_model.solver import (
+        classifier_free_guidance,
+        cut_sigmas,
+        euler_sigmas,
+        flow_dpm_solver,
+        flow_euler,
+        keep_known,
+        sampling_sigmas,
+    )
 
 _MODULE_OF = {
     "AutoencoderConfig": "nn.config",
@@ -36,14 +45,18 @@ _MODULE_OF = {
     "TextToImage": "pipeline",
     "add_noise": "flow",
     "classifier_free_guidance": "solver",
+    "cut_sigmas": "solver",
     "euler_sigmas": "solver",
     "flow_dpm_solver": "solver",
     "flow_euler": "solver",
     "flow_loss": "flow",
     "guided_velocity": "pipeline",
+    "keep_known": "solver",
     "loss_by_sigma": "flow",
+    "read_facts": "files.png",
     "sample_sigmas": "flow",
     "sampling_sigmas": "solver",
+    "save_picture": "files.png",
     "shift_sigmas": "flow",
     "sigma_to_timestep": "flow",
     "velocity_target": "flow",

@@ -1,6 +1,7 @@
 """Text to image: text encoder, linear DiT, solver and DC-AE put together."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sana_model.files.pipeline import PipelineParts, load_parts, save_parts
+from sana_model.files.png import set_facts
 from sana_model.flow import DEFAULT_FLOW_SHIFT, sigma_to_timestep
 from sana_model.nn.autoencoder import DCAutoencoder
 from sana_model.nn.text_encoder import TextEncoder
 from sana_model.nn.transformer import CaptionState, SanaTransformer
+from sana_model.pictures import Pictures, StartPictures, decode_pictures, redraw
 from sana_model.solver import SOLVERS, OnStep, PredictVelocity, classifier_free_guidance
-
-MAX_DECODE_PIXELS = 2048**2
-"""Most pixels decoded at once. More images than fit are decoded in turn, an image that does not fit is decoded in tiles."""
-
-DECODE_TILE = 1024
-"""Side of a tile, in pixels."""
 
 Caption = tuple[Tensor, Tensor]
 """caption_embeds (B, L, D) and caption_mask (B, L), as the text encoder returns them."""
@@ -78,6 +75,7 @@ class TextToImage(nn.Module):
 
     Args:
         flow_shift: shift of the sampling grid. Published: 3.0; 4.0 for 0.6B at 1024 px; 6.0 at 4096 px.
+        name: what the pictures' facts call the model; `from_pretrained` puts its path there.
 
     Raises ValueError if the transformer's latent channels or caption width are not those of the other models.
     """
@@ -89,6 +87,7 @@ class TextToImage(nn.Module):
         text_encoder: TextEncoder,
         *,
         flow_shift: float = DEFAULT_FLOW_SHIFT,
+        name: str | None = None,
     ):
         super().__init__()
         if transformer.config.in_channels != autoencoder.config.latent_channels:
@@ -105,6 +104,7 @@ class TextToImage(nn.Module):
         self.autoencoder = autoencoder.eval()
         self.text_encoder = text_encoder
         self.flow_shift = flow_shift
+        self.name = name
 
     @classmethod
     def from_pretrained(
@@ -131,7 +131,7 @@ class TextToImage(nn.Module):
             flow_shift=flow_shift,
             **overrides,
         )
-        return cls(parts.transformer, parts.autoencoder, parts.text_encoder, flow_shift=parts.flow_shift)
+        return cls(parts.transformer, parts.autoencoder, parts.text_encoder, flow_shift=parts.flow_shift, name=str(path))
 
     def save_pretrained(self, path: str | Path, *, layout: str = "sana") -> None:
         """Write a folder with all models ("sana", "diffusers"), or a `.pth` file with the transformer alone ("nvlabs").
@@ -157,6 +157,10 @@ class TextToImage(nn.Module):
         height: int | None = None,
         width: int | None = None,
         *,
+        image: Pictures | None = None,
+        strength: float | None = None,
+        mask: Pictures | None = None,
+        num_images_per_prompt: int = 1,
         num_steps: int = 20,
         guidance_scale: float = 4.5,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
@@ -167,75 +171,110 @@ class TextToImage(nn.Module):
         integer_timesteps: bool = False,
         on_step: OnStep | None = None,
     ) -> list[Image.Image]:
-        """Draw one image for each prompt.
+        """Draw images for prompts: those of the first prompt, then those of the second, and so on.
+
+        How an image was drawn is noted in it; `save_picture` writes it into the PNG, `read_facts` reads it.
 
         Args:
             prompts: list of str.
-            height, width: in pixels, multiples of the autoencoder's factor times the patch size; None: the model's own size.
+            height, width: in pixels, multiples of the autoencoder's factor times the patch size; None: the picture's own size,
+                to the nearest multiple, or without a picture the model's.
+            image: a picture to start from (img2img), one for all prompts or one for each; scaled to cover height x width, its
+                middle cut out.
+            strength: how much of `image` is drawn anew. 0 returns it, 1 draws as if it were not there, and between them that
+                share of the steps is done. None: 0.6, or 1 with a mask.
+            mask: of the size of `image` (inpainting): only what is white is drawn anew; gray blends, black stays as it is.
+            num_images_per_prompt: images of each prompt; image k of a prompt has the prompt's seed + k.
             num_steps: number of velocity predictions, each for the whole batch.
             guidance_scale: weight of classifier-free guidance; 1 turns it off and halves the cost.
             guidance_interval: (lo, hi) in sigma; guidance acts only there (see `classifier_free_guidance`).
             negative_prompt: text to guide away from, for all images; encoded without the instruction, as published.
-            seed: of the noise. A number: of every image, so that an image does not depend on its batch. A sequence: one seed
-                per image. None: new noise every time.
+            seed: of the noise. A number: of every prompt, so that an image does not depend on its batch. A sequence: one seed
+                per prompt. None: new seeds every time.
             generator: draws the noise of the whole batch at once, as diffusers does; in place of `seed`.
             solver: "flow_dpm_solver" (14 to 20 steps) or "flow_euler" (28 to 50).
             integer_timesteps: give the model whole timesteps, as diffusers does, in place of exact ones.
             on_step: called after each step with (index, latents), e.g. for a progress bar.
 
         Raises TypeError unless prompts are a list of str. Raises ValueError for no prompts, a size that is no multiple, an
-        unknown solver, num_steps below 1, a bad guidance_interval, a wrong number of seeds, or both a seed and a generator.
+        unknown solver, num_steps or num_images_per_prompt below 1, a bad guidance_interval, a wrong number of seeds, both a
+        seed and a generator, and for pictures as `StartPictures.check` says.
         """
         if solver not in SOLVERS:
             raise ValueError(f"unknown solver {solver!r}: choose one of {', '.join(SOLVERS)}")
+        if num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt={num_images_per_prompt} must be at least 1")
         solve, make_grid = SOLVERS[solver]
-        latent_size = self._latent_size(height, width)
+        start = StartPictures.check(image, mask, strength, len(prompts))
+        height, width = self._image_size(height, width, start)
+        seeds = _image_seeds(seed, generator, len(prompts), num_images_per_prompt)
+        embeds, caption_mask = self.text_encoder.encode(prompts)
         predict_velocity = guided_velocity(
             self.transformer,
-            self.text_encoder.encode(prompts),
+            (embeds.repeat_interleave(num_images_per_prompt, 0), caption_mask.repeat_interleave(num_images_per_prompt, 0)),
             self.text_encoder.encode([negative_prompt], use_instruction=False),
             guidance_scale=guidance_scale,
             guidance_interval=guidance_interval,
             integer_timesteps=integer_timesteps,
         )
-        noise = self._draw_noise(len(prompts), latent_size, seed, generator)
+        noise = self._draw_noise(len(prompts) * num_images_per_prompt, height, width, seeds, generator)
         sigmas = make_grid(num_steps, self.flow_shift)
-        return self._to_images(solve(predict_velocity, noise, sigmas, on_step=on_step))
+        if start is None:
+            images = decode_pictures(self.autoencoder, solve(predict_velocity, noise, sigmas, on_step=on_step))
+        else:
+            images = redraw(
+                self.autoencoder, start.resized(height, width), noise, sigmas, predict_velocity, partial(solve, on_step=on_step)
+            )
+        settings = {
+            "height": height, "width": width, "num_steps": num_steps, "guidance_scale": guidance_scale,
+            "guidance_interval": list(guidance_interval), "negative_prompt": negative_prompt, "solver": solver,
+            "integer_timesteps": integer_timesteps, "strength": start.strength if start else None,
+        }  # fmt: skip
+        for index, drawn in enumerate(images):
+            facts = {"prompt": prompts[index // num_images_per_prompt], "seed": seeds[index] if seeds else None}
+            set_facts(drawn, facts | {"model": self.name, "settings": settings})
+        return images
 
-    def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+    def _image_size(self, height: int | None, width: int | None, start: StartPictures | None) -> tuple[int, int]:
+        """The size to draw at. Raises ValueError for a size that does not divide."""
         config, factor = self.transformer.config, self.autoencoder.compression
-        default = config.base_size * config.patch_size * factor
-        height, width = default if height is None else height, default if width is None else width
         unit = factor * config.patch_size
+        default = (config.base_size * unit,) * 2 if start is None else tuple(_nearest(size, unit) for size in start.size)
+        height, width = default[0] if height is None else height, default[1] if width is None else width
         for name, size in (("height", height), ("width", width)):
             if size <= 0 or size % unit:
-                nearest = max(round(size / unit), 1) * unit
-                raise ValueError(f"{name}={size} must be a positive multiple of {unit}; the nearest is {nearest}")
-        return height // factor, width // factor
+                raise ValueError(f"{name}={size} must be a positive multiple of {unit}; the nearest is {_nearest(size, unit)}")
+        return height, width
 
     def _draw_noise(
-        self, count: int, size: tuple[int, int], seed: int | Sequence[int] | None, generator: torch.Generator | None
+        self, count: int, height: int, width: int, seeds: list[int] | None, generator: torch.Generator | None
     ) -> Tensor:
         """Draw (B, C, h, w) float32; from seeds on the CPU, so that a seed gives the same image on every device."""
-        shape = (self.transformer.config.in_channels, *size)
-        if generator is not None:
-            if seed is not None:
-                raise ValueError(f"seed={seed} and a generator were given: give one of them")
+        factor = self.autoencoder.compression
+        shape = (self.transformer.config.in_channels, height // factor, width // factor)
+        if seeds is None:
+            assert generator is not None
             return torch.randn((count, *shape), generator=generator, device=generator.device).to(self.device)
-        if seed is None:
-            return torch.randn((count, *shape), device=self.device)
-        seeds = list(seed) if isinstance(seed, Sequence) else [seed] * count
-        if len(seeds) != count:
-            raise ValueError(f"{len(seeds)} seeds came with {count} prompts: give one to each, or a single number")
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(int(one))) for one in seeds]
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(noise).to(self.device)
 
-    def _to_images(self, latents: Tensor) -> list[Image.Image]:
-        pixels = latents.shape[-2] * latents.shape[-1] * self.autoencoder.compression**2
-        tile_size = DECODE_TILE if pixels > MAX_DECODE_PIXELS else None
-        images = []
-        for chunk in latents.to(self.autoencoder.decoder.conv_in.weight.dtype).split(max(MAX_DECODE_PIXELS // pixels, 1)):
-            decoded = self.autoencoder.decode(chunk, tile_size=tile_size).float()
-            values = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-            images += [Image.fromarray(value) for value in values]
-        return images
+
+def _nearest(size: int, unit: int) -> int:
+    """The positive multiple of `unit` nearest to `size`."""
+    return max(round(size / unit), 1) * unit
+
+
+def _image_seeds(
+    seed: int | Sequence[int] | None, generator: torch.Generator | None, num_prompts: int, num_each: int
+) -> list[int] | None:
+    """The seed of each image; None: the generator draws the noise. Raises ValueError for too many or too few."""
+    if generator is not None:
+        if seed is not None:
+            raise ValueError(f"seed={seed} and a generator were given: give one of them")
+        return None
+    if seed is None:
+        return torch.randint(2**31, (num_prompts * num_each,)).tolist()
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed] * num_prompts
+    if len(seeds) != num_prompts:
+        raise ValueError(f"{len(seeds)} seeds came with {num_prompts} prompts: give one to each, or a single number")
+    return [int(one) + k for one in seeds for k in range(num_each)]

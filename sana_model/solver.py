@@ -50,6 +50,47 @@ def euler_sigmas(num_steps: int, shift: float) -> Tensor:
     return torch.cat([sigmas.float(), torch.zeros(1)])
 
 
+def cut_sigmas(sigmas: Tensor, strength: float) -> Tensor:
+    """Cut a grid for drawing from a picture (img2img): keep the last `strength` of its steps, (M + 1,) with M <= N.
+
+    Of N steps the last strength * N remain. If that is no whole number, the first of them begins within its step, so that the
+    noise level to start at changes continuously with `strength`. (diffusers rounds the number of steps down.)
+
+    Args:
+        sigmas: (N + 1,), decreasing to 0.
+        strength: above 0, at most 1; 1 returns `sigmas`.
+
+    Raises:
+        ValueError: strength is not above 0 and at most 1.
+    """
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength={strength} must be above 0 and at most 1")
+    num_steps = len(sigmas) - 1
+    position = round((1 - strength) * num_steps, 6)  # a rounding error must not add a step of no length
+    index = int(position)
+    start = torch.lerp(sigmas[index], sigmas[index + 1], position - index)
+    return torch.cat([start[None], sigmas[index + 1 :]])
+
+
+def keep_known(predict_velocity: PredictVelocity, known_latents: Tensor, mask: Tensor) -> PredictVelocity:
+    """Make a velocity that leads to `known_latents` wherever `mask` is False (inpainting by latent blending).
+
+    There it is (x - x_0) / sigma, the velocity towards the known x_0: latents that begin as (1 - sigma) x_0 + sigma noise stay
+    on that line, as if they were replaced by the noised known latents after each step. It needs nothing of the solver, as long
+    as that asks for no velocity at sigma 0.
+
+    Args:
+        known_latents: (B, C, H, W) or (1, C, H, W), x_0.
+        mask: bool, (B, 1, H, W) or (1, 1, H, W); True where the model draws.
+    """
+
+    def blended(latents: Tensor, sigma: Tensor) -> Tensor:
+        velocity = predict_velocity(latents, sigma).to(latents.dtype)
+        return torch.where(mask, velocity, (latents - known_latents) / sigma)
+
+    return blended
+
+
 def flow_dpm_solver(
     predict_velocity: PredictVelocity,
     latents: Tensor,

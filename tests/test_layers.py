@@ -18,6 +18,7 @@ ROOMS = (
     "sana_model/flow",
     "sana_model/solver",
     "sana_model/files",
+    "sana_model/pictures",
     "sana_model/pipeline",
     "sana_model",
     "pipelines/storage",

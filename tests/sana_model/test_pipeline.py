@@ -149,8 +149,8 @@ def test_a_large_image_is_decoded_in_tiles(monkeypatch, gemma):
         scramble(DCAutoencoder(FAMILIES["dc-ae-f32c32-sana-1.1"])),
         TextEncoder(model, tokenizer, NVLABS_PROMPTS),
     )
-    monkeypatch.setattr("sana_model.pipeline.MAX_DECODE_PIXELS", 128 * 128)
-    monkeypatch.setattr("sana_model.pipeline.DECODE_TILE", 128)
+    monkeypatch.setattr("sana_model.pictures.MAX_DECODE_PIXELS", 128 * 128)
+    monkeypatch.setattr("sana_model.pictures.DECODE_TILE", 128)
     heights = []
     pipeline.autoencoder.decoder.register_forward_hook(lambda module, inputs, output: heights.append(output.shape[-1]))
     image = pipeline(["a"], 256, 320, num_steps=1, seed=0)[0]

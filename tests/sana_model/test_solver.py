@@ -1,5 +1,6 @@
 """The solvers against diffusers' schedulers, exact flows and each other."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ from sana_model.solver import (
     SOLVERS,
     PredictVelocity,
     classifier_free_guidance,
+    cut_sigmas,
     euler_sigmas,
     flow_dpm_solver,
     flow_euler,
+    keep_known,
     sampling_sigmas,
 )
 
@@ -237,3 +240,48 @@ def test_bad_input_is_refused_by_name() -> None:
     for interval in ((0.5, 0.5), (0.8, 0.2), (-0.1, 1.0), (0.0, 1.5)):
         with pytest.raises(ValueError, match="guidance interval"):
             TwoCaptions().guided(4.5, interval)
+
+
+def test_a_cut_grid_ends_as_the_whole_one_and_begins_where_the_strength_says() -> None:
+    for make_grid in (sampling_sigmas, euler_sigmas):
+        sigmas = make_grid(20, 3.0)
+        assert torch.equal(cut_sigmas(sigmas, 1), sigmas)
+        for steps in range(1, 21):
+            assert torch.equal(cut_sigmas(sigmas, steps / 20), sigmas[20 - steps :]), steps
+        starts = [cut_sigmas(sigmas, strength)[0].item() for strength in torch.linspace(0.01, 1, 100).tolist()]
+        assert all(0 < after - before < 0.05 for before, after in pairwise(starts))
+        cut = cut_sigmas(sigmas, 0.53)  # 10.6 steps
+        assert len(cut) == 12 and torch.equal(cut[1:], sigmas[10:])
+        assert cut[0].item() == pytest.approx((0.4 * sigmas[10] + 0.6 * sigmas[9]).item())
+    for strength in (0.0, -0.1, 1.01, float("nan")):
+        with pytest.raises(ValueError, match="strength="):
+            cut_sigmas(sigmas, strength)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_kept_latents_are_those_of_replacing_them_after_every_step(solver: str) -> None:
+    """Latent blending as it is usually written, with each solver's step taken by itself."""
+    solve, make_grid = SOLVERS[solver]
+    velocity = ConvVelocity()
+    known, noise = (torch.randn(2, 4, 8, 8, generator=generator(seed)) for seed in (1, 2))
+    mask = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    mask[..., 2:6] = True
+    sigmas = make_grid(12, 3.0)
+
+    def predict(latents: Tensor, sigma: Tensor) -> Tensor:
+        return velocity(latents, sigma_to_timestep(sigma))
+
+    start = (1 - sigmas[0]) * known + sigmas[0] * noise
+    kept = solve(keep_known(predict, known, mask), start, sigmas)
+    blended: dict[int, Tensor] = {}
+
+    def blend(step: int, latents: Tensor) -> None:
+        after = sigmas[step + 1]
+        latents.copy_(torch.where(mask, latents, (1 - after) * known + after * noise))
+        blended[0] = latents
+
+    if solver == "flow_euler":  # keeps nothing between its steps, so that changing its latents is all
+        solve(predict, start, sigmas, on_step=blend)
+        assert (kept - blended[0]).abs().max() <= 1e-4
+    outside = (kept - known)[..., ~mask[0, 0]].abs().max()
+    assert outside <= 1e-5 and (kept - known)[..., mask[0, 0]].abs().mean() > 0.1

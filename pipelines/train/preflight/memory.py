@@ -24,7 +24,7 @@ from sana_model.nn.config import AutoencoderConfig, SanaConfig
 from sana_model.nn.text_encoder import MAX_FORWARD_TOKENS
 from sana_model.nn.transformer import SanaTransformer
 from sana_model.nn.transformer_blocks import CaptionTokens
-from sana_model.pipeline import MAX_DECODE_PIXELS
+from sana_model.pictures import MAX_DECODE_PIXELS
 
 BUCKET = 500_000_000
 """Gradient elements that DeepSpeed collects before it sends them, from ZeRO 2 on (its default `reduce_bucket_size`)."""

@@ -1,0 +1,174 @@
+"""Pictures that a drawing starts from (img2img, inpainting): brought to a size, as tensors, and kept where a mask says so."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from sana_model.flow import add_noise
+from sana_model.nn.autoencoder import DCAutoencoder
+from sana_model.solver import PredictVelocity, cut_sigmas, keep_known
+
+MAX_DECODE_PIXELS = 2048**2
+"""Most pixels decoded or encoded at once. More pictures than fit are taken in turn, one that does not fit in tiles."""
+
+DECODE_TILE = 1024
+"""Side of a tile, in pixels."""
+
+Pictures = Image.Image | Sequence[Image.Image]
+"""One picture for all prompts, or one for each."""
+
+DEFAULT_STRENGTH = 0.6
+"""Share of the way that is drawn anew if a picture comes with neither a strength nor a mask."""
+
+
+@dataclass(frozen=True)
+class StartPictures:
+    """The pictures that a drawing starts from: one for all prompts, or one for each. Upright, RGB."""
+
+    images: list[Image.Image]
+    masks: list[Image.Image] | None
+    """Gray, of the sizes of `images`: black where the picture stays as it is. None: it is drawn anew everywhere."""
+    strength: float
+
+    @classmethod
+    def check(
+        cls, image: Pictures | None, mask: Pictures | None, strength: float | None, num_prompts: int
+    ) -> "StartPictures | None":
+        """Check the arguments of `TextToImage`; None if there is no picture.
+
+        Raises ValueError for a mask or a strength without a picture, a strength out of 0 to 1, another number of pictures than
+        of prompts, and a mask of another size than its picture.
+        """
+        if image is None:
+            if mask is not None or strength is not None:
+                name = "a mask" if mask is not None else f"strength={strength}"
+                raise ValueError(f"{name} came without a picture: give image= too")
+            return None
+        images = [_upright(one).convert("RGB") for one in _listed("pictures", image, num_prompts)]
+        masks = None if mask is None else [_upright(one).convert("L") for one in _listed("masks", mask, num_prompts)]
+        if masks is not None:
+            masks, images = _pair(masks, images)
+        if strength is None:
+            strength = DEFAULT_STRENGTH if mask is None else 1.0
+        if not 0 <= strength <= 1:
+            raise ValueError(f"strength={strength} must be from 0 (the picture stays) to 1 (all is drawn anew)")
+        return cls(images, masks, strength)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the first picture, in pixels."""
+        return self.images[0].height, self.images[0].width
+
+    def resized(self, height: int, width: int) -> "StartPictures":
+        """Scale every picture to cover the size, and cut out its middle; its mask likewise."""
+        images = [ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC) for image in self.images]
+        masks = self.masks and [ImageOps.fit(mask, (width, height), Image.Resampling.BILINEAR) for mask in self.masks]
+        return StartPictures(images, masks, self.strength)
+
+    def latent_mask(self, factor: int) -> Tensor | None:
+        """The masks as bool (B, 1, H/f, W/f): True where any of a latent's f x f pixels is not black."""
+        if self.masks is None:
+            return None
+        values = torch.from_numpy(np.stack([np.asarray(mask) for mask in self.masks]))[:, None]
+        return F.max_pool2d(values.float(), factor) > 0
+
+    def keep(self, drawn: list[Image.Image]) -> list[Image.Image]:
+        """Put back, pixel for pixel, what is black in the masks; gray blends. Picture i of `drawn` belongs to prompt
+        i // (number of drawn pictures for a prompt)."""
+        if self.masks is None:
+            return drawn
+        each = len(drawn) // len(self.images)
+        pairs = [(image, mask) for image, mask in zip(self.images, self.masks, strict=True) for _ in range(each)]
+        return [Image.composite(new, image, mask) for new, (image, mask) in zip(drawn, pairs, strict=True)]
+
+
+def redraw(
+    autoencoder: DCAutoencoder,
+    start: StartPictures,
+    noise: Tensor,
+    sigmas: Tensor,
+    predict_velocity: PredictVelocity,
+    solve: Callable[[PredictVelocity, Tensor, Tensor], Tensor],
+) -> list[Image.Image]:
+    """Draw B pictures from those of `start`, which have the right size, as far as strength and masks say.
+
+    At strength 0 the pictures themselves are returned; at strength 1 the drawing starts from `noise` alone.
+
+    Args:
+        noise: (B, C, h, w); B is a multiple of the number of pictures.
+        sigmas: the grid of a drawing from noise alone.
+        solve: (predict_velocity, latents, sigmas) -> latents.
+    """
+    each = len(noise) // len(start.images)
+    if start.strength == 0:
+        return [image.copy() for image in start.images for _ in range(each)]
+    latents = noise
+    if start.strength < 1 or start.masks is not None:
+        known = encode_pictures(autoencoder, start.images).to(noise).repeat_interleave(each, 0)
+        mask = start.latent_mask(autoencoder.compression)
+        if mask is not None:
+            predict_velocity = keep_known(predict_velocity, known, mask.to(noise.device).repeat_interleave(each, 0))
+        if start.strength < 1:
+            sigmas = cut_sigmas(sigmas, start.strength)
+            latents = add_noise(known, noise, sigmas[:1].to(noise.device).expand(len(noise)))
+    return start.keep(decode_pictures(autoencoder, solve(predict_velocity, latents, sigmas)))
+
+
+def encode_pictures(autoencoder: DCAutoencoder, images: Sequence[Image.Image]) -> Tensor:
+    """Encode B RGB pictures of one size to scaled latents (B, C, h, w), in the autoencoder's dtype."""
+    values = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+    weight = autoencoder.decoder.conv_in.weight
+    tile_size, at_once = _split(values.shape[-2] * values.shape[-1])
+    chunks = (values.float() / 127.5 - 1).to(weight.device, weight.dtype).split(at_once)
+    return torch.cat([autoencoder.encode(chunk, tile_size=tile_size) for chunk in chunks])
+
+
+def decode_pictures(autoencoder: DCAutoencoder, latents: Tensor) -> list[Image.Image]:
+    """Decode scaled latents (B, C, h, w) to B RGB pictures."""
+    tile_size, at_once = _split(latents.shape[-2] * latents.shape[-1] * autoencoder.compression**2)
+    images: list[Image.Image] = []
+    for chunk in latents.to(autoencoder.decoder.conv_in.weight.dtype).split(at_once):
+        decoded = autoencoder.decode(chunk, tile_size=tile_size).float()
+        values = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        images += [Image.fromarray(value) for value in values]
+    return images
+
+
+def _split(pixels: int) -> tuple[int | None, int]:
+    """For a picture of so many pixels: the side of its tiles (None: in one piece), and how many are taken at once."""
+    return (DECODE_TILE if pixels > MAX_DECODE_PIXELS else None), max(MAX_DECODE_PIXELS // pixels, 1)
+
+
+def _listed(name: str, pictures: Pictures, num_prompts: int) -> list[Image.Image]:
+    listed = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
+    if len(listed) not in (1, num_prompts) or not listed:
+        raise ValueError(f"{len(listed)} {name} came with {num_prompts} prompts: give one for all, or one to each")
+    return listed
+
+
+def _pair(masks: list[Image.Image], images: list[Image.Image]) -> tuple[list[Image.Image], list[Image.Image]]:
+    """Masks and pictures in equal number: one of either goes with all of the other."""
+    count = max(len(masks), len(images))
+    masks, images = (pictures * (count // len(pictures)) for pictures in (masks, images))
+    for mask, image in zip(masks, images, strict=True):
+        if mask.size != image.size:
+            raise ValueError(
+                f"a mask of {mask.width}x{mask.height} came with a picture of {image.width}x{image.height}: "
+                "they must have the same size"
+            )
+    return masks, images
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation, as cameras write it, and put transparency on white."""
+    image = ImageOps.exif_transpose(image)
+    if not image.has_transparency_data:
+        return image
+    canvas = Image.new("RGBA", image.size, "white")
+    canvas.alpha_composite(image.convert("RGBA"))
+    return canvas
