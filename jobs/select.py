@@ -15,7 +15,7 @@ from jobs.common.job import run_command
 from jobs.common.status_line import StatusLine
 from jobs.common.text_table import format_table
 from pipelines.score.config import POLICIES, Policy, SelectionConfig, check_captioners, check_proportions
-from pipelines.tables.schema import ORIGINAL_CAPTIONER, SCORES, scores_path
+from pipelines.tables.schema import ORIGINAL_CAPTIONER, SCORES, check_folder_name, scores_path
 from pipelines.tables.table import Table, absolute_uri
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class SelectConfig:
     html: str | None = None
 
     def __post_init__(self) -> None:
+        check_folder_name("clip", self.clip)
         if self.captioners:
             check_captioners(self.captioners)
         if self.max_shards is not None and self.max_shards < 1:

@@ -9,7 +9,8 @@ from jobs.common.config import to_dict
 from jobs.common.job import JobConfig, run_job
 from jobs.common.status_line import StatusLine
 from pipelines.storage.files import write_file
-from pipelines.tables.table import REPORT, absolute_uri
+from pipelines.tables.schema import TABLE_SCHEMAS, check_folder_name
+from pipelines.tables.table import REJECTS_FOLDER, REPORT, absolute_uri
 from pipelines.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ class TrainJob(JobConfig):
     device_gib: float = 80.0
 
     def __post_init__(self) -> None:
+        check_folder_name("name", self.name)
+        if self.name in (*TABLE_SCHEMAS, REJECTS_FOLDER):
+            raise ValueError(f"name={self.name!r} is the folder of tables: give the training another")
         if self.on_stale != "refuse":
             raise ValueError(
                 f"on_stale={self.on_stale!r}: a training is never deleted; give it another name, or delete its folder"

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from pipelines.stages.contract import Resources
+from pipelines.tables.schema import check_folder_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,3 +57,6 @@ class SampleConfig:
     pipeline: str
     prompts: list[str] | str
     draw: DrawConfig = field(default_factory=DrawConfig)
+
+    def __post_init__(self) -> None:
+        check_folder_name("name", self.name)

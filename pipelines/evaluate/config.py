@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from pipelines.stages.contract import Resources
+from pipelines.tables.schema import check_folder_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,3 +28,6 @@ class EvaluateConfig:
     batch_size: int = 64
     device: str | None = None
     resources: Resources = field(default_factory=Resources)
+
+    def __post_init__(self) -> None:
+        check_folder_name("name", self.name)

@@ -15,7 +15,9 @@ POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 
 def check_captioners(captioners: Sequence[str]) -> None:
-    """Raise ValueError if nobody is named, or somebody twice."""
+    """Raise ValueError if nobody is named, somebody twice, or a name is no folder's."""
+    for captioner in captioners:
+        check_folder_name("captioner", captioner)
     if not captioners:
         raise ValueError(f"captioners=[] names nobody: give tables under captions/, or {ORIGINAL_CAPTIONER!r}")
     if len(set(captioners)) < len(captioners):
@@ -68,6 +70,7 @@ class SemanticConfig:
     resources: Resources = field(default_factory=lambda: Resources(num_cpus=0.25))
 
     def __post_init__(self) -> None:
+        check_folder_name("clip", self.clip)
         if not 0.5 < self.min_similarity < 1:
             raise ValueError(
                 f"min_similarity={self.min_similarity} must be above 0.5 (the limit of the filter that leaves duplicates out) "
@@ -177,6 +180,8 @@ class ImageScorerConfig:
 
     def __post_init__(self) -> None:
         check_folder_name("name", self.name)
+        if self.clip is not None:
+            check_folder_name("clip", self.clip)
         if self.name in (NEAR_DUPLICATES, SEMANTIC_DUPLICATES):
             raise ValueError(f"name={self.name!r} is taken by the stage that finds near duplicates")
         given = tuple(getattr(self, name) is not None for name in ("model", "label", "clip", "head"))

@@ -1,5 +1,6 @@
 """Read, list and write files at any fsspec URI. Failures that may pass are tried again; others raise a clear error."""
 
+import glob
 import io
 from collections.abc import Sequence
 from functools import partial
@@ -147,13 +148,14 @@ def remove_files(uris: Sequence[str]) -> None:
             remove_file(uri)
         return
     filesystem, _ = open_filesystem(uris[0])
-    paths = [open_filesystem(uri)[1] for uri in uris]
+    # `rm` takes a path for a pattern, and "captions/*/x" would delete from all captioners.
+    paths = [glob.escape(open_filesystem(uri)[1]) for uri in uris]
 
     def remove() -> None:
         try:
             filesystem.rm(paths)
         except FileNotFoundError:  # at least one is missing, and a store that deletes one by one stops there
-            for path in paths:
+            for path in (open_filesystem(uri)[1] for uri in uris):
                 if filesystem.exists(path):
                     filesystem.rm_file(path)
 

@@ -5,8 +5,13 @@ from typing import Any
 
 import pyarrow as pa
 
+from sana_model.files.inside import check_inside
+
 ORIGINAL_CAPTIONER = "original"
 """The captioner's name for captions that came with the images: they are in `images`, and no table of captions holds them."""
+
+NOT_IN_NAMES = "/ \\ * ? [ ]"
+"""File systems take these for a folder, or for a pattern of other names."""
 
 IMAGES = pa.schema(
     [
@@ -99,9 +104,16 @@ def image_embeds_schema(width: int) -> pa.Schema:
 
 
 def check_folder_name(setting: str, name: str) -> None:
-    """Raise ValueError if a name cannot be that of a folder of the tables below."""
-    if not name or "/" in name or name[0] in "._":
-        raise ValueError(f"{setting}={name!r} must be a plain folder name, such as 'llava-1.5'")
+    """Raise ValueError if a name cannot be that of a folder of the tables below, on every file system."""
+    try:
+        check_inside(name)
+    except ValueError as error:
+        raise ValueError(f"{setting}={name!r} must be a plain folder name, such as 'llava-1.5': {error}") from error
+    if name[0] in "._" or name != name.strip() or "::" in name or any(letter in name for letter in NOT_IN_NAMES.split()):
+        raise ValueError(
+            f"{setting}={name!r} must be a plain folder name, such as 'llava-1.5': without {NOT_IN_NAMES} and '::', a '.' or "
+            "'_' at its begin, and spaces at its ends"
+        )
 
 
 def image_embeds_path(clip: str) -> str:

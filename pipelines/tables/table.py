@@ -21,9 +21,11 @@ from pipelines.storage.files import find_files, list_folder, open_file, read_fil
 from pipelines.tables.errors import DamagedShardError, MissingTableError, StaleTableError
 from pipelines.tables.identity import MANIFEST, Identity, Manifest, _now, describe_differences, software_versions
 from pipelines.tables.schema import MADE_BY, READ_WHOLE, REJECTS, form_of
+from sana_model.files.inside import check_inside
 
 REBUILD = "_rebuild.json"  # exists while the table is being deleted to be rebuilt
 REPORT = "report.html"
+REJECTS_FOLDER = "rejects"  # holds a table of refused rows for each table of the dataset
 FACTS_KEY = b"sana.facts"  # key in a shard's Parquet footer: JSON, see ShardFacts
 FOOTER_BYTES = 2**16  # pyarrow looks for a footer in as many bytes
 ROW_GROUP_BYTES = 2**26  # memory for a shard that is read a few rows at a time
@@ -59,11 +61,14 @@ class ShardFacts:
 
 @dataclass(frozen=True)
 class Table:
-    """One table of a dataset; `path` is its folder there ("captions/llava")."""
+    """One table of a dataset; `path` is its folder there ("captions/llava"). Raises ValueError if it would lie elsewhere."""
 
     dataset_uri: str
     path: str
     schema: pa.Schema
+
+    def __post_init__(self) -> None:
+        check_inside(self.path)  # it may come from a configuration or a manifest that a stranger wrote
 
     @property
     def uri(self) -> str:
@@ -75,10 +80,10 @@ class Table:
 
     def rejects(self) -> "Table":
         """The table of the refused rows, with the same shard names."""
-        return Table(self.dataset_uri, f"rejects/{self.path}", REJECTS)
+        return Table(self.dataset_uri, f"{REJECTS_FOLDER}/{self.path}", REJECTS)
 
     def shard_uri(self, shard: str) -> str:
-        return f"{self.uri}/{shard}.parquet"
+        return f"{self.uri}/{check_inside(shard)}.parquet"
 
     def list_shards(self) -> list[str]:
         """Names of the shards that exist, sorted."""

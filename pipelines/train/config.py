@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from pipelines.score.config import check_proportions
+from pipelines.tables.schema import check_folder_name
 from pipelines.train.engine.config import EmaConfig, EngineConfig, LoraConfig, OptimConfig
 from pipelines.train.stream.config import FlowConfig, StreamConfig, ValidationConfig, WeightedTable
 from pipelines.train.stream.mixture import Source, find_sources, validation_sources
@@ -170,6 +171,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         sources = self.sources("")  # raises ValueError if `latents` is wrong
+        if self.caption_embeds is not None:
+            check_folder_name("caption_embeds", self.caption_embeds)
         if self.data.selection.policy == "proportions":
             competing = dict.fromkeys(captioner for source in sources for captioner in source.captioners)
             check_proportions(self.data.selection.proportions, list(competing))

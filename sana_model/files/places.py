@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from huggingface_hub import snapshot_download
 from tqdm import tqdm
 
 from sana_model.files.filesystems import open_filesystem
+from sana_model.files.inside import check_inside, path_inside
 from sana_model.files.retry import call_patiently
 
 ZOO_DIR = Path(__file__).parents[1] / "zoo"
@@ -30,7 +32,8 @@ def resolve(path: str | Path) -> Path:
             `hf://owner/name[@revision][/folder]` on the Hugging Face hub (write %2F for a slash inside a revision); or any
             other fsspec URI, which is copied to a cache.
 
-    Raises FileNotFoundError if nothing is there, ValueError if an hf:// address names no repository.
+    Raises FileNotFoundError if nothing is there, ValueError if an hf:// address names no repository, or if a name there leads
+    out of its folder.
     """
     text = str(path)
     if "://" not in text:
@@ -46,7 +49,7 @@ def resolve(path: str | Path) -> Path:
 
 
 def _from_zoo(name: str) -> Path:
-    path = ZOO_DIR / name
+    path = ZOO_DIR / check_inside(name)
     if not path.exists():
         known = ", ".join(sorted(folder.name for folder in ZOO_DIR.iterdir() if folder.is_dir() and folder.name[0] not in "._"))
         raise FileNotFoundError(f"the zoo holds no {name!r}; it holds {known}")
@@ -59,6 +62,8 @@ def _from_hub(address: str) -> Path:
     if not name:
         raise ValueError(f"hf://{address} names no repository: write hf://owner/name[@revision][/folder]")
     name, _, revision = name.partition("@")
+    if folder:
+        check_inside(folder)
     snapshot = snapshot_download(
         f"{owner}/{name}",
         revision=unquote(revision) or None,
@@ -76,9 +81,17 @@ def _from_uri(uri: str) -> Path:
     Of several processes of a host one copies, and the others wait for it.
     """
     filesystem, root = open_filesystem(uri)
-    found = call_patiently(lambda: filesystem.find(root), f"list {uri}")
+    found = [
+        name
+        for name in call_patiently(lambda: filesystem.find(root), f"list {uri}")
+        if not name.endswith("/")  # an object store's mark of a folder
+    ]
     if not found:
         raise FileNotFoundError(f"nothing at {uri!r}")
+    try:
+        relative = {name: check_inside(_relative(name, root)) for name in found}
+    except ValueError as error:
+        raise ValueError(f"{uri} cannot be copied to this machine: {error}") from error
     stamps = sorted((name, *_stamp(call_patiently(partial(filesystem.info, name), f"read {name}"))) for name in found)
     key = hashlib.sha256(repr((uri, stamps)).encode()).hexdigest()[:24]
     is_file = call_patiently(lambda: filesystem.isfile(root), f"read {uri}")
@@ -86,22 +99,37 @@ def _from_uri(uri: str) -> Path:
     CACHE_DIR.mkdir(parents=True, exist_ok=True)
     with FileLock(CACHE_DIR / f"{key}.lock"):
         if not (target.exists() and all(changed for _, _, changed in stamps)):
-            _fetch(filesystem, found, root, target, uri)
+            _fetch(filesystem, relative, target, uri)
     return target / Path(root).name if is_file else target
 
 
-def _fetch(filesystem: AbstractFileSystem, files: list[str], root: str, target: Path, uri: str) -> None:
-    """Copy files below `root` (or this one file) to a folder, in place of what is there."""
+def _fetch(filesystem: AbstractFileSystem, files: Mapping[str, str], target: Path, uri: str) -> None:
+    """Copy files (each with its path below `target`) to a folder, in place of what is there.
+
+    Raises ValueError if a file has the name of a folder, or leads out of `target`.
+    """
     partial_copy = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}."))
     try:
-        for name in tqdm(files, desc=f"fetching {uri}", unit="file", leave=False, disable=None):
-            relative = Path(name).name if name == root else os.path.relpath(name, root)
-            (partial_copy / relative).parent.mkdir(parents=True, exist_ok=True)
-            call_patiently(partial(filesystem.get_file, name, str(partial_copy / relative)), f"read {name}")
+        for name, relative in tqdm(files.items(), desc=f"fetching {uri}", unit="file", leave=False, disable=None):
+            path = path_inside(partial_copy, relative)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError) as error:
+                raise ValueError(f"{uri} cannot be copied to this machine: it holds {name!r} beside a file {error}") from error
+            call_patiently(partial(filesystem.get_file, name, str(path)), f"read {name}")
         shutil.rmtree(target, ignore_errors=True)
         partial_copy.rename(target)
     finally:
         shutil.rmtree(partial_copy, ignore_errors=True)
+
+
+def _relative(name: str, root: str) -> str:
+    """The name of a file below `root` (or of `root` itself, a file) as its file system has it, with any ".." that is in it."""
+    if name == root:
+        return name.rpartition("/")[2]
+    if not root:
+        return name
+    return name.removeprefix(f"{root}/") if name.startswith(f"{root}/") else os.path.relpath(name, root)
 
 
 def _stamp(info: dict[str, Any]) -> tuple[str, str]:

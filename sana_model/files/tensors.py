@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sana_model.files.atomic import write_atomically
+from sana_model.files.inside import check_inside
 
 # What a weights file's name begins with: ours, transformers' and efficientvit's; diffusers'.
 WEIGHT_STEMS = ("model", "diffusion_pytorch_model")
@@ -43,11 +44,22 @@ def read_safetensors_folder(folder: Path) -> dict[str, Tensor]:
     chosen = variants[find_variant(folder) or ""]
     if chosen.suffix == ".safetensors":
         return read_safetensors(chosen)
-    shards = sorted(set(read_json(chosen)["weight_map"].values()))
+    shards = _shards_of(chosen)
     missing = [name for name in shards if not (folder / name).exists()]
     if missing:
         raise ValueError(f"{chosen} names shards that are not there: {', '.join(missing)}")
     return {name: tensor for shard in shards for name, tensor in read_safetensors(folder / shard).items()}
+
+
+def _shards_of(index: Path) -> list[str]:
+    """Names of the files that an index names. Raises ValueError if it is none, or names files outside its folder."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index} is no index of shards: its weight_map must give a file's name for each tensor")
+    try:
+        return sorted({check_inside(name) for name in weight_map.values()})
+    except ValueError as error:
+        raise ValueError(f"{index}: {error}") from error
 
 
 def find_variant(folder: Path) -> str | None:

@@ -27,6 +27,7 @@ from pipelines.storage.retry import call
 from pipelines.train.engine.deepspeed import WHOLE, Engine
 from pipelines.train.engine.ema import EMA
 from sana_model.files.filesystems import open_filesystem
+from sana_model.files.inside import path_inside
 
 WEIGHTS, AVERAGE, MOMENTS = "weights", "average", "moments"
 OPTIMIZER = "optimizer.pt"
@@ -195,7 +196,7 @@ class Checkpoint:
         with tempfile.TemporaryDirectory(prefix="checkpoint-") as scratch:
             paths = {}
             for name in names:
-                paths[name] = _get(f"{self.uri}/{name}", Path(scratch, name))
+                paths[name] = _get(f"{self.uri}/{name}", path_inside(Path(scratch), name))
                 if _hash(paths[name]) != hashes[name]:
                     raise BadCheckpointError(f"{self.uri} is not whole: the content of {name} has changed since it was written")
             yield paths

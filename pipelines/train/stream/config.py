@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from pipelines.score.config import ImageFilter, SelectionConfig, check_captioners
+from pipelines.tables.schema import check_folder_name
 
 UNIT = 1_000_000
 """Weights of tables are counted in whole millionths of a draw, so that rounding errors never add up over the epochs."""
@@ -39,6 +40,9 @@ class StreamConfig:
 
     def __post_init__(self) -> None:
         check_captioners(self.captioners)
+        for setting, name in [("clip", self.clip), *(("image_filters", name) for name in self.image_filters)]:
+            if name is not None:
+                check_folder_name(setting, name)
         if self.clip is None and self.selection.needs_scores:
             raise ValueError(
                 f"clip=None: selection.policy={self.selection.policy!r} with min_best_score={self.selection.min_best_score} "

@@ -44,6 +44,15 @@ def test_spoiled_answers_change_nothing(proxy: FaultyProxy) -> None:
     assert len(proxy.spoiled) == 5 and proxy.spoiled.total() > 10
 
 
+@pytest.mark.parametrize("name", ["*", "a?", "[ab]", "**"])
+def test_names_that_look_like_patterns_delete_only_themselves(proxy: FaultyProxy, name: str) -> None:
+    root = f"{URI}/patterns/{len(name)}{ord(name[0])}"
+    for folder in ("a", "ab", name):
+        write_file(f"{root}/{folder}/x", b"kept")
+    files.remove_files([f"{root}/{name}/x", f"{root}/{name}/absent"])
+    assert list(find_files(root)) == ["a/x", "ab/x"]
+
+
 @pytest.mark.parametrize(
     ("fault", "last"),
     [("503", "Service Unavailable|injected"), ("500", "Internal Server Error|injected"), ("reset", "onnection|closed")],

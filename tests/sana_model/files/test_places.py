@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
+import boto3
 import fsspec
 import huggingface_hub
 import pytest
@@ -124,3 +125,17 @@ def test_a_model_is_loaded_whole_from_a_storage_that_fails_now_and_then(proxy, t
     proxy.share = 0.0
     with pytest.raises(FileNotFoundError, match="nothing at 's3://bucket/none'"):
         SanaTransformer.from_pretrained(f"s3://{BUCKET}/none")
+
+
+def test_a_model_in_a_bucket_writes_nothing_outside_the_cache(proxy, tmp_path, monkeypatch):
+    """Markers of folders, which consoles make, do no harm; keys with ".." are refused."""
+    monkeypatch.setattr(places, "CACHE_DIR", tmp_path / "a" / "b" / "cache")
+    client = boto3.client("s3", endpoint_url=proxy.url)
+    for key in ("good/", "good/config.json", "good/transformer/", "good/transformer/config.json", "evil/a", "evil/../../x"):
+        client.put_object(Bucket=BUCKET, Key=key, Body=b"" if key.endswith("/") else b"{}")
+    copied = places.resolve(f"s3://{BUCKET}/good")
+    files = sorted(path.relative_to(copied).as_posix() for path in copied.rglob("*") if path.is_file())
+    assert files == ["config.json", "transformer/config.json"]
+    with pytest.raises(ValueError, match=r"cannot be copied.*'\.\./\.\./x' leads out"):
+        places.resolve(f"s3://{BUCKET}/evil")
+    assert not list(tmp_path.rglob("x"))
