@@ -4,6 +4,7 @@ x_t = (1 - sigma) x_0 + sigma eps: sigma 0 is clean, sigma 1 is pure noise, and 
 (Liu et al., arXiv 2209.03003; Sana, arXiv 2410.10629).
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -27,10 +28,10 @@ def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
     shifting. Sana's published shift is 3 (4 for 0.6B at 1024 px, 6 at 4096 px).
 
     Raises:
-        ValueError: shift is not positive.
+        ValueError: shift is not a positive, finite number.
     """
-    if shift <= 0:
-        raise ValueError(f"shift={shift} must be positive; 1 leaves the noise levels as they are")
+    if not 0 < shift < math.inf:
+        raise ValueError(f"shift={shift} must be positive and finite; 1 leaves the noise levels as they are")
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sana_model.flow import add_noise
 from sana_model.nn.autoencoder import DCAutoencoder
+from sana_model.nn.finite import check_finite
 from sana_model.solver import PredictVelocity, cut_sigmas, keep_known
 
 MAX_DECODE_PIXELS = 2048**2
@@ -120,20 +121,23 @@ def redraw(
 
 
 def encode_pictures(autoencoder: DCAutoencoder, images: Sequence[Image.Image]) -> Tensor:
-    """Encode B RGB pictures of one size to scaled latents (B, C, h, w), in the autoencoder's dtype."""
+    """Encode B RGB pictures of one size to scaled latents (B, C, h, w), in the autoencoder's dtype. Raises NotFiniteError."""
     values = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
     weight = autoencoder.decoder.conv_in.weight
     tile_size, at_once = _split(values.shape[-2] * values.shape[-1])
     chunks = (values.float() / 127.5 - 1).to(weight.device, weight.dtype).split(at_once)
-    return torch.cat([autoencoder.encode(chunk, tile_size=tile_size) for chunk in chunks])
+    latents = torch.cat([autoencoder.encode(chunk, tile_size=tile_size) for chunk in chunks])
+    check_finite(latents, autoencoder.encoder, "encoder of the autoencoder")
+    return latents
 
 
 def decode_pictures(autoencoder: DCAutoencoder, latents: Tensor) -> list[Image.Image]:
-    """Decode scaled latents (B, C, h, w) to B RGB pictures."""
+    """Decode scaled latents (B, C, h, w) to B RGB pictures. Raises NotFiniteError."""
     tile_size, at_once = _split(latents.shape[-2] * latents.shape[-1] * autoencoder.compression**2)
     images: list[Image.Image] = []
     for chunk in latents.to(autoencoder.decoder.conv_in.weight.dtype).split(at_once):
         decoded = autoencoder.decode(chunk, tile_size=tile_size).float()
+        check_finite(decoded, autoencoder.decoder, "decoder of the autoencoder")
         values = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         images += [Image.fromarray(value) for value in values]
     return images

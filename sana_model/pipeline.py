@@ -1,7 +1,7 @@
 """Text to image: text encoder, linear DiT, solver and DC-AE put together."""
 
+import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from sana_model.files.pipeline import PipelineParts, load_parts, save_parts
 from sana_model.files.png import set_facts
 from sana_model.flow import DEFAULT_FLOW_SHIFT, sigma_to_timestep
 from sana_model.nn.autoencoder import DCAutoencoder
+from sana_model.nn.finite import NotFiniteError, check_finite, name_dtype
 from sana_model.nn.text_encoder import TextEncoder
 from sana_model.nn.transformer import CaptionState, SanaTransformer
 from sana_model.pictures import Pictures, StartPictures, decode_pictures, redraw
@@ -197,34 +198,41 @@ class TextToImage(nn.Module):
             on_step: called after each step with (index, latents), e.g. for a progress bar.
 
         Raises TypeError unless prompts are a list of str. Raises ValueError for no prompts, a size that is no multiple, an
-        unknown solver, num_steps or num_images_per_prompt below 1, a bad guidance_interval, a wrong number of seeds, both a
-        seed and a generator, and for pictures as `StartPictures.check` says.
+        unknown solver, num_steps or num_images_per_prompt below 1, a guidance_scale that is not finite, a bad
+        guidance_interval, a wrong number of seeds, both a seed and a generator, and for pictures as `StartPictures.check` says.
+        Raises NotFiniteError, a ValueError, if a model gives values that are not finite.
         """
         if solver not in SOLVERS:
             raise ValueError(f"unknown solver {solver!r}: choose one of {', '.join(SOLVERS)}")
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt={num_images_per_prompt} must be at least 1")
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale={guidance_scale} must be a finite number; 1 turns guidance off")
         solve, make_grid = SOLVERS[solver]
         start = StartPictures.check(image, mask, strength, len(prompts))
         height, width = self._image_size(height, width, start)
         seeds = _image_seeds(seed, generator, len(prompts), num_images_per_prompt)
-        embeds, caption_mask = self.text_encoder.encode(prompts)
+        embeds, caption_mask = self._encode(prompts)
         predict_velocity = guided_velocity(
             self.transformer,
             (embeds.repeat_interleave(num_images_per_prompt, 0), caption_mask.repeat_interleave(num_images_per_prompt, 0)),
-            self.text_encoder.encode([negative_prompt], use_instruction=False),
+            self._encode([negative_prompt], use_instruction=False),
             guidance_scale=guidance_scale,
             guidance_interval=guidance_interval,
             integer_timesteps=integer_timesteps,
         )
         noise = self._draw_noise(len(prompts) * num_images_per_prompt, height, width, seeds, generator)
         sigmas = make_grid(num_steps, self.flow_shift)
+
+        def draw(predict: PredictVelocity, latents: Tensor, grid: Tensor) -> Tensor:
+            drawn = solve(predict, latents, grid, on_step=on_step)
+            check_finite(drawn, self.transformer, "transformer", hint=f"lower guidance_scale={guidance_scale:g}")
+            return drawn
+
         if start is None:
-            images = decode_pictures(self.autoencoder, solve(predict_velocity, noise, sigmas, on_step=on_step))
+            images = decode_pictures(self.autoencoder, draw(predict_velocity, noise, sigmas))
         else:
-            images = redraw(
-                self.autoencoder, start.resized(height, width), noise, sigmas, predict_velocity, partial(solve, on_step=on_step)
-            )
+            images = redraw(self.autoencoder, start.resized(height, width), noise, sigmas, predict_velocity, draw)
         settings = {
             "height": height, "width": width, "num_steps": num_steps, "guidance_scale": guidance_scale,
             "guidance_interval": list(guidance_interval), "negative_prompt": negative_prompt, "solver": solver,
@@ -234,6 +242,18 @@ class TextToImage(nn.Module):
             facts = {"prompt": prompts[index // num_images_per_prompt], "seed": seeds[index] if seeds else None}
             set_facts(drawn, facts | {"model": self.name, "settings": settings})
         return images
+
+    def _encode(self, captions: list[str], *, use_instruction: bool = True) -> Caption:
+        """Encode captions. Raises NotFiniteError if the result is not finite, in the dtype of the transformer too."""
+        embeds, mask = self.text_encoder.encode(captions, use_instruction=use_instruction)
+        check_finite(embeds, self.text_encoder, "text encoder", dtype=self.text_encoder.dtype)
+        dtype = self.transformer.head.weight.dtype
+        if not bool(torch.isfinite(embeds.to(dtype)).all()):
+            raise NotFiniteError(
+                f"the text encoder gives values of up to {embeds.abs().max():.3g}, too large for the transformer in "
+                f"{name_dtype(dtype)}: take bfloat16 or float32 for the transformer"
+            )
+        return embeds, mask
 
     def _image_size(self, height: int | None, width: int | None, start: StartPictures | None) -> tuple[int, int]:
         """The size to draw at. Raises ValueError for a size that does not divide."""

@@ -1,5 +1,6 @@
 """Configuration of the sample stage, which draws pictures."""
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -20,7 +21,7 @@ class DrawConfig:
         seed: picture i is drawn from seed + i, whatever its batch.
         batch_size: pictures in one call of the model; changes values by rounding only.
         rows_per_shard: pictures in a shard: as many are lost, at most, when an actor dies.
-        dtype: of the weights; None keeps the checkpoint's.
+        dtype: of the weights; None keeps the checkpoint's. float16 gives the text encoder bfloat16, whose range it needs.
         device: "cpu" or "cuda"; None picks the first GPU that Ray gave the actor, otherwise the CPU.
         resources: what Ray reserves for the stage's actors.
     """
@@ -38,6 +39,13 @@ class DrawConfig:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     device: str | None = None
     resources: Resources = field(default_factory=Resources)
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale={self.guidance_scale} must be a finite number; 1 turns guidance off")
+        for name in ("num_steps", "batch_size", "rows_per_shard"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,11 +15,15 @@ from pipelines.draw.config import SampleConfig
 from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
 from pipelines.storage.lease import Leases
+from pipelines.tables.errors import WrongInputError
 from pipelines.tables.identity import Identity, value_settings
+from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.schema import SAMPLES, Row, samples_path
 from pipelines.tables.table import Table
+from pipelines.workers.halving import refuse_out_of_memory, run_halving
 from pipelines.workers.images import to_png
 from pipelines.workers.models import find_model, pick_device
+from sana_model.nn.finite import NotFiniteError
 from sana_model.pipeline import TextToImage
 
 
@@ -81,27 +85,43 @@ class Sampler:
         self.pipeline = TextToImage.from_pretrained(config.pipeline, dtype=dtype).to(device)
 
     def process(self, table: pa.Table) -> ShardOutput:
-        """Make one row of samples for each row with a prompt and a seed; nothing is refused."""
+        """Make one row of samples for each row with a prompt and a seed, or a reject where the picture's values are not finite.
+
+        Raises WrongInputError if weights of the pipeline are not finite.
+        """
         rows: list[Row] = []
+        rejects: list[Row] = []
         source = table.to_pylist()
         for start in range(0, len(source), self.config.batch_size):
             batch = source[start : start + self.config.batch_size]
-            images = self.draw([row["prompt"] for row in batch], [row["seed"] for row in batch])
-            rows += [{**row, "image_bytes": to_png(image)} for row, image in zip(batch, images, strict=True)]
-        return ShardOutput(rows, [])
+            for row, image in zip(batch, run_halving(self.draw, batch, refuse=_refuse), strict=True):
+                if isinstance(image, RowRefused):
+                    rejects.append(reject(row, image))
+                else:
+                    rows.append({**row, "image_bytes": to_png(image)})
+        return ShardOutput(rows, rejects)
 
-    def draw(self, prompts: list[str], seeds: list[int]) -> list[Image.Image]:
-        """Draw one picture for each prompt and its seed, in one call of the pipeline."""
+    def draw(self, rows: list[Row]) -> list[Image.Image]:
+        """Draw one picture for each row's prompt and seed, in one call of the pipeline."""
         config = self.config
         return self.pipeline(
-            prompts,
+            [row["prompt"] for row in rows],
             config.height,
             config.width,
             num_steps=config.num_steps,
             guidance_scale=config.guidance_scale,
             solver=config.solver,
-            seed=seeds,
+            seed=[row["seed"] for row in rows],
         )
+
+
+def _refuse(error: Exception, size: int) -> RowRefused | None:
+    """The refusal of a picture that cannot be drawn. Raises WrongInputError where no picture can."""
+    if not isinstance(error, NotFiniteError):
+        return refuse_out_of_memory(error, size)
+    if error.bad_weights:
+        raise WrongInputError(str(error)) from error
+    return RowRefused("not_finite", str(error))
 
 
 def read_pictures(table: Table, limit: int = 64) -> tuple[list[str], list[Image.Image]]:

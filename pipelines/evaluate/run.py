@@ -1,5 +1,6 @@
 """The evaluate stage: how well pictures show what their prompts ask for."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
 from pipelines.storage.lease import Leases
 from pipelines.tables.identity import Identity, value_settings
+from pipelines.tables.rejects import reject
 from pipelines.tables.schema import EVALUATIONS, SAMPLES, Row, evaluations_path, samples_path
 from pipelines.tables.table import Table
 from pipelines.workers.clip import ClipModel
@@ -54,12 +56,14 @@ class PictureJudge:
         self.attributes: AttributeJudge | None = None  # made when the first prompt needs it
 
     def process(self, table: pa.Table) -> ShardOutput:
-        """Make one row of evaluations for each row of samples; nothing is refused."""
+        """Make one row of evaluations for each row of samples, or a reject where its score is not finite."""
         rows: list[Row] = []
         source = table.to_pylist()
         for start in range(0, len(source), self.config.batch_size):
             rows += self._judge(source[start : start + self.config.batch_size])
-        return ShardOutput(rows, [])
+        refused = self.clip.not_finite("bad_score")
+        rejects = [reject(row, refused) for row in rows if not math.isfinite(row["clip_score"])]
+        return ShardOutput([row for row in rows if math.isfinite(row["clip_score"])], rejects)
 
     def _judge(self, batch: list[Row]) -> list[Row]:
         images = [Image.open(BytesIO(row["image_bytes"])).convert("RGB") for row in batch]

@@ -111,12 +111,18 @@ class CaptionEmbedder:
             num_cut += sum(count > self.config.prompts.max_tokens for count in self.encoder.count_tokens(texts))
             for entry, embeds in zip(batch, run_halving(self._embed, texts), strict=True):
                 if not isinstance(embeds, RowRefused) and not embeds.isfinite().all():
-                    embeds = RowRefused("bad_embeds", "values that are not finite")
+                    embeds = self._not_finite()
                 if isinstance(embeds, RowRefused):
                     rejects.append(reject(entry, embeds))
                 else:
                     rows.append(_embeds_row(entry, embeds))
         return ShardOutput(rows, rejects, {"captions": len(captions), "cut_captions": num_cut})
+
+    def _not_finite(self) -> RowRefused:
+        config = self.config
+        made = f"compute_dtype={config.compute_dtype}, dtype={config.dtype}"
+        advice = "take bfloat16 for both" if "float16" in (config.dtype, config.compute_dtype) else "take another copy of it"
+        return RowRefused("bad_embeds", f"the text encoder gives values that are not finite, with {made}: {advice}")
 
     def _embed(self, texts: list[str]) -> list[torch.Tensor]:
         """(num_tokens, width) of each, on the CPU and of the table's dtype."""

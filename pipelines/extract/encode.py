@@ -21,6 +21,7 @@ from pipelines.workers.images import decode, resize_and_crop
 from pipelines.workers.models import FoundModel, locate, pick_device
 from pipelines.workers.prepare import iter_rows, prepare_ahead
 from sana_model.nn.autoencoder import DCAutoencoder
+from sana_model.nn.finite import find_bad_weights
 
 MAX_WAITING_BYTES = 2**31
 """Most bytes of prepared images that wait for a batch of their bucket; beyond it the fullest bucket is encoded."""
@@ -45,10 +46,12 @@ def find_encoder(autoencoder: str) -> FoundModel:
     The version is a hash of the encoder's weights, its shape and the scale of the latents. It is the same in whatever layout
     they are stored, and whatever the decoder is: a decoder that was trained further makes no latents stale.
 
-    Raises FileNotFoundError if there is no such autoencoder, ValueError if it cannot be read.
+    Raises FileNotFoundError if there is no such autoencoder, ValueError if it cannot be read or weights are not finite.
     """
     address, place = locate(autoencoder)
     model = DCAutoencoder.from_pretrained(place, dtype=torch.float32)
+    if bad := find_bad_weights(model):
+        raise ValueError(f"autoencoder={autoencoder}: its weights {', '.join(bad[:3])} are not finite: take another copy of it")
     config = model.config
     shape = (config.latent_channels, config.widths, config.encoder_depths, config.variant, config.scaling_factor)
     digest = hashlib.sha256(repr(shape).encode())
@@ -132,6 +135,7 @@ class _Shard:
     waiting: dict[Bucket, list[tuple[Row, Cropped]]] = field(default_factory=dict)
     waiting_bytes: int = 0
     psnrs: list[float] = field(default_factory=list)
+    num_not_finite: int = 0  # images that were decoded again to values that are not finite
     sums: np.ndarray = field(default_factory=lambda: np.zeros(3))  # of the latents: count, sum, sum of squares
 
     def add(self, row: Row, image: Cropped | RowRefused) -> None:
@@ -153,6 +157,8 @@ class _Shard:
         place = {row_id: index for index, row_id in enumerate(ids)}
         self.rejects.sort(key=lambda row: place[row["id"]])
         figures = {"psnr": float(np.mean(self.psnrs)), "psnr_worst": min(self.psnrs)} if self.psnrs else {}
+        if self.num_not_finite:
+            figures["num_decoded_not_finite"] = self.num_not_finite
         if self.rows:
             count, total, squares = self.sums
             figures["latents_std"] = math.sqrt(max(squares / count - (total / count) ** 2, 0.0))
@@ -164,7 +170,7 @@ class _Shard:
         encoded = run_halving(self.encoder.encode, [image for _, image in batch])
         good: list[tuple[Cropped, torch.Tensor]] = []
         for (row, image), latents in zip(batch, encoded, strict=True):
-            fault = latents if isinstance(latents, RowRefused) else find_fault(latents, self.config.max_latent)
+            fault = latents if isinstance(latents, RowRefused) else find_fault(latents, self.config)
             if fault is not None:
                 self.rejects.append(reject(row, fault))
                 continue
@@ -182,17 +188,25 @@ class _Shard:
         decoded = run_halving(self.encoder.decode, [latents for _, latents in pairs])
         for (image, _), again in zip(pairs, decoded, strict=True):
             if not isinstance(again, RowRefused):
-                self.psnrs.append(psnr(image.pixels, again))
+                if np.isfinite(again).all():
+                    self.psnrs.append(psnr(image.pixels, again))
+                else:
+                    self.num_not_finite += 1
 
 
-def find_fault(latents: torch.Tensor, max_latent: float) -> RowRefused | None:
+def find_fault(latents: torch.Tensor, config: ExtractConfig) -> RowRefused | None:
     """The refusal of latents with values that are not finite or too large; None if they are good."""
     bad = int((~torch.isfinite(latents)).sum())
     if bad:
-        return RowRefused("bad_latents", f"{bad} of {latents.numel()} values are not finite")
+        advice = "take float32 or bfloat16 for both" if "float16" in (config.dtype, config.compute_dtype) else "take float32"
+        return RowRefused(
+            "bad_latents",
+            f"{bad} of {latents.numel()} values of the autoencoder's encoder are not finite, with "
+            f"compute_dtype={config.compute_dtype}, dtype={config.dtype}: {advice}",
+        )
     largest = float(latents.abs().max())
-    if largest > max_latent:
-        return RowRefused("bad_latents", f"the largest value is {largest:.4g}, max_latent={max_latent:g}")
+    if largest > config.max_latent:
+        return RowRefused("bad_latents", f"the largest value is {largest:.4g}, max_latent={config.max_latent:g}")
     return None
 
 

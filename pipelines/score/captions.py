@@ -114,8 +114,7 @@ class CaptionScorer:
                 if isinstance(score, RowRefused):
                     rejects.append(reject({"id": row_id}, score))
                 elif not math.isfinite(score):
-                    refused = RowRefused("bad_score", f"{self.config.model} gives a score that is not finite")
-                    rejects.append(reject({"id": row_id}, refused))
+                    rejects.append(reject({"id": row_id}, self.clip.not_finite("bad_score")))
                 else:
                     rows.append({"id": row_id, "clip_score": score})
         return ShardOutput(rows, rejects, {"captions": len(table), "long_captions": self.num_long})

@@ -85,7 +85,7 @@ class ImageEmbedder:
             for row, image in batch:
                 vector = image if isinstance(image, RowRefused) else next(embedded)
                 if not isinstance(vector, RowRefused) and not bool(vector.isfinite().all()):
-                    vector = RowRefused("bad_embedding", f"{self.config.model} gives values that are not finite")
+                    vector = self.clip.not_finite("bad_embedding")
                 if isinstance(vector, RowRefused):
                     rejects.append(reject(row, vector))
                 else:

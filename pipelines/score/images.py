@@ -110,7 +110,8 @@ class ImageScorer:
                 if isinstance(score, RowRefused):
                     rejects.append(reject(row, score))
                 elif not math.isfinite(score):
-                    refused = RowRefused("bad_score", f"{self.config.model} gives a score that is not finite")
+                    told = f"{self.config.model} gives a score that is not finite, in {self.config.dtype}"
+                    refused = RowRefused("bad_score", f"{told}: take float32, or another copy of its weights")
                     rejects.append(reject(row, refused))
                 else:
                     rows.append({"id": row["id"], "score": score})

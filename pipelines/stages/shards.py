@@ -26,7 +26,7 @@ from ray.util.annotations import RayDeprecationWarning
 from pipelines.stages.contract import Outcome, ReadShard, Resources, ShardOutput, ShardWorker
 from pipelines.storage.errors import LeaseLostError, StorageError
 from pipelines.storage.lease import Ticket
-from pipelines.tables.errors import DamagedShardError, StageError
+from pipelines.tables.errors import DamagedShardError, StageError, WrongInputError
 from pipelines.tables.schema import Row
 from pipelines.tables.table import Table, count_reasons
 
@@ -42,7 +42,12 @@ COUNTS = pa.map_(pa.string(), pa.int64())
 ERROR = pa.struct([("stops", pa.string()), ("message", pa.string())])
 
 
-STOPS: dict[str, type[Exception]] = {"storage": StorageError, "stage": StageError, "lease": LeaseLostError}
+STOPS: dict[str, type[Exception]] = {
+    "storage": StorageError,
+    "stage": StageError,
+    "lease": LeaseLostError,
+    "input": WrongInputError,
+}
 """Errors that end a stage at once, by their name in a shard's row."""
 
 
@@ -143,7 +148,7 @@ class _Worker:
         rows, refused = output.tables(self.schema)
         if error is None:
             try:
-                self.worker = self.worker or self.make_worker()
+                self.worker = self.worker or self._make()
                 output = self.worker.process(_unpack(batch["rows"]))
                 rows, refused = output.tables(self.schema)
             except Exception as failure:
@@ -153,6 +158,13 @@ class _Worker:
                 error = _describe(failure)
         figures = pa.array([list(output.figures.items())], FIGURES)
         return _read_row(shard, _pack(rows), error).append_column("rejects", _pack(refused)).append_column("figures", figures)
+
+    def _make(self) -> ShardWorker:
+        """Make the worker. Raises WrongInputError, which stops the stage, for what a user can mend."""
+        try:
+            return self.make_worker()
+        except (FileNotFoundError, ValueError) as error:
+            raise WrongInputError(str(error)) from error
 
 
 def _has_lost_device(error: Exception) -> bool:
@@ -198,7 +210,7 @@ def write_output(
 
 def _describe(error: Exception) -> Row:
     """An error as a row of ERROR. Storage that failed one shard after many tries would fail the others; a lost lease does."""
-    known = isinstance(error, StorageError | DamagedShardError | StageError | LeaseLostError)
+    known = isinstance(error, (DamagedShardError, *STOPS.values()))
     message = str(error) if known else "".join(traceback.format_exception(error)).strip()
     stops = next((name for name, kind in STOPS.items() if isinstance(error, kind)), "")
     return {"stops": stops, "message": message}

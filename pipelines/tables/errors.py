@@ -30,6 +30,12 @@ class DamagedShardError(ValueError):
     error_kind: ClassVar[ErrorKind] = "wrong_input"
 
 
+class WrongInputError(ValueError):
+    """A model, a file or a setting that a worker was given will not do, so every shard would fail in the same way."""
+
+    error_kind: ClassVar[ErrorKind] = "wrong_input"
+
+
 class StageError(RuntimeError):
     """No shard can be made now (a server is down). A worker raises it to stop the stage without trying the other shards."""
 

@@ -1,5 +1,6 @@
 """Training configuration."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -90,6 +91,13 @@ class GridConfig:
     guidance_scale: float = 4.5
     seed: int = 0
     columns: int = 8
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale={self.guidance_scale} must be a finite number; 1 turns guidance off")
+        for name in ("every", "num_steps", "columns"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,8 +202,6 @@ class TrainConfig:
             raise ValueError(f"keep_every={self.keep_every} must be at least 1")
         if self.keep_best == "validation_loss" and not (self.validation.latents or self.data.held_out_share):
             raise ValueError("keep_best=validation_loss needs validation.latents or data.held_out_share")
-        if self.grid.every < 1:
-            raise ValueError(f"grid.every={self.grid.every} must be at least 1")
         together = self.micro_batch_size * self.num_workers
         if self.global_batch_size < 1 or self.global_batch_size % together:
             raise ValueError(

@@ -33,6 +33,7 @@ from pipelines.train.stream.validation import ValidationSet
 from pipelines.train.task import TrainTask
 from pipelines.train.trained_pipeline import TrainedPipeline
 from sana_model.flow import flow_loss
+from sana_model.nn.finite import NotFiniteError
 from sana_model.nn.transformer import SanaTransformer
 from sana_model.pipeline import Caption
 
@@ -294,7 +295,11 @@ class TrainWorker:
     def draw_grid(self) -> None:
         """Draw the grid's prompts with the average weights; write the pictures as a PNG file and send them to MLflow."""
         with self.meter.paused():
-            picture = self.pipeline.draw(self.config.grid)
+            try:
+                picture = self.pipeline.draw(self.config.grid)
+            except NotFiniteError as error:  # on rank 0 alone, after all ranks have done their part
+                self.outputs.say(f"no grid is drawn after step {self.step}: {error}")
+                return
             if picture is not None:
                 self.outputs.show_picture(self.step, picture)
 

@@ -9,7 +9,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
+from pipelines.tables.rejects import RowRefused
 from pipelines.workers.models import pick_device, pretrained
+from sana_model.nn.finite import name_dtype
 
 MAX_TEXTS = 512
 """Texts per call of the model."""
@@ -37,6 +39,7 @@ class ClipModel:
     """
 
     def __init__(self, model: str, *, revision: str | None = None, dtype: str = "float32", device: str | None = None):
+        self.name = model
         path, options = pretrained(model, revision)
         self.device = pick_device(device)
         self.model = AutoModel.from_pretrained(path, dtype=getattr(torch, dtype), **options).to(self.device).eval()
@@ -48,6 +51,12 @@ class ClipModel:
         self.length = min(self.model.config.text_config.max_position_embeddings, self.tokenizer.model_max_length)
         self.prefix, self.suffix = self._special_tokens()
         self.max_tokens = self.length - len(self.prefix) - len(self.suffix)
+
+    def not_finite(self, reason: str) -> RowRefused:
+        """The refusal of an item for which the model gives values that are not finite."""
+        dtype = name_dtype(self.model.dtype)
+        advice = "another copy of its weights" if dtype == "float32" else "float32, or another copy of its weights"
+        return RowRefused(reason, f"{self.name} gives values that are not finite, in {dtype}: take {advice}")
 
     def prepare_image(self, image: Image.Image) -> PreparedImage:
         """Turn an RGB image into the model's input; may be called from several threads."""

@@ -97,7 +97,8 @@ def load_parts(
 
     Args:
         path: our own folder, diffusers' `SanaPipeline` folder, or an NVlabs `.pth`; local, or an hf://, zoo:// or fsspec URI.
-        dtype: of all models; None keeps what each file holds.
+        dtype: of all models, but float16 gives the text encoder bfloat16: some of Gemma's activations are too large for
+            float16. None keeps what each file holds.
         autoencoder, text_encoder: paths that replace what the folder holds. A `.pth` holds neither: the published ones are
             taken unless these are given.
         flow_shift: replaces the pipeline's.
@@ -118,7 +119,7 @@ def load_parts(
         text_encoder=load_text_encoder(
             text_source,
             config=companions.prompts,
-            dtype=dtype,
+            dtype=torch.bfloat16 if dtype is torch.float16 else dtype,
             tokenizer_path=tokenizer,
             variant=find_variant(Path(text_source)) if Path(text_source).is_dir() else None,
         ),

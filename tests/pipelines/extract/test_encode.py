@@ -158,7 +158,8 @@ def test_latents_that_are_not_finite_or_far_out_are_refused(encoder: LatentEncod
     rows, rejects, figures = encoder.process(table_of(images))
     assert [row["id"] for row in rows] == ["id0", "id1", "id2", "id4"]
     assert reasons(rejects) == [("id3", "bad_latents")]
-    assert rejects[0]["detail"] == "1 of 512 values are not finite"
+    told = "1 of 512 values of the autoencoder's encoder are not finite, with compute_dtype=float32, dtype=float16"
+    assert rejects[0]["detail"] == f"{told}: take float32 or bfloat16 for both"
     assert 0.5 < figures["latents_std"] < 2
     monkeypatch.undo()
     largest = max(float(latents.abs().max()) for latents in latents_of(rows).values())
