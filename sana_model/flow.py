@@ -8,11 +8,11 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-NUM_TRAIN_TIMESTEPS = 1000
-"""The model's time input is sigma times this."""
+from sana_model.nn.config import NUM_TRAIN_TIMESTEPS
 
 DEFAULT_FLOW_SHIFT = 3.0
 """The shift of the noise levels (`shift_sigmas`) where neither a checkpoint nor a user names one; Sana's usual one."""
@@ -42,6 +42,7 @@ def sample_sigmas(
     mean: float = 0.0,
     std: float = 1.0,
     shift: float = 1.0,
+    whole: bool = False,
     generator: torch.Generator,
     device: torch.device | str | None = None,
 ) -> Tensor:
@@ -52,6 +53,7 @@ def sample_sigmas(
     Args:
         mean, std: of the logit of sigma before the shift; "uniform" ignores them.
         shift: see `shift_sigmas`.
+        whole: round down to one of the `whole_sigmas`, for weights whose time input is "whole".
         device: where the result goes; None: the generator's device. Values are drawn on the generator's device, so a CPU
             generator gives the same values for every `device`.
 
@@ -66,19 +68,33 @@ def sample_sigmas(
         sigmas = torch.rand(num, generator=generator, device=generator.device)
     else:
         raise ValueError(f"distribution={distribution!r} must be 'logit_normal' or 'uniform'")
+    if whole:
+        levels = whole_sigmas(shift).to(sigmas.device)
+        return levels[(sigmas * NUM_TRAIN_TIMESTEPS).long().clamp(max=len(levels) - 1)].to(device or generator.device)
     eps = torch.finfo(torch.float32).eps
     return shift_sigmas(sigmas, shift).clamp(eps, 1 - eps).to(device or generator.device)
 
 
-def sigma_to_timestep(sigma: Tensor, *, integer: bool = False) -> Tensor:
-    """Convert a noise level to the model's time input: 1000 sigma, in the shape and dtype of `sigma`.
+def whole_sigmas(shift: float) -> Tensor:
+    """The noise levels that NVlabs' code trains at: (1000,) float32, increasing from 0.
 
-    Training here, flow-Euler and NVlabs' solver use the continuous value. `integer` truncates it, as diffusers' Sana pipeline
-    does (the int64 timesteps of its DPMSolverMultistepScheduler). Where 1000 sigma is a whole number (only in grids of shift 1
-    whose number of steps divides by 3 or 37), diffusers may be one lower: its float64 product lies just below that number.
+    Level i is i / 1000, shifted, and its time input is 1000 sigma without the fraction. NVlabs computes both in float64, where
+    some products lie just beside a whole number; a level that float32 would round across it is moved back by the smallest step.
+
+    Raises:
+        ValueError: shift is not positive.
     """
-    timestep = sigma * NUM_TRAIN_TIMESTEPS
-    return timestep.trunc() if integer else timestep
+    exact = shift_sigmas(1 - torch.from_numpy(np.linspace(1, 1 / NUM_TRAIN_TIMESTEPS, NUM_TRAIN_TIMESTEPS)), shift)
+    timesteps = (exact * NUM_TRAIN_TIMESTEPS).trunc()
+    sigmas = exact.float()
+    while bool((crossed := timesteps - (sigmas * NUM_TRAIN_TIMESTEPS).trunc()).any()):
+        sigmas = torch.where(crossed == 0, sigmas, torch.nextafter(sigmas, crossed.float() * math.inf))
+    return sigmas
+
+
+def sigma_to_timestep(sigma: Tensor) -> Tensor:
+    """Convert a noise level to a timestep: 1000 sigma, in the shape and dtype of `sigma`. Models are called with it."""
+    return sigma * NUM_TRAIN_TIMESTEPS
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:

@@ -30,15 +30,14 @@ def guided_velocity(
     *,
     guidance_scale: float,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
-    integer_timesteps: bool = False,
 ) -> PredictVelocity:
     """Make the function that a solver integrates: guided velocity of latents (B, C, h, w) at a sigma.
 
     The captions' keys and values are computed here, once for all steps.
 
     Args:
-        captions: B captions. null: one null (or negative) caption.
-        guidance_scale, guidance_interval, integer_timesteps: as in `TextToImage.forward`.
+        captions: B captions. null: one null (or negative) caption, or one for each caption (`TextEncoder.encode_null`).
+        guidance_scale, guidance_interval: as in `TextToImage.forward`.
 
     Raises ValueError if guidance_interval is not 0 <= lo < hi <= 1.
     """
@@ -47,7 +46,7 @@ def guided_velocity(
     conditional = both.without_first(len(captions[0]))
 
     def predict(latents: Tensor, sigma: Tensor, state: CaptionState) -> Tensor:
-        timestep = sigma_to_timestep(sigma, integer=integer_timesteps).to(latents.device).expand(len(latents))
+        timestep = sigma_to_timestep(sigma).to(latents.device).expand(len(latents))
         return transformer(latents.to(dtype), timestep, state)
 
     def predict_both(latents: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,7 +60,7 @@ def guided_velocity(
 
 
 def _null_then_captions(captions: Caption, null: Caption, dtype: torch.dtype) -> Caption:
-    """Make a doubled batch: the null caption once per caption, then the captions."""
+    """Make a doubled batch: the null captions, one per caption, then the captions."""
     (embeds, mask), (null_embeds, null_mask) = captions, null
     count, length = len(embeds), max(mask.shape[1], null_mask.shape[1])
     caption_embeds = embeds.new_zeros(2 * count, length, embeds.shape[-1], dtype=dtype)
@@ -169,7 +168,6 @@ class TextToImage(nn.Module):
         seed: int | Sequence[int] | None = None,
         generator: torch.Generator | None = None,
         solver: str = "flow_dpm_solver",
-        integer_timesteps: bool = False,
         on_step: OnStep | None = None,
     ) -> list[Image.Image]:
         """Draw images for prompts: those of the first prompt, then those of the second, and so on.
@@ -189,12 +187,12 @@ class TextToImage(nn.Module):
             num_steps: number of velocity predictions, each for the whole batch.
             guidance_scale: weight of classifier-free guidance; 1 turns it off and halves the cost.
             guidance_interval: (lo, hi) in sigma; guidance acts only there (see `classifier_free_guidance`).
-            negative_prompt: text to guide away from, for all images; encoded without the instruction, as published.
+            negative_prompt: text to guide away from, for all images; encoded without the instruction, as published. Weights
+                whose null caption is "caption_mask" see as many of its tokens as the prompt has.
             seed: of the noise. A number: of every prompt, so that an image does not depend on its batch. A sequence: one seed
                 per prompt. None: new seeds every time.
             generator: draws the noise of the whole batch at once, as diffusers does; in place of `seed`.
             solver: "flow_dpm_solver" (14 to 20 steps) or "flow_euler" (28 to 50).
-            integer_timesteps: give the model whole timesteps, as diffusers does, in place of exact ones.
             on_step: called after each step with (index, latents), e.g. for a progress bar.
 
         Raises TypeError unless prompts are a list of str. Raises ValueError for no prompts, a size that is no multiple, an
@@ -212,14 +210,13 @@ class TextToImage(nn.Module):
         start = StartPictures.check(image, mask, strength, len(prompts))
         height, width = self._image_size(height, width, start)
         seeds = _image_seeds(seed, generator, len(prompts), num_images_per_prompt)
-        embeds, caption_mask = self._encode(prompts)
+        captions, null = self._encode(prompts, negative_prompt, num_images_per_prompt)
         predict_velocity = guided_velocity(
             self.transformer,
-            (embeds.repeat_interleave(num_images_per_prompt, 0), caption_mask.repeat_interleave(num_images_per_prompt, 0)),
-            self._encode([negative_prompt], use_instruction=False),
+            captions,
+            null,
             guidance_scale=guidance_scale,
             guidance_interval=guidance_interval,
-            integer_timesteps=integer_timesteps,
         )
         noise = self._draw_noise(len(prompts) * num_images_per_prompt, height, width, seeds, generator)
         sigmas = make_grid(num_steps, self.flow_shift)
@@ -236,24 +233,29 @@ class TextToImage(nn.Module):
         settings = {
             "height": height, "width": width, "num_steps": num_steps, "guidance_scale": guidance_scale,
             "guidance_interval": list(guidance_interval), "negative_prompt": negative_prompt, "solver": solver,
-            "integer_timesteps": integer_timesteps, "strength": start.strength if start else None,
+            "strength": start.strength if start else None,
         }  # fmt: skip
         for index, drawn in enumerate(images):
             facts = {"prompt": prompts[index // num_images_per_prompt], "seed": seeds[index] if seeds else None}
             set_facts(drawn, facts | {"model": self.name, "settings": settings})
         return images
 
-    def _encode(self, captions: list[str], *, use_instruction: bool = True) -> Caption:
-        """Encode captions. Raises NotFiniteError if the result is not finite, in the dtype of the transformer too."""
-        embeds, mask = self.text_encoder.encode(captions, use_instruction=use_instruction)
-        check_finite(embeds, self.text_encoder, "text encoder", dtype=self.text_encoder.dtype)
+    def _encode(self, prompts: list[str], negative_prompt: str, num_each: int) -> tuple[Caption, Caption]:
+        """Encode prompts, each `num_each` times, and what guidance leads away from.
+
+        Raises NotFiniteError if a result is not finite, in the dtype of the transformer too.
+        """
+        embeds, mask = (each.repeat_interleave(num_each, 0) for each in self.text_encoder.encode(prompts))
+        null = self.text_encoder.encode_null(mask, self.transformer.config.null_caption, negative_prompt)
         dtype = self.transformer.head.weight.dtype
-        if not bool(torch.isfinite(embeds.to(dtype)).all()):
-            raise NotFiniteError(
-                f"the text encoder gives values of up to {embeds.abs().max():.3g}, too large for the transformer in "
-                f"{name_dtype(dtype)}: take bfloat16 or float32 for the transformer"
-            )
-        return embeds, mask
+        for states in (embeds, null[0]):
+            check_finite(states, self.text_encoder, "text encoder", dtype=self.text_encoder.dtype)
+            if not bool(torch.isfinite(states.to(dtype)).all()):
+                raise NotFiniteError(
+                    f"the text encoder gives values of up to {states.abs().max():.3g}, too large for the transformer in "
+                    f"{name_dtype(dtype)}: take bfloat16 or float32 for the transformer"
+                )
+        return (embeds, mask), null
 
     def _image_size(self, height: int | None, width: int | None, start: StartPictures | None) -> tuple[int, int]:
         """The size to draw at. Raises ValueError for a size that does not divide."""

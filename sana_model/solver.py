@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sana_model.flow import NUM_TRAIN_TIMESTEPS, shift_sigmas
+from sana_model.flow import shift_sigmas
+from sana_model.nn.config import NUM_TRAIN_TIMESTEPS
 
 PredictVelocity = Callable[[Tensor, Tensor], Tensor]
 """(latents (B, C, H, W), sigma 0-d) -> velocity (B, C, H, W). Solvers pass float32 latents and accept any dtype back."""

@@ -81,12 +81,14 @@ def value_settings(config: Any) -> dict[str, Any]:
     """The settings of a configuration (a dataclass) that can change a value in a table, in JSON's types, for an `Identity`.
 
     Every field counts, except those that its class names in `NO_VALUE`, a tuple: table names, batch sizes, resources and so
-    on. Nested configurations have a `NO_VALUE` of their own.
+    on. Fields that it names in `SINCE` were added after tables were made without them: they count only where they are not
+    their default, which must mean what was done before. Nested configurations have a `NO_VALUE` and `SINCE` of their own.
     """
-    no_value = getattr(type(config), "NO_VALUE", ())
-    names = [field.name for field in fields(config)]
-    assert set(no_value) <= set(names), f"{type(config).__name__}.NO_VALUE names no field: {set(no_value) - set(names)}"
-    return {name: _plain(getattr(config, name)) for name in names if name not in no_value}
+    no_value, since = (getattr(type(config), name, ()) for name in ("NO_VALUE", "SINCE"))
+    defaults = {field.name: field.default for field in fields(config)}
+    assert {*no_value, *since} <= set(defaults), f"{type(config).__name__} has no field {({*no_value, *since}) - set(defaults)}"
+    left_out = {*no_value, *(name for name in since if getattr(config, name) == defaults[name])}
+    return {name: _plain(getattr(config, name)) for name in defaults if name not in left_out}
 
 
 def _plain(value: Any) -> Any:

@@ -9,7 +9,7 @@ from pipelines.tables.schema import check_folder_name
 from pipelines.train.engine.config import EmaConfig, EngineConfig, LoraConfig, OptimConfig
 from pipelines.train.stream.config import FlowConfig, StreamConfig, ValidationConfig, WeightedTable
 from pipelines.train.stream.mixture import Source, find_sources, validation_sources
-from sana_model.nn.config import PRESETS, TextEncoderConfig
+from sana_model.nn.config import PRESETS, NullCaption, TextEncoderConfig, TimeInput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +114,10 @@ class TrainConfig:
         autoencoder: path of the autoencoder; needed without `init`, replaces that of `init` otherwise.
         prompts: how captions become tokens; None: as in the pipeline of `init`, or as published if there is no `init`.
         positions: settings of the transformer that change with the resolution.
+        time_input: how the transformer sees the noise level, see `TimeInput`; None: as the weights of `init` were trained, or
+            "continuous" for a preset.
+        null_caption: what it sees in place of a dropped caption, see `NullCaption`; None: as the weights of `init` were
+            trained, or "own_mask" for a preset.
         num_steps: optimizer steps.
         micro_batch_size: samples of one worker's forward pass.
         global_batch_size: samples of one step; a multiple of micro_batch_size * num_workers.
@@ -145,6 +149,8 @@ class TrainConfig:
         *("checkpoint_every", "keep_checkpoints", "keep_every", "keep_best", "validation"),
     )
 
+    SINCE: ClassVar = ("time_input", "null_caption")
+
     latents: str | list[WeightedTable]
     caption_embeds: str | None = None
     init: str | None = None
@@ -153,6 +159,8 @@ class TrainConfig:
     autoencoder: str | None = None
     prompts: TextEncoderConfig | None = None
     positions: PositionConfig = field(default_factory=PositionConfig)
+    time_input: TimeInput | None = None
+    null_caption: NullCaption | None = None
     num_steps: int
     micro_batch_size: int
     global_batch_size: int
@@ -207,6 +215,12 @@ class TrainConfig:
             raise ValueError(
                 f"global_batch_size={self.global_batch_size} must be a multiple of micro_batch_size * num_workers = {together}"
             )
+
+    @property
+    def transformer_overrides(self) -> dict[str, Any]:
+        """The settings that replace fields of the transformer's `SanaConfig`."""
+        named = {"time_input": self.time_input, "null_caption": self.null_caption}
+        return self.positions.overrides | {name: value for name, value in named.items() if value is not None}
 
     @property
     def grad_accum_steps(self) -> int:

@@ -7,14 +7,14 @@ import torch
 
 from pipelines.train.config import TrainConfig
 from pipelines.train.engine.lora import add_lora
-from pipelines.train.stream.captions import HostTextEncoder
+from pipelines.train.stream.captions import DroppedCaption, HostTextEncoder
 from sana_model.files.pipeline import Companions, find_companions
 from sana_model.files.places import resolve
 from sana_model.nn.autoencoder import DCAutoencoder
 from sana_model.nn.config import PRESETS, SanaConfig, TextEncoderConfig
 from sana_model.nn.text_encoder import TextEncoder
 from sana_model.nn.transformer import SanaTransformer
-from sana_model.pipeline import Caption, TextToImage
+from sana_model.pipeline import TextToImage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,15 +24,20 @@ class TrainModels:
     transformer_config: shape of the transformer, without adapters.
     shift: shift of the noise levels.
     text_encoder: on the training's device; with stored embeddings on the CPU of rank 0, and None on other ranks.
-    null: the encoded null caption, on the training's device.
+    null: what samples train on whose captions are dropped, on the training's device.
     autoencoder: on the device of rank 0, where pictures are drawn; None on other ranks.
     """
 
     transformer_config: SanaConfig
     shift: float
     text_encoder: TextEncoder | None
-    null: Caption
+    null: DroppedCaption
     autoencoder: DCAutoencoder | None
+
+    @property
+    def whole(self) -> bool:
+        """Whether the noise levels to train at are `whole_sigmas`."""
+        return self.transformer_config.time_input == "whole"
 
     @classmethod
     def load(cls, config: TrainConfig, *, device: torch.device, rank: int) -> tuple[SanaTransformer, "TrainModels"]:
@@ -41,20 +46,20 @@ class TrainModels:
         transformer, transformer_config = start.transformer, start.transformer.config
         # Some of Gemma's activations are too large for float16.
         dtype = torch.bfloat16 if config.engine.dtype == "fp16" else config.engine.torch_dtype
+        encoder: TextEncoder
         text_encoder: TextEncoder | None
         if config.caption_embeds is None:
-            text_encoder = start.text_encoder.to(device, dtype)
-            null = text_encoder.null()
+            encoder = text_encoder = start.text_encoder.to(device, dtype)
         else:
-            host = HostTextEncoder(start.text_encoder.to("cpu", dtype), device)
-            null, text_encoder = host.null(), host if rank == 0 else None
+            encoder = HostTextEncoder(start.text_encoder.to("cpu", dtype), device)
+            text_encoder = encoder if rank == 0 else None
         if config.lora is not None:
             add_lora(transformer, config.lora, seed=config.seed)
         models = cls(
             transformer_config=transformer_config,
             shift=start.flow_shift,
             text_encoder=text_encoder,
-            null=null,
+            null=DroppedCaption.encode(encoder, transformer_config.null_caption),
             autoencoder=start.autoencoder.to(device, dtype) if rank == 0 else None,
         )
         return transformer.train(), models
@@ -71,7 +76,7 @@ def load_start(config: TrainConfig) -> TextToImage:
             autoencoder=config.autoencoder,
             text_encoder=config.text_encoder,
             flow_shift=config.flow.shift,
-            **config.positions.overrides,
+            **config.transformer_overrides,
         )
         pipeline.transformer.float()
         if config.preset is not None:
@@ -90,7 +95,7 @@ def load_start(config: TrainConfig) -> TextToImage:
             config.preset,
             in_channels=autoencoder.config.latent_channels,
             caption_dim=text_encoder.embed_dim,
-            **config.positions.overrides,
+            **config.transformer_overrides,
         )
     return TextToImage(transformer, autoencoder, text_encoder, flow_shift=companions.flow_shift)
 

@@ -173,7 +173,7 @@ class TrainWorker:
         for index in range(config.grad_accum_steps):
             batch = next(self.stream)
             caption = self.encode(batch)
-            sigma, noise = draw_noise(batch, config.flow, self.models.shift, seed=config.seed)
+            sigma, noise = draw_noise(batch, config.flow, self.models.shift, whole=self.models.whole, seed=config.seed)
             loss = self.flow_loss(batch, caption, sigma, noise)
             last = index == config.grad_accum_steps - 1
             self.engine.backward(self.guard.watch(loss.mean(), share=1 / config.grad_accum_steps, last=last))
@@ -189,9 +189,9 @@ class TrainWorker:
     def encode(self, batch: MicroBatch) -> Caption:
         """Return caption_embeds (B, L, D) and caption_mask (B, L) of a micro-batch."""
         if batch.embeds is not None:
-            return pad_embeds(batch.embeds, self.models.null)
+            return pad_embeds(batch.embeds, batch.dropped, self.models.null)
         assert self.models.text_encoder is not None
-        return encode_captions(self.models.text_encoder, batch.captions, self.models.null)
+        return encode_captions(self.models.text_encoder, batch.captions, batch.dropped, self.models.null)
 
     def flow_loss(self, batch: MicroBatch, caption: Caption, sigma: Tensor, noise: Tensor) -> Tensor:
         """Return the loss of each sample, (B,), for encoded captions, noise levels (B,) and noise (B, C, h, w)."""

@@ -101,11 +101,15 @@ AUTOENCODER_NVLABS: KeyMap = {
     "decoder.conv_out.conv": "decoder.project_out.op_list.2.conv.conv",
 }
 
-# What a transformer's `.pth` holds besides our weights: a buffer that we compute from the config, the null caption, and a head
-# that only NVlabs' training uses.
-NVLABS_POSITIONS = "pos_embed"
-NVLABS_NULL_CAPTION = "y_embedder.y_embedding"
-NVLABS_TRAINING_ONLY = ("logvar_linear.weight", "logvar_linear.bias")
+NVLABS_POSITIONS = "pos_embed"  # a buffer in a transformer's `.pth` that we compute from the config
+
+# What a transformer's `.pth` holds besides its weights, by the name that a model keeps it under: the null caption, and a head
+# that only the training of Sana-Sprint uses.
+KEPT_NVLABS: KeyMap = {
+    "null_caption_embeds": "y_embedder.y_embedding",
+    "logvar_weight": "logvar_linear.weight",
+    "logvar_bias": "logvar_linear.bias",
+}
 
 
 class Foreign(NamedTuple):

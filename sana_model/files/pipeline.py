@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
+from sana_model.files.checkpoint import PIPELINE_INDEXES, check_layout, find_pth
 from sana_model.files.models import (
-    PIPELINE_INDEXES,
-    check_layout,
     load_autoencoder,
     load_text_encoder,
     load_transformer,
@@ -55,8 +54,8 @@ def find_companions(path: Path | None) -> Companions:
     """Find the companions of a transformer, without loading them.
 
     Args:
-        path: a local pipeline folder, ours or diffusers', which names its companions; or a weights file (NVlabs' `.pth`), or
-            None, which names none: it gets the published ones.
+        path: a local pipeline folder, ours or diffusers', which names its companions; or a weights file (NVlabs' `.pth`), a
+            folder that holds only such a file, or None, which name none: they get the published ones.
 
     Raises ValueError if `path` is a folder but no pipeline, or if its index is damaged; FileNotFoundError if a diffusers folder
     has no scheduler.
@@ -80,6 +79,8 @@ def find_companions(path: Path | None) -> Companions:
             prompts=DIFFUSERS_PROMPTS,
             flow_shift=scheduler.get("flow_shift", scheduler.get("shift", DEFAULT_FLOW_SHIFT)),
         )
+    if not (path / "config.json").exists() and find_pth(path) is not None:
+        return Companions()
     raise ValueError(f"{path} is no pipeline: it has neither pipeline.json (ours) nor model_index.json (diffusers)")
 
 
@@ -137,7 +138,7 @@ def save_parts(parts: PipelineParts, path: str | Path, *, layout: str = "sana") 
     """
     folder = local_target(path)
     if check_layout(layout) == "nvlabs":
-        null_caption = _padded_null_caption(parts.text_encoder)
+        null_caption = parts.text_encoder.encode_padded("", parts.text_encoder.config.max_tokens)
         save_transformer(parts.transformer, folder, layout=layout, null_caption_embeds=null_caption)
         return
     for index in PIPELINE_INDEXES:  # written last: a save that is cut short, or in another layout, leaves no old pipeline
@@ -151,14 +152,6 @@ def save_parts(parts: PipelineParts, path: str | Path, *, layout: str = "sana") 
     prompts = asdict(parts.text_encoder.config)
     settings = {"model_type": "sana_pipeline", "flow_shift": parts.flow_shift, "prompts": prompts}
     write_json(folder / "pipeline.json", settings)
-
-
-def _padded_null_caption(text_encoder: TextEncoder) -> torch.Tensor:
-    """(max_tokens, caption_dim): the null caption's embeddings, zeros after its tokens."""
-    caption_embeds, _ = text_encoder.null()
-    padded = caption_embeds.new_zeros(text_encoder.config.max_tokens, caption_embeds.shape[-1])
-    padded[: caption_embeds.shape[1]] = caption_embeds[0]
-    return padded
 
 
 def _save_diffusers_companions(parts: PipelineParts, folder: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sana_model.files.checkpoint import config_from_json
 from sana_model.files.key_maps import NVLABS_POSITIONS, TRANSFORMER_DIFFUSERS, TRANSFORMER_NVLABS, KeyMap, translate
 from sana_model.nn.config import (
     ATTENTION_HEAD_DIM,
@@ -15,6 +16,7 @@ from sana_model.nn.config import (
     LINEAR_HEAD_DIM,
     AutoencoderConfig,
     SanaConfig,
+    TimeInput,
     Variant,
 )
 from sana_model.nn.embeddings import sincos_position_embedding
@@ -23,12 +25,21 @@ DIFFUSERS_VERSION = "0.42.1"  # the version whose layout we write
 PUBLISHED_CROSS_HEADS = {1152: 16, 2240: 20}  # by width: tensors do not show the number of cross-attention heads
 
 
+UNIT_SCALE = 0.001
+"""diffusers' `timestep_scale` of weights whose time input is "unit"."""
+
+
 def transformer_config_from_diffusers(settings: dict[str, Any], state: dict[str, Tensor], source: Path) -> SanaConfig:
-    """Configuration from diffusers' config.json (`settings`) and tensors. Raises ValueError for an unsupported variant."""
+    """Configuration from diffusers' config.json (`settings`) and tensors. Raises ValueError for an unsupported variant.
+
+    The inputs are what diffusers' pipelines give to the weights, unless an earlier save of ours wrote there what they were
+    trained to see.
+    """
     if settings.get("guidance_embeds"):
         raise ValueError(f"{source}: guidance_embeds (Sana-Sprint) is not supported")
-    if settings.get("timestep_scale", 1.0) != 1.0:
-        raise ValueError(f"{source}: timestep_scale={settings['timestep_scale']} is not supported, Sana's is 1.0")
+    scale = settings.get("timestep_scale", 1.0)
+    if scale not in (1.0, UNIT_SCALE):
+        raise ValueError(f"{source}: timestep_scale={scale} is not supported: published are 1.0 and {UNIT_SCALE}")
     if settings["attention_head_dim"] != LINEAR_HEAD_DIM:
         raise ValueError(f"{source}: attention_head_dim={settings['attention_head_dim']}, Sana's is {LINEAR_HEAD_DIM}")
     return SanaConfig(
@@ -36,22 +47,41 @@ def transformer_config_from_diffusers(settings: dict[str, Any], state: dict[str,
         num_cross_heads=settings["num_cross_attention_heads"],
         position_scale=settings.get("interpolation_scale"),
         base_size=settings["sample_size"] // settings["patch_size"],
+        time_input=settings.get("_time_input", "unit" if scale == UNIT_SCALE else "whole"),
+        null_caption=settings.get("_null_caption", "own_mask"),
     )
 
 
-def transformer_config_from_nvlabs(state: dict[str, Tensor], source: Path, num_cross_heads: int | None) -> SanaConfig:
-    """Configuration from the tensors of a `.pth`.
+def transformer_config_from_nvlabs(
+    state: dict[str, Tensor], told: dict[str, Any], source: Path, overrides: dict[str, Any]
+) -> SanaConfig:
+    """Configuration of a file with NVlabs' names.
 
-    Raises ValueError if `num_cross_heads` is None and the width is not a published one.
+    Args:
+        state: its tensors.
+        told: the configuration that an earlier save of ours put into the file; {} if there is none.
+        overrides: fields that are given by hand, which need not be known.
+
+    Raises ValueError if neither tells `num_cross_heads` (which is known for published widths), or `time_input` where tensors do
+    not show it.
     """
+    if told:
+        return config_from_json(SanaConfig, told, source)
     shape = _shape_from_weights(state, TRANSFORMER_NVLABS, source)
-    if num_cross_heads is None and shape["dim"] not in PUBLISHED_CROSS_HEADS:
+    heads = overrides.get("num_cross_heads") or PUBLISHED_CROSS_HEADS.get(shape["dim"])
+    if heads is None:
         raise ValueError(
             f"{source} has width {shape['dim']}, which is not a published one ({PUBLISHED_CROSS_HEADS}): "
             "weights do not show the number of cross-attention heads, pass num_cross_heads="
         )
-    heads = num_cross_heads or PUBLISHED_CROSS_HEADS[shape["dim"]]
-    return SanaConfig(**shape, **_positions_from_nvlabs(state.get(NVLABS_POSITIONS)), num_cross_heads=heads)
+    time_input: TimeInput = "whole"
+    if shape["qk_norm"] and "time_input" not in overrides:
+        raise ValueError(
+            f"{source} may hold Sana 1.5 or a teacher of Sana-Sprint, whose tensors look the same: pass time_input='whole' "
+            "for Sana 1.5, time_input='unit' for the teacher"
+        )
+    positions = _positions_from_nvlabs(state.get(NVLABS_POSITIONS))
+    return SanaConfig(**shape, **positions, num_cross_heads=heads, time_input=time_input, null_caption="caption_mask")
 
 
 def _shape_from_weights(state: dict[str, Tensor], key_map: KeyMap, source: Path) -> dict[str, Any]:
@@ -107,7 +137,11 @@ def positions_for_nvlabs(config: SanaConfig, dtype: torch.dtype) -> Tensor:
 
 
 def diffusers_transformer_config(config: SanaConfig) -> dict[str, Any]:
-    """Make the config.json of a `SanaTransformer2DModel`."""
+    """Make the config.json of a `SanaTransformer2DModel`.
+
+    diffusers gives all weights whole timesteps, or sigma itself, and the null caption's own mask. What ours were trained to see
+    is written beside that, and only we read it.
+    """
     mlp_ratio = config.ffn_dim / config.dim
     if int(mlp_ratio * config.dim) < config.ffn_dim:  # diffusers truncates the product
         mlp_ratio = math.nextafter(mlp_ratio, math.inf)
@@ -131,6 +165,9 @@ def diffusers_transformer_config(config: SanaConfig) -> dict[str, Any]:
         "norm_eps": 1e-6,
         "interpolation_scale": config.position_scale,
         "qk_norm": "rms_norm_across_heads" if config.qk_norm else None,
+        "timestep_scale": UNIT_SCALE if config.time_input == "unit" else 1.0,
+        "_time_input": config.time_input,  # diffusers ignores names that begin with an underscore
+        "_null_caption": config.null_caption,
     }
 
 
@@ -194,13 +231,15 @@ def diffusers_autoencoder_config(config: AutoencoderConfig) -> dict[str, Any]:
 
 
 def autoencoder_config_from_nvlabs(
-    settings: dict[str, Any], state: dict[str, Tensor], source: Path, scaling_factor: float | None
+    settings: dict[str, Any], told: dict[str, Any], state: dict[str, Tensor], source: Path, scaling_factor: float | None
 ) -> AutoencoderConfig:
-    """Configuration from efficientvit's tensors.
+    """Configuration from efficientvit's tensors, unless an earlier save of ours put it into the file (`told`).
 
     The scale of the latents is `scaling_factor` if given, else that of the model that config.json (`settings`) names, else the
     one that published autoencoders of this shape have. Raises ValueError if those have several.
     """
+    if told:
+        return config_from_json(AutoencoderConfig, told, source)
     config = _autoencoder_shape_from_weights(state, source)
     named = AUTOENCODER_PRESETS.get(str(settings.get("model_name")))
     if scaling_factor is None and named is not None:

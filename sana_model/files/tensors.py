@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,6 +19,9 @@ from sana_model.files.inside import check_inside
 
 # What a weights file's name begins with: ours, transformers' and efficientvit's; diffusers'.
 WEIGHT_STEMS = ("model", "diffusion_pytorch_model")
+
+CONFIG_ENTRY = "sana_config"
+"""A weights file that we write holds the model's configuration under this name: beside `state_dict`, or in the header."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -100,8 +103,15 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} cannot be read ({error}): the file is damaged or incomplete, fetch it again") from error
 
 
-def read_weights_file(path: Path, *, use_ema: bool = False) -> dict[str, Tensor]:
+def read_weights_file(path: Path) -> dict[str, Tensor]:
+    """Read a state dict, see `read_model_file`."""
+    return read_model_file(path)[0]
+
+
+def read_model_file(path: Path, *, use_ema: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a state dict from a safetensors file or a file of torch.save; the first bytes tell which it is.
+
+    Returns it with the configuration that we wrote into the file; {} if there is none.
 
     Args:
         use_ema: take `state_dict_ema` of a file of torch.save.
@@ -112,13 +122,18 @@ def read_weights_file(path: Path, *, use_ema: bool = False) -> dict[str, Tensor]
         start = file.read(2)
     if start == b"PK" or start[:1] == b"\x80":
         return _read_pth(path, is_zip=start == b"PK", use_ema=use_ema)
-    return read_safetensors(path)
+    if use_ema:
+        raise ValueError(f"{path} holds no state_dict_ema: a safetensors file has one set of weights")
+    state = read_safetensors(path)
+    with safe_open(path, "pt") as file:
+        told = (file.metadata() or {}).get(CONFIG_ENTRY)
+    return state, json.loads(told) if told else {}
 
 
-def _read_pth(path: Path, *, is_zip: bool, use_ema: bool) -> dict[str, Tensor]:
+def _read_pth(path: Path, *, is_zip: bool, use_ema: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the state dict of an NVlabs `.pth`: its entry `state_dict` (or `state_dict_ema`), or the whole file without one.
 
-    Reads with `weights_only=True`, which refuses a pickle that would run code. Raises ValueError as `read_weights_file` does.
+    Reads with `weights_only=True`, which refuses a pickle that would run code. Raises ValueError as `read_model_file` does.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)  # only the zip format can be mapped
@@ -135,7 +150,8 @@ def _read_pth(path: Path, *, is_zip: bool, use_ema: bool) -> dict[str, Tensor]:
     not_tensors = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
     if not_tensors:
         raise ValueError(f"{path}: these entries are not tensors: {', '.join(not_tensors[:5])}")
-    return state
+    told = content.get(CONFIG_ENTRY) if isinstance(content, dict) else None
+    return state, told if isinstance(told, dict) else {}
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -143,7 +159,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
 
 
-def write_safetensors(path: Path, state: dict[str, Tensor]) -> None:
-    """Write tensors, from any device. The file appears whole or not at all."""
+def write_safetensors(path: Path, state: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors, from any device, and texts for the file's header. The file appears whole or not at all."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})}))

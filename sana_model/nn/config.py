@@ -1,7 +1,26 @@
 """Configurations of the transformer, the autoencoder and the text encoder, the published ones by name. Imports no torch."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
+
+NUM_TRAIN_TIMESTEPS = 1000
+"""A timestep is the noise level sigma times this."""
+
+TimeInput = Literal["continuous", "whole", "unit"]
+"""How a noise level enters the time embedding of weights.
+
+"continuous": as 1000 sigma, the default of trainings here. "whole": as 1000 sigma without its fraction, as NVlabs' code trains
+and draws, and diffusers draws, with all published models but Sana-Sprint. "unit": as sigma itself, from 0 to 1 (Sana-Sprint and
+its teachers).
+"""
+
+NullCaption = Literal["own_mask", "caption_mask"]
+"""What weights see in place of a caption that is dropped in training, or that guidance leads away from.
+
+"own_mask": the real tokens of the null caption, of which there is one; the default of trainings here, and how diffusers draws.
+"caption_mask": the null caption padded to as many tokens as the caption has, as NVlabs' code trains and draws; padding counts
+like any token then.
+"""
 
 LINEAR_HEAD_DIM = 32
 """Width of a head of the transformer's linear attention."""
@@ -18,7 +37,7 @@ class SanaConfig:
     patch_size: side of the square of latents that makes one token. caption_dim: width of the text encoder.
     qk_norm, cross_qk_norm: RMSNorm on queries and keys of self- and cross-attention (Sana 1.5).
 
-    Raises ValueError if dim does not divide into the heads, or, with a positional embedding, by 4.
+    Raises ValueError if dim does not divide into the heads, or, with a positional embedding, by 4; or for an unknown input.
     """
 
     dim: int = 1152
@@ -34,8 +53,15 @@ class SanaConfig:
     """Interpolation scale of the sine-cosine positional embedding. None: no positional embedding, as at 512 and 1024 px."""
     base_size: int = 32
     """Side, in tokens, of the square image that the model was made for. Sets the positional embedding and the default size."""
+    time_input: TimeInput = "continuous"
+    """How the weights were trained to see the noise level."""
+    null_caption: NullCaption = "own_mask"
+    """What the weights were trained to see for a dropped caption."""
 
     def __post_init__(self) -> None:
+        for name, choices in (("time_input", get_args(TimeInput)), ("null_caption", get_args(NullCaption))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}")
         if self.dim % LINEAR_HEAD_DIM or self.dim % self.num_cross_heads:
             raise ValueError(
                 f"dim={self.dim} must be a multiple of the linear head size {LINEAR_HEAD_DIM} "

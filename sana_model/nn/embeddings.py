@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sana_model.kernels.linear import Linear
+from sana_model.nn.config import NUM_TRAIN_TIMESTEPS, TimeInput
 
 TIMESTEP_FREQUENCIES = 256
 
@@ -30,17 +31,31 @@ def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def to_time_input(timestep: Tensor, time_input: TimeInput) -> Tensor:
+    """Convert a timestep to what the weights were trained to see, in its shape, in at least float32. The model itself does so.
+
+    Where 1000 sigma is a whole number (only in grids of shift 1 whose number of steps divides by 3 or 37), diffusers may be
+    one lower than "whole": its float64 product lies just below that number.
+    """
+    timestep = timestep.to(torch.promote_types(timestep.dtype, torch.float32))
+    if time_input == "whole":
+        return timestep.trunc()
+    return timestep / NUM_TRAIN_TIMESTEPS if time_input == "unit" else timestep
+
+
 class TimestepEmbedding(nn.Module):
     """Timestep (B,) to its embedding (B, D) and the shared adaLN-single modulation (B, 6, D) (PixArt-alpha, section 2.3)."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, time_input: TimeInput):
         super().__init__()
+        self.time_input = time_input
         self.linear_1 = Linear(TIMESTEP_FREQUENCIES, dim)
         self.linear_2 = Linear(dim, dim)
         self.modulation = Linear(dim, 6 * dim)
 
     def forward(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        frequencies = sinusoidal_embedding(timestep, TIMESTEP_FREQUENCIES).to(self.linear_1.weight.dtype)
+        time = to_time_input(timestep, self.time_input)
+        frequencies = sinusoidal_embedding(time, TIMESTEP_FREQUENCIES).to(self.linear_1.weight.dtype)
         embedding = self.linear_2(F.silu(self.linear_1(frequencies)))
         return embedding, self.modulation(F.silu(embedding)).unflatten(-1, (6, -1))
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
-from sana_model.nn.config import DEFAULT_TEXT_ENCODER, NVLABS_PROMPTS, TextEncoderConfig
+from sana_model.nn.config import DEFAULT_TEXT_ENCODER, NVLABS_PROMPTS, NullCaption, TextEncoderConfig
 
 MAX_PADDING = 1 / 8  # largest share of pad tokens in a batch
 MAX_FORWARD_TOKENS = 16_384  # tokens computed in one forward, padding included
@@ -116,6 +116,33 @@ class TextEncoder(nn.Module):
     def null(self) -> tuple[Tensor, Tensor]:
         """Encode the published null caption, "" without instruction: caption_embeds (1, L, D), caption_mask (1, L)."""
         return self.encode([""], use_instruction=False)
+
+    @torch.no_grad()
+    def encode_padded(self, caption: str, num_tokens: int) -> Tensor:
+        """Encode a caption, without instruction, as exactly `num_tokens` tokens: (num_tokens, D). It is cut, or padded.
+
+        Padding sees the caption and not itself, as NVlabs' code computes it: its states are not zeros.
+        """
+        (row,) = self._tokenize([caption], use_instruction=False, truncate=True)
+        row = row[:num_tokens]
+        num_pads = num_tokens - len(row)
+        ids = torch.tensor([row + [self.tokenizer.pad_token_id or 0] * num_pads], device=self.device)
+        mask = torch.tensor([[1] * len(row) + [0] * num_pads], device=self.device)
+        with torch.autocast(self.device.type, enabled=False):
+            return self.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[0]
+
+    def encode_null(self, caption_mask: Tensor, kind: NullCaption, caption: str = "") -> tuple[Tensor, Tensor]:
+        """Encode what guidance leads away from: caption_embeds (B or 1, L, D) and caption_mask (B or 1, L).
+
+        Args:
+            caption_mask: (B, L) of the captions that are guided to, as `encode` returns it.
+            kind: what the transformer's weights were trained to see, `SanaConfig.null_caption`.
+            caption: text to guide away from; "" is the published null caption.
+        """
+        if kind == "own_mask":
+            return self.encode([caption], use_instruction=False)
+        padded = self.encode_padded(caption, caption_mask.shape[1])
+        return padded.expand(len(caption_mask), -1, -1), caption_mask
 
     def count_tokens(self, captions: list[str], *, use_instruction: bool = True) -> list[int]:
         """Count the tokens that each caption would keep if none were cut; `encode` cuts captions to `max_tokens`."""

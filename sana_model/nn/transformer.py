@@ -44,7 +44,7 @@ class SanaTransformer(nn.Module):
         self.config = config
         dim = config.dim
         self.patch_embed = PatchEmbed(config.in_channels, dim, config.patch_size)
-        self.time_embed = TimestepEmbedding(dim)
+        self.time_embed = TimestepEmbedding(dim, config.time_input)
         self.caption_proj = CaptionProjection(config.caption_dim, dim)
         self.blocks = nn.ModuleList(
             SanaBlock(
@@ -60,9 +60,13 @@ class SanaTransformer(nn.Module):
         self.final_modulation = nn.Parameter(torch.empty(2, dim))
         self.head = Linear(dim, config.patch_size**2 * config.in_channels)
         self.checkpoint_every = 0
-        # The null caption's embeddings (300, caption_dim) from an NVlabs file. The model does not use them; saving keeps them.
+        # From an NVlabs file: the null caption's embeddings (300, caption_dim), and a linear layer that the training of
+        # Sana-Sprint uses. The model does not use them; saving keeps them.
         self.null_caption_embeds: Tensor | None
-        self.register_buffer("null_caption_embeds", None, persistent=False)
+        self.logvar_weight: Tensor | None
+        self.logvar_bias: Tensor | None
+        for name in ("null_caption_embeds", "logvar_weight", "logvar_bias"):
+            self.register_buffer(name, None, persistent=False)
         self.reset_parameters()
 
     @classmethod
@@ -110,7 +114,7 @@ class SanaTransformer(nn.Module):
 
         Args:
             latents: noisy latents (B, C, H, W), any H and W that divide by the patch size.
-            timestep: (B,), 1000 * sigma; need not be whole numbers.
+            timestep: (B,), 1000 * sigma; `config.time_input` says what is made of it.
             caption_embeds: the text encoder's output (B, L, caption_dim); or what `encode_captions` made of it; or its real
                 tokens, already projected to the model's width.
             caption_mask: (B, L), nonzero at real tokens; None: all are real.

@@ -78,7 +78,7 @@ def largest_difference(left: list[Image.Image], right: list[Image.Image]) -> int
 
 
 def draw(pipeline: TextToImage) -> list[Image.Image]:
-    return pipeline(PROMPTS, 64, 64, num_steps=4, generator=torch.Generator().manual_seed(7), integer_timesteps=True)
+    return pipeline(PROMPTS, 64, 64, num_steps=4, generator=torch.Generator().manual_seed(7))
 
 
 def draw_theirs(folder: Path, instruction: str) -> list[Image.Image]:

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
@@ -17,7 +18,10 @@ from sana_model.flow import (
     shift_sigmas,
     sigma_to_timestep,
     velocity_target,
+    whole_sigmas,
 )
+from sana_model.nn.config import TimeInput
+from sana_model.nn.embeddings import to_time_input
 from sana_model.solver import sampling_sigmas
 
 
@@ -93,21 +97,45 @@ def test_a_timestep_is_1000_sigma() -> None:
 
 
 @pytest.mark.parametrize("shift", [3.0, 4.0, 6.0])
-def test_integer_timesteps_are_those_of_diffusers(shift: float) -> None:
+def test_whole_timesteps_are_those_of_diffusers(shift: float) -> None:
     scheduler = dpm_scheduler(shift)
     for num_steps in range(1, 51):
         scheduler.set_timesteps(num_steps)
-        timestep = sigma_to_timestep(sampling_sigmas(num_steps, shift)[:-1], integer=True)
+        timestep = to_time_input(sigma_to_timestep(sampling_sigmas(num_steps, shift)[:-1]), "whole")
         assert timestep.dtype == torch.float32
         assert timestep.tolist() == scheduler.timesteps.tolist()
 
 
-def test_unshifted_integer_timesteps_differ_from_diffusers_only_at_whole_numbers() -> None:
+@pytest.mark.parametrize("shift", [1.0, 3.0, 4.0, 6.0])
+def test_whole_sigmas_are_the_table_that_nvlabs_trains_on(shift: float) -> None:
+    """Its formula in float64 (respace.py and gaussian_diffusion.py): sigma = 1 - beta, shifted, and time = int(1000 sigma)."""
+    sigmas = 1.0 - np.linspace(1.0, 0.001, 1000)
+    sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
+    ours = whole_sigmas(shift)
+    torch.testing.assert_close(ours, torch.tensor(sigmas).float(), atol=2e-7, rtol=0)
+    assert to_time_input(sigma_to_timestep(ours), "whole").tolist() == (sigmas * 1000).astype(np.int64).tolist()
+
+
+def test_noise_levels_of_whole_weights_are_those_of_the_table() -> None:
+    drawn = sample_sigmas(10_000, shift=3.0, whole=True, generator=generator())
+    exact = sample_sigmas(10_000, shift=3.0, generator=generator())
+    table = whole_sigmas(3.0)
+    index = torch.searchsorted(table, drawn)
+    assert torch.equal(table[index], drawn), "every level is one of the table"
+    assert bool((drawn <= exact + 1e-6).all()) and bool((exact < table[(index + 1).clamp(max=999)] + 1e-6).all())
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("continuous", 599.64), ("whole", 599.0), ("unit", 0.59964)])
+def test_time_inputs(kind: TimeInput, expected: float) -> None:
+    assert to_time_input(torch.tensor([599.64]), kind).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_unshifted_whole_timesteps_differ_from_diffusers_only_at_whole_numbers() -> None:
     scheduler = dpm_scheduler(1.0)
     for num_steps in range(1, 51):
         scheduler.set_timesteps(num_steps)
         sigmas = sampling_sigmas(num_steps, 1.0)[:-1]
-        ours, theirs = sigma_to_timestep(sigmas, integer=True), scheduler.timesteps
+        ours, theirs = to_time_input(sigma_to_timestep(sigmas), "whole"), scheduler.timesteps
         differs = ours != theirs
         assert torch.equal(ours[differs], theirs[differs] + 1.0)
         exact = 999 * torch.arange(num_steps, 0, -1)[differs]  # over num_steps: sigma * 1000 in exact arithmetic

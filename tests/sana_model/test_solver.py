@@ -79,7 +79,7 @@ def test_flow_dpm_solver_draws_what_diffusers_draws(num_steps: int, order: int) 
         expected = scheduler.step(model(expected, timestep), timestep, expected).prev_sample
 
     latents = flow_dpm_solver(
-        lambda latents, sigma: model(latents, sigma_to_timestep(sigma, integer=True)),
+        lambda latents, sigma: model(latents, sigma_to_timestep(sigma).trunc()),
         start,
         sampling_sigmas(num_steps, 3.0),
         order=order,

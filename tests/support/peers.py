@@ -86,11 +86,11 @@ def diffusers_autoencoder(config: AutoencoderConfig, seed: int = 0) -> Autoencod
     return scramble(model, seed)
 
 
-def nvlabs_state(config: SanaConfig) -> dict[str, torch.Tensor]:
-    """A state dict with the names and shapes that the published converter reads (diffusers, convert_sana_to_diffusers.py)."""
+def nvlabs_shapes(config: SanaConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a transformer's tensors in NVlabs' code (diffusion/model/nets/sana_multi_scale.py)."""
     dim, ffn, caption = config.dim, config.ffn_dim, config.caption_dim
     linear = lambda name, out, into: {f"{name}.weight": (out, into), f"{name}.bias": (out,)}  # noqa: E731
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         "pos_embed": (1, config.base_size**2, dim),
         "y_embedder.y_embedding": (300, caption),
         "x_embedder.proj.weight": (dim, config.in_channels, 1, 1),
@@ -122,8 +122,13 @@ def nvlabs_state(config: SanaConfig) -> dict[str, torch.Tensor]:
         if config.qk_norm:
             norms = (f"{block}.{part}.{name}_norm.weight" for part in ("attn", "cross_attn") for name in "qk")
             shapes |= {name: (dim,) for name in norms}
+    return shapes
+
+
+def nvlabs_state(config: SanaConfig) -> dict[str, torch.Tensor]:
+    """A random state dict in NVlabs' layout, of a model without positional embedding."""
     generator = torch.Generator().manual_seed(5)
-    state = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    state = {name: torch.randn(shape, generator=generator) for name, shape in nvlabs_shapes(config).items()}
     state["pos_embed"].zero_()
     return state
 

@@ -146,4 +146,5 @@ def make_pipeline(folder: Path) -> str:
 
 def assert_same(batch: MicroBatch, other: MicroBatch) -> None:
     assert (batch.ids, batch.epochs, batch.captions, batch.bucket) == (other.ids, other.epochs, other.captions, other.bucket)
+    assert batch.dropped == other.dropped
     assert torch.equal(batch.latents, other.latents)

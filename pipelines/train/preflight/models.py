@@ -111,7 +111,7 @@ def _find_transformer(
     else:
         assert folder is not None
         config = SanaTransformer.from_pretrained(folder).config
-    return replace(config, **training.positions.overrides)
+    return replace(config, **training.transformer_overrides)
 
 
 def _find_autoencoder(path: str, problems: list[str]) -> AutoencoderConfig | None:

@@ -8,6 +8,7 @@ Before they start, `check_caption_embeds` makes sure that the table holds what t
 
 from collections.abc import Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from pipelines.tables.captions import captions_table
 from pipelines.tables.identity import Identity, describe_differences
 from pipelines.train.stream.mixture import Source
 from pipelines.workers.models import model_version
-from sana_model.nn.config import TextEncoderConfig
+from sana_model.nn.config import NullCaption, TextEncoderConfig
 from sana_model.nn.text_encoder import TextEncoder
 from sana_model.pipeline import Caption
 
@@ -25,40 +26,60 @@ ROWS_AT_ONCE = 64
 """Embeddings decoded at a time while a shard is read; bounds memory."""
 
 
-def encode_captions(text_encoder: TextEncoder, captions: list[str | None], null: Caption) -> Caption:
-    """Encode a micro-batch's captions. Returns caption_embeds (B, L, D) and caption_mask (B, L).
+@dataclass(frozen=True)
+class DroppedCaption:
+    """The embeddings that a sample trains on when its caption is dropped: as many of `rows` (L, D) as `kind` says."""
 
-    Args:
-        captions: B captions; None stands for the null caption.
-        null: the encoded null caption, as `text_encoder.null()` returns it.
+    rows: Tensor
+    kind: NullCaption
+
+    @classmethod
+    def encode(cls, text_encoder: TextEncoder, kind: NullCaption) -> "DroppedCaption":
+        """Encode the published null caption for weights of this kind."""
+        if kind == "caption_mask":
+            return cls(text_encoder.encode_padded("", text_encoder.config.max_tokens), kind)
+        return cls(text_encoder.null()[0][0], kind)
+
+    def in_place_of(self, num_tokens: int) -> Tensor:
+        """The embeddings, (l, D), in place of a caption of `num_tokens` tokens."""
+        return self.rows[:num_tokens] if self.kind == "caption_mask" else self.rows
+
+
+def encode_captions(
+    text_encoder: TextEncoder, captions: Sequence[str], dropped: Sequence[bool], null: DroppedCaption
+) -> Caption:
+    """Encode a micro-batch's B captions. Returns caption_embeds (B, L, D) and caption_mask (B, L).
+
+    Those that are `dropped` are not encoded: they become `null`.
     """
-    null_embeds, null_mask = null
-    embeds, mask = null_embeds[:0], null_mask[:0]
-    told = [index for index, caption in enumerate(captions) if caption is not None]
-    if told:
-        embeds, mask = text_encoder.encode([caption for caption in captions if caption is not None])
-    length, null_length = max(mask.shape[1], null_mask.shape[1]), null_mask.shape[1]
-    caption_embeds = null_embeds.new_zeros(len(captions), length, null_embeds.shape[-1])
-    caption_mask = null_mask.new_zeros(len(captions), length)
-    caption_embeds[:, :null_length], caption_mask[:, :null_length] = null_embeds, null_mask
-    if told:
-        caption_embeds[told], caption_mask[told] = 0, False
-        caption_embeds[told, : mask.shape[1]], caption_mask[told, : mask.shape[1]] = embeds, mask
-    return caption_embeds, caption_mask
+    kept = [index for index, drop in enumerate(dropped) if not drop]
+    lengths = [0] * len(captions)
+    if null.kind == "caption_mask" and len(kept) < len(captions):
+        limit = text_encoder.config.max_tokens
+        lengths = [min(count, limit) for count in text_encoder.count_tokens(list(captions))]
+    embeds = [null.in_place_of(length) for length in lengths]
+    if kept:
+        encoded, mask = text_encoder.encode([captions[index] for index in kept])
+        for index, states, length in zip(kept, encoded, mask.sum(dim=1).tolist(), strict=True):
+            embeds[index] = states[:length]
+    return _pad(embeds)
 
 
-def pad_embeds(embeds: Sequence[Tensor | None], null: Caption) -> Caption:
+def pad_embeds(embeds: Sequence[Tensor], dropped: Sequence[bool], null: DroppedCaption) -> Caption:
     """Pad stored embeddings to the form that `encode_captions` returns, on the device and in the dtype of `null`.
 
-    Args:
-        embeds: B embeddings (num_tokens, D); None stands for the null caption.
-        null: the encoded null caption.
+    `embeds`: B embeddings (num_tokens, D); those that are `dropped` become `null`.
     """
-    null_embeds, null_mask = null
-    told = [null_embeds[0, null_mask[0]] if one is None else one.to(null_embeds) for one in embeds]
-    lengths = torch.tensor([len(one) for one in told], device=null_mask.device)
-    caption_embeds = torch.nn.utils.rnn.pad_sequence(told, batch_first=True)
-    return caption_embeds, torch.arange(caption_embeds.shape[1], device=null_mask.device) < lengths[:, None]
+    pairs = zip(embeds, dropped, strict=True)
+    return _pad([null.in_place_of(len(one)) if drop else one.to(null.rows) for one, drop in pairs])
+
+
+def _pad(embeds: list[Tensor]) -> Caption:
+    """Pad embeddings (l, D) to caption_embeds (B, L, D), zeros at the padding, and caption_mask (B, L)."""
+    device = embeds[0].device
+    lengths = torch.tensor([len(one) for one in embeds], device=device)
+    caption_embeds = torch.nn.utils.rnn.pad_sequence(embeds, batch_first=True)
+    return caption_embeds, torch.arange(caption_embeds.shape[1], device=device) < lengths[:, None]
 
 
 class HostTextEncoder(TextEncoder):
@@ -72,6 +93,10 @@ class HostTextEncoder(TextEncoder):
         """Return what `TextEncoder.encode` returns, on `target`."""
         embeds, mask = super().encode(captions, use_instruction=use_instruction)
         return embeds.to(self.target), mask.to(self.target)
+
+    def encode_padded(self, caption: str, num_tokens: int) -> Tensor:
+        """Return what `TextEncoder.encode_padded` returns, on `target`."""
+        return super().encode_padded(caption, num_tokens).to(self.target)
 
 
 def check_caption_embeds(source: Source, *, text_encoder: str, prompts: TextEncoderConfig) -> None:

@@ -9,17 +9,17 @@ from pipelines.train.stream.samples import MicroBatch
 from sana_model.flow import sample_sigmas
 
 
-def draw_noise(batch: MicroBatch, config: FlowConfig, shift: float, *, seed: int) -> tuple[Tensor, Tensor]:
+def draw_noise(batch: MicroBatch, config: FlowConfig, shift: float, *, whole: bool, seed: int) -> tuple[Tensor, Tensor]:
     """Draw noise levels (B,) and noise (B, C, h, w) to train with: float32 on the CPU, derived from (seed, epoch, id).
 
-    `shift` moves the noise levels towards noise, see `sample_sigmas`.
+    `shift` moves the noise levels towards noise, and `whole` rounds them, see `sample_sigmas`.
     """
     generator = torch.Generator()
     sigma, noise = torch.empty(len(batch.ids)), torch.empty(batch.latents.shape)
     for index, key in enumerate(zip(batch.epochs, batch.ids, strict=True)):
         generator.manual_seed(int(uniform(seed, *key, "noise") * 2**53))
         sigma[index] = sample_sigmas(
-            1, distribution=config.distribution, mean=config.mean, std=config.std, shift=shift, generator=generator
+            1, distribution=config.distribution, mean=config.mean, std=config.std, shift=shift, whole=whole, generator=generator
         )[0]
         noise[index] = torch.randn(noise.shape[1:], generator=generator)
     return sigma, noise

@@ -33,8 +33,8 @@ class Sample:
     table: URI of the latents table.
     bucket: size of the image, "HxW" in pixels.
     latents: (C, h, w), scaled.
-    caption: None stands for the null caption.
-    embeds: stored embeddings of the caption, (num_tokens, width); None if the caption is null or still to be encoded.
+    caption: the chosen one. dropped: train on the null caption in its place.
+    embeds: stored embeddings of the caption, (num_tokens, width); None if it is still to be encoded.
     """
 
     id: str
@@ -43,7 +43,8 @@ class Sample:
     table: str
     bucket: str
     latents: Tensor
-    caption: str | None
+    caption: str
+    dropped: bool
     embeds: Tensor | None
 
 
@@ -53,19 +54,19 @@ class MicroBatch:
 
     bucket: size of the images, "HxW" in pixels.
     latents: (B, C, h, w), scaled, in the table's dtype (float32 if the training's tables differ in it).
-    captions: None stands for the null caption.
-    ids, epochs, tables: of each sample, see `Sample`.
-    embeds: stored embeddings of each caption, (num_tokens, width), None for the null caption; None instead of the list if
-        captions are still to be encoded.
+    captions, dropped, ids, epochs, tables: of each sample, see `Sample`.
+    embeds: stored embeddings of each caption, (num_tokens, width); None instead of the list if captions are still to be
+        encoded.
     """
 
     bucket: str
     latents: Tensor
-    captions: list[str | None]
+    captions: list[str]
+    dropped: list[bool]
     ids: list[str]
     epochs: list[int]
     tables: list[str]
-    embeds: list[Tensor | None] | None = None
+    embeds: list[Tensor] | None = None
 
 
 def collate(samples: Sequence[Sample], *, with_embeds: bool) -> MicroBatch:
@@ -74,10 +75,11 @@ def collate(samples: Sequence[Sample], *, with_embeds: bool) -> MicroBatch:
         bucket=samples[0].bucket,
         latents=torch.stack([sample.latents for sample in samples]),
         captions=[sample.caption for sample in samples],
+        dropped=[sample.dropped for sample in samples],
         ids=[sample.id for sample in samples],
         epochs=[sample.epoch for sample in samples],
         tables=[sample.table for sample in samples],
-        embeds=[sample.embeds for sample in samples] if with_embeds else None,
+        embeds=[sample.embeds for sample in samples if sample.embeds is not None] if with_embeds else None,
     )
 
 
@@ -133,7 +135,7 @@ class ShardRows:
     def load_embeds(self, wanted: Iterable[tuple[int, Choice]]) -> None:
         """Read the stored embeddings of these (row, choice) into memory, if the source has any; call before `sample`."""
         if self.source.embeds is not None:
-            keys = {(self.ids[row], choice.captioner) for row, choice in wanted if not choice.dropped}
+            keys = {(self.ids[row], choice.captioner) for row, choice in wanted}
             self._embeds |= read_caption_embeds(self.source, self.shard, keys)
 
     def sample(self, row: int, epoch: int, choice: Choice) -> Sample:
@@ -141,7 +143,6 @@ class ShardRows:
         names = ("latents", "channels", "height", "width", "bucket")
         values = {name: self.rows[name][row].as_py() for name in names}
         latents = read_latents(values, self.source.manifest.config["dtype"])
-        has_embeds = self.source.embeds is not None and not choice.dropped
         return Sample(
             id=self.ids[row],
             epoch=epoch,
@@ -149,6 +150,7 @@ class ShardRows:
             table=self.source.table.uri,
             bucket=values["bucket"],
             latents=latents if self.dtype is None else latents.to(self.dtype),
-            caption=None if choice.dropped else choice.caption,
-            embeds=self._embeds[self.ids[row], choice.captioner] if has_embeds else None,
+            caption=choice.caption,
+            dropped=choice.dropped,
+            embeds=None if self.source.embeds is None else self._embeds[self.ids[row], choice.captioner],
         )

@@ -20,6 +20,7 @@ from pipelines.train.config import TrainConfig
 from pipelines.train.preflight.run import run_preflight
 from pipelines.train.run import check_tables, train_identity
 from pipelines.train.stream.captions import (
+    DroppedCaption,
     HostTextEncoder,
     encode_captions,
     list_caption_embeds,
@@ -27,7 +28,7 @@ from pipelines.train.stream.captions import (
     read_caption_embeds,
 )
 from pipelines.train.stream.config import ValidationConfig, WeightedTable
-from sana_model.nn.config import TextEncoderConfig
+from sana_model.nn.config import NullCaption, TextEncoderConfig
 from sana_model.pipeline import TextToImage
 from tests.support.training_ranks import tiny_config, train_on_ranks
 from tests.support.training_world import PATH, STREAM, make_pipeline, make_shards, make_table
@@ -104,14 +105,16 @@ def test_resumes_with_samples_that_wait(tmp_path: Path, dataset: Path, config: T
     assert train_on_ranks(tmp_path, dataset, [("parts", config)])["parts"].losses == straight.losses
 
 
-def test_only_real_tokens_and_the_null_caption(init: str) -> None:
+@pytest.mark.parametrize("kind", ["own_mask", "caption_mask"])
+def test_only_real_tokens_and_the_null_caption(init: str, kind: NullCaption) -> None:
     encoder = TextToImage.from_pretrained(init).text_encoder
-    null, captions = encoder.null(), ["a red square", None, "blue"]
-    told = [None if one is None else encoder.encode([one])[0][0] for one in captions]
-    embeds, mask = pad_embeds(told, null)
-    expected, expected_mask = encode_captions(encoder, captions, null)
-    assert torch.equal(mask, expected_mask) and mask.sum(1).tolist() == [5, 1, 3]
+    null, captions, dropped = DroppedCaption.encode(encoder, kind), ["a red square", "a ring", "blue"], [False, True, False]
+    stored = [encoder.encode([one])[0][0] for one in captions]
+    embeds, mask = pad_embeds(stored, dropped, null)
+    expected, expected_mask = encode_captions(encoder, captions, dropped, null)
+    assert torch.equal(mask, expected_mask) and mask.sum(1).tolist() == [5, 1 if kind == "own_mask" else 4, 3]
     torch.testing.assert_close(embeds, expected)
+    assert torch.equal(embeds[1, mask[1]], null.rows[: mask[1].sum()]) and null.rows.any(dim=1).all()
     host = HostTextEncoder(encoder, torch.device("meta"))
     assert host.encode(["blue"])[0].device.type == "meta" and host.device.type == "cpu"
 

@@ -48,8 +48,9 @@ def plain_loop(config: TrainConfig, dataset: Path) -> Iterator[float]:
         for stream in streams:
             for _ in range(config.grad_accum_steps):
                 batch = next(stream)
-                sigma, noise = draw_noise(batch, config.flow, pipeline.flow_shift, seed=config.seed)
-                captions = [encoder.encode([text]) if text is not None else encoder.null() for text in batch.captions]
+                sigma, noise = draw_noise(batch, config.flow, pipeline.flow_shift, whole=False, seed=config.seed)
+                drawn = zip(batch.captions, batch.dropped, strict=True)
+                captions = [encoder.null() if dropped else encoder.encode([text]) for text, dropped in drawn]
                 losses = [
                     flow_loss(model, latents[None].float(), *caption, sigma=sigma[i : i + 1], noise=noise[i : i + 1])
                     for i, (latents, caption) in enumerate(zip(batch.latents, captions, strict=True))

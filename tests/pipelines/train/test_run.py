@@ -21,7 +21,7 @@ from pipelines.train.desk import OnNotice, OnTrainProgress, TrainProgress
 from pipelines.train.engine.checkpoints import read_weights
 from pipelines.train.engine.config import EngineConfig, OptimConfig
 from pipelines.train.run import TrainResult, run_train
-from pipelines.train.stream.captions import encode_captions
+from pipelines.train.stream.captions import DroppedCaption, encode_captions
 from pipelines.train.stream.config import FlowConfig
 from sana_model.pipeline import TextToImage
 from tests.support.training_world import PATH, STREAM, make_pipeline, make_shards, make_table
@@ -286,15 +286,15 @@ def test_what_the_driver_can_tell_at_once(world: World, tmp_path: Path) -> None:
 
 def test_null_captions_among_others(world: World) -> None:
     encoder = TextToImage.from_pretrained(str(world.config.init)).text_encoder
-    null = encoder.null()
-    embeds, mask = encode_captions(encoder, ["a red square", None, "blue"], null)
+    null, null_embeds = DroppedCaption.encode(encoder, "own_mask"), encoder.null()[0]
+    embeds, mask = encode_captions(encoder, ["a red square", "lost", "blue"], [False, True, False], null)
     told, told_mask = encoder.encode(["a red square", "blue"])
     assert torch.equal(embeds[[0, 2]], told) and torch.equal(mask[[0, 2]], told_mask)
-    width = null[0].shape[1]
-    assert torch.equal(embeds[1:2, :width], null[0]) and not embeds[1, width:].any()
-    assert torch.equal(mask[1:2, :width], null[1]) and not mask[1, width:].any()
-    only, only_mask = encode_captions(encoder, [None, None], null)
-    assert torch.equal(only, null[0].expand_as(only)) and only_mask.shape == (2, width)
+    width = null_embeds.shape[1]
+    assert torch.equal(embeds[1:2, :width], null_embeds) and not embeds[1, width:].any()
+    assert mask[1].tolist() == [True] * width + [False] * (mask.shape[1] - width)
+    only, only_mask = encode_captions(encoder, ["lost", "too"], [True, True], null)
+    assert torch.equal(only, null_embeds.expand_as(only)) and only_mask.shape == (2, width)
 
 
 @pytest.mark.slow

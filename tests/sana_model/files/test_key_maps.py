@@ -21,11 +21,13 @@ def test_nvlabs_to_ours_to_diffusers_to_ours_to_nvlabs_is_bit_for_bit(qk_norm, t
     config = replace(TINY, qk_norm=qk_norm, cross_qk_norm=qk_norm)
     state = nvlabs_state(config)
     torch.save({"state_dict": state}, tmp_path / "published.pth")
-    first = SanaTransformer.from_pretrained(tmp_path / "published.pth", num_cross_heads=4)
-    assert first.config == config
+    told = {"time_input": "unit"} if qk_norm else {}
+    first = SanaTransformer.from_pretrained(tmp_path / "published.pth", num_cross_heads=4, **told)
+    assert first.config == replace(config, time_input="unit" if qk_norm else "whole", null_caption="caption_mask")
     first.save_pretrained(tmp_path / "ours")
     SanaTransformer.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "diffusers", layout="diffusers")
     second = SanaTransformer.from_pretrained(tmp_path / "diffusers")
+    assert second.config == first.config
     second.save_pretrained(tmp_path / "back.pth", layout="nvlabs")
     back = torch.load(tmp_path / "back.pth", weights_only=True)["state_dict"]
     assert_same_tensors(back, state)

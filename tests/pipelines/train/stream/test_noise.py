@@ -14,26 +14,26 @@ FLOW = FlowConfig()
 
 def batch_of(ids: list[str], epochs: list[int]) -> MicroBatch:
     size = len(ids)
-    return MicroBatch("64x64", torch.zeros(size, 8, 8, 8), [None] * size, ids, epochs, ["table"] * size)
+    return MicroBatch("64x64", torch.zeros(size, 8, 8, 8), ["x"] * size, [False] * size, ids, epochs, ["table"] * size)
 
 
 def test_a_sample_has_the_same_noise_in_any_batch() -> None:
-    sigma, noise = draw_noise(batch_of(["a", "b", "c"], [0, 0, 4]), FLOW, 2.0, seed=1)
-    other_sigma, other_noise = draw_noise(batch_of(["c", "d", "a"], [4, 0, 0]), FLOW, 2.0, seed=1)
+    sigma, noise = draw_noise(batch_of(["a", "b", "c"], [0, 0, 4]), FLOW, 2.0, whole=False, seed=1)
+    other_sigma, other_noise = draw_noise(batch_of(["c", "d", "a"], [4, 0, 0]), FLOW, 2.0, whole=False, seed=1)
     assert torch.equal(sigma[[0, 2]], other_sigma[[2, 0]]) and torch.equal(noise[[0, 2]], other_noise[[2, 0]])
     assert len(set(sigma.tolist())) == 3 and ((sigma > 0) & (sigma < 1)).all()
 
 
 @pytest.mark.parametrize(("epoch", "seed"), [(1, 1), (0, 2)])
 def test_another_epoch_or_seed_is_other_noise(epoch: int, seed: int) -> None:
-    sigma, noise = draw_noise(batch_of(["a"], [0]), FLOW, 2.0, seed=1)
-    other_sigma, other_noise = draw_noise(batch_of(["a"], [epoch]), FLOW, 2.0, seed=seed)
+    sigma, noise = draw_noise(batch_of(["a"], [0]), FLOW, 2.0, whole=False, seed=1)
+    other_sigma, other_noise = draw_noise(batch_of(["a"], [epoch]), FLOW, 2.0, whole=False, seed=seed)
     assert sigma != other_sigma and not torch.equal(noise, other_noise)
 
 
 def test_the_shift_raises_the_level_and_leaves_the_noise() -> None:
     batch = batch_of([str(number) for number in range(200)], [0] * 200)
-    (low, noise), (high, same) = (draw_noise(batch, FLOW, shift, seed=0) for shift in (1.0, 3.0))
+    (low, noise), (high, same) = (draw_noise(batch, FLOW, shift, whole=False, seed=0) for shift in (1.0, 3.0))
     torch.testing.assert_close(high, 3 * low / (1 + 2 * low))
     assert torch.equal(noise, same)
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01

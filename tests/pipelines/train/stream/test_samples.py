@@ -169,8 +169,8 @@ def test_a_captioner_that_is_added_joins_at_the_next_sample(tmp_path: Path) -> N
     more = replace(config, captioners=("a", "b", "c"))
     resumed = TrainingStream(find_sources(str(tmp_path), PATH, more), more, micro_batch_size=4, seed=3)
     resumed.load_state_dict(state)
-    captions: list[str | None] = []
+    captions: list[str] = []
     for expected, batch in zip(islice(stream, 40), resumed, strict=False):
         assert (batch.ids, batch.epochs, batch.bucket) == (expected.ids, expected.epochs, expected.bucket)
         captions += batch.captions
-    assert 0.2 < captions.count("new") / len(captions) < 0.4  # a third of those that are not dropped
+    assert 0.2 < captions.count("new") / len(captions) < 0.45  # a third

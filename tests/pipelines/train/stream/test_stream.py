@@ -15,7 +15,7 @@ from pipelines.tables.errors import MissingTableError
 from pipelines.tables.schema import LATENTS
 from pipelines.tables.table import Table
 from pipelines.train.stream.config import StreamConfig
-from pipelines.train.stream.samples import is_held_out
+from pipelines.train.stream.samples import MicroBatch, is_held_out
 from pipelines.train.stream.stream import TrainingStream, deal
 from tests.support.training_world import PATH, STREAM, assert_same, make_row, make_shards, make_source, make_table
 
@@ -165,13 +165,18 @@ def test_skewed_buckets_on_two_ranks(tmp_path: Path) -> None:
     assert len(set(buckets)) == 20
 
 
+def told(batch: MicroBatch) -> list[str | None]:
+    """The captions, None where they are dropped."""
+    return [None if dropped else caption for caption, dropped in zip(batch.captions, batch.dropped, strict=True)]
+
+
 def test_captions_depend_on_seed_epoch_and_id_alone(table: Table) -> None:
     config = replace(STREAM, selection=SelectionConfig(policy="random"), caption_dropout=0.3)
     captions: dict[tuple[int, str], str | None] = {}
     for batch in islice(make_stream(table, config), 200):
-        captions.update(zip(zip(batch.epochs, batch.ids, strict=True), batch.captions, strict=True))
+        captions.update(zip(zip(batch.epochs, batch.ids, strict=True), told(batch), strict=True))
     for batch in islice(make_stream(table, replace(config, shuffle_shards=3), rank=1, world_size=2), 50):
-        for key, caption in zip(zip(batch.epochs, batch.ids, strict=True), batch.captions, strict=True):
+        for key, caption in zip(zip(batch.epochs, batch.ids, strict=True), told(batch), strict=True):
             assert captions.get(key, caption) == caption
     dropped = np.mean([caption is None for caption in captions.values()])
     assert 0.24 < dropped < 0.36

@@ -1,0 +1,182 @@
+"""One model's files, whatever the model: open a checkpoint, put its tensors into a model, write them back."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from sana_model.files.atomic import write_atomically
+from sana_model.files.key_maps import KeyMap, from_ours, their_shape, to_ours, translate
+from sana_model.files.layout import Layout
+from sana_model.files.places import resolve
+from sana_model.files.tensors import (
+    CONFIG_ENTRY,
+    WEIGHT_STEMS,
+    read_json,
+    read_model_file,
+    read_safetensors_folder,
+    write_json,
+    write_safetensors,
+)
+
+PIPELINE_INDEXES = ("pipeline.json", "model_index.json")  # of a whole pipeline's folder: ours, diffusers'
+BESIDE_DIFFUSERS = "null_caption_embeds.safetensors"  # what a transformer keeps and diffusers' layout has no place for
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One model's weights as they were found."""
+
+    source: Path
+    """Its folder, or its weights file."""
+    settings: dict[str, Any]
+    """The content of its config.json; {} if it has none."""
+    told: dict[str, Any]
+    """The configuration that an earlier save of ours put into a weights file; {} if there is none."""
+    state: dict[str, Tensor]
+
+
+def open_checkpoint(path: str | Path, subfolders: tuple[str, ...], *, use_ema: bool = False) -> Checkpoint:
+    """Find and read a model. Raises FileNotFoundError, or ValueError if a file is damaged or refused.
+
+    `subfolders`: names of the folders in which a pipeline keeps such a model.
+    """
+    local = resolve(path)
+    if local.is_dir():
+        folder = next((local / name for name in subfolders if (local / name / "config.json").exists()), local)
+        settings = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+        file = None if settings else find_pth(folder)
+        if file is None:
+            if use_ema:
+                raise ValueError(
+                    f"use_ema takes the EMA out of an NVlabs .pth; {path} is a folder and holds one set of weights"
+                )
+            return Checkpoint(folder, settings, {}, without_prefix(read_safetensors_folder(folder)))
+        local = file
+    state, told = read_model_file(local, use_ema=use_ema)
+    beside = local.parent / "config.json"
+    has_config = local.suffix == ".safetensors" and beside.exists()
+    source, settings = (local.parent, read_json(beside)) if has_config else (local, {})
+    return Checkpoint(source, settings, told, without_prefix(state))
+
+
+def find_pth(folder: Path) -> Path | None:
+    """Find the `.pth` of a folder without safetensors files, or of its folder `checkpoints`, as NVlabs publishes and trains.
+
+    Returns None if there is none. Raises ValueError if there are several and none of them is called latest.pth.
+    """
+    for place in (folder, folder / "checkpoints"):
+        if any(place.glob("*.safetensors")):
+            return None
+        found = sorted(place.glob("*.pth"))
+        latest = [file for file in found if file.name == "latest.pth"]
+        if len(found) > 1 and not latest:
+            raise ValueError(f"{place} holds {', '.join(file.name for file in found)}: name the one to load")
+        if found:
+            return (latest or found)[0]
+    return None
+
+
+PREFIXES = ("module.", "_orig_mod.", "model.diffusion_model.", "diffusion_model.")
+"""What DDP, torch.compile, and ComfyUI put in front of every tensor's name."""
+
+
+def without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under their names without the prefixes that all of them have."""
+    for _ in PREFIXES:
+        for prefix in PREFIXES:
+            if state and all(name.startswith(prefix) for name in state):
+                state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
+
+
+def fill(model: nn.Module, state: dict[str, Tensor], key_map: KeyMap, source: Path, dtype: torch.dtype | None) -> None:
+    """Give `model`, made on the meta device, exactly the tensors of `state`.
+
+    Raises ValueError that names the tensors that are missing, extra or misshapen.
+    """
+    ours: dict[str, Tensor] = {}
+    problems, used = [], set()
+    for key, expected in model.state_dict().items():
+        foreign = translate(key, key_map)
+        used.update(foreign.names)
+        shape = their_shape(foreign, expected.shape)
+        missing = [f"missing {name}" for name in foreign.names if name not in state]
+        misshapen = [
+            f"misshapen {name}: {tuple(state[name].shape)}, expected {shape}"
+            for name in foreign.names
+            if name in state and tuple(state[name].shape) != shape
+        ]
+        problems += missing + misshapen
+        if not missing and not misshapen:
+            tensor = to_ours(foreign, state)
+            ours[key] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+    problems += [f"extra {name}" for name in state if name not in used]
+    if problems:
+        shown = "\n  ".join(problems[:8]) + (f"\n  and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise ValueError(f"{source} does not fit a {type(model).__name__}:\n  {shown}")
+    model.load_state_dict(ours, assign=True)
+    model.requires_grad_(True).eval()
+
+
+def export(state: dict[str, Tensor], key_map: KeyMap) -> dict[str, Tensor]:
+    """Our tensors under the names, and in the form, of another layout."""
+    exported: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        exported |= from_ours(translate(key, key_map), tensor)
+    return exported
+
+
+def write_folder(folder: Path, stem: str, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Write the weights, then config.json, and remove what an earlier save in another layout or in shards left there.
+
+    Raises ValueError for the folder of a whole pipeline: loading from there would take the old model in the subfolder.
+    """
+    if any((folder / index).exists() for index in PIPELINE_INDEXES):
+        raise ValueError(f"{folder} holds a whole pipeline: save one model into its subfolder, or the pipeline over it")
+    write_safetensors(folder / f"{stem}.safetensors", weights)
+    write_json(folder / "config.json", config)
+    stale = [folder / BESIDE_DIFFUSERS, *(folder / f"{other}.safetensors" for other in WEIGHT_STEMS if other != stem)]
+    for name in WEIGHT_STEMS:
+        stale += [folder / f"{name}.safetensors.index.json", *folder.glob(f"{name}-*-of-*.safetensors")]
+    for path in stale:
+        path.unlink(missing_ok=True)
+
+
+def write_weights_file(path: Path, weights: dict[str, Tensor], config: Any) -> None:
+    """Write one file: safetensors if `path` ends so, else NVlabs' `.pth`. The dataclass `config` goes into it.
+
+    Other programs ignore it; loading takes from it what tensors cannot tell.
+    """
+    told = asdict(config)
+    if path.suffix == ".safetensors":
+        write_safetensors(path, weights, {CONFIG_ENTRY: json.dumps(told)})
+        return
+    state = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
+    write_atomically(path, lambda temporary: torch.save({"state_dict": state, CONFIG_ENTRY: told}, temporary))
+
+
+def check_layout(layout: str) -> str:
+    """Return `layout`. Raises ValueError if there is no layout of that name."""
+    if layout not in get_args(Layout):
+        raise ValueError(f"unknown layout {layout!r}: choose one of {', '.join(get_args(Layout))}")
+    return layout
+
+
+def config_from_json(kind: type[Any], settings: dict[str, Any], source: Path) -> Any:
+    """Make the configuration `kind` of its fields in JSON's types. Raises ValueError if there are unknown ones."""
+    known = {field.name for field in fields(kind)}
+    unknown = sorted(set(settings) - known - {"model_type"})
+    if unknown:
+        raise ValueError(f"{source}: its configuration has unknown fields {', '.join(unknown)}: written by a newer version?")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    values.pop("model_type", None)
+    return kind(**values)
+
+
+def class_of(settings: dict[str, Any]) -> str:
+    """What a config.json says that its model is."""
+    return repr(settings.get("_class_name") or settings.get("model_type") or "nothing of its kind")

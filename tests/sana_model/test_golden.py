@@ -1,0 +1,94 @@
+"""Against values that NVlabs' own code computed: the loader's own settings, nothing told by hand."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sana_model.files.checkpoint import export
+from sana_model.files.key_maps import TRANSFORMER_NVLABS
+from sana_model.flow import flow_loss, whole_sigmas
+from sana_model.nn.config import SanaConfig
+from sana_model.nn.transformer import SanaTransformer
+from sana_model.pipeline import Caption, guided_velocity
+from sana_model.solver import SOLVERS
+from tests.support.golden import (
+    FLOW_SHIFT,
+    GUIDANCE_SCALE,
+    PLAIN,
+    WITH_POSITIONS,
+    Inputs,
+    golden,
+    inputs,
+    nvlabs_weights,
+    summary,
+)
+from tests.support.peers import assert_close
+
+Load = Callable[[SanaConfig, str], SanaTransformer]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
+    """Write a state dict as NVlabs' code saves it, under a name, and load it."""
+    folder = tmp_path_factory.mktemp("published")
+
+    def load(config: SanaConfig, name: str) -> SanaTransformer:
+        torch.save({"state_dict": nvlabs_weights(config)}, folder / name)
+        return SanaTransformer.from_pretrained(folder / name)
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def plain(load: Load) -> SanaTransformer:
+    return load(PLAIN, "any name.pth")
+
+
+def null_of(model: SanaTransformer, sample: Inputs) -> Caption:
+    """The null captions of two samples as a text encoder would give them, from the states that the file holds."""
+    assert model.config.null_caption == "caption_mask" and model.null_caption_embeds is not None
+    rows = model.null_caption_embeds[: sample.caption_mask.shape[1]]
+    return rows.expand(2, -1, -1), sample.caption_mask
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("name", "config"), [("plain", PLAIN), ("positions", WITH_POSITIONS)])
+def test_velocity(load: Load, tmp_path: Path, name: str, config: SanaConfig) -> None:
+    model, sample = load(config, f"{name}.pth"), inputs()
+    timestep = torch.tensor([599.64, 8.946])
+    found = model(sample.latents, timestep, sample.caption_embeds, sample.caption_mask)
+    assert_close(found, golden(f"forward.{name}"))
+    model.save_pretrained(tmp_path / "diffusers", layout="diffusers")
+    again = SanaTransformer.from_pretrained(tmp_path / "diffusers")
+    assert again.config == model.config, "a conversion keeps what the weights were trained to see"
+    assert torch.equal(again(sample.latents, timestep, sample.caption_embeds, sample.caption_mask), found)
+
+
+def test_loss_and_gradients_with_a_dropped_caption(load: Load) -> None:
+    """The second sample's caption is dropped; steps 333 and 777 of the table."""
+    model, sample = load(PLAIN, "train.pth").train(), inputs()
+    assert model.config.time_input == "whole"
+    embeds = torch.stack([sample.caption_embeds[0], null_of(model, sample)[0][1]])
+    sigma = whole_sigmas(FLOW_SHIFT)[[333, 777]]
+    loss = flow_loss(model, sample.latents, embeds, sample.caption_mask, sigma=sigma, noise=sample.noise)
+    assert_close(loss.detach(), golden("training.loss"))
+    loss.mean().backward()
+    gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    found, wanted = summary(export(gradients, TRANSFORMER_NVLABS)), golden("training.gradients")
+    assert found.shape == wanted.shape
+    worst = ((found - wanted).abs() / wanted[:, :1]).max()
+    assert worst < 1e-4, f"a gradient differs by {worst:.1e} of its norm"
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("solver", "num_steps", "name"), [("flow_dpm_solver", 20, "dpm"), ("flow_euler", 8, "euler")])
+def test_guided_sampling(plain: SanaTransformer, solver: str, num_steps: int, name: str) -> None:
+    sample = inputs()
+    captions = (sample.caption_embeds, sample.caption_mask)
+    velocity = guided_velocity(plain, captions, null_of(plain, sample), guidance_scale=GUIDANCE_SCALE)
+    solve, make_grid = SOLVERS[solver]
+    found: Tensor = solve(velocity, sample.noise, make_grid(num_steps, FLOW_SHIFT))
+    assert_close(found, golden(name))
