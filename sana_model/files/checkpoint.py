@@ -1,7 +1,7 @@
 """One model's files, whatever the model: open a checkpoint, put its tensors into a model, write them back."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -146,12 +146,11 @@ def write_folder(folder: Path, stem: str, weights: dict[str, Tensor], config: di
         path.unlink(missing_ok=True)
 
 
-def write_weights_file(path: Path, weights: dict[str, Tensor], config: Any) -> None:
-    """Write one file: safetensors if `path` ends so, else NVlabs' `.pth`. The dataclass `config` goes into it.
+def write_weights_file(path: Path, weights: dict[str, Tensor], told: dict[str, Any]) -> None:
+    """Write one file: safetensors if `path` ends so, else NVlabs' `.pth`. The configuration `told` goes into it.
 
     Other programs ignore it; loading takes from it what tensors cannot tell.
     """
-    told = asdict(config)
     if path.suffix == ".safetensors":
         write_safetensors(path, weights, {CONFIG_ENTRY: json.dumps(told)})
         return
@@ -177,6 +176,8 @@ def config_from_json(kind: type[Any], settings: dict[str, Any], source: Path) ->
     return kind(**values)
 
 
-def class_of(settings: dict[str, Any]) -> str:
-    """What a config.json says that its model is."""
-    return repr(settings.get("_class_name") or settings.get("model_type") or "nothing of its kind")
+def class_of(settings: dict[str, Any], told: dict[str, Any]) -> str:
+    """What a checkpoint's config.json, or its weights file, says that the model is."""
+    named = settings or told
+    says = "its config.json says" if settings else "the file says"
+    return f"{says} {named.get('_class_name') or named.get('model_type') or 'nothing of its kind'!r}"

@@ -69,11 +69,11 @@ def load_transformer(
         config = transformer_config_from_diffusers(settings, state, source)
         if (source / BESIDE_DIFFUSERS).exists():
             state |= read_safetensors(source / BESIDE_DIFFUSERS)
-    elif not settings:
+    elif not settings and found.told.get("model_type", "sana_transformer") == "sana_transformer":
         key_map = key_maps.TRANSFORMER_NVLABS
         config = transformer_config_from_nvlabs(state, found.told, source, overrides)
     else:
-        raise ValueError(f"{source} is not a linear DiT that is known here: its config.json says {class_of(settings)}")
+        raise ValueError(f"{source} is not a linear DiT that is known here: {class_of(settings, found.told)}")
     kept = {name: state.pop(theirs) for name, theirs in _kept_names(key_map).items() if theirs in state}
     state.pop(key_maps.NVLABS_POSITIONS, None)
     with torch.device("meta"):
@@ -100,6 +100,7 @@ def save_transformer(
     Raises ValueError for another layout, a URI, or the folder of a whole pipeline.
     """
     path, state, config = local_target(path), model.state_dict(), model.config
+    told = {"model_type": "sana_transformer", **asdict(config)}
     kept = {name: tensor for name in key_maps.KEPT_NVLABS if (tensor := getattr(model, name)) is not None}
     if null_caption_embeds is not None:
         kept.setdefault("null_caption_embeds", null_caption_embeds)
@@ -107,9 +108,9 @@ def save_transformer(
         weights = export(state, key_maps.TRANSFORMER_NVLABS)
         weights[key_maps.NVLABS_POSITIONS] = positions_for_nvlabs(config, model.head.weight.dtype)
         weights |= {key_maps.KEPT_NVLABS[name]: tensor for name, tensor in kept.items()}
-        write_weights_file(path, weights, config)
+        write_weights_file(path, weights, told)
     elif layout == "sana":
-        write_folder(path, "model", state | kept, {"model_type": "sana_transformer", **asdict(config)})
+        write_folder(path, "model", state | kept, told)
     else:
         weights = export(state, key_maps.TRANSFORMER_DIFFUSERS)
         write_folder(path, "diffusion_pytorch_model", weights, diffusers_transformer_config(config))
@@ -135,11 +136,11 @@ def load_autoencoder(
     elif settings.get("_class_name") == "AutoencoderDC":
         key_map = key_maps.AUTOENCODER_DIFFUSERS
         config = autoencoder_config_from_diffusers(settings, source)
-    elif not settings or any(".op_list." in name for name in state):
+    elif any(".op_list." in name for name in state) or not (settings or found.told):
         key_map = key_maps.AUTOENCODER_NVLABS
         config = autoencoder_config_from_nvlabs(settings, found.told, state, source, scaling_factor)
     else:
-        raise ValueError(f"{source} is not a DC-AE that is known here: its config.json says {class_of(settings)}")
+        raise ValueError(f"{source} is not a DC-AE that is known here: {class_of(settings, found.told)}")
     with torch.device("meta"):
         model = DCAutoencoder(config if scaling_factor is None else replace(config, scaling_factor=scaling_factor))
     fill(model, state, key_map, source, dtype)
@@ -154,10 +155,11 @@ def save_autoencoder(model: DCAutoencoder, path: str | Path, *, layout: str = "s
     Raises ValueError for another layout, a URI, or the folder of a whole pipeline.
     """
     path, state = local_target(path), model.state_dict()
+    told = {"model_type": "dc_autoencoder", **asdict(model.config)}
     if check_layout(layout) == "nvlabs":
-        write_weights_file(path, export(state, key_maps.AUTOENCODER_NVLABS), model.config)
+        write_weights_file(path, export(state, key_maps.AUTOENCODER_NVLABS), told)
     elif layout == "sana":
-        write_folder(path, "model", state, {"model_type": "dc_autoencoder", **asdict(model.config)})
+        write_folder(path, "model", state, told)
     else:
         weights = export(state, key_maps.AUTOENCODER_DIFFUSERS)
         write_folder(path, "diffusion_pytorch_model", weights, diffusers_autoencoder_config(model.config))

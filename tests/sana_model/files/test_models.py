@@ -76,11 +76,13 @@ def test_checkpoints_of_another_model_are_named(tmp_path):
     transformer.save_pretrained(tmp_path / "dit")
     autoencoder.save_pretrained(tmp_path / "ae")
     autoencoder.save_pretrained(tmp_path / "ae-diffusers", layout="diffusers")
-    autoencoder.save_pretrained(tmp_path / "ae.pth", layout="nvlabs")
+    autoencoder.save_pretrained(tmp_path / "ae-ours.pth", layout="nvlabs")
+    torch.save({"state_dict": torch.load(tmp_path / "ae-ours.pth")["state_dict"]}, tmp_path / "ae.pth")
     torch.save({"state_dict": nvlabs_state(TINY)}, tmp_path / "dit.pth")
     for load, message in [
         (lambda: SanaTransformer.from_pretrained(tmp_path / "ae"), "not a linear DiT.*'dc_autoencoder'"),
         (lambda: SanaTransformer.from_pretrained(tmp_path / "ae-diffusers"), "not a linear DiT.*'AutoencoderDC'"),
+        (lambda: SanaTransformer.from_pretrained(tmp_path / "ae-ours.pth"), "not a linear DiT.*'dc_autoencoder'"),
         (lambda: SanaTransformer.from_pretrained(tmp_path / "ae.pth"), r"no checkpoint of a linear DiT.*x_embedder\.proj"),
         (lambda: SanaTransformer.from_pretrained(tmp_path / "dit.pth"), "width 64.*num_cross_heads="),
         (lambda: DCAutoencoder.from_pretrained(tmp_path / "dit"), "not a DC-AE.*'sana_transformer'"),
