@@ -31,7 +31,7 @@ class SampleJob(JobConfig):
 
 def run(job: SampleJob) -> StageResult:
     """Run the stage in an MLflow run, on the Ray that is connected; the table gets a grid of the first pictures."""
-    from pipelines.draw.sample import read_pictures, run_sample
+    from pipelines.draw.sample import CUT_PROMPTS, read_pictures, run_sample
     from pipelines.workers.images import image_grid, to_png
 
     def log_grid(run: "TrackedRun", result: StageResult) -> None:
@@ -39,12 +39,15 @@ def run(job: SampleJob) -> StageResult:
         result.table.write_file(GRID, to_png(grid))
         run.log_image(grid, "samples", job.step)
 
-    return track_stage(
+    result = track_stage(
         job,
         f"sample {job.sample.name}",
         lambda on_progress, leases: run_sample(job.dataset_uri, job.sample, on_progress=on_progress, leases=leases),
         log=log_grid,
     )
+    if num_cut := int(result.figures.get(CUT_PROMPTS, 0)):
+        print(f"{num_cut} of {result.num_rows} prompts are longer than the pipeline's max_tokens: cut there", flush=True)
+    return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """Text to image: text encoder, linear DiT, solver and DC-AE put together."""
 
-import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from sana_model.arguments import describe_cut, image_seeds, real_number, text, whole_number
 from sana_model.files.pipeline import PipelineParts, load_parts, save_parts
 from sana_model.files.png import set_facts
 from sana_model.flow import DEFAULT_FLOW_SHIFT, sigma_to_timestep
@@ -164,7 +165,7 @@ class TextToImage(nn.Module):
         num_steps: int = 20,
         guidance_scale: float = 4.5,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
-        negative_prompt: str = "",
+        negative_prompt: str | None = "",
         seed: int | Sequence[int] | None = None,
         generator: torch.Generator | None = None,
         solver: str = "flow_dpm_solver",
@@ -195,22 +196,26 @@ class TextToImage(nn.Module):
             solver: "flow_dpm_solver" (14 to 20 steps) or "flow_euler" (28 to 50).
             on_step: called after each step with (index, latents), e.g. for a progress bar.
 
-        Raises TypeError unless prompts are a list of str. Raises ValueError for no prompts, a size that is no multiple, an
-        unknown solver, num_steps or num_images_per_prompt below 1, a guidance_scale that is not finite, a bad
-        guidance_interval, a wrong number of seeds, both a seed and a generator, and for pictures as `StartPictures.check` says.
-        Raises NotFiniteError, a ValueError, if a model gives values that are not finite.
+        Warns of prompts that the text encoder cuts. Raises TypeError unless prompts are a list of str. Raises ValueError for no
+        prompts, a size that is no multiple, an unknown solver, num_steps or num_images_per_prompt below 1, a guidance_scale
+        that is not finite, a bad guidance_interval, a wrong number of seeds, both a seed and a generator, what should be a
+        number and is none, and for pictures as `StartPictures.check` says. Raises NotFiniteError, a ValueError, if a model
+        gives values that are not finite.
         """
         if solver not in SOLVERS:
             raise ValueError(f"unknown solver {solver!r}: choose one of {', '.join(SOLVERS)}")
+        num_images_per_prompt = whole_number("num_images_per_prompt", num_images_per_prompt)
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt={num_images_per_prompt} must be at least 1")
-        if not math.isfinite(guidance_scale):
-            raise ValueError(f"guidance_scale={guidance_scale} must be a finite number; 1 turns guidance off")
+        num_steps, guidance_scale = whole_number("num_steps", num_steps), real_number("guidance_scale", guidance_scale)
+        negative_prompt = text("negative_prompt", negative_prompt)
         solve, make_grid = SOLVERS[solver]
         start = StartPictures.check(image, mask, strength, len(prompts))
-        height, width = self._image_size(height, width, start)
-        seeds = _image_seeds(seed, generator, len(prompts), num_images_per_prompt)
+        height, width = self.image_size(height, width, start)
+        seeds = image_seeds(seed, generator, len(prompts), num_images_per_prompt)
         captions, null = self._encode(prompts, negative_prompt, num_images_per_prompt)
+        if (cut := self.describe_cut(prompts)) is not None:
+            warnings.warn(cut, stacklevel=2)
         predict_velocity = guided_velocity(
             self.transformer,
             captions,
@@ -240,6 +245,10 @@ class TextToImage(nn.Module):
             set_facts(drawn, facts | {"model": self.name, "settings": settings})
         return images
 
+    def describe_cut(self, prompts: list[str]) -> str | None:
+        """Say which prompts are too long for the text encoder, which cuts them; None if none is."""
+        return describe_cut(prompts, self.text_encoder.count_tokens(prompts), self.text_encoder.config.max_tokens)
+
     def _encode(self, prompts: list[str], negative_prompt: str, num_each: int) -> tuple[Caption, Caption]:
         """Encode prompts, each `num_each` times, and what guidance leads away from.
 
@@ -257,12 +266,13 @@ class TextToImage(nn.Module):
                 )
         return (embeds, mask), null
 
-    def _image_size(self, height: int | None, width: int | None, start: StartPictures | None) -> tuple[int, int]:
-        """The size to draw at. Raises ValueError for a size that does not divide."""
+    def image_size(self, height: int | None, width: int | None, start: StartPictures | None = None) -> tuple[int, int]:
+        """Return the size to draw at, as `forward` takes it. Raises ValueError for a size that does not divide."""
         config, factor = self.transformer.config, self.autoencoder.compression
         unit = factor * config.patch_size
         default = (config.base_size * unit,) * 2 if start is None else tuple(_nearest(size, unit) for size in start.size)
-        height, width = default[0] if height is None else height, default[1] if width is None else width
+        height = default[0] if height is None else whole_number("height", height)
+        width = default[1] if width is None else whole_number("width", width)
         for name, size in (("height", height), ("width", width)):
             if size <= 0 or size % unit:
                 raise ValueError(f"{name}={size} must be a positive multiple of {unit}; the nearest is {_nearest(size, unit)}")
@@ -284,19 +294,3 @@ class TextToImage(nn.Module):
 def _nearest(size: int, unit: int) -> int:
     """The positive multiple of `unit` nearest to `size`."""
     return max(round(size / unit), 1) * unit
-
-
-def _image_seeds(
-    seed: int | Sequence[int] | None, generator: torch.Generator | None, num_prompts: int, num_each: int
-) -> list[int] | None:
-    """The seed of each image; None: the generator draws the noise. Raises ValueError for too many or too few."""
-    if generator is not None:
-        if seed is not None:
-            raise ValueError(f"seed={seed} and a generator were given: give one of them")
-        return None
-    if seed is None:
-        return torch.randint(2**31, (num_prompts * num_each,)).tolist()
-    seeds = list(seed) if isinstance(seed, Sequence) else [seed] * num_prompts
-    if len(seeds) != num_prompts:
-        raise ValueError(f"{len(seeds)} seeds came with {num_prompts} prompts: give one to each, or a single number")
-    return [int(one) + k for one in seeds for k in range(num_each)]

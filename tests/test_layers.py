@@ -19,6 +19,7 @@ ROOMS = (
     "sana_model/solver",
     "sana_model/files",
     "sana_model/pictures",
+    "sana_model/arguments",
     "sana_model/pipeline",
     "sana_model",
     "pipelines/storage",

@@ -26,6 +26,9 @@ from pipelines.workers.models import find_model, pick_device
 from sana_model.nn.finite import NotFiniteError
 from sana_model.pipeline import TextToImage
 
+CUT_PROMPTS = "num_cut_prompts"
+"""The figure that counts the prompts which are too long for the text encoder."""
+
 
 def read_prompts(prompts: list[str] | str) -> list[str]:
     """Strip the given prompts, or read them from a text file with one on each line. Blank prompts are left out.
@@ -76,30 +79,34 @@ def _read_prompts_shard(prompts: list[str], seed: int, size: int, shard: str) ->
 
 
 class Sampler:
-    """Ray Data actor: prompts -> pictures."""
+    """Ray Data actor: prompts -> pictures. Raises ValueError for a size that does not divide, and as `TextToImage`."""
 
     def __init__(self, config: SampleConfig):
         self.config = config.draw
         device = pick_device(self.config.device)
         dtype = getattr(torch, self.config.dtype) if self.config.dtype else None
         self.pipeline = TextToImage.from_pretrained(config.pipeline, dtype=dtype).to(device)
+        self.pipeline.image_size(self.config.height, self.config.width)
 
     def process(self, table: pa.Table) -> ShardOutput:
         """Make one row of samples for each row with a prompt and a seed, or a reject where the picture's values are not finite.
 
-        Raises WrongInputError if weights of the pipeline are not finite.
+        Figures: CUT_PROMPTS. Raises WrongInputError if weights of the pipeline are not finite.
         """
         rows: list[Row] = []
         rejects: list[Row] = []
         source = table.to_pylist()
+        num_cut = 0
         for start in range(0, len(source), self.config.batch_size):
             batch = source[start : start + self.config.batch_size]
+            counts = self.pipeline.text_encoder.count_tokens([row["prompt"] for row in batch])
+            num_cut += sum(count > self.pipeline.text_encoder.config.max_tokens for count in counts)
             for row, image in zip(batch, run_halving(self.draw, batch, refuse=_refuse), strict=True):
                 if isinstance(image, RowRefused):
                     rejects.append(reject(row, image))
                 else:
                     rows.append({**row, "image_bytes": to_png(image)})
-        return ShardOutput(rows, rejects)
+        return ShardOutput(rows, rejects, {CUT_PROMPTS: num_cut} if num_cut else {})
 
     def draw(self, rows: list[Row]) -> list[Image.Image]:
         """Draw one picture for each row's prompt and seed, in one call of the pipeline."""

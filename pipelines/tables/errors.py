@@ -60,6 +60,12 @@ class TrainingError(RuntimeError):
     error_kind: ClassVar[ErrorKind] = "training_failed"
 
 
+class TrainingInputError(TrainingError):
+    """A training cannot start: models, tables and configuration will not do. All workers found it."""
+
+    error_kind: ClassVar[ErrorKind] = "wrong_input"
+
+
 class TrainingStopped(TrainingError):
     """A training was asked to end and saved a checkpoint; the next start resumes from it."""
 

@@ -35,11 +35,15 @@ class TrainingRecord:
                 return found
             if found.result is not None or list_folder(f"{output_uri}/{CHECKPOINTS_DIR}"):
                 now = Identity(**json.loads(json.dumps(asdict(identity))))  # with lists for tuples, like what was read
-                differences = "\n".join(f"  {line}" for line in describe_differences(found.identity, now))
-                raise StaleTableError(
-                    f"{output_uri} holds a training with other settings:\n{differences}\n"
-                    "Give this one another output folder, put the setting back, or delete the folder."
-                )
+                lines = describe_differences(found.identity, now)
+                differences = "\n".join(f"  {line}" for line in lines)
+                advice = "Give this one another output folder, put the setting back, or delete the folder."
+                if len(lines) == 1 and now.config["num_steps"] > found.identity.config["num_steps"]:
+                    advice = (
+                        "To train longer, give this one another output folder (--name) and let it go on from the last "
+                        f"checkpoint: --train.resume_from {_last_checkpoint(output_uri)}"
+                    )
+                raise StaleTableError(f"{output_uri} holds a training with other settings:\n{differences}\n{advice}")
         record._write()
         return record
 
@@ -62,6 +66,11 @@ class TrainingRecord:
     def _write(self) -> None:
         content = {"fingerprint": self.identity.fingerprint, **self.identity.values(), "result": self.result}
         write_file(f"{self.output_uri}/{RECORD}", (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _last_checkpoint(output_uri: str) -> str:
+    folder = f"{output_uri}/{CHECKPOINTS_DIR}"
+    return f"{folder}/{max(list_folder(folder), default='step-...')}"
 
 
 def write_config(output_uri: str, config: Any) -> None:

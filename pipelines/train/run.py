@@ -15,7 +15,7 @@ from ray.train.torch import TorchTrainer
 
 from pipelines.storage.files import list_folder
 from pipelines.storage.lease import DEFAULT_LEASE, LeaseConfig, hold
-from pipelines.tables.errors import TrainingError, TrainingStopped
+from pipelines.tables.errors import TrainingError, TrainingInputError, TrainingStopped
 from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.table import absolute_uri
 from pipelines.tracking.runs import RunEnd, RunRequest, TrackedRun, end_status
@@ -111,6 +111,7 @@ def run_train(
         LeaseHeldError: another job is training there.
         StorageError: `output_dir` cannot be written.
         TrainingStopped: SIGTERM came and a checkpoint was saved; the next call resumes from it.
+        TrainingInputError: models, tables and configuration do not fit together, as the workers found.
         TrainingError: the training failed; the next call resumes from the last checkpoint.
     """
     start = time.time()
@@ -170,12 +171,12 @@ def check_tables(dataset_uri: str, config: TrainConfig) -> None:
 
 
 def _figures(ended: Result) -> dict[str, Any]:
-    """Return the figures that rank 0 returned. Raises TrainingStopped or TrainingError if the training did not finish."""
+    """Return the figures that rank 0 returned. Raises TrainingError, or one of its kinds, if the training did not finish."""
     figures = dict(ended.return_value)  # type: ignore[attr-defined]  # mypy takes it for the Result of Ray Train 1
     if "stopped" in figures:
         raise TrainingStopped(f"stopped at step {figures['stopped']}, with a checkpoint: run it again to resume from there")
     if "error" in figures:
-        raise TrainingError(figures["error"])
+        raise (TrainingInputError if figures["wrong_input"] else TrainingError)(figures["error"])
     return figures
 
 

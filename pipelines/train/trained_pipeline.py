@@ -1,6 +1,7 @@
 """The pipeline with the average weights of a training: it draws pictures during the training, and is written at its end."""
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from pipelines.train.engine.ema import EMA
 from pipelines.train.engine.lora import merge_lora, save_lora
 from pipelines.train.models import TrainModels
 from pipelines.workers.images import image_grid
+from sana_model.nn.finite import NotFiniteError
 from sana_model.nn.transformer import SanaTransformer
 from sana_model.pipeline import TextToImage
 
@@ -39,6 +41,7 @@ class TrainedPipeline:
         self.ema = ema
         self.models = models
         self.lora = lora
+        self._drawn = False
 
     def gather_average(self) -> dict[str, Tensor] | None:
         """Return the average weights, adapters included, in float32 on the CPU, on rank 0; None on other ranks."""
@@ -63,13 +66,23 @@ class TrainedPipeline:
         transformer.to(self.engine.device, dtype)
         return TextToImage(transformer, models.autoencoder, models.text_encoder, flow_shift=models.shift)
 
-    def draw(self, grid: GridConfig) -> Image.Image | None:
-        """Draw the grid's pictures. Returns them as one image on rank 0; None on other ranks."""
+    def draw(self, grid: GridConfig, *, say: Callable[[str], None]) -> Image.Image | None:
+        """Draw the grid's pictures. Returns them as one image on rank 0; None on other ranks, or if they cannot be drawn.
+
+        `say` is told, on rank 0, why they cannot be drawn, and which prompts are cut, once.
+        """
         pipeline = self.gather(self.engine.config.torch_dtype)
         if pipeline is None:
             return None
+        if not self._drawn and (cut := pipeline.describe_cut(grid.prompts)) is not None:
+            say(f"in grids, {cut}")
+        self._drawn = True
         seeds = range(grid.seed, grid.seed + len(grid.prompts))
-        images = pipeline(grid.prompts, num_steps=grid.num_steps, guidance_scale=grid.guidance_scale, seed=seeds)
+        try:
+            images = pipeline(grid.prompts, num_steps=grid.num_steps, guidance_scale=grid.guidance_scale, seed=seeds)
+        except NotFiniteError as error:
+            say(f"a grid is not drawn: {error}")
+            return None
         return image_grid(images, grid.columns)
 
     def write(self, output_uri: str) -> None:

@@ -10,7 +10,7 @@ import ray.train.torch
 import torch
 from torch import Tensor
 
-from pipelines.tables.errors import TrainingError
+from pipelines.tables.errors import TrainingError, TrainingInputError
 from pipelines.train.bad_steps import BadStepGuard
 from pipelines.train.desk import StopWatch, watch_for_sigterm
 from pipelines.train.engine.checkpoint_store import CheckpointStore
@@ -33,7 +33,6 @@ from pipelines.train.stream.validation import ValidationSet
 from pipelines.train.task import TrainTask
 from pipelines.train.trained_pipeline import TrainedPipeline
 from sana_model.flow import flow_loss
-from sana_model.nn.finite import NotFiniteError
 from sana_model.nn.transformer import SanaTransformer
 from sana_model.pipeline import Caption
 
@@ -42,7 +41,8 @@ def train_worker(task: TrainTask) -> dict[str, Any]:
     """Train as one of Ray Train's workers; Ray Train calls this function in each of them.
 
     Returns, on rank 0, the figures of `TrainWorker.finish`, and {} on other ranks; or, on all ranks, {"stopped": step} if the
-    driver asked the training to end early, or {"error": message} if it failed in a way that would only repeat itself.
+    driver asked the training to end early, or {"error": message, "wrong_input": whether it could not even start} if it failed
+    in a way that would only repeat itself.
     """
     watch_for_sigterm()
     try:
@@ -52,7 +52,7 @@ def train_worker(task: TrainTask) -> dict[str, Any]:
             worker.train()
             return worker.finish()
     except TrainingError as error:
-        return {"error": str(error)}
+        return {"error": str(error), "wrong_input": isinstance(error, TrainingInputError)}
 
 
 class TrainWorker:
@@ -124,12 +124,12 @@ class TrainWorker:
     def _raise_together(self, problem: str | None) -> None:
         """Raise on all ranks if any rank has a problem. Collective call.
 
-        If all ranks have one, another try would fail too: TrainingError. If only some have one, such as a node that did not
-        reach the hub: RuntimeError, after which Ray starts all workers again.
+        If all ranks have one, another try would fail too: TrainingInputError. If only some have one, such as a node that did
+        not reach the hub: RuntimeError, after which Ray starts all workers again.
         """
         problems = [one for one in gather_objects(problem) if one is not None]
         if problems:
-            kind = TrainingError if len(problems) == self.world_size else RuntimeError
+            kind = TrainingInputError if len(problems) == self.world_size else RuntimeError
             raise kind(problem or problems[0])
 
     def restore(self) -> None:
@@ -295,11 +295,7 @@ class TrainWorker:
     def draw_grid(self) -> None:
         """Draw the grid's prompts with the average weights; write the pictures as a PNG file and send them to MLflow."""
         with self.meter.paused():
-            try:
-                picture = self.pipeline.draw(self.config.grid)
-            except NotFiniteError as error:  # on rank 0 alone, after all ranks have done their part
-                self.outputs.say(f"no grid is drawn after step {self.step}: {error}")
-                return
+            picture = self.pipeline.draw(self.config.grid, say=self.outputs.say)
             if picture is not None:
                 self.outputs.show_picture(self.step, picture)
 

@@ -36,6 +36,7 @@ from sana_model.files.published_configs import (
     transformer_config_from_nvlabs,
 )
 from sana_model.files.tensors import read_safetensors, write_safetensors
+from sana_model.files.transformers_folder import TOKENIZER, naming_the_folder
 from sana_model.nn.autoencoder import DCAutoencoder
 from sana_model.nn.config import DEFAULT_TEXT_ENCODER, NVLABS_PROMPTS, AutoencoderConfig, SanaConfig, TextEncoderConfig
 from sana_model.nn.text_encoder import TextEncoder
@@ -187,13 +188,17 @@ def load_text_encoder(
         variant: the one in the names of the weights' files ("bf16"); None: no variant.
         revision: of a model id on the hub; None: "main".
 
-    Raises FileNotFoundError if nothing is at a URI, OSError (of transformers) if a folder or model id is not there.
+    Raises FileNotFoundError if a folder or URI is not there, ValueError if transformers cannot read what is in it, OSError (of
+    transformers) if a model id is not known, or the hub does not answer.
     """
     options = {"dtype": dtype or "auto", "attn_implementation": attn_implementation, "variant": variant}
     local, tokenizer_local = (resolve(p) if "://" in str(p) else p for p in (path, tokenizer_path or path))
     pinned = {"revision": revision} if revision else {}
-    model = AutoModel.from_pretrained(local, **options, **pinned)
-    return TextEncoder(model, AutoTokenizer.from_pretrained(tokenizer_local, **pinned), config)
+    with naming_the_folder(local, "language model"):
+        model = AutoModel.from_pretrained(local, **options, **pinned)
+    with naming_the_folder(tokenizer_local, TOKENIZER):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_local, **pinned)
+    return TextEncoder(model, tokenizer, config)
 
 
 def save_text_encoder(text_encoder: TextEncoder, path: str | Path) -> None:

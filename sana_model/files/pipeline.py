@@ -3,6 +3,7 @@
 A pipeline is our own folder, diffusers' `SanaPipeline` folder, or an NVlabs `.pth`, which holds the transformer alone.
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -64,11 +65,17 @@ def find_companions(path: Path | None) -> Companions:
         return Companions()
     if (path / "pipeline.json").exists():
         settings = read_json(path / "pipeline.json")
+        try:
+            prompts, flow_shift = TextEncoderConfig(**settings["prompts"]), settings["flow_shift"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path / 'pipeline.json'} has other fields than ours ({error}): damaged, or of a newer version"
+            ) from error
         return Companions(
             autoencoder=str(path / "autoencoder"),
             text_encoder=str(path / "text_encoder"),
-            prompts=TextEncoderConfig(**settings["prompts"]),
-            flow_shift=settings["flow_shift"],
+            prompts=prompts,
+            flow_shift=flow_shift,
         )
     if (path / "model_index.json").exists():
         scheduler = read_json(path / "scheduler" / "scheduler_config.json")
@@ -114,9 +121,11 @@ def load_parts(
     text_source, tokenizer = companions.text_encoder, companions.tokenizer
     if text_encoder is not None:
         text_source, tokenizer = str(text_encoder), None
+    autoencoder = str(autoencoder or companions.autoencoder)
+    _check_parts(local, [autoencoder, text_source, tokenizer])
     return PipelineParts(
         transformer=load_transformer(local, use_ema=use_ema, dtype=dtype, **overrides),
-        autoencoder=load_autoencoder(autoencoder or companions.autoencoder, dtype=dtype),
+        autoencoder=load_autoencoder(autoencoder, dtype=dtype),
         text_encoder=load_text_encoder(
             text_source,
             config=companions.prompts,
@@ -126,6 +135,14 @@ def load_parts(
         ),
         flow_shift=companions.flow_shift if flow_shift is None else flow_shift,
     )
+
+
+def _check_parts(folder: Path, parts: Iterable[str | None]) -> None:
+    """Raise FileNotFoundError that names the parts which should lie in a pipeline's folder, and do not."""
+    missing = [part for part in parts if part is not None and Path(part).parent == folder and not Path(part).is_dir()]
+    if missing:
+        names = ", ".join(f"{Path(part).name}/" for part in missing)
+        raise FileNotFoundError(f"{folder} has no {names}: the pipeline is incomplete; copy or download all of its folder")
 
 
 def save_parts(parts: PipelineParts, path: str | Path, *, layout: str = "sana") -> None:

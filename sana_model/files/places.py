@@ -13,6 +13,7 @@ from urllib.parse import unquote
 from filelock import FileLock
 from fsspec import AbstractFileSystem
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from tqdm import tqdm
 
 from sana_model.files.filesystems import open_filesystem
@@ -32,8 +33,8 @@ def resolve(path: str | Path) -> Path:
             `hf://owner/name[@revision][/folder]` on the Hugging Face hub (write %2F for a slash inside a revision); or any
             other fsspec URI, which is copied to a cache.
 
-    Raises FileNotFoundError if nothing is there, ValueError if an hf:// address names no repository, or if a name there leads
-    out of its folder.
+    Raises FileNotFoundError if nothing is there, ConnectionError if the hub cannot be reached, ValueError if an hf:// address
+    names no repository, or if a name there leads out of its folder.
     """
     text = str(path)
     if "://" not in text:
@@ -64,12 +65,17 @@ def _from_hub(address: str) -> Path:
     name, _, revision = name.partition("@")
     if folder:
         check_inside(folder)
-    snapshot = snapshot_download(
-        f"{owner}/{name}",
-        revision=unquote(revision) or None,
-        allow_patterns=[folder, f"{folder}/*"] if folder else None,
-        ignore_patterns=UNWANTED,
-    )
+    try:
+        snapshot = snapshot_download(
+            f"{owner}/{name}",
+            revision=unquote(revision) or None,
+            allow_patterns=[folder, f"{folder}/*"] if folder else None,
+            ignore_patterns=UNWANTED,
+        )
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise FileNotFoundError(f"the Hugging Face hub has no hf://{address}, or it needs HF_TOKEN") from error
+    except LocalEntryNotFoundError as error:  # a FileNotFoundError, though nothing is known about the files
+        raise ConnectionError(f"the Hugging Face hub cannot be reached, and the cache does not hold hf://{address}") from error
     if not Path(snapshot, folder).exists():
         raise FileNotFoundError(f"hf://{owner}/{name} holds no {folder!r}")
     return Path(snapshot, folder)

@@ -29,7 +29,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): the file is damaged or incomplete") from error
+        what = find_stand_in(path) or f"not valid JSON ({error}): the file is damaged or incomplete"
+        raise ValueError(f"{path} is {what}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not an object")
     return content
@@ -95,11 +96,24 @@ def _variant(name: str) -> str:
     return next((word for word in words if word not in ("safetensors", "index")), "")
 
 
+def find_stand_in(path: Path) -> str | None:
+    """Say what a file holds in place of its content, and what to do; None if it is nothing that is known."""
+    with path.open("rb") as file:
+        start = file.read(200).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file itself: run `git lfs pull` in its folder, or download it again"
+    if start.startswith((b"<!doctype html", b"<html", b"<?xml")):
+        return "a web page, not the file itself: download it again, from the address of the file"
+    return None if start else "empty: download it again"
+
+
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Read the tensors of one file. Raises ValueError that names the file if it is damaged or incomplete."""
     try:
         return load_file(path)
     except SafetensorError as error:
+        if stand_in := find_stand_in(path):
+            raise ValueError(f"{path} is {stand_in}") from error
         raise ValueError(f"{path} cannot be read ({error}): the file is damaged or incomplete, fetch it again") from error
 
 

@@ -133,7 +133,7 @@ def test_a_grid_that_is_not_finite_is_told_and_costs_no_training(tmp_path: Path)
     assert trained.error is None and list(trained.losses) == [1, 2]
     (run,) = mlflow.MlflowClient(tracking.uri).search_runs(["1"])
     assert re.match(
-        r"no grid is drawn after step 2: the decoder .* its weights conv_in.weight are not finite", run.data.tags["notice.001"]
+        r"a grid is not drawn: the decoder .* its weights conv_in.weight are not finite", run.data.tags["notice.001"]
     )
     assert not (tmp_path / "run" / "samples").exists() and (tmp_path / "run" / "pipeline" / "pipeline.json").exists()
 

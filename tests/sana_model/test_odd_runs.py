@@ -1,16 +1,27 @@
 """Odd runs of the model: what could become a black picture, or another one than was asked for, is refused in words."""
 
+import shutil
+import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
 from sana_model.nn.finite import NotFiniteError
+from sana_model.nn.text_encoder import TextEncoder
 from sana_model.pipeline import TextToImage
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 SIZE = {"num_steps": 2, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def good() -> TextToImage:
+    return TextToImage.from_pretrained("zoo://pipeline", dtype=torch.float32)
 
 
 @pytest.fixture
@@ -102,15 +113,162 @@ def test_float16_keeps_the_text_encoder_in_bfloat16() -> None:
     assert (pictures.float() - wanted.float()).abs().mean() < 5
 
 
+ODD_ARGUMENTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
+    "no negative prompt": ({"negative_prompt": None}, {"negative_prompt": ""}),
+    "a size written as a float": ({"height": 64.0, "width": np.float32(64)}, {"height": 64, "width": 64}),
+    "a seed of NumPy": ({"seed": np.int64(5)}, {"seed": 5}),
+    "a seed of torch": ({"seed": torch.tensor(5)}, {"seed": 5}),
+    "an array of seeds": ({"seed": np.array([5])}, {"seed": [5]}),
+    "a tensor of seeds": ({"seed": torch.tensor([5])}, {"seed": [5]}),
+    "a tuple of seeds": ({"seed": (5.0,)}, {"seed": [5]}),
+    "numbers of NumPy": ({"num_steps": np.int32(2), "guidance_scale": np.float64(4.5)}, {}),
+}
+
+
+@pytest.mark.parametrize("name", ODD_ARGUMENTS)
+def test_odd_arguments_mean_what_they_say(good: TextToImage, name: str) -> None:
+    odd, plain = (good(["a red circle"], **{**SIZE, **arguments})[0] for arguments in ODD_ARGUMENTS[name])  # type: ignore[arg-type]
+    assert odd.tobytes() == plain.tobytes()
+
+
 BAD_ARGUMENTS: dict[str, tuple[dict[str, object], type[Exception], str]] = {
     "guidance_scale NaN": ({"guidance_scale": float("nan")}, ValueError, "guidance_scale=nan must be a finite number"),
+    "half a seed": ({"seed": 1.5}, ValueError, "seed=1.5 must be a whole number"),
+    "a seed in words": ({"seed": "5"}, ValueError, "seed='5' must be a whole number"),
+    "a list of bad seeds": ({"seed": [None]}, ValueError, "seed=None must be a whole number"),
+    "a truth as a seed": ({"seed": True}, ValueError, "seed=True must be a whole number"),
+    "a huge seed": ({"seed": 2**64}, ValueError, "seed=18446744073709551616 must be from -9223372036854775808"),
+    "half a pixel": ({"height": 64.5}, ValueError, "height=64.5 must be a whole number"),
+    "a size in words": ({"width": "64px"}, ValueError, "width='64px' must be a whole number"),
+    "a size that does not divide": ({"width": 65}, ValueError, "width=65 must be a positive multiple of 8; the nearest is 64"),
+    "half a step": ({"num_steps": 2.5}, ValueError, "num_steps=2.5 must be a whole number"),
+    "guidance in words": ({"guidance_scale": "4.5"}, ValueError, "guidance_scale='4.5' must be a finite number"),
+    "no guidance": ({"guidance_scale": None}, ValueError, "guidance_scale=None must be a finite number"),
+    "a list of negative prompts": ({"negative_prompt": ["blurred"]}, TypeError, r"negative_prompt=\['blurred'\] is a list"),
     "guidance_scale infinite": ({"guidance_scale": float("inf")}, ValueError, "guidance_scale=inf must be a finite number"),
 }
 
 
+FOLDERS: dict[str, tuple[str, Callable[[Path], object], type[Exception], str]] = {
+    "no text encoder": (
+        "sana",
+        lambda folder: shutil.rmtree(folder / "text_encoder"),
+        FileNotFoundError,
+        r"has no text_encoder/: the pipeline is incomplete",
+    ),
+    "no tokenizer, no autoencoder": (
+        "diffusers",
+        lambda folder: (shutil.rmtree(folder / "tokenizer"), shutil.rmtree(folder / "vae")),
+        FileNotFoundError,
+        r"has no vae/, tokenizer/: the pipeline is incomplete",
+    ),
+    "no transformer": (
+        "sana",
+        lambda folder: shutil.rmtree(folder / "transformer"),
+        FileNotFoundError,
+        r"holds no .safetensors file",
+    ),
+    "no tokenizer among the text encoder's files": (
+        "sana",
+        lambda folder: [path.unlink() for path in (folder / "text_encoder").glob("*token*")],
+        FileNotFoundError,
+        r"/text_encoder holds no tokenizer: no tokenizer.json, nor ",
+    ),
+    "an empty text encoder": (
+        "sana",
+        lambda folder: [path.unlink() for path in (folder / "text_encoder").iterdir()],
+        FileNotFoundError,
+        r"/text_encoder holds no .safetensors file",
+    ),
+    "a text encoder without its configuration": (
+        "sana",
+        lambda folder: (folder / "text_encoder" / "config.json").unlink(),
+        ValueError,
+        r"/text_encoder holds no language model that transformers can read: ",
+    ),
+    "a pointer in place of the transformer's weights": (
+        "sana",
+        lambda folder: (folder / "transformer" / "model.safetensors").write_text(POINTER),
+        ValueError,
+        r"/transformer/model.safetensors is a Git LFS pointer, not the file itself: run `git lfs pull`",
+    ),
+    "a pointer in place of the text encoder's weights": (
+        "diffusers",
+        lambda folder: (folder / "text_encoder" / "model.safetensors").write_text(POINTER),
+        ValueError,
+        r"/text_encoder/model.safetensors is a Git LFS pointer",
+    ),
+    "a pointer in place of the tokenizer": (
+        "diffusers",
+        lambda folder: (folder / "tokenizer" / "tokenizer.json").write_text(POINTER),
+        ValueError,
+        r"/tokenizer/tokenizer.json is a Git LFS pointer",
+    ),
+    "a web page in place of the autoencoder's weights": (
+        "sana",
+        lambda folder: (folder / "autoencoder" / "model.safetensors").write_text("<!DOCTYPE html><html>Sign in"),
+        ValueError,
+        r"/autoencoder/model.safetensors is a web page",
+    ),
+    "an empty file of weights": (
+        "sana",
+        lambda folder: (folder / "transformer" / "model.safetensors").write_bytes(b""),
+        ValueError,
+        r"/transformer/model.safetensors is empty",
+    ),
+    "an index of a newer version": (
+        "sana",
+        lambda folder: (folder / "pipeline.json").write_text('{"prompts": {"tone": "kind"}, "flow_shift": 3.0}'),
+        ValueError,
+        r"/pipeline.json has other fields than ours .*tone",
+    ),
+    "an index without a shift": (
+        "sana",
+        lambda folder: (folder / "pipeline.json").write_text('{"prompts": {}}'),
+        ValueError,
+        r"/pipeline.json has other fields than ours .*flow_shift",
+    ),
+}
+
+
 @pytest.fixture(scope="module")
-def good() -> TextToImage:
-    return TextToImage.from_pretrained("zoo://pipeline", dtype=torch.float32)
+def saved(tmp_path_factory: pytest.TempPathFactory, good: TextToImage) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    for layout in ("sana", "diffusers"):
+        good.save_pretrained(folder / layout, layout=layout)
+    return folder
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_what_a_folder_lacks_is_named(saved: Path, tmp_path: Path, name: str) -> None:
+    layout, spoil, error, message = FOLDERS[name]
+    shutil.copytree(saved / layout, tmp_path / "x")
+    spoil(tmp_path / "x")
+    with pytest.raises(error, match=message) as raised:
+        TextToImage.from_pretrained(tmp_path / "x")
+    assert "huggingface" not in str(raised.value).lower()
+
+
+def test_a_text_encoder_that_is_nowhere_is_no_model_id() -> None:
+    for path in ("/nowhere/text_encoder", "./nowhere", "far/away/text_encoder"):
+        with pytest.raises(FileNotFoundError, match=r"no folder '.*' for a language model"):
+            TextEncoder.from_pretrained(path)
+
+
+def test_a_hub_that_does_not_answer_is_no_missing_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match="hub cannot be reached, and the cache does not hold hf://acme/sana"):
+        TextToImage.from_pretrained("hf://acme/sana")
+
+
+def test_a_prompt_that_is_cut_is_told(good: TextToImage) -> None:
+    limit = good.text_encoder.config.max_tokens
+    long = " ".join(["a red circle"] * limit)
+    with pytest.warns(UserWarning, match=rf"1 of 2 prompts are cut .*max_tokens={limit}; the first, number 2, has \d+ tokens"):
+        good(["a red circle", long], **SIZE)  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert good.describe_cut(["a red circle"]) is None
 
 
 @pytest.mark.parametrize("name", BAD_ARGUMENTS)

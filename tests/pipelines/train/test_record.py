@@ -15,6 +15,17 @@ BEFORE = Identity(
 )
 
 
+def test_a_longer_training_is_told_to_go_on_from_the_last_checkpoint(tmp_path: Path) -> None:
+    TrainingRecord.claim(str(tmp_path), BEFORE).finish({"loss_end": 0.5})
+    for step in (3, 5):
+        (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+        (tmp_path / "checkpoints" / f"step-{step:06d}" / "x").touch()
+    for num_steps, told in ((9, "--train.resume_from {}/checkpoints/step-000005"), (4, "delete the folder")):
+        with pytest.raises(StaleTableError, match=f"config.num_steps: 5 -> {num_steps}") as error:
+            TrainingRecord.claim(str(tmp_path), replace(BEFORE, config={**BEFORE.config, "num_steps": num_steps}))
+        assert told.format(tmp_path) in str(error.value)
+
+
 def test_a_finished_training_of_an_earlier_version_is_kept(tmp_path: Path) -> None:
     """Its configuration named no captioners: the same training now is another one, and is told what differs."""
     content = {"fingerprint": "of then", **BEFORE.values(), "result": {"loss_end": 0.5}}
