@@ -62,7 +62,11 @@ class StartPictures:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) of the first picture, in pixels."""
+        """(height, width) of the pictures, in pixels. Raises ValueError if they differ."""
+        sizes = {image.size: None for image in self.images}
+        if len(sizes) > 1:
+            several = ", ".join(f"{width}x{height}" for width, height in sizes)
+            raise ValueError(f"the pictures have several sizes ({several}): give height and width")
         return self.images[0].height, self.images[0].width
 
     def resized(self, height: int, width: int) -> "StartPictures":

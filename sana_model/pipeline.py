@@ -240,9 +240,10 @@ class TextToImage(nn.Module):
             "guidance_interval": list(guidance_interval), "negative_prompt": negative_prompt, "solver": solver,
             "strength": start.strength if start else None,
         }  # fmt: skip
+        dtype = str(self.transformer.head.weight.dtype).removeprefix("torch.")
         for index, drawn in enumerate(images):
             facts = {"prompt": prompts[index // num_images_per_prompt], "seed": seeds[index] if seeds else None}
-            set_facts(drawn, facts | {"model": self.name, "settings": settings})
+            set_facts(drawn, facts | {"model": self.name, "dtype": dtype, "flow_shift": self.flow_shift, "settings": settings})
         return images
 
     def describe_cut(self, prompts: list[str]) -> str | None:
@@ -270,9 +271,11 @@ class TextToImage(nn.Module):
         """Return the size to draw at, as `forward` takes it. Raises ValueError for a size that does not divide."""
         config, factor = self.transformer.config, self.autoencoder.compression
         unit = factor * config.patch_size
-        default = (config.base_size * unit,) * 2 if start is None else tuple(_nearest(size, unit) for size in start.size)
-        height = default[0] if height is None else whole_number("height", height)
-        width = default[1] if width is None else whole_number("width", width)
+        if height is None or width is None:
+            own = (config.base_size * unit,) * 2 if start is None else start.size
+            height = _nearest(own[0], unit) if height is None else height
+            width = _nearest(own[1], unit) if width is None else width
+        height, width = whole_number("height", height), whole_number("width", width)
         for name, size in (("height", height), ("width", width)):
             if size <= 0 or size % unit:
                 raise ValueError(f"{name}={size} must be a positive multiple of {unit}; the nearest is {_nearest(size, unit)}")

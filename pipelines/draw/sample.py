@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from PIL import Image
 
 from pipelines.draw.config import SampleConfig
+from pipelines.draw.start import StartFiles, read_start
 from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
 from pipelines.storage.lease import Leases
@@ -21,8 +21,8 @@ from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.schema import SAMPLES, Row, samples_path
 from pipelines.tables.table import Table
 from pipelines.workers.halving import refuse_out_of_memory, run_halving
-from pipelines.workers.images import to_png
-from pipelines.workers.models import find_model, pick_device
+from pipelines.workers.models import FoundModel, find_model, pick_device
+from sana_model.files.png import read_facts, set_facts, to_png
 from sana_model.nn.finite import NotFiniteError
 from sana_model.pipeline import TextToImage
 
@@ -44,27 +44,36 @@ def read_prompts(prompts: list[str] | str) -> list[str]:
     return found
 
 
-def sample_identity(config: SampleConfig, prompts: Sequence[str], models: dict[str, str]) -> Identity:
+def sample_identity(
+    config: SampleConfig, prompts: Sequence[str], models: dict[str, str], start: StartFiles | None = None
+) -> Identity:
     """Everything that the pictures depend on."""
     settings = value_settings(config)
     settings |= settings.pop("draw")
     settings["prompts"] = f"{len(prompts)}, sha256 {hashlib.sha256(repr(prompts).encode()).hexdigest()[:16]}"
+    if start is not None:
+        settings["start"] = start.identity
     return Identity("sample", settings, models, {})
 
 
 def run_sample(
     dataset_uri: str, config: SampleConfig, *, on_progress: OnProgress = lambda _: None, leases: Leases | None = None
 ) -> StageResult:
-    """Draw a picture for each prompt and write it to `samples/<name>`. Raises what `read_prompts` and `run_shards` raise."""
+    """Draw the pictures of each prompt and write them to `samples/<name>`.
+
+    Raises what `read_prompts`, `read_start` and `run_shards` raise.
+    """
     prompts = read_prompts(config.prompts)
     pipeline = find_model(config.pipeline)
-    size = config.draw.rows_per_shard
+    has_size = config.draw.height is not None and config.draw.width is not None
+    start = read_start(config.start, len(prompts), has_size=has_size) if config.start else None
+    num_shards = -(-len(prompts) * config.images_per_prompt // config.draw.rows_per_shard)
     return run_shards(
         Table(dataset_uri, samples_path(config.name), SAMPLES),
-        sample_identity(config, prompts, {"pipeline": pipeline.version}),
-        [f"{number:05d}" for number in range(-(-len(prompts) // size))],
-        read_shard=partial(_read_prompts_shard, prompts, config.draw.seed, size),
-        make_worker=partial(Sampler, replace(config, pipeline=pipeline.path)),
+        sample_identity(config, prompts, {"pipeline": pipeline.version}, start),
+        [f"{number:05d}" for number in range(num_shards)],
+        read_shard=partial(_read_prompts_shard, prompts, config),
+        make_worker=partial(Sampler, config, pipeline, start),
         resources=config.draw.resources,
         max_reject_share=0.0,
         on_progress=on_progress,
@@ -72,24 +81,35 @@ def run_sample(
     )
 
 
-def _read_prompts_shard(prompts: list[str], seed: int, size: int, shard: str) -> pa.Table:
-    rows = range(int(shard) * size, min((int(shard) + 1) * size, len(prompts)))
-    columns = {"id": [f"{row:06d}" for row in rows], "prompt": [prompts[row] for row in rows]}
-    return pa.table(columns | {"seed": [seed + row for row in rows]})
+def _read_prompts_shard(prompts: list[str], config: SampleConfig, shard: str) -> pa.Table:
+    """The pictures to draw for a shard: id, prompt, seed, and `number`, the prompt's."""
+    each, size = config.images_per_prompt, config.draw.rows_per_shard
+    rows = range(int(shard) * size, min((int(shard) + 1) * size, len(prompts) * each))
+    columns = {"id": [f"{row:06d}" for row in rows], "prompt": [prompts[row // each] for row in rows]}
+    return pa.table(columns | {"seed": [config.draw.seed + row for row in rows], "number": [row // each for row in rows]})
 
 
 class Sampler:
-    """Ray Data actor: prompts -> pictures. Raises ValueError for a size that does not divide, and as `TextToImage`."""
+    """Ray Data actor: prompts -> pictures, whose PNGs say how they were drawn.
 
-    def __init__(self, config: SampleConfig):
-        self.config = config.draw
+    Args:
+        pipeline: the configured one, as the driver found it.
+        start: the pictures to start from, if there are any.
+
+    Raises ValueError for a size that does not divide, and as `TextToImage`.
+    """
+
+    def __init__(self, config: SampleConfig, pipeline: FoundModel, start: StartFiles | None = None):
+        self.config, self.start = config.draw, start
+        self.facts = {"model": config.pipeline, "model_version": pipeline.version}
         device = pick_device(self.config.device)
         dtype = getattr(torch, self.config.dtype) if self.config.dtype else None
-        self.pipeline = TextToImage.from_pretrained(config.pipeline, dtype=dtype).to(device)
-        self.pipeline.image_size(self.config.height, self.config.width)
+        self.pipeline = TextToImage.from_pretrained(pipeline.path, dtype=dtype).to(device)
+        if start is None:
+            self.pipeline.image_size(self.config.height, self.config.width)
 
     def process(self, table: pa.Table) -> ShardOutput:
-        """Make one row of samples for each row with a prompt and a seed, or a reject where the picture's values are not finite.
+        """Make one row of samples for each row of `_read_prompts_shard`, or a reject where the picture's values are not finite.
 
         Figures: CUT_PROMPTS. Raises WrongInputError if weights of the pipeline are not finite.
         """
@@ -102,23 +122,29 @@ class Sampler:
             counts = self.pipeline.text_encoder.count_tokens([row["prompt"] for row in batch])
             num_cut += sum(count > self.pipeline.text_encoder.config.max_tokens for count in counts)
             for row, image in zip(batch, run_halving(self.draw, batch, refuse=_refuse), strict=True):
+                number = row.pop("number")
                 if isinstance(image, RowRefused):
                     rejects.append(reject(row, image))
-                else:
-                    rows.append({**row, "image_bytes": to_png(image)})
+                    continue
+                set_facts(image, read_facts(image) | self.facts | (self.start.facts(number) if self.start else {}))
+                rows.append({**row, "image_bytes": to_png(image)})
         return ShardOutput(rows, rejects, {CUT_PROMPTS: num_cut} if num_cut else {})
 
     def draw(self, rows: list[Row]) -> list[Image.Image]:
         """Draw one picture for each row's prompt and seed, in one call of the pipeline."""
         config = self.config
+        start = self.start.arguments([row["number"] for row in rows]) if self.start else {}
         return self.pipeline(
             [row["prompt"] for row in rows],
             config.height,
             config.width,
             num_steps=config.num_steps,
             guidance_scale=config.guidance_scale,
+            guidance_interval=config.guidance_interval,
+            negative_prompt=config.negative_prompt,
             solver=config.solver,
             seed=[row["seed"] for row in rows],
+            **start,
         )
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -82,13 +82,18 @@ def value_settings(config: Any) -> dict[str, Any]:
 
     Every field counts, except those that its class names in `NO_VALUE`, a tuple: table names, batch sizes, resources and so
     on. Fields that it names in `SINCE` were added after tables were made without them: they count only where they are not
-    their default, which must mean what was done before. Nested configurations have a `NO_VALUE` and `SINCE` of their own.
+    their default, which must mean what was done before. Nested configurations have a `NO_VALUE` and a `SINCE` of their own.
     """
+    known = {one.name: one for one in fields(config)}
     no_value, since = (getattr(type(config), name, ()) for name in ("NO_VALUE", "SINCE"))
-    defaults = {field.name: field.default for field in fields(config)}
-    assert {*no_value, *since} <= set(defaults), f"{type(config).__name__} has no field {({*no_value, *since}) - set(defaults)}"
-    left_out = {*no_value, *(name for name in since if getattr(config, name) == defaults[name])}
-    return {name: _plain(getattr(config, name)) for name in defaults if name not in left_out}
+    unknown = {*no_value, *since} - known.keys()
+    assert not unknown, f"{type(config).__name__}.NO_VALUE or SINCE names no field: {unknown}"
+    values = {name: getattr(config, name) for name in known if name not in no_value}
+    return {name: _plain(value) for name, value in values.items() if name not in since or value != _default(known[name])}
+
+
+def _default(of: Field[Any]) -> Any:
+    return of.default if of.default_factory is MISSING else of.default_factory()
 
 
 def _plain(value: Any) -> Any:

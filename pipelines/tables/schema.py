@@ -67,7 +67,7 @@ CAPTION_EMBEDS = pa.schema(
 )
 SAMPLES = pa.schema(
     [
-        pa.field("id", pa.string(), nullable=False),  # the prompt's number
+        pa.field("id", pa.string(), nullable=False),  # the picture's number, from 0
         pa.field("prompt", pa.string(), nullable=False),
         pa.field("seed", pa.int64(), nullable=False),
         pa.field("image_bytes", pa.binary(), nullable=False),  # PNG

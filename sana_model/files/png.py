@@ -21,7 +21,8 @@ def set_facts(image: Image.Image, facts: dict[str, Any]) -> None:
 def read_facts(picture: Image.Image | str | Path | bytes) -> dict[str, Any]:
     """Read how a picture was drawn: of an image, or of a PNG's path or bytes.
 
-    `TextToImage` notes "prompt", "seed", "model" and "settings", which are arguments of its call by name.
+    `TextToImage` notes "prompt", "seed", "model", "dtype" and "flow_shift" of the model, and "settings", which are arguments of
+    its call by name.
 
     Raises ValueError if the picture does not say it; FileNotFoundError, or PIL's UnidentifiedImageError, if it is no picture.
     """

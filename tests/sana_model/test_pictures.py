@@ -182,6 +182,7 @@ def test_bad_input_is_named(model: TextToImage) -> None:
         ({"image": picture(), "strength": 1.5}, "strength=1.5 must be from 0"),
         ({"image": picture(), "strength": float("nan")}, "strength=nan must be from 0"),
         ({"image": [picture()] * 3}, "3 pictures came with 2 prompts"),
+        ({"image": [picture(), picture(0, (64, 72))]}, r"several sizes \(64x64, 64x72\): give height and width"),
         ({"image": []}, "0 pictures came with 2 prompts"),
         ({"image": picture(), "mask": [mask_of(0, 4)] * 3}, "3 masks came with 2 prompts"),
         ({"image": picture(0, (64, 72)), "mask": mask_of(0, 4)}, "a mask of 64x64 came with a picture of 64x72"),

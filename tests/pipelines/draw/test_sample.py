@@ -9,21 +9,29 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipelines.draw.config import DrawConfig, SampleConfig
-from pipelines.draw.sample import Sampler, read_prompts
+from pipelines.draw.config import DrawConfig, SampleConfig, StartConfig
+from pipelines.draw.sample import Sampler, read_prompts, sample_identity
+from pipelines.draw.start import read_start
+from pipelines.workers.models import FoundModel
+from sana_model.files.png import read_facts
 
 DRAW = DrawConfig(num_steps=4, guidance_scale=2.5, batch_size=4, dtype="float32")
 CONFIG = SampleConfig(name="test", pipeline="zoo://pipeline", prompts=["a red circle"], draw=DRAW)
 
 
+PIPELINE = FoundModel("zoo://pipeline", None, "v1")
+
+
 def prompts_table(prompts: list[str], seeds: list[int]) -> pa.Table:
-    return pa.table({"id": [f"{number:06d}" for number in range(len(prompts))], "prompt": prompts, "seed": seeds})
+    numbers = list(range(len(prompts)))
+    columns = {"id": [f"{number:06d}" for number in numbers], "prompt": prompts, "seed": seeds, "number": numbers}
+    return pa.table(columns)
 
 
 def test_a_picture_depends_on_its_prompt_and_seed_and_not_on_its_batch() -> None:
     prompts = ["a red circle", "a blue square", "a green star", "a red circle", "a red circle"]
-    together, _, _ = Sampler(CONFIG).process(prompts_table(prompts, [1, 2, 3, 1, 4]))
-    alone = Sampler(replace(CONFIG, draw=replace(DRAW, batch_size=1))).process(prompts_table(prompts[:1], [1]))[0]
+    together, _, _ = Sampler(CONFIG, PIPELINE).process(prompts_table(prompts, [1, 2, 3, 1, 4]))
+    alone = Sampler(replace(CONFIG, draw=replace(DRAW, batch_size=1)), PIPELINE).process(prompts_table(prompts[:1], [1]))[0]
 
     def difference(first: bytes, second: bytes) -> int:
         a, b = (np.asarray(Image.open(BytesIO(content))).astype(int) for content in (first, second))
@@ -43,3 +51,56 @@ def test_prompts_come_from_a_list_or_a_file(tmp_path: Path) -> None:
         read_prompts(["", " "])
     with pytest.raises(FileNotFoundError):
         read_prompts(str(tmp_path / "absent.txt"))
+
+
+def test_each_prompt_may_start_from_its_own_picture(tmp_path: Path) -> None:
+    pictures = [Image.fromarray(np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)) for seed in (0, 1)]
+    paths = [str(tmp_path / f"{number}.png") for number in range(2)]
+    for picture, path in zip(pictures, paths, strict=True):
+        picture.save(path)
+    start = read_start(StartConfig(image=paths, strength=0.0), 2, has_size=False)
+    rows = Sampler(CONFIG, PIPELINE, start).process(prompts_table(["a", "b"], [1, 2])).rows
+    assert isinstance(rows, list)
+    for row, picture, path in zip(rows, pictures, paths, strict=True):
+        assert (np.asarray(Image.open(BytesIO(row["image_bytes"]))) == np.asarray(picture)).all()
+        facts = read_facts(row["image_bytes"])
+        assert facts["image"] == path and facts["model_version"] == "v1" and facts["settings"]["strength"] == 0.0
+
+
+def test_the_identity_has_the_pictures_and_not_their_places(tmp_path: Path) -> None:
+    def fingerprint(strength: float = 0.5, **names: object) -> str:
+        config = StartConfig(strength=strength, **names)  # type: ignore[arg-type]
+        return sample_identity(CONFIG, ["a", "b"], {}, read_start(config, 2, has_size=True)).fingerprint
+
+    one, same, other = (str(tmp_path / name) for name in ("one.png", "same.png", "other.png"))
+    for path, color in ((one, "red"), (same, "red"), (other, "blue")):
+        Image.new("RGB", (8, 8), color).save(path)
+    prints = [
+        fingerprint(image=one),
+        fingerprint(image=one, mask=one),
+        fingerprint(image=[one, other]),
+        fingerprint(image=other),
+    ]
+    prints += [fingerprint(0.6, image=one), sample_identity(CONFIG, ["a", "b"], {}).fingerprint]
+    assert len(set(prints)) == len(prints) and fingerprint(image=same, mask=same) == prints[1]
+
+
+def test_pictures_that_do_not_fit_are_told_before_anything_is_drawn(tmp_path: Path) -> None:
+    small, large, text = (str(tmp_path / name) for name in ("small.png", "large.png", "x.txt"))
+    Image.new("RGB", (8, 8)).save(small)
+    Image.new("RGB", (16, 8)).save(large)
+    Path(text).write_text("no picture")
+    cases = [
+        (StartConfig(image=[small] * 3), "start.image names 3 pictures for 2 prompts"),
+        (StartConfig(image=small, mask=[small] * 3), "start.mask names 3 pictures for 2 prompts"),
+        (StartConfig(image=[small, large]), "pictures of 2 sizes: give draw.height and draw.width"),
+        (StartConfig(image=small, mask=[small, large]), "large.png is 16x8, and its picture .*small.png 8x8"),
+        (StartConfig(image=text), "x.txt cannot be read as a picture: not_an_image"),
+    ]
+    for config, message in cases:
+        with pytest.raises(ValueError, match=message):
+            read_start(config, 2, has_size=False)
+    with pytest.raises(ValueError, match="strength=2 must be from 0 to 1"):
+        StartConfig(image=small, strength=2)
+    with pytest.raises(FileNotFoundError):
+        read_start(StartConfig(image=str(tmp_path / "absent.png")), 2, has_size=False)

@@ -194,7 +194,11 @@ class Outer:
     parts: list[Inner] = field(default_factory=lambda: [Inner(lr=0.2)])
     limits: dict[str, Inner] = field(default_factory=lambda: {"a": Inner()})
 
+    added: tuple[int, ...] = ()
+    added_part: Inner = field(default_factory=Inner)
+
     NO_VALUE: ClassVar = ("name",)
+    SINCE: ClassVar = ("added", "added_part")
 
 
 def test_all_settings_count_but_those_that_a_class_names() -> None:
@@ -203,11 +207,18 @@ def test_all_settings_count_but_those_that_a_class_names() -> None:
     }  # fmt: skip
 
 
-def test_a_name_that_is_no_field_is_a_mistake() -> None:
-    @dataclass
-    class Misspelt:
-        batch_size: int = 1
-        NO_VALUE: ClassVar = ("batchsize",)
+def test_a_field_that_was_added_counts_unless_it_has_its_default() -> None:
+    settings = value_settings(Outer(added=(3,), added_part=Inner(lr=0.3)))
+    assert settings == value_settings(Outer()) | {"added": [3], "added_part": {"lr": 0.3}}
 
-    with pytest.raises(AssertionError, match="batchsize"):
-        value_settings(Misspelt())
+
+def test_a_name_that_is_no_field_is_a_mistake() -> None:
+    for name in ("NO_VALUE", "SINCE"):
+
+        @dataclass
+        class Misspelt:
+            batch_size: int = 1
+
+        setattr(Misspelt, name, ("batchsize",))
+        with pytest.raises(AssertionError, match="batchsize"):
+            value_settings(Misspelt())

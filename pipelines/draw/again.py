@@ -1,0 +1,83 @@
+"""A picture's own facts, read back as the configuration that draws it again."""
+
+import posixpath
+from typing import Any
+
+from PIL import UnidentifiedImageError
+
+from pipelines.storage.files import read_file
+from pipelines.tables.schema import SAMPLES, samples_path
+from pipelines.tables.table import Table, absolute_uri
+from sana_model.files.png import read_facts
+
+DRAW_SETTINGS = ("height", "width", "num_steps", "guidance_scale", "guidance_interval", "negative_prompt", "solver")
+"""Settings of a drawing that `DrawConfig` has by the same names."""
+
+
+def read_picture(address: str) -> bytes:
+    """Read a PNG file, or a picture of a samples table.
+
+    Args:
+        address: path or URI of the file; or `<dataset>/samples/<name>#<id>`.
+
+    Raises FileNotFoundError if there is no such file, table or row.
+    """
+    uri, _, wanted = address.partition("#")
+    if not wanted:
+        return read_file(address)
+    dataset_uri, group, name = _split_table(absolute_uri(uri))
+    if group != "samples":
+        raise ValueError(f"{address} is no picture of a samples table: write <dataset>/samples/<name>#<id>")
+    table = Table(dataset_uri, samples_path(name), SAMPLES)
+    for shard in table.list_shards():
+        rows = table.read_shard(shard, ["id", "image_bytes"])
+        for index, row_id in enumerate(rows["id"].to_pylist()):
+            if row_id == wanted:
+                return rows["image_bytes"][index].as_py()
+    raise FileNotFoundError(f"{table.uri} has no picture {wanted!r}: its ids are the pictures' numbers, such as 000000")
+
+
+def facts_of(address: str) -> dict[str, Any]:
+    """What a picture says about its drawing (see `read_facts`).
+
+    Raises FileNotFoundError as `read_picture`; ValueError if it is no picture, or does not say how it was drawn.
+    """
+    content = read_picture(address)
+    try:
+        return read_facts(content)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{address} is no picture") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{address}: {error}") from error
+
+
+def settings_of(address: str) -> dict[str, Any]:
+    """The settings of `jobs.sample` that draw a picture again, by their dotted names.
+
+    A picture that began with another one needs that one again: its path is among the settings if the picture knows it.
+
+    Raises as `facts_of`; and ValueError if its noise came from a generator without a seed.
+    """
+    facts = facts_of(address)
+    if facts.get("seed") is None:
+        raise ValueError(f"{address} was drawn from a generator's noise, not from a seed: it cannot be drawn again")
+    drawn = facts.get("settings", {})
+    found = {
+        "sample.prompts": [facts["prompt"]],
+        "sample.pipeline": facts.get("model"),
+        "sample.images_per_prompt": 1,
+        "sample.draw.seed": facts["seed"],
+        "sample.draw.dtype": facts.get("dtype"),
+        **{f"sample.draw.{name}": drawn[name] for name in DRAW_SETTINGS if name in drawn},
+    }
+    if drawn.get("strength") is not None:
+        found |= {"sample.start.strength": drawn["strength"]}
+        found |= {f"sample.start.{name}": facts[name] for name in ("image", "mask") if name in facts}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _split_table(uri: str) -> tuple[str, str, str]:
+    """A table's URI as dataset, kind of table, and name."""
+    folder, name = posixpath.split(uri.rstrip("/"))
+    dataset_uri, group = posixpath.split(folder)
+    return dataset_uri, group, name

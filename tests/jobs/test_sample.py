@@ -1,0 +1,118 @@
+"""Drawing as a command: pictures from pictures, and a picture that is drawn again from what it says about itself."""
+
+from contextlib import nullcontext
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jobs.common import job as job_module
+from jobs.common.config import parse_config
+from jobs.sample import SampleJob, main, take_from_picture
+from pipelines.tables.schema import SAMPLES, Row
+from pipelines.tables.table import Table
+from sana_model.files.png import set_facts, to_png
+
+FACTS = {
+    "prompt": 'a "red"\n円, [circle]: #1', "seed": 7, "model": "zoo://pipeline", "dtype": "float32",
+    "settings": {
+        "height": 64, "width": 96, "num_steps": 3, "guidance_scale": 2.5, "guidance_interval": [0.1, 0.9],
+        "negative_prompt": "null", "solver": "flow_euler", "strength": None, "integer_timesteps": False,
+    },
+}  # fmt: skip
+
+
+def png(facts: dict[str, object] | None) -> bytes:
+    image = Image.new("RGB", (8, 8))
+    if facts is not None:
+        set_facts(image, facts)
+    return to_png(image)
+
+
+def rows_of(dataset: Path, name: str) -> list[Row]:
+    table = Table(str(dataset), f"samples/{name}", SAMPLES)
+    return [row for shard in table.list_shards() for row in table.read_shard(shard).to_pylist()]
+
+
+def pixels(row: Row) -> np.ndarray:
+    return np.asarray(Image.open(BytesIO(row["image_bytes"]))).astype(int)
+
+
+def parse(arguments: list[str]) -> SampleJob:
+    return parse_config(SampleJob, take_from_picture(arguments), prog="sample", description="")
+
+
+def test_pictures_from_a_picture_are_drawn_again_from_one_of_them(
+    tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(job_module, "start_ray", lambda config: nullcontext())
+    start = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    start.save(tmp_path / "start.png")
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
+    mask.save(tmp_path / "mask.png")
+    settings = ["--sample.pipeline", "zoo://pipeline", "--sample.prompts", "[a red circle, a blue square]"]
+    settings += ["--sample.draw.num_steps", "3", "--sample.images_per_prompt", "3", "--sample.draw.rows_per_shard", "4"]
+    settings += ["--sample.start.image", str(tmp_path / "start.png"), "--sample.start.mask", str(tmp_path / "mask.png")]
+    to = ["--dataset_uri", str(tmp_path / "data"), "--sample.name"]
+    assert main([*to, "first", *settings, "--sample.draw.seed", "5"]) == 0
+    first = rows_of(tmp_path / "data", "first")
+    assert [(row["id"], row["prompt"], row["seed"]) for row in first] == [
+        (f"{i:06d}", ("a red circle", "a blue square")[i // 3], 5 + i) for i in range(6)
+    ]
+    for row in first:
+        assert np.abs(pixels(row) - np.asarray(start))[:, 32:].max() == 0 < np.abs(pixels(row) - np.asarray(start)).max()
+    picture = f"{tmp_path}/data/samples/first#000004"
+    assert main([*to, "again", "--from_picture", picture]) == 0
+    (again,) = rows_of(tmp_path / "data", "again")
+    assert again["prompt"] == "a blue square" and again["seed"] == 9
+    assert np.abs(pixels(again) - pixels(first[4])).max() <= 1 < np.abs(pixels(again) - pixels(first[5])).max()
+    assert "note:" not in capsys.readouterr().err, "the same version of the pipeline"
+
+
+def test_the_settings_of_a_picture_stand_between_the_yaml_and_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(png(FACTS))
+    (tmp_path / "x.yaml").write_text("{dataset_uri: d, sample: {name: x, pipeline: p, prompts: [p], draw: {num_steps: 9}}}")
+    config, picture = ["--config", str(tmp_path / "x.yaml")], ["--from_picture", str(tmp_path / "x.png")]
+    sample = parse([*config, *picture]).sample
+    assert sample.prompts == [FACTS["prompt"]] and sample.pipeline == "zoo://pipeline" and sample.start is None
+    draw = sample.draw
+    assert (draw.height, draw.width, draw.num_steps, draw.guidance_scale, draw.seed) == (64, 96, 3, 2.5, 7)
+    assert (draw.guidance_interval, draw.negative_prompt, draw.solver, draw.dtype) == (
+        (0.1, 0.9),
+        "null",
+        "flow_euler",
+        "float32",
+    )
+    for order in ([*picture, "--sample.draw.num_steps", "5"], ["--sample.draw.num_steps=5", f"{picture[0]}={picture[1]}"]):
+        changed = parse([*config, *order]).sample.draw
+        assert changed.num_steps == 5 and changed.height == 64
+    assert parse(["--dataset_uri", "d", *picture, "--sample.name", "x"]).sample.draw == draw
+    masked = FACTS | {"settings": {"strength": 0.3}, "image": "a.png", "mask": "b.png"}
+    (tmp_path / "y.png").write_bytes(png(masked))
+    start = parse([*config, "--from_picture", str(tmp_path / "y.png")]).sample.start
+    assert start is not None and (start.image, start.mask, start.strength) == ("a.png", "b.png", 0.3)
+
+
+def test_a_picture_that_cannot_be_drawn_again_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {"plain.png": png(None), "text.png": b"text", "noise.png": png(FACTS | {"seed": None})}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "x.yaml").write_text(f"from_picture: {tmp_path}/plain.png")
+    told = {
+        "plain.png": "plain.png: the picture does not say how it was drawn",
+        "text.png": "text.png is no picture",
+        "noise.png": "was drawn from a generator's noise",
+        "absent.png": "absent.png",
+        "latents/x#1": "is no picture of a samples table",
+        "samples/x#1": "has no picture '1'",
+    }
+    for name, message in told.items():
+        assert main(["--dataset_uri", "d", "--sample.name", "x", "--from_picture", str(tmp_path / name)]) == 1
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) == 1
+    arguments = ["--config", str(tmp_path / "x.yaml"), "--dataset_uri", "d", "--sample.name", "x"]
+    assert main([*arguments, "--sample.pipeline", "p", "--sample.prompts", "[a]"]) == 1
+    assert "stands in a YAML file: give it on the command line" in capsys.readouterr().err
