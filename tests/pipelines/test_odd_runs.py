@@ -27,6 +27,7 @@ from pipelines.tables.table import Table
 from pipelines.tracking.config import TrackingConfig
 from pipelines.train.config import GridConfig
 from pipelines.workers.images import to_png
+from pipelines.workers.models import FoundModel
 from sana_model.files.models import load_autoencoder, save_autoencoder
 from sana_model.pipeline import TextToImage
 from tests.support.training_ranks import tiny_config, train_on_ranks
@@ -38,7 +39,7 @@ PROMPTS = ["a red circle", "a blue star", "a green square"]
 
 
 def prompts_table() -> pa.Table:
-    return pa.table({"id": ["0", "1", "2"], "prompt": PROMPTS, "seed": [0, 1, 2]})
+    return pa.table({"id": ["0", "1", "2"], "prompt": PROMPTS, "seed": [0, 1, 2], "number": [0, 1, 2]})
 
 
 def picture_table() -> pa.Table:
@@ -48,7 +49,7 @@ def picture_table() -> pa.Table:
 
 def one_prompt_overflows() -> Sampler:
     """A pipeline whose embedding of one word is finite, and what is computed with it is not."""
-    sampler = Sampler(SAMPLE)
+    sampler = Sampler(SAMPLE, FoundModel("zoo://pipeline", None, "v1"))
     encoder = sampler.pipeline.text_encoder
     (token,) = set(encoder.tokenizer.encode("a blue star")) - set(encoder.tokenizer.encode("a blue circle"))
     encoder.model.embed_tokens.weight.data[token] = 3e38
@@ -116,7 +117,7 @@ def test_weights_that_are_not_finite_stop_the_stage(tmp_path: Path, local_ray: N
             Identity("sample", {}, {}, {}),
             ["00000"],
             read_shard=lambda shard: prompts_table(),
-            make_worker=partial(Sampler, replace(SAMPLE, pipeline=str(tmp_path / "pipeline"))),
+            make_worker=partial(Sampler, SAMPLE, FoundModel(str(tmp_path / "pipeline"), None, "v1")),
             resources=Resources(num_cpus=0.5),
             max_reject_share=0.0,
         )
