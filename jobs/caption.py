@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 
 from jobs.common.exit_codes import is_expected
 from jobs.common.job import JobConfig, run_job
-from jobs.common.stage_job import track_stage
+from jobs.common.stage_job import require_tables, track_stage
 from jobs.common.text_table import format_table
 from pipelines.caption.config import CaptionerConfig
 from pipelines.stages.contract import StageResult
 from pipelines.tables.errors import StageError
+from pipelines.tables.schema import IMAGES_PATH
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +92,13 @@ def run_captioner(job: CaptionJob) -> StageResult:
     )
 
 
+def look_first(job: CaptionJob) -> bool:
+    """Refuse a job without its input before Ray starts."""
+    return require_tables(job.dataset_uri, IMAGES_PATH)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_job(CaptionJob, run, argv, name="caption")
+    return run_job(CaptionJob, run, argv, name="caption", look_first=look_first)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from jobs.common.job import JobConfig, run_job
-from jobs.common.stage_job import track_stage
+from jobs.common.stage_job import require_tables, track_stage
 from pipelines.score.config import NEAR_DUPLICATES, SEMANTIC_DUPLICATES, DuplicatesConfig, SemanticConfig
 from pipelines.stages.contract import StageResult
+from pipelines.tables.schema import IMAGES_PATH, image_embeds_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +48,14 @@ def run(job: DuplicatesJob) -> StageResult:
     )
 
 
+def look_first(job: DuplicatesJob) -> bool:
+    """Refuse a job without its input before Ray starts."""
+    embeds = [image_embeds_path(job.semantic.clip)] if job.method == "semantic" and job.semantic else []
+    return require_tables(job.dataset_uri, IMAGES_PATH, *embeds)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_job(DuplicatesJob, run, argv, name="duplicates")
+    return run_job(DuplicatesJob, run, argv, name="duplicates", look_first=look_first)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jobs.common.job import JobConfig, run_job
-from jobs.common.stage_job import track_stage
+from jobs.common.stage_job import require_tables, track_stage
 from pipelines.extract.config import EmbedConfig
 from pipelines.stages.contract import StageResult
 from pipelines.tables.captions import captions_table
@@ -51,8 +51,13 @@ def _run_one(job: EmbedJob, captioner: str, encoder: "FoundModel") -> StageResul
     )
 
 
+def look_first(job: EmbedJob) -> bool:
+    """Refuse a job without its input before Ray starts."""
+    return require_tables(job.dataset_uri, *(captions_table(job.dataset_uri, name).path for name in job.embed.captioners))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_job(EmbedJob, run, argv, name="embed_captions")
+    return run_job(EmbedJob, run, argv, name="embed_captions", look_first=look_first)
 
 
 if __name__ == "__main__":

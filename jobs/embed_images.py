@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jobs.common.job import JobConfig, run_job
-from jobs.common.stage_job import track_stage
+from jobs.common.stage_job import require_tables, track_stage
 from pipelines.score.config import ClipConfig
 from pipelines.stages.contract import StageResult
+from pipelines.tables.schema import IMAGES_PATH
 
 if TYPE_CHECKING:
     from pipelines.workers.models import FoundModel
@@ -41,8 +42,13 @@ def run_embedding(job: JobConfig, clip: ClipConfig, model: "FoundModel | None" =
     )
 
 
+def look_first(job: EmbedImagesJob) -> bool:
+    """Refuse a job without its input before Ray starts."""
+    return require_tables(job.dataset_uri, IMAGES_PATH)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_job(EmbedImagesJob, run, argv, name="embed_images")
+    return run_job(EmbedImagesJob, run, argv, name="embed_images", look_first=look_first)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jobs.common.job import JobConfig, run_job
-from jobs.common.stage_job import track_stage
+from jobs.common.stage_job import require_tables, track_stage
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.stages.contract import StageResult
+from pipelines.tables.schema import samples_path
 
 if TYPE_CHECKING:
     from pipelines.tracking.runs import TrackedRun
@@ -47,8 +48,13 @@ def run(job: EvaluateJob) -> StageResult:
     return result
 
 
+def look_first(job: EvaluateJob) -> bool:
+    """Refuse a job without its input before Ray starts."""
+    return require_tables(job.dataset_uri, samples_path(job.evaluate.name))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_job(EvaluateJob, run, argv, name="evaluate")
+    return run_job(EvaluateJob, run, argv, name="evaluate", look_first=look_first)
 
 
 if __name__ == "__main__":

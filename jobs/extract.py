@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from jobs.common.job import JobConfig, run_job
-from jobs.common.stage_job import track_stage
+from jobs.common.stage_job import require_tables, track_stage
 from pipelines.extract.config import ExtractConfig
 from pipelines.stages.contract import StageResult
 from pipelines.tables.schema import IMAGES, IMAGES_PATH, LATENTS
@@ -95,8 +95,13 @@ def remote_decoder(config: ExtractConfig) -> "Iterator[DecodeLatents]":
         ray.kill(actor)
 
 
+def look_first(job: ExtractJob) -> bool:
+    """Refuse a job without its input before Ray starts."""
+    return require_tables(job.dataset_uri, IMAGES_PATH)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_job(ExtractJob, run, argv, name="extract")
+    return run_job(ExtractJob, run, argv, name="extract", look_first=look_first)
 
 
 if __name__ == "__main__":

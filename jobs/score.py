@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from jobs import embed_images
 from jobs.common.job import JobConfig, run_job
-from jobs.common.stage_job import track_stage
+from jobs.common.stage_job import require_tables, track_stage
 from pipelines.score.config import ScorerConfig, SelectionConfig
 from pipelines.stages.contract import StageResult
 from pipelines.tables.captions import captions_table
@@ -62,8 +62,13 @@ def _score(job: ScoreJob, captioner: str, model: "FoundModel") -> StageResult:
     )
 
 
+def look_first(job: ScoreJob) -> bool:
+    """Refuse a job without its input before Ray starts."""
+    return require_tables(job.dataset_uri, *(captions_table(job.dataset_uri, name).path for name in job.scorer.captioners))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_job(ScoreJob, run, argv, name="score")
+    return run_job(ScoreJob, run, argv, name="score", look_first=look_first)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jobs.common.job import JobConfig, run_job
-from jobs.common.stage_job import track_stage
+from jobs.common.stage_job import require_tables, track_stage
 from pipelines.score.config import ImageScorerConfig
 from pipelines.stages.contract import StageResult
+from pipelines.tables.schema import IMAGES_PATH, image_embeds_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +35,13 @@ def run(job: ScoreImagesJob) -> StageResult:
     )
 
 
+def look_first(job: ScoreImagesJob) -> bool:
+    """Refuse a job without its input before Ray starts."""
+    return require_tables(job.dataset_uri, image_embeds_path(job.scorer.clip) if job.scorer.clip else IMAGES_PATH)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_job(ScoreImagesJob, run, argv, name="score_images")
+    return run_job(ScoreImagesJob, run, argv, name="score_images", look_first=look_first)
 
 
 if __name__ == "__main__":

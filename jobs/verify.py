@@ -1,7 +1,7 @@
 """`python -m jobs.verify --dataset_uri data/cats`: reads every byte of a dataset's tables. Needs no Ray cluster.
 
 Exit code 0: all is as it should be; 1: something is not, each with a line that names the file and what to do; 2: the command
-line is wrong.
+line is wrong. Nothing is changed: `jobs.repair` does what the lines propose.
 """
 
 import sys

@@ -36,6 +36,7 @@ GROUPS: Mapping[str, Lines] = {
     "A dataset as it is (needs no Ray)": {
         "status": "Show every table and training: shards, rows, rejects, whether it is stale and why.",
         "verify": "Read every byte of every table, and report what is damaged or missing (exit code 1).",
+        "repair": "Move damaged files aside, so that their stages make them again; nothing is deleted.",
         "lineage": "Write lineage.md and lineage.json: sources, counts, captioners' shares, models, versions.",
     },
     "Planning and measuring": {

@@ -11,7 +11,8 @@ from pipelines.stages.contract import OnProgress, Progress, StageResult
 from pipelines.storage.files import list_folder
 from pipelines.storage.lease import Leases
 from pipelines.tables.errors import StaleTableError
-from pipelines.tables.table import REPORT
+from pipelines.tables.schema import TABLE_SCHEMAS
+from pipelines.tables.table import REPORT, Table
 
 if TYPE_CHECKING:
     from pipelines.tracking.runs import TrackedRun
@@ -67,6 +68,13 @@ def track_stage(
     line.clear()
     print(describe_result(name, result, is_due=is_due), flush=True)
     return result
+
+
+def require_tables(dataset_uri: str, *paths: str) -> bool:
+    """For `run_job`'s `look_first`: raise MissingTableError before Ray starts if one of a stage's inputs is not there."""
+    for path in paths:
+        Table(dataset_uri, path, TABLE_SCHEMAS[path.split("/")[0]]).require()
+    return False
 
 
 def _lacks_report(result: StageResult) -> bool:

@@ -5,6 +5,8 @@ that old and new shards never mix. The manifest is deleted right after the mark 
 shards as an input. Other tables are not touched: those made from this one become stale, and their own stages rebuild them.
 """
 
+from collections.abc import Container
+
 from pipelines.audit.status import find_tables
 from pipelines.storage.errors import LeaseHeldError
 from pipelines.storage.files import remove_files
@@ -28,23 +30,26 @@ def delete_table(table: Table, leases: Leases | None = None) -> None:
         StorageError: a file could not be deleted.
     """
     with shared(leases) as held:
-        held.take(table.uri)
-        _refuse_while_read(table)
+        ticket = held.take(table.uri).ticket
+        refuse_while_read(table)
         if not table.deletion_begun():
-            table.write_file(REBUILD, b"{}\n")
+            table.write_file(REBUILD, b"{}\n", ticket=ticket)
         remove_files([f"{table.uri}/{MANIFEST}"])
         rejects = table.rejects()
+        ticket.check()
         remove_files([f"{rejects.uri}/{name}" for name in rejects.list_files()])
-        remove_files([f"{table.uri}/{name}" for name in table.list_files() if name not in KEPT])
+        names = table.list_files()
+        ticket.check()
+        remove_files([f"{table.uri}/{name}" for name in names if name not in KEPT])
         remove_files([f"{table.uri}/{REBUILD}"])
 
 
-def _refuse_while_read(table: Table) -> None:
-    """Raise LeaseHeldError while a table that is made from this one is being written."""
+def refuse_while_read(table: Table, *, but: Container[str] = ()) -> None:
+    """Raise LeaseHeldError while a table that is made from this one is being written. `but`: paths that do not count."""
     for reader in find_tables(table.dataset_uri):
         manifest = reader.manifest
-        if manifest is None or table.path not in manifest.inputs:
+        if manifest is None or table.path not in manifest.inputs or reader.path in but:
             continue
         lease = read_lease(reader.table.uri)
         if lease is not None and lease.is_alive():
-            raise LeaseHeldError(f"{table.uri} cannot be deleted now: {reader.path} is made from it by {lease.describe()}")
+            raise LeaseHeldError(f"{table.uri} cannot be changed now: {reader.path} is made from it by {lease.describe()}")

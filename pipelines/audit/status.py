@@ -15,6 +15,7 @@ from typing import Any
 from pipelines.ingest.plan import read_plan
 from pipelines.storage.files import NUM_THREADS, list_folder, read_file
 from pipelines.storage.lease import read_lease
+from pipelines.tables.errors import DamagedFileError
 from pipelines.tables.identity import Manifest
 from pipelines.tables.schema import IMAGES_PATH, NESTED, TABLE_SCHEMAS, form_of, schema_of
 from pipelines.tables.table import REBUILD, Table, is_elsewhere
@@ -25,11 +26,15 @@ SHORT = 8  # digits of a fingerprint that are shown
 
 @dataclass(frozen=True, kw_only=True)
 class FoundTable:
-    """A table found in a dataset. `problem` says why its manifest cannot be read; None if it can be or is missing."""
+    """A table found in a dataset.
+
+    `problem` says why its manifest cannot be read; None if it can be or is missing. `is_later`: a later version wrote it.
+    """
 
     table: Table
     manifest: Manifest | None
     problem: str | None = None
+    is_later: bool = False
 
     @property
     def path(self) -> str:
@@ -127,8 +132,8 @@ def find_table(dataset_uri: str, path: str) -> FoundTable | None:
     table = Table(dataset_uri, path, TABLE_SCHEMAS[group])
     try:
         manifest = table.read_manifest()
-    except ValueError as error:
-        return FoundTable(table=table, manifest=None, problem=str(error))
+    except DamagedFileError as error:
+        return FoundTable(table=table, manifest=None, problem=str(error), is_later="unexpected keyword" in str(error))
     if manifest is not None:
         table = Table(dataset_uri, path, schema_of(path, manifest.config))
     if manifest is None and not table.list_shards() and REBUILD not in list_folder(table.uri):
@@ -185,25 +190,35 @@ def _table_status(
         stage=manifest.stage if manifest else "",
         updated=manifest.updated if manifest else "",
         stale=stale,
-        problems=_problems(found, files),
+        problems=_problems(found, files, expected),
         writer=lease.describe() if lease is not None and lease.is_alive() else None,
     )
     return status, shards
 
 
-def _problems(found: FoundTable, files: Mapping[str, int]) -> list[str]:
+def _problems(found: FoundTable, files: Mapping[str, int], expected: list[str] | None) -> list[str]:
     """The table's problems, apart from being stale."""
     if REBUILD in files:
         return ["its deletion was begun and not ended: start its stage again"]
     if found.problem:
         return [found.problem]
-    return [] if found.manifest else ["it has shards and no manifest: nothing says what made them"]
+    if found.manifest is None:
+        return ["it has shards and no manifest: nothing says what made them"]
+    try:
+        if found.path == IMAGES_PATH and expected is None:
+            read_plan(found.table)
+    except DamagedFileError as error:
+        return [str(error)]
+    return []
 
 
 def expected_shards(found: FoundTable, known: Mapping[str, list[str]]) -> list[str] | None:
     """The shards that a table should have, or None if unknown. `known` has the shards of the tables before it, by path."""
-    if found.path == IMAGES_PATH and (plan := read_plan(found.table)) is not None:
-        return list(plan.shards)
+    try:
+        if found.path == IMAGES_PATH and (plan := read_plan(found.table)) is not None:
+            return list(plan.shards)
+    except DamagedFileError:
+        return None
     manifest = found.manifest
     source = manifest.rows_of or next(iter(manifest.inputs), "") if manifest else ""
     if source in known:

@@ -84,7 +84,7 @@ def _claim_side(
 ) -> SideTable:
     table, identity = Table(dataset_uri, config.path, LATENTS), extract_identity(dataset_uri, config, models)
     ticket = leases.take(table.uri).ticket
-    table.claim(identity)
+    table.claim(identity, ticket=ticket)
     missing = frozenset(set(shards).difference(table.list_shards()))
     return SideTable(config.resolution, table, identity.fingerprint, ticket, missing)
 

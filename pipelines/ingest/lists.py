@@ -8,7 +8,8 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain, islice
 
@@ -19,11 +20,15 @@ from pipelines.ingest.download import fetch_all
 from pipelines.ingest.sidecars import take_caption, to_json
 from pipelines.ingest.sources import URL_COLUMNS, Part, Source, find_column, holds_captions, holds_text, is_binary
 from pipelines.storage.errors import StorageError
-from pipelines.storage.files import open_file, read_file, write_file
+from pipelines.storage.files import list_folder, open_file, read_file, write_file
+from pipelines.storage.lease import Ticket
+from pipelines.tables.errors import DamagedShardError
 from pipelines.tables.rejects import RowRefused
 from pipelines.tables.schema import Row
+from pipelines.tables.sealed import SealedFile, write_sealed
 from pipelines.tables.text import clean
 
+COPIES = "_lists"  # folder of the copies, in that of the images
 PIECE_ROWS = 100_000
 ROW_GROUP = 1000  # about the rows of a shard
 MAX_FIELD = 2**24  # characters of a CSV's field; Python's own limit is 128 KiB
@@ -31,7 +36,7 @@ LIST_ERROR = "list_error"  # key in the metadata of a line that could not be par
 LIST_ROWS = pa.schema([("url", pa.string()), ("caption", pa.string()), ("caption_key", pa.string()), ("metadata", pa.string())])
 
 
-def copy_list(source: Source, part: Part) -> int:
+def copy_list(source: Source, part: Part, ticket: Ticket | None = None) -> int:
     """Copy a list into the dataset; returns its number of rows.
 
     Raises:
@@ -42,15 +47,35 @@ def copy_list(source: Source, part: Part) -> int:
     count = 0
     try:
         for piece in iter(lambda: list(islice(rows, PIECE_ROWS)), []):
-            buffer = io.BytesIO()
-            pq.write_table(pa.Table.from_pylist(piece, LIST_ROWS), buffer, compression="zstd", row_group_size=ROW_GROUP)
-            write_file(_piece_uri(source, part.path, count // PIECE_ROWS), buffer.getvalue())
+            name = _piece_name(part.path, count // PIECE_ROWS)
+            copied = write_sealed(pa.Table.from_pylist(piece, LIST_ROWS), ROW_GROUP, folder=COPIES, name=name)
+            if ticket is not None:
+                ticket.check()
+            write_file(f"{source.copies_uri}/{name}.parquet", copied)
             count += len(piece)
     except (pa.ArrowException, csv.Error, UnicodeError) as error:
         raise ValueError(
             f"{uri} cannot be read as a list after row {count} ({error}): put it right, or take it away"
         ) from error
     return count
+
+
+def copy_again(source: Source, parts: Sequence[Part], ticket: Ticket) -> None:
+    """Copy those lists again whose copies are gone, of which `parts` are still to be read.
+
+    Raises ValueError if a list is gone too, or has another size than when it was planned.
+    """
+    there = set(list_folder(source.copies_uri)) if parts else set()
+    lost = [part for part in parts if f"{_piece_name(part.path, part.start // PIECE_ROWS)}.parquet" not in there]
+    for part in {part.path: part for part in lost}.values():
+        uri = source.uri_of(part.path)
+        with open_file(uri) as file:
+            size = file.seek(0, io.SEEK_END)
+        if size != part.size:
+            raise ValueError(
+                f"the copy of {uri} is gone, and the list was changed since: it had {part.size} bytes, and has {size}"
+            )
+        copy_list(source, part, ticket)
 
 
 def read_listed(source: Source, parts: Iterable[Part]) -> Iterator[Row]:
@@ -81,12 +106,16 @@ def slice_lists(source: Source, parts: Iterable[Part]) -> Iterator[tuple[Part, i
     """
 
     @lru_cache(maxsize=1)  # parts are in order, so neighbours lie in the same piece and the same row group
-    def open_piece(path: str, piece: int) -> pq.ParquetFile:
-        return pq.ParquetFile(io.BytesIO(read_file(_piece_uri(source, path, piece))))
+    def open_piece(path: str, piece: int) -> SealedFile:
+        name = _piece_name(path, piece)
+        content = read_file(f"{source.copies_uri}/{name}.parquet")
+        with _naming_damage(source, path, piece):
+            return SealedFile(io.BytesIO(content), folder=COPIES, name=name)
 
     @lru_cache(maxsize=1)
     def read_group(path: str, piece: int, group: int) -> pa.Table:
-        return open_piece(path, piece).read_row_group(group)
+        with _naming_damage(source, path, piece):
+            return open_piece(path, piece).read(groups=[group])
 
     for part in parts:
         index = part.start
@@ -107,8 +136,17 @@ def slice_lists(source: Source, parts: Iterable[Part]) -> Iterator[tuple[Part, i
             index += len(rows)
 
 
-def _piece_uri(source: Source, path: str, piece: int) -> str:
-    return f"{source.copies_uri}/{hashlib.sha256(path.encode()).hexdigest()[:16]}-{piece:05}.parquet"
+@contextmanager
+def _naming_damage(source: Source, path: str, piece: int) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as error:
+        uri = f"{source.copies_uri}/{_piece_name(path, piece)}.parquet"
+        raise DamagedShardError(f"{uri}, the copy of {source.uri_of(path)}, is damaged ({error})") from error
+
+
+def _piece_name(path: str, piece: int) -> str:
+    return f"{hashlib.sha256(path.encode()).hexdigest()[:16]}-{piece:05}"
 
 
 def _read_list(source: Source, path: str) -> Iterator[Row]:

@@ -19,7 +19,7 @@ from pipelines.ingest.download import TRANSIENT_REASONS
 from pipelines.ingest.lists import slice_lists
 from pipelines.ingest.readers import NUM_THREADS, count_samples
 from pipelines.ingest.sources import Part, Source, list_parts
-from pipelines.storage.files import read_file
+from pipelines.storage.lease import Ticket
 from pipelines.tables.table import Table
 
 PLAN = "_sources.json"
@@ -66,32 +66,38 @@ class SharedPlan:
 
 
 def read_plan(images: Table) -> Plan | None:
-    """Read the plan of a dataset; None if it has none. Raises ValueError if the plan is of another version."""
+    """Read the plan of a dataset; None if it has none. Raises DamagedFileError."""
     try:
-        content = read_file(f"{images.uri}/{PLAN}")
+        return images.read_json(PLAN, to_plan)
     except FileNotFoundError:
         return None
-    try:
-        plan = json.loads(content)
-        shards = {shard: [_read_part(part) for part in parts] for shard, parts in plan["shards"].items()}
-        return Plan(plan["kind"], plan["first_listing"], shards, tuple(plan["retried"]))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{images.uri}/{PLAN} is no plan of this version ({error!r})") from error
 
 
-def write_plan(images: Table, plan: Plan) -> None:
-    images.write_file(PLAN, json.dumps(asdict(plan)).encode())
+def to_plan(content: dict[str, Any]) -> Plan:
+    """The plan from the content of its file. Raises ValueError, KeyError or TypeError if it is none, or has lost a shard."""
+    shards = {shard: [_read_part(part) for part in parts] for shard, parts in content["shards"].items()}
+    if lost := next((name for number, shard in enumerate(shards) if (name := f"{number:05}") != shard), None):
+        raise ValueError(f"it plans {len(shards)} shards, and not shard {lost}")
+    return Plan(content["kind"], content["first_listing"], shards, tuple(content["retried"]))
 
 
-def extend_plan(plan: Plan | None, source: Source, size: ShardSize, exclude: str) -> Plan:
+def write_plan(images: Table, plan: Plan, ticket: Ticket | None) -> None:
+    """Raises as `Table.write_json`. `ticket`: of the lease of the images."""
+    images.write_json(PLAN, asdict(plan), indent=None, ticket=ticket)
+
+
+def extend_plan(plan: Plan | None, source: Source, size: ShardSize, exclude: str, ticket: Ticket) -> Plan:
     """Append shards for the files at the source that the plan does not know yet, whose samples are counted for it.
+
+    Args:
+        ticket: of the lease of the images, into whose folder lists are copied.
 
     Raises ValueError if there would be too many shards.
     """
     known = {part.path for parts in plan.shards.values() for part in parts} if plan else set()
     new = [part for part in list_parts(source, exclude) if part.path not in known]
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        counts = list(pool.map(partial(count_samples, source), new))
+        counts = list(pool.map(partial(count_samples, source, ticket=ticket), new))
     plan = plan or Plan(source.kind, _hash_listing(new), {})
     return _append(plan, pack(new, counts, size))
 

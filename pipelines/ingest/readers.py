@@ -28,6 +28,7 @@ from pipelines.ingest.sources import (
 )
 from pipelines.storage.errors import StorageError
 from pipelines.storage.files import open_file
+from pipelines.storage.lease import Ticket
 from pipelines.tables.rejects import RowRefused
 from pipelines.tables.schema import Row
 from pipelines.workers.images import EXTENSIONS, too_many_bytes
@@ -52,7 +53,7 @@ TAR_BLOCK = 512
 READ_ERRORS = (OSError, EOFError, zlib.error, tarfile.TarError, pa.ArrowException)
 
 
-def count_samples(source: Source, part: Part) -> int | None:
+def count_samples(source: Source, part: Part, ticket: Ticket | None = None) -> int | None:
     """Count the samples of a whole file by its headers; None if they cannot be read. A list is copied into the dataset.
 
     Raises:
@@ -62,7 +63,7 @@ def count_samples(source: Source, part: Part) -> int | None:
     if source.kind == "folder":
         return 1
     if source.kind == "list":
-        return copy_list(source, part)
+        return copy_list(source, part, ticket)
     uri = source.uri_of(part.path)
     try:
         with open_file(uri) as file:

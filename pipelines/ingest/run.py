@@ -20,13 +20,15 @@ from ray.actor import ActorHandle
 
 from pipelines.ingest.config import CAPTION_KEYS, IngestConfig
 from pipelines.ingest.ledger import UNSEEN, claim, skipping, start_ledger, to_digests
-from pipelines.ingest.plan import Plan, ShardSize, SharedPlan, extend_plan, plan_retries, read_plan, write_plan
+from pipelines.ingest.lists import COPIES, copy_again
+from pipelines.ingest.plan import PLAN, Plan, ShardSize, SharedPlan, extend_plan, plan_retries, read_plan, write_plan
 from pipelines.ingest.readers import NUM_THREADS, read_parts
 from pipelines.ingest.sidecars import CAPTION_COUNTS
 from pipelines.ingest.sources import ACCEPTED, Part, Source, find_source
 from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
-from pipelines.storage.lease import Leases, shared
+from pipelines.storage.lease import Leases, Ticket, shared
+from pipelines.tables.errors import DamagedFileError
 from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.schema import IMAGES, IMAGES_PATH, Row
@@ -34,7 +36,6 @@ from pipelines.tables.table import Table, absolute_uri
 from pipelines.workers.images import ImageLimits, open_image, perceptual_hash, to_rgb
 
 STAGE = "ingest"
-COPIES = "_lists"
 DUPLICATE = "duplicate"
 
 
@@ -56,12 +57,12 @@ def run_ingest(
     if absolute_uri(os.path.expanduser(config.source)) == images.dataset_uri:
         raise ValueError(f"source={config.source!r} is the dataset itself: give the dataset a folder of its own")
     with shared(leases) as held:
-        held.take(images.uri)  # before the plan of the sources is made
-        source, plan = _plan_sources(images, config)
+        ticket = held.take(images.uri).ticket  # before the plan of the sources is made
+        source, plan = _plan_sources(images, config, ticket)
         identity = _identity(config, source, plan)
-        manifest = images.claim(identity)
+        manifest = images.claim(identity, ticket=ticket)
         if config.license is not None and manifest.license != config.license:
-            images.write_manifest(replace(manifest, license=config.license))
+            images.write_manifest(replace(manifest, license=config.license), ticket=ticket)
         done = set(images.list_shards())
         missing = {shard: parts for shard, parts in plan.shards.items() if shard not in done}
         return run_shards(
@@ -183,7 +184,7 @@ def _identity(config: IngestConfig, source: Source, plan: Plan) -> Identity:
     return Identity(STAGE, settings, models={}, inputs={})
 
 
-def _plan_sources(images: Table, config: IngestConfig) -> tuple[Source, Plan]:
+def _plan_sources(images: Table, config: IngestConfig, ticket: Ticket) -> tuple[Source, Plan]:
     """Find the source, extend the plan of its shards by new files, and write the plan before it is used."""
     plan = read_plan(images)
     exclude = images.dataset_uri
@@ -200,15 +201,29 @@ def _plan_sources(images: Table, config: IngestConfig) -> tuple[Source, Plan]:
         download=config.download,
         exclude=exclude,
     )
+    done = images.list_shards()
     if plan:
-        images.claim(_identity(config, source, plan))  # refuses before the plan of another source is changed
+        images.claim(_identity(config, source, plan), ticket=ticket)  # refuses before the plan of another source is changed
+        _refuse_unplanned(images, plan, done)
+        if source.kind == "list":
+            copy_again(source, [part for shard in plan.shards.keys() - set(done) for part in plan.shards[shard]], ticket)
     size = ShardSize(rows=config.rows_per_shard, bytes=config.bytes_per_shard)
-    extended = extend_plan(plan, source, size, exclude)
+    extended = extend_plan(plan, source, size, exclude, ticket)
     if not extended.shards:
         raise ValueError(f"source={config.source!r} holds nothing to ingest: give {ACCEPTED}")
+    _refuse_unplanned(images, extended, done)
     if config.retry_rejects and source.kind == "list":
         extended = plan_retries(extended, source, images, size)
     if extended != plan:
-        images.claim(_identity(config, source, extended))
-        write_plan(images, extended)
+        images.claim(_identity(config, source, extended), ticket=ticket)
+        write_plan(images, extended, ticket)
     return source, extended
+
+
+def _refuse_unplanned(images: Table, plan: Plan, done: list[str]) -> None:
+    """Raise DamagedFileError if a shard exists that the plan does not know: other files would get its name."""
+    if unplanned := sorted(set(done) - plan.shards.keys()):
+        raise DamagedFileError(
+            f"{images.uri}/{PLAN} does not plan shard {unplanned[0]}, which exists: put back the plan with which it was made, "
+            "or ingest into another dataset"
+        )

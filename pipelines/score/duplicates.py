@@ -12,7 +12,6 @@ its first shard: a run that was killed resumes with the same verdicts, and seeks
 How time and memory grow depends on the method: see `hash_pairs.py` and `semantic_pairs.py`.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -26,11 +25,11 @@ from ray.exceptions import RayTaskError
 from pipelines.score.config import NEAR_DUPLICATES, SEMANTIC_DUPLICATES, DuplicatesConfig, SemanticConfig
 from pipelines.score.hash_pairs import decide_by_hash
 from pipelines.score.semantic_pairs import decide_by_embedding
-from pipelines.score.verdicts import Verdicts
+from pipelines.score.verdicts import GENERATIONS, VERDICTS, Verdicts, to_generations
 from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
 from pipelines.storage.files import read_file
-from pipelines.storage.lease import Leases, shared
+from pipelines.storage.lease import Leases, Ticket, shared
 from pipelines.tables.errors import DamagedShardError, MissingTableError
 from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.schema import (
@@ -42,10 +41,7 @@ from pipelines.tables.schema import (
     image_embeds_schema,
     image_scores_path,
 )
-from pipelines.tables.table import Table
-
-GENERATIONS = "_generations.json"
-VERDICTS = "_verdicts-{:05}.parquet"  # by the number of the generation
+from pipelines.tables.table import REMAKE, Table
 
 Decide = Callable[[list[str], list[str]], Verdicts]
 """Takes the shards of earlier generations and those of a new one, and returns the verdicts on the images of the new one."""
@@ -75,8 +71,8 @@ def run_duplicates(
         identity = Identity("duplicates", value_settings(config), models={}, inputs=inputs, rows_of=source.path)
         decide = partial(decide_by_embedding, images, source, output, config)
     with shared(leases) as held:
-        held.take(output.uri)  # before the run notes which shards it decides about
-        output.claim(identity)
+        ticket = held.take(output.uri).ticket  # before the run notes which shards it decides about
+        output.claim(identity, ticket=ticket)
         write = partial(
             run_shards,
             output,
@@ -87,7 +83,7 @@ def run_duplicates(
             on_progress=on_progress,
             leases=held,
         )
-        return _run(source, output, decide, write)
+        return _run(source, output, decide, write, ticket)
 
 
 class DuplicatesWorker:
@@ -97,9 +93,9 @@ class DuplicatesWorker:
         return ShardOutput(table, [], {"duplicates": float(table.num_rows - table["detail"].null_count)})
 
 
-def _run(source: Table, output: Table, decide: Decide, write: Callable[..., StageResult]) -> StageResult:
+def _run(source: Table, output: Table, decide: Decide, write: Callable[..., StageResult], ticket: Ticket) -> StageResult:
     """Decide and write one generation after another; `write` takes the shards and `read_shard` as `run_shards` does."""
-    generations = _plan_generations(source, output)
+    generations = _plan_generations(source, output, ticket)
     found = set(output.list_shards())
     result: StageResult | None = None
     older: list[str] = []
@@ -109,7 +105,7 @@ def _run(source: Table, output: Table, decide: Decide, write: Callable[..., Stag
         is_last = number == len(generations) - 1
         if is_last or not done.issuperset(generation):
             missing = not done.issuperset(shards)
-            verdicts = ray.put(_find_verdicts(output, number, decide, older, generation)) if missing else None
+            verdicts = ray.put(_find_verdicts(output, number, decide, older, generation, ticket)) if missing else None
             result = write(shards, read_shard=partial(_read_verdicts, source, verdicts))
         older = shards
     if result is None:
@@ -117,19 +113,22 @@ def _run(source: Table, output: Table, decide: Decide, write: Callable[..., Stag
     return replace(result, found_shards=len(found.intersection(older)))
 
 
-def _find_verdicts(output: Table, number: int, decide: Decide, older: list[str], generation: list[str]) -> Verdicts:
+def _find_verdicts(
+    output: Table, number: int, decide: Decide, older: list[str], generation: list[str], ticket: Ticket
+) -> Verdicts:
     """The verdicts on a generation, from their file; sought and written there first if there is none."""
-    uri = f"{output.uri}/{VERDICTS.format(number)}"
+    name = VERDICTS.format(number)
+    uri = output.shard_uri(name)
     try:
         content = read_file(uri)
     except FileNotFoundError:
         verdicts = _seek(decide, older, generation)
-        output.write_file(VERDICTS.format(number), verdicts.to_bytes())
+        output.write_file(f"{name}.parquet", verdicts.to_bytes(output.path, name), ticket=ticket)
         return verdicts
     try:
-        return Verdicts.from_bytes(content)
-    except (pa.ArrowException, OSError) as error:
-        raise DamagedShardError(f"{uri} is damaged ({error}): delete it, and the pairs are sought again") from error
+        return Verdicts.from_bytes(content, output.path, name)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DamagedShardError(f"{uri} is damaged ({error}): {REMAKE}") from error
 
 
 def _seek(decide: Decide, older: list[str], generation: list[str]) -> Verdicts:
@@ -159,14 +158,14 @@ def _read_verdicts(source: Table, verdicts: Any, shard: str) -> pa.Table:
     return pa.table({"id": ids, "score": scores, "detail": pa.array(details, pa.string())}, IMAGE_SCORES)
 
 
-def _plan_generations(source: Table, output: Table) -> list[list[str]]:
+def _plan_generations(source: Table, output: Table, ticket: Ticket | None) -> list[list[str]]:
     """The shards that were there when each run began: each generation is decided as a whole, whatever is killed."""
     try:
-        generations: list[list[str]] = json.loads(read_file(f"{output.uri}/{GENERATIONS}"))
+        generations = output.read_json(GENERATIONS, to_generations)
     except FileNotFoundError:
         generations = []
     known = {shard for generation in generations for shard in generation}
     if new := [shard for shard in source.list_shards() if shard not in known]:
         generations.append(new)
-        output.write_file(GENERATIONS, json.dumps(generations).encode())
+        output.write_json(GENERATIONS, {"generations": generations}, ticket=ticket)
     return generations

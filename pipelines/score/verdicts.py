@@ -2,11 +2,15 @@
 
 import io
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from pipelines.tables.sealed import SealedFile, write_sealed
+
+GENERATIONS = "_generations.json"
+VERDICTS = "_verdicts-{:05}"  # by the number of the generation
 PAIRS_AT_ONCE = 1_000_000
 
 
@@ -37,17 +41,15 @@ class Verdicts:
         order = np.argsort(positions)
         return cls(positions[order], twins[order], scores[order].astype(np.float32))
 
-    def to_bytes(self) -> bytes:
-        """A Parquet file."""
-        buffer = io.BytesIO()
+    def to_bytes(self, folder: str, name: str) -> memoryview:
+        """A sealed Parquet file, to be written as `name` in `folder`."""
         columns = {"position": self.positions, "twin": self.twins, "score": self.scores}
-        pq.write_table(pa.table(columns), buffer, compression="zstd", write_page_checksum=True)
-        return buffer.getvalue()
+        return write_sealed(pa.table(columns), PAIRS_AT_ONCE, folder=folder, name=name)
 
     @classmethod
-    def from_bytes(cls, content: bytes) -> "Verdicts":
-        """The inverse of `to_bytes`. Raises pyarrow.ArrowException or OSError for damaged content."""
-        table = pq.read_table(io.BytesIO(content), page_checksum_verification=True)
+    def from_bytes(cls, content: bytes, folder: str, name: str) -> "Verdicts":
+        """The inverse of `to_bytes`. Raises pyarrow.ArrowException, OSError or ValueError for damaged content."""
+        table = SealedFile(io.BytesIO(content), folder=folder, name=name).read()
         return cls(*(table[name].to_numpy() for name in ("position", "twin", "score")))
 
 
@@ -79,3 +81,9 @@ def settle(ranks: np.ndarray, one: np.ndarray, other: np.ndarray, likeness: np.n
                 stays[low] = 0
                 twins[low], scores[low] = high, likeness[pair]
     return twins, scores
+
+
+def to_generations(content: Any) -> list[list[str]]:
+    """The shards of each generation, from the content of GENERATIONS. Raises ValueError, KeyError or TypeError."""
+    generations: list[list[str]] = content["generations"] if isinstance(content, dict) else content  # once it was a list
+    return [[str(shard) for shard in generation] for generation in generations]

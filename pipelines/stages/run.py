@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 from ray.exceptions import RayError, RayTaskError
 
@@ -11,9 +12,9 @@ from pipelines.stages.contract import OnProgress, Outcome, Progress, ReadShard, 
 from pipelines.stages.shards import MAX_FAILED_SHARDS, RETRIES, STOPS, ShardJob, stream_shards
 from pipelines.storage.files import NUM_THREADS, remove_leftovers
 from pipelines.storage.lease import Lease, Leases, Ticket, shared
-from pipelines.tables.errors import ShardError, TooManyRejectsError
+from pipelines.tables.errors import DamagedShardError, ShardError, TooManyRejectsError
 from pipelines.tables.identity import Identity, Manifest
-from pipelines.tables.table import ShardFacts, Table
+from pipelines.tables.table import REMAKE, ShardFacts, Table
 
 DIED = (
     f"its process died {RETRIES + 1} times, and again when it was tried alone. Did it run out of memory? Ray's logs say more "
@@ -97,16 +98,17 @@ def _run(
     on_progress: OnProgress,
 ) -> StageResult:
     start = time.monotonic()
-    manifest = output.claim(identity)
+    manifest = output.claim(identity, ticket=lease.ticket)
     for table in (output, output.rejects()):
         remove_leftovers(table.uri)
     found = set(output.list_shards()) & set(shards)
     progress = Progress(len(shards), len(found), len(found))
     was_done = manifest.complete and manifest.num_shards == len(found) == len(shards)
-    if was_done:
+    if was_done and manifest.num_bytes in (None, output.count_bytes(shards)):  # else a file was changed since: look at all
         progress.add_shard(manifest.num_rows, manifest.rejects_by_reason, {})
     else:
-        _count_found(output, sorted(found), progress)
+        was_done = False
+        _count_found(output, manifest.fingerprint, sorted(found), progress)
     on_progress(progress)
     if was_done:
         _check_rejects(output, progress, max_reject_share, final=True)
@@ -121,7 +123,8 @@ def _run(
         on_progress(progress)
         _check_rejects(output, progress, max_reject_share)
     _check_rejects(output, progress, max_reject_share, final=True)
-    return _complete(output, progress, start)
+    lease.check()
+    return _complete(output, shards, progress, start, lease.ticket)
 
 
 def _make_shards(job: ShardJob, missing: list[str]) -> Iterator[Outcome]:
@@ -161,7 +164,7 @@ def _describe_failures(output: Table, failed: dict[str, str]) -> str:
     return f"{output.uri}: shards {shards} could not be made. Shard {first}: {told[first]}"
 
 
-def _complete(output: Table, progress: Progress, start: float) -> StageResult:
+def _complete(output: Table, shards: list[str], progress: Progress, start: float, ticket: Ticket) -> StageResult:
     """Write the counts into the manifest."""
     manifest = output.require()
     figures: dict[str, float] = {}
@@ -176,11 +179,12 @@ def _complete(output: Table, progress: Progress, start: float) -> StageResult:
         num_shards=progress.num_shards,
         num_rows=progress.num_rows,
         num_rejects=progress.num_rejects,
+        num_bytes=output.count_bytes(shards),
         rejects_by_reason=dict(progress.rejects_by_reason),
         figures=figures,
     )
     if counted != manifest:
-        output.write_manifest(counted)
+        output.write_manifest(counted, ticket=ticket)
     return _result_of(output, counted, progress.found_shards, time.monotonic() - start, progress.rows_per_second)
 
 
@@ -200,15 +204,24 @@ def _result_of(output: Table, manifest: Manifest, found_shards: int, seconds: fl
     )
 
 
-def _count_found(output: Table, found: list[str], progress: Progress) -> None:
-    """Count the existing shards, reading only the footers of their files."""
+def _count_found(output: Table, fingerprint: str, found: list[str], progress: Progress) -> None:
+    """Count the existing shards, reading only the footers of their files.
+
+    Raises DamagedShardError if a file is damaged or gone, or was made by another identity.
+    """
     rejects = output.rejects()
 
-    def read(shard: str) -> tuple[ShardFacts, ShardFacts]:
-        return output.read_facts(shard), rejects.read_facts(shard)
+    def read(table: Table, shard: str) -> ShardFacts:
+        try:
+            facts = table.read_facts(shard)
+        except FileNotFoundError as error:
+            raise DamagedShardError(f"{table.shard_uri(shard)} is gone, and its shard is there: {REMAKE}") from error
+        if facts.fingerprint not in ("", fingerprint):
+            raise DamagedShardError(f"{table.shard_uri(shard)} was made with other settings, models or inputs: {REMAKE}")
+        return facts
 
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        for kept, refused in pool.map(read, found):
+        for kept, refused in zip(pool.map(partial(read, output), found), pool.map(partial(read, rejects), found), strict=True):
             progress.add_shard(kept.num_rows, refused.rejects_by_reason, kept.figures)
 
 

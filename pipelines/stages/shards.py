@@ -203,9 +203,8 @@ def write_output(
     ticket: Ticket,
 ) -> None:
     """Write a shard, its rejects first: a shard that exists is done. Raises LeaseLostError, StorageError."""
-    ticket.check()
-    output.rejects().write_shard(shard, rejects, fingerprint=fingerprint)
-    output.write_shard(shard, rows, fingerprint=fingerprint, figures=figures)
+    output.rejects().write_shard(shard, rejects, fingerprint=fingerprint, ticket=ticket)
+    output.write_shard(shard, rows, fingerprint=fingerprint, figures=figures, ticket=ticket)
 
 
 def _describe(error: Exception) -> Row:

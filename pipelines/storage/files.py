@@ -78,18 +78,29 @@ class _RemoteFile(io.RawIOBase):
 
 def list_folder(uri: str, *, with_files: bool = True) -> list[str]:
     """Names of the files (if wanted) and folders in a folder, sorted; empty if it does not exist. Raises StorageError."""
+    return sorted(_name(entry) for entry in _list(uri) if with_files or entry["type"] != "file")
+
+
+def list_sizes(uri: str) -> dict[str, int]:
+    """Names of the files in a folder, sorted, with their sizes in bytes; empty if it does not exist. Raises StorageError."""
+    return {_name(entry): entry["size"] or 0 for entry in sorted(_list(uri), key=_name) if entry["type"] == "file"}
+
+
+def _list(uri: str) -> list[dict[str, Any]]:
     filesystem, root = open_filesystem(uri)
 
-    def names() -> list[str]:
+    def entries() -> list[dict[str, Any]]:
         filesystem.invalidate_cache()
         try:
-            found = filesystem.ls(root, detail=True)
+            return filesystem.ls(root, detail=True)
         except FileNotFoundError:
             return []
-        paths = [entry["name"] for entry in found if with_files or entry["type"] != "file"]
-        return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
 
-    return call(names, "list", uri)
+    return call(entries, "list", uri)
+
+
+def _name(entry: dict[str, Any]) -> str:
+    return str(entry["name"]).rstrip("/").rsplit("/", 1)[-1]
 
 
 def find_files(uri: str) -> dict[str, int]:
@@ -104,7 +115,7 @@ def find_files(uri: str) -> dict[str, int]:
     return call(files, "list", uri)
 
 
-def write_file(uri: str, content: bytes) -> None:
+def write_file(uri: str, content: bytes | memoryview) -> None:
     """Write a file, and make its folders. Readers see the old file or the whole new one, even if the writer dies.
 
     Raises StorageError; nothing of the new file is left then.
@@ -114,7 +125,7 @@ def write_file(uri: str, content: bytes) -> None:
         call(lambda: write_atomically(Path(path), lambda temporary: temporary.write_bytes(content)), "write", uri)
         return
     try:  # an object store shows an object only when all of it has arrived
-        call(lambda: filesystem.pipe_file(path, content), "write", uri)
+        call(lambda: filesystem.pipe_file(path, bytes(content)), "write", uri)
     except FileNotFoundError as error:
         raise StorageError(f"cannot write {uri}: there is no such bucket: make it, or give another ({error})") from error
 
@@ -124,6 +135,18 @@ def upload_folder(folder: str | Path, uri: str) -> None:
     for path in sorted(Path(folder).rglob("*")):
         if path.is_file():
             write_file(f"{uri}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+
+
+def move_file(uri: str, target_uri: str) -> None:
+    """Move a file within its storage, and make the folders. Raises FileNotFoundError, StorageError."""
+    filesystem, path = open_filesystem(uri)
+    target = open_filesystem(target_uri)[1]
+    if is_local(uri):
+        call(lambda: Path(target).parent.mkdir(parents=True, exist_ok=True), "write", target_uri)
+        call(lambda: Path(path).replace(target), "move", uri)
+        return
+    call(lambda: filesystem.cp_file(path, target), "move", uri)
+    remove_file(uri)
 
 
 def remove_file(uri: str) -> None:

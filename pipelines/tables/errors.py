@@ -36,6 +36,12 @@ class WrongInputError(ValueError):
     error_kind: ClassVar[ErrorKind] = "wrong_input"
 
 
+class DamagedFileError(ValueError):
+    """A JSON file of a table, such as its manifest, was damaged or edited, or a later version wrote it."""
+
+    error_kind: ClassVar[ErrorKind] = "wrong_input"
+
+
 class StageError(RuntimeError):
     """No shard can be made now (a server is down). A worker raises it to stop the stage without trying the other shards."""
 

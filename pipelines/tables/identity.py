@@ -58,6 +58,8 @@ class Manifest:
     num_shards: int = 0
     num_rows: int = 0
     num_rejects: int = 0
+    num_bytes: int | None = None
+    """Of the files of the shards and of their rejects; None where an earlier version counted. See `Table.count_bytes`."""
     rejects_by_reason: dict[str, int]
     figures: dict[str, float] = field(default_factory=dict)
     """"<figure>.mean" and "<figure>.min" over the shards, and the sums of counts."""
@@ -75,6 +77,15 @@ class Manifest:
     def is_old(self) -> bool:
         """Whether an earlier version of this program made the table, in a form that is no longer read."""
         return self.schema_version != form_of(self.stage)
+
+
+def to_manifest(content: Any) -> Manifest:
+    """The manifest from the content of its file. Raises TypeError or ValueError if it is none of this version."""
+    manifest = Manifest(**content)
+    for name in ("config", "models", "inputs", "rejects_by_reason", "figures"):
+        if not isinstance(value := getattr(manifest, name), dict):
+            raise ValueError(f"its {name} are {value!r}")
+    return manifest
 
 
 def value_settings(config: Any) -> dict[str, Any]:

@@ -7,28 +7,36 @@ would make it now is refused: it is never mixed and never overwritten.
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipelines.storage.errors import StorageError
-from pipelines.storage.files import find_files, list_folder, open_file, read_file, write_file
-from pipelines.tables.errors import DamagedShardError, MissingTableError, StaleTableError
-from pipelines.tables.identity import MANIFEST, Identity, Manifest, _now, describe_differences, software_versions
+from pipelines.storage.files import NUM_THREADS, find_files, list_folder, list_sizes, open_file, read_file, write_file
+from pipelines.storage.lease import Ticket
+from pipelines.tables.errors import DamagedFileError, DamagedShardError, MissingTableError, StaleTableError
+from pipelines.tables.hashed_json import from_hashed_json, to_hashed_json
+from pipelines.tables.identity import MANIFEST, Identity, Manifest, _now, describe_differences, software_versions, to_manifest
 from pipelines.tables.schema import MADE_BY, READ_WHOLE, REJECTS, form_of
+from pipelines.tables.sealed import TAIL_BYTES, SealedFile, write_sealed
 from sana_model.files.inside import check_inside
 
 REBUILD = "_rebuild.json"  # exists while the table is being deleted to be rebuilt
 REPORT = "report.html"
 REJECTS_FOLDER = "rejects"  # holds a table of refused rows for each table of the dataset
+TABLE_KEY = "table"  # field of a JSON file: the path of the table whose it is
 FACTS_KEY = b"sana.facts"  # key in a shard's Parquet footer: JSON, see ShardFacts
-FOOTER_BYTES = 2**16  # pyarrow looks for a footer in as many bytes
+REMAKE = "let python -m jobs.repair move it aside, and its stage makes it again"
+MEND_FILE = "put it back, or let python -m jobs.repair mend it or move it aside"
 ROW_GROUP_BYTES = 2**26  # memory for a shard that is read a few rows at a time
+
+T = TypeVar("T")
 
 
 def absolute_uri(uri: str) -> str:
@@ -87,8 +95,21 @@ class Table:
 
     def list_shards(self) -> list[str]:
         """Names of the shards that exist, sorted."""
-        names = list_folder(self.uri)
-        return [name.removesuffix(".parquet") for name in names if name.endswith(".parquet") and name[0] not in "._"]
+        return list(self.list_sizes())
+
+    def list_sizes(self) -> dict[str, int]:
+        """Names of the shards that exist, sorted, with the sizes of their files in bytes."""
+        sizes = list_sizes(self.uri)
+        return {
+            name.removesuffix(".parquet"): size
+            for name, size in sizes.items()
+            if name.endswith(".parquet") and name[0] not in "._"
+        }
+
+    def count_bytes(self, shards: Iterable[str]) -> int:
+        """Bytes of the files of some shards, and of their rejects; without those that do not exist."""
+        sizes = [self.list_sizes(), self.rejects().list_sizes()]
+        return sum(found.get(shard, 0) for shard in shards for found in sizes)
 
     def list_files(self) -> dict[str, int]:
         """Path and size in bytes of each file in the table's folder, and in folders there whose names begin with "." or "_".
@@ -102,77 +123,109 @@ class Table:
 
         Raises FileNotFoundError, StorageError, or DamagedShardError.
         """
-        uri = self.shard_uri(shard)
-        is_small = self.path.split("/")[0] in READ_WHOLE
-        opened = BytesIO(read_file(uri)) if is_small else open_file(uri, buffer_size=FOOTER_BYTES)
-        with opened as file, self._naming_damage(shard):
-            return pq.read_table(file, columns=columns).replace_schema_metadata(None)
+        with self.open_shard(shard) as file:
+            return file.read(columns).replace_schema_metadata(None)
 
     def iter_shard(self, shard: str, num_rows: int) -> Iterator[pa.RecordBatch]:
         """Read a shard `num_rows` rows at a time, so that not all of it is in memory. Raises as `read_shard`."""
-        with open_file(self.shard_uri(shard), buffer_size=FOOTER_BYTES) as file, self._naming_damage(shard):
-            parquet = pq.ParquetFile(file)
-            for group in range(parquet.num_row_groups):  # one call for all groups would read far more ahead
-                yield from parquet.iter_batches(num_rows, row_groups=[group], use_threads=False)
+        with self.open_shard(shard) as file:
+            yield from file.iter_batches(num_rows)
 
     def read_facts(self, shard: str) -> "ShardFacts":
         """Read only the footer of a shard's file. Raises as `read_shard`."""
-        with open_file(self.shard_uri(shard), buffer_size=FOOTER_BYTES) as file, self._naming_damage(shard):
-            footer = pq.read_metadata(file)
-            noted = json.loads((footer.metadata or {}).get(FACTS_KEY, b"{}"))
-            return ShardFacts(num_rows=footer.num_rows, **noted)
+        with self.open_shard(shard) as file:
+            noted = json.loads((file.metadata.metadata or {}).get(FACTS_KEY, b"{}"))
+            return ShardFacts(num_rows=file.metadata.num_rows, **noted)
+
+    def is_sealed(self, shard: str) -> bool:
+        """Whether a shard knows its own name and checksums; those of earlier versions do not. Raises as `read_shard`."""
+        with self.open_shard(shard) as file:
+            return file.is_sealed
 
     @contextmanager
-    def _naming_damage(self, shard: str) -> Iterator[None]:
-        try:
-            yield
-        except StorageError:
-            raise
-        except (pa.ArrowException, OSError, ValueError, TypeError) as error:
-            raise DamagedShardError(
-                f"{self.shard_uri(shard)} is damaged ({error}): delete it, and its stage makes it again"
-            ) from error
+    def open_shard(self, shard: str) -> Iterator[SealedFile]:
+        """Open a shard's file, whose bytes are checked as they are read.
+
+        Raises, also for what is read in the block, FileNotFoundError, StorageError, or DamagedShardError: the file is not what
+        was written, or was written as another shard.
+        """
+        uri = self.shard_uri(shard)
+        is_small = self.path.split("/")[0] in READ_WHOLE
+        with BytesIO(read_file(uri)) if is_small else open_file(uri, buffer_size=TAIL_BYTES) as opened:
+            try:
+                yield SealedFile(opened, folder=self.path, name=shard)
+            except StorageError:
+                raise
+            except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
+                raise DamagedShardError(f"{uri} is damaged ({error}): {REMAKE}") from error
 
     def write_shard(
-        self, shard: str, rows: pa.Table, *, fingerprint: str = "", figures: Mapping[str, float] | None = None
+        self,
+        shard: str,
+        rows: pa.Table,
+        *,
+        fingerprint: str = "",
+        figures: Mapping[str, float] | None = None,
+        ticket: Ticket | None = None,
     ) -> None:
         """Write a shard whole, with its facts in the file's footer, from which `read_facts` reads them.
 
         Args:
             fingerprint: of the identity that makes the shard.
             figures: facts about the shard, by name.
+            ticket: of the table's lease. As in all methods that write, it is checked right before the write; without it,
+                nothing keeps two writers apart.
 
         Raises:
             pyarrow.ArrowInvalid: the rows are not of the table's schema.
+            LeaseLostError: another writer has the table now; nothing is written then.
             StorageError: it could not be written; nothing is left of it then.
         """
         facts = {"fingerprint": fingerprint, "figures": dict(figures or {})}
         if self.schema == REJECTS:
             facts["rejects_by_reason"] = count_reasons(rows)
         noted = rows.cast(self.schema).replace_schema_metadata({FACTS_KEY: json.dumps(facts)})
-        buffer = BytesIO()
         rows_at_once = max(noted.num_rows * ROW_GROUP_BYTES // max(noted.nbytes, 1), 1)
-        pq.write_table(noted, buffer, rows_at_once, compression="zstd", write_page_checksum=True)
-        write_file(self.shard_uri(shard), buffer.getvalue())
+        content = write_sealed(noted, rows_at_once, folder=self.path, name=check_inside(shard))
+        self.write_file(f"{shard}.parquet", content, ticket=ticket)
 
-    def write_file(self, name: str, content: bytes) -> None:
-        """Write a file in the table's folder; readers see the old one or the whole new one. Raises StorageError."""
+    def write_file(self, name: str, content: bytes | memoryview, *, ticket: Ticket | None = None) -> None:
+        """Write a file in the table's folder; readers see the old one or the whole new one. Raises as `write_shard`."""
+        if ticket is not None:
+            ticket.check()
         write_file(f"{self.uri}/{name}", content)
+
+    def write_json(
+        self, name: str, content: Mapping[str, Any], *, indent: int | None = 2, ticket: Ticket | None = None
+    ) -> None:
+        """Write a JSON file with its checksums in the table's folder. Raises as `write_shard`."""
+        self.write_file(name, to_hashed_json({**content, TABLE_KEY: self.path}, indent=indent), ticket=ticket)
+
+    def read_json(self, name: str, parse: Callable[[Any], T]) -> T:
+        """Read a JSON file that `write_json` wrote, or an earlier version without checksums, and pass its content to `parse`.
+
+        Raises FileNotFoundError; DamagedFileError, also for what `parse` raises; StorageError.
+        """
+        content = read_file(f"{self.uri}/{name}")
+        try:
+            fields = from_hashed_json(content)
+            if isinstance(fields, dict) and (written_as := fields.pop(TABLE_KEY, self.path)) != self.path:
+                raise ValueError(f"it is a copy of that of {written_as}")
+            return parse(fields)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            reason = error if isinstance(error, ValueError) else repr(error)
+            raise DamagedFileError(f"{self.uri}/{name} is not what this version wrote ({reason}): {MEND_FILE}") from error
 
     def write_report(self, html: str) -> None:
         """Write a page as `report.html` in the table's folder. Raises StorageError."""
         self.write_file(REPORT, html.encode())
 
     def read_manifest(self) -> Manifest | None:
-        """Read the manifest; None if there is none. Raises ValueError, which names the file, if it cannot be parsed."""
+        """Read the manifest; None if there is none. Raises DamagedFileError."""
         try:
-            content = read_file(f"{self.uri}/{MANIFEST}")
+            return self.read_json(MANIFEST, to_manifest)
         except FileNotFoundError:
             return None
-        try:
-            return Manifest(**json.loads(content))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{self.uri}/{MANIFEST} is no manifest of this version ({error})") from error
 
     def require(self) -> Manifest:
         """The manifest of a stage's input. Raises MissingTableError; StaleTableError if the table is of an old form."""
@@ -213,30 +266,23 @@ class Table:
         maker = f" (jobs.{MADE_BY[group]})" if group in MADE_BY else ""
         return f"{there}: run the stage that makes it first{maker}"
 
-    def claim(self, identity: Identity) -> Manifest:
+    def claim(self, identity: Identity, *, ticket: Ticket | None = None) -> Manifest:
         """Begin or resume writing this table with `identity`.
 
-        Raises StaleTableError, with the fields that differ, if the table was begun with another identity.
+        Shards without a manifest are taken over if this identity made them.
+
+        Raises StaleTableError, with the fields that differ, if the table was begun with another identity; DamagedFileError if
+        its manifest is damaged or was edited: then nobody knows, and nothing may be deleted.
         """
         for table in (self, *self._outer()):
             if table.deletion_begun():
                 message = f"{table.uri} is being deleted, to be made anew: start its job again, it goes on there"
                 raise StaleTableError(message, table)
-        try:
-            manifest = self.read_manifest()
-        except ValueError as error:
-            raise StaleTableError(
-                f"{error}. Put it back, or let the job make the table anew with --on_stale rebuild.", self
-            ) from error
+        manifest = self.read_manifest()
         if (manifest is None or manifest.is_old) and (old := self._find_old()) is not None:
             raise StaleTableError(_explain_old(*old), old[0])
         if manifest is None:
-            if shards := self.list_shards():
-                raise StaleTableError(
-                    f"{self.uri} holds {len(shards)} shards and no {MANIFEST}: nothing says what made them. "
-                    "Delete them, or let the job do it with --on_stale rebuild.",
-                    self,
-                )
+            self._refuse_others_shards(identity)
             manifest = Manifest(
                 fingerprint=identity.fingerprint,
                 schema_version=form_of(identity.stage),
@@ -245,8 +291,10 @@ class Table:
                 begun=_now(),
                 **asdict(identity),
             )
-            self.write_manifest(manifest)
-        if {manifest.fingerprint, manifest.identity().fingerprint} != {identity.fingerprint}:  # the second: it was edited
+            self.write_manifest(manifest, ticket=ticket)
+        if manifest.identity().fingerprint != manifest.fingerprint:
+            raise DamagedFileError(f"{self.uri}/{MANIFEST} was edited: its fingerprint is not that of its content: {MEND_FILE}")
+        if manifest.fingerprint != identity.fingerprint:
             differences = "\n".join(f"  {line}" for line in describe_differences(manifest.identity(), identity))
             raise StaleTableError(
                 f"{self.uri} was made in another way:\n{differences}\n"
@@ -256,6 +304,18 @@ class Table:
             )
         return manifest
 
+    def _refuse_others_shards(self, identity: Identity) -> None:
+        """Raise StaleTableError if there are shards that another identity made. The footer of each says which one did."""
+        shards = self.list_shards()
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
+            if all(facts.fingerprint == identity.fingerprint for facts in pool.map(self.read_facts, shards)):
+                return
+        raise StaleTableError(
+            f"{self.uri} holds {len(shards)} shards and no {MANIFEST}, and the settings, models or inputs that made them were "
+            "others. Put the manifest back, or let the job delete them and make the table anew with --on_stale rebuild.",
+            self,
+        )
+
     def deletion_begun(self) -> bool:
         """Whether a deletion of this table was begun and has not ended; see `audit.rebuild.delete_table`."""
         try:
@@ -264,9 +324,9 @@ class Table:
             return False
         return True
 
-    def write_manifest(self, manifest: Manifest) -> None:
-        content = asdict(manifest) | {"updated": _now()}
-        self.write_file(MANIFEST, (json.dumps(content, indent=2) + "\n").encode())
+    def write_manifest(self, manifest: Manifest, *, ticket: Ticket | None = None) -> None:
+        """Raises as `write_shard`."""
+        self.write_json(MANIFEST, asdict(manifest) | {"updated": _now()}, ticket=ticket)
 
 
 def _explain_old(table: Table, manifest: Manifest) -> str:

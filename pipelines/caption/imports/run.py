@@ -25,7 +25,7 @@ from pipelines.caption.imports.rows import EntryReader
 from pipelines.stages.contract import OnProgress, Outcome, ShardOutput, StageResult
 from pipelines.stages.run import run_stream
 from pipelines.stages.shards import write_output
-from pipelines.storage.files import list_folder, read_file
+from pipelines.storage.files import list_folder
 from pipelines.storage.lease import Leases, Ticket, shared
 from pipelines.tables.identity import MANIFEST, Identity, value_settings
 from pipelines.tables.rejects import RowRefused, reject
@@ -93,16 +93,16 @@ class CaptionImport:
         """
         shards = self.images.list_shards()
         with shared(leases) as held, ExitStack() as stack:
-            held.take(self.captions.uri)
+            own = held.take(self.captions.uri).ticket
             if MANIFEST in list_folder(self.captions.uri) or self.captions.list_shards():
-                self.captions.claim(self.identity)  # refuses before all is read
+                self.captions.claim(self.identity, ticket=own)  # refuses before all is read
             index, ticket = None, None
             if set(shards).difference(self.captions.list_shards()):
                 index = stack.enter_context(self._build_index(shards))
                 if index.counts.scores:
                     ticket = held.take(self.scores.uri).ticket
-                    self.scores.claim(self.scores_identity)
-                self._write_counts(index)
+                    self.scores.claim(self.scores_identity, ticket=ticket)
+                self._write_counts(index, own)
 
             def write(shard: str, found: Found, own: Ticket) -> Outcome:
                 captions, scores = self._make_shard(shard, found)
@@ -123,8 +123,8 @@ class CaptionImport:
         """
         shards = self.captions.list_shards()
         with shared(leases) as held, ExitStack() as stack:
-            held.take(self.scores.uri)
-            self.scores.claim(self.scores_identity)
+            ticket = held.take(self.scores.uri).ticket
+            self.scores.claim(self.scores_identity, ticket=ticket)
             missing = set(shards).difference(self.scores.list_shards())
             index = stack.enter_context(self._build_index(self.images.list_shards())) if missing else None
 
@@ -135,8 +135,7 @@ class CaptionImport:
 
     def read_counts(self) -> dict[str, Any]:
         """The counts of the run that made the last shards: those of `index.Counts`, with `files` and `other_files`."""
-        content: dict[str, Any] = json.loads(read_file(f"{self.captions.uri}/{COUNTS}"))
-        return content
+        return self.captions.read_json(COUNTS, dict)
 
     def _build_index(self, shards: list[str]) -> CaptionIndex:
         """Read all captions and join them with the images. Raises ValueError as `run`."""
@@ -175,11 +174,11 @@ class CaptionImport:
                 return str(row["source_uri"])
         return None
 
-    def _write_counts(self, index: CaptionIndex) -> None:
+    def _write_counts(self, index: CaptionIndex, ticket: Ticket) -> None:
         counts = vars(index.counts) | {"files": len(self.found.files), "other_files": self.found.others}
         lines = [json.dumps(row) + "\n" for row in index.tell()]
-        self.captions.write_file(NOT_IMPORTED, "".join(lines).encode())
-        self.captions.write_file(COUNTS, (json.dumps(counts, indent=2) + "\n").encode())
+        self.captions.write_file(NOT_IMPORTED, "".join(lines).encode(), ticket=ticket)
+        self.captions.write_json(COUNTS, counts, ticket=ticket)
 
     def _make_shard(self, shard: str, found: Found) -> tuple[ShardOutput, ShardOutput]:
         """Captions and scores of a shard. Every image is a row or a reject of the captions; every caption, of the scores."""

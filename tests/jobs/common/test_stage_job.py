@@ -2,9 +2,13 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pyarrow as pa
+import pytest
 
+from jobs import caption, duplicates, embed_captions, embed_images, evaluate, extract, import_captions, score, score_images
+from jobs.common.exit_codes import ExitCode
 from jobs.common.job import JobConfig
 from jobs.common.stage_job import track_stage
 from pipelines.stages.contract import OnProgress, Outcome, StageResult
@@ -40,3 +44,26 @@ def test_a_table_whose_job_was_killed_before_its_report_gets_one(tmp_path: Path)
         assert track_stage(JobConfig(dataset_uri=str(tmp_path)), "x", stage, make_report=make_report).was_done
         assert [(tmp_path / "image_scores/x" / REPORT).read_text()] == reports
     assert not (tmp_path / "mlflow.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("job", "arguments", "missing"),
+    [
+        (caption, ["--captioner.name", "a", "--captioner.model", "zoo://captioner-a"], "images"),
+        (embed_images, ["--clip.name", "clip", "--clip.model", "zoo://clip"], "images"),
+        (score_images, ["--scorer.name", "x", "--scorer.clip", "clip", "--scorer.head", "x.pth"], "image_embeds/clip"),
+        (duplicates, [], "images"),
+        (import_captions, ["--captions.name", "a", "--captions.source", "."], "images"),
+        (score, ["--scorer.name", "clip", "--scorer.model", "zoo://clip", "--scorer.captioners", "[a]"], "captions/a"),
+        (extract, ["--extract.name", "ae", "--extract.autoencoder", "zoo://dc-ae", "--extract.resolution", "64"], "images"),
+        (embed_captions, ["--embed.name", "t", "--embed.text_encoder", "zoo://t", "--embed.captioners", "[a]"], "captions/a"),
+        (evaluate, ["--evaluate.name", "x", "--evaluate.model", "zoo://clip"], "samples/x"),
+    ],
+)
+def test_a_stage_without_its_input_says_so_in_one_line_before_ray_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], job: ModuleType, arguments: list[str], missing: str
+) -> None:
+    assert job.main(["--dataset_uri", str(tmp_path / "data"), *arguments]) == ExitCode.WRONG_INPUT
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1 and f"there is no table '{missing}' in" in told[0]
+    assert not (tmp_path / "data").exists()

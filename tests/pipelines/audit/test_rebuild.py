@@ -23,14 +23,15 @@ from pipelines.shapes.drawing import write_folder
 from pipelines.stages.contract import OnProgress, StageResult
 from pipelines.storage.errors import LeaseHeldError, StorageError
 from pipelines.storage.lease import LEASE, Leases, hold, read_lease
-from pipelines.tables.errors import StaleTableError
+from pipelines.tables.errors import DamagedFileError, StaleTableError
+from pipelines.tables.hashed_json import from_hashed_json
 from pipelines.tables.identity import MANIFEST, Identity
 from pipelines.tables.table import REBUILD, Table
 from pipelines.workers.images import ImageLimits
 from sana_model.files.places import ZOO_DIR
 from tests.support.counted_stages import count_workers
 from tests.support.old_forms import write_old_manifest, write_old_scores
-from tests.support.whole_dataset import SHARDS, make_dataset, write_table
+from tests.support.whole_dataset import SHARDS, edit_manifest, make_dataset, write_table
 
 SCORED = ["image_embeds/clip", "scores/clip/a", "scores/clip/b"]
 Jobs = dict[str, tuple[Callable[[JobConfig], object], JobConfig]]
@@ -283,17 +284,41 @@ def test_while_a_table_is_being_deleted_nothing_is_written_into_it(
     assert table.claim(identity).fingerprint == identity.fingerprint
 
 
-@pytest.mark.parametrize("content", [None, "{", "edited"])
-def test_a_table_without_a_whole_manifest_may_be_made_anew(tmp_path: Path, content: str | None) -> None:
-    table = make_dataset(str(tmp_path / "data"))["captions/a"]
+@pytest.mark.parametrize("damage", ["cut", "edited", "edited by an earlier version", "of a later version"])
+def test_a_table_whose_manifest_was_damaged_or_edited_is_never_deleted(tmp_path: Path, damage: str) -> None:
+    table = make_dataset(str(tmp_path))["captions/a"]
     identity, path = table.require().identity(), Path(table.uri, MANIFEST)
     text = path.read_text()
-    path.unlink()
-    if content is not None:
-        path.write_text(text.replace("Describe.", "Tell.") if content == "edited" else content)
-    with pytest.raises(StaleTableError, match="--on_stale rebuild") as refused:
+    if damage == "cut":
+        path.write_text(text[:100])
+    elif damage == "edited":
+        path.write_text(text.replace("Describe.", "Tell."))
+    elif damage == "of a later version":
+        table.write_json(MANIFEST, from_hashed_json(text.encode()) | {"new": 1})
+    else:
+        edit_manifest(table, config={"prompt": "Tell.", "model": "vlm"})
+    before = files(tmp_path)
+
+    def run_stage(on_progress: OnProgress, leases: Leases) -> StageResult:
         table.claim(identity)
+        raise AssertionError
+
+    with pytest.raises(DamagedFileError, match=r"_manifest\.json .*(not what this version wrote|was edited).*jobs\.repair"):
+        track_stage(JobConfig(dataset_uri=str(tmp_path), on_stale="rebuild"), "caption", run_stage)
+    assert files(tmp_path) == before
+
+
+def test_shards_without_a_manifest_are_taken_over_by_the_settings_that_made_them_and_else_may_be_rebuilt(
+    tmp_path: Path,
+) -> None:
+    table = make_dataset(str(tmp_path / "data"))["captions/a"]
+    identity = table.require().identity()
+    Path(table.uri, MANIFEST).unlink()
+    with pytest.raises(StaleTableError, match=r"2 shards and no _manifest.*--on_stale rebuild") as refused:
+        table.claim(replace(identity, config={"prompt": "Tell."}))
     assert refused.value.table == table
+    assert not table.claim(identity).complete and table.list_shards() == list(SHARDS)
+    Path(table.uri, MANIFEST).unlink()
     delete_table(table)
     assert table.claim(identity).fingerprint == identity.fingerprint and table.list_shards() == []
 
@@ -302,7 +327,7 @@ def test_a_table_that_is_being_read_or_written_is_not_deleted(tmp_path: Path) ->
     tables = make_dataset(str(tmp_path / "data"))
     before = files(tmp_path)
     with hold(tables["scores/clip/a"].uri):
-        with pytest.raises(LeaseHeldError, match=r"captions/a cannot be deleted now: scores/clip/a is made from it by"):
+        with pytest.raises(LeaseHeldError, match=r"captions/a cannot be changed now: scores/clip/a is made from it by"):
             delete_table(tables["captions/a"])
         delete_table(tables["latents/ae-64"])
     assert files(tmp_path) == {path: stamp for path, stamp in before.items() if "latents" not in str(path)}

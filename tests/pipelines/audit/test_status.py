@@ -145,7 +145,7 @@ def test_a_broken_manifest_is_told_and_the_rest_is_shown(tmp_path: Path) -> None
     tables = make_dataset(str(tmp_path))
     Path(tables["captions/b"].uri, MANIFEST).write_text("{")
     found = look(tables)
-    assert "is no manifest" in found["captions/b"].problems[0] and found["captions/a"].complete
+    assert "is not what this version wrote" in found["captions/b"].problems[0] and found["captions/a"].complete
 
 
 def add_training(folder: Path, tables: Tables, name: str, result: dict[str, float] | None) -> None:

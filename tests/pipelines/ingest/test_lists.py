@@ -15,12 +15,13 @@ import pytest
 from pipelines.ingest import lists
 from pipelines.ingest.config import DownloadConfig, IngestConfig
 from pipelines.ingest.download import fetch_all
-from pipelines.ingest.lists import PIECE_ROWS
+from pipelines.ingest.lists import PIECE_ROWS, copy_again
 from pipelines.ingest.readers import count_samples, read_parts
 from pipelines.ingest.run import run_ingest
 from pipelines.ingest.sources import Part, Source, find_source, list_parts
 from pipelines.storage.errors import StorageError
-from pipelines.tables.errors import StaleTableError
+from pipelines.storage.lease import Leases
+from pipelines.tables.errors import DamagedShardError, StaleTableError
 from pipelines.tables.rejects import RowRefused
 from pipelines.tables.schema import IMAGES, IMAGES_PATH, Row
 from pipelines.tables.table import Table
@@ -184,6 +185,28 @@ def test_slices_of_long_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         for start, stop in slices:
             with pytest.raises(StorageError, match=r"copy of .*list\.csv is gone"):
                 read_parts(source, [Part("list.csv", 0, start=start, stop=stop)])
+
+
+def test_a_copy_that_is_gone_is_made_again_from_the_same_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lists, "PIECE_ROWS", 10)
+    write_files(tmp_path, {f"{number}.png": bytes([number]) for number in range(25)})
+    content = "path\n" + "\n".join(f"{number}.png" for number in range(25))
+    (tmp_path / "list.csv").write_text(content)
+    source, part = list_source(tmp_path / "list.csv"), Part("list.csv", len(content), start=12, stop=15)
+    with Leases() as leases:
+        ticket = leases.take(str(tmp_path / "images")).ticket
+        assert count_samples(source, part, ticket) == 25
+        first, second, _ = sorted((tmp_path / "copies").iterdir())
+        second.write_bytes(first.read_bytes())
+        with pytest.raises(DamagedShardError, match=r"the copy of .*list\.csv, is damaged \(it is a copy of _lists/"):
+            read_parts(source, [part])
+        second.unlink()
+        copy_again(source, [part], ticket)
+        assert [row["image_bytes"][0] for row in read_parts(source, [part]).to_pylist()] == [12, 13, 14]
+        second.unlink()
+        (tmp_path / "list.csv").write_text(content + "\n3.png")
+        with pytest.raises(ValueError, match=f"the list was changed since: it had {len(content)} bytes"):
+            copy_again(source, [part], ticket)
 
 
 def test_slices_are_read_and_fetched_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,14 +16,14 @@ from ray import cloudpickle
 
 from jobs.ingest import describe_captions
 from pipelines.ingest.config import IngestConfig
-from pipelines.ingest.plan import ShardSize, SharedPlan, pack
+from pipelines.ingest.plan import ShardSize, SharedPlan, pack, write_plan
 from pipelines.ingest.readers import SOURCE_ROWS
-from pipelines.ingest.run import IngestWorker, ShardReader, image_id, run_ingest
+from pipelines.ingest.run import IngestWorker, ShardReader, _plan_sources, image_id, run_ingest
 from pipelines.ingest.sources import Part, find_source, list_parts
 from pipelines.reports.images import images_report
-from pipelines.storage.lease import LEASE
+from pipelines.storage.lease import LEASE, Leases
 from pipelines.storage.swap import LOCK_SUFFIX
-from pipelines.tables.errors import StaleTableError, TooManyRejectsError
+from pipelines.tables.errors import DamagedFileError, StaleTableError, TooManyRejectsError
 from pipelines.tables.schema import IMAGES, IMAGES_PATH
 from pipelines.tables.table import Table
 from pipelines.workers.images import ImageLimits, decode
@@ -234,8 +234,25 @@ def test_a_task_is_not_sent_the_whole_plan(local_ray):
     assert len(cloudpickle.dumps(reader)) < 10_000 < len(cloudpickle.dumps(shards)) / 100
 
 
+def test_a_plan_that_lost_a_shard_is_not_extended(tmp_path):
+    write_images(tmp_path / "raw", range(4))
+    images, config = images_of(tmp_path / "data"), IngestConfig(source=str(tmp_path / "raw"), rows_per_shard=2)
+    with Leases() as leases:
+        ticket = leases.take(images.uri).ticket
+        _, plan = _plan_sources(images, config, ticket)
+        for shard in plan.shards:
+            images.write_shard(shard, pa.Table.from_pylist([], IMAGES), ticket=ticket)
+        kept, lost = plan.shards.items()
+        for shards, told in (([kept], r"does not plan shard 00001"), ([lost], r"it plans 1 shards, and not shard 00000")):
+            write_plan(images, replace(plan, shards=dict(shards)), ticket)
+            with pytest.raises(DamagedFileError, match=told):
+                _plan_sources(images, config, ticket)
+        (tmp_path / "data/images/_sources.json").unlink()
+        assert _plan_sources(images, config, ticket)[1] == plan, "the source holds what it held"
+
+
 def test_plan_of_another_version_is_named(tmp_path):
     (tmp_path / "dataset/images").mkdir(parents=True)
     (tmp_path / "dataset/images/_sources.json").write_text('{"shards": {}}')
-    with pytest.raises(ValueError, match=r"_sources\.json is no plan of this version"):
+    with pytest.raises(ValueError, match=r"_sources\.json is not what this version wrote \(KeyError"):
         run_ingest(str(tmp_path / "dataset"), IngestConfig(source=str(tmp_path)))

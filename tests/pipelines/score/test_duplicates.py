@@ -16,7 +16,8 @@ from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.run import run_ingest
 from pipelines.reports.image_scores import duplicates_report
 from pipelines.score.config import NEAR_DUPLICATES, SEMANTIC_DUPLICATES, DuplicatesConfig, SemanticConfig
-from pipelines.score.duplicates import GENERATIONS, VERDICTS, run_duplicates
+from pipelines.score.duplicates import run_duplicates
+from pipelines.score.verdicts import GENERATIONS, VERDICTS
 from pipelines.stages.contract import StageResult
 from pipelines.storage.errors import LeaseHeldError
 from pipelines.storage.lease import LEASE, hold
@@ -151,7 +152,7 @@ def test_stage_grows_resumes_and_shows(tmp_path: Path, local_ray: None, method: 
         for shard in shards:
             os.remove(folder / f"{shard}.parquet")
         if len(shards) == 2:  # as earlier versions left it, which kept no verdicts
-            os.remove(folder / VERDICTS.format(0))
+            os.remove(folder / f"{VERDICTS.format(0)}.parquet")
         assert run_duplicates(str(dataset), method.config).found_shards == 4 - len(shards)
         assert verdicts_of(dataset, method.scorer, method.source) == second
     assert run_duplicates(str(dataset), method.config).was_done
@@ -162,8 +163,8 @@ def test_stage_grows_resumes_and_shows(tmp_path: Path, local_ray: None, method: 
     assert len(re.findall(method.told, page)) == 3
 
     os.remove(folder / "00000.parquet")
-    (folder / VERDICTS.format(0)).write_bytes(b"cut")
-    with pytest.raises(DamagedShardError, match=r"_verdicts-00000\.parquet is damaged .* delete it"):
+    (folder / f"{VERDICTS.format(0)}.parquet").write_bytes(b"cut")
+    with pytest.raises(DamagedShardError, match=r"_verdicts-00000\.parquet is damaged .* jobs\.repair"):
         run_duplicates(str(dataset), method.config)
 
 

@@ -193,5 +193,5 @@ def test_a_shard_that_is_cut_anywhere_is_damaged(tmp_path: Path, kept: int) -> N
     path = tmp_path / "images/00000.parquet"
     path.write_bytes(path.read_bytes()[:kept])
     for read in (table.read_shard, table.read_facts):
-        with pytest.raises(DamagedShardError, match=rf"{path} is damaged \(.*\): delete it, and its stage makes it again"):
+        with pytest.raises(DamagedShardError, match=rf"{path} is damaged \(.*\): let python -m jobs\.repair move it aside"):
             read("00000")

@@ -124,7 +124,7 @@ def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     torch.save({"layers.0.weight": torch.zeros(1, 4), "layers.0.bias": torch.zeros(1)}, tmp_path / "head.pth")
     monkeypatch.chdir(tmp_path)
 
-    def claim(table: Table, identity: Identity) -> None:
+    def claim(table: Table, identity: Identity, *, ticket: object) -> None:
         raise Claimed(identity)
 
     monkeypatch.setattr(Table, "claim", claim)

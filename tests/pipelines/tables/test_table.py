@@ -120,7 +120,7 @@ def test_a_damaged_shard_and_a_damaged_manifest_are_named(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"00000\.parquet is damaged"):
         table.read_shard("00000")
     table.write_file("_manifest.json", b'{"fingerprint": ')
-    with pytest.raises(ValueError, match=r"_manifest\.json is no manifest"):
+    with pytest.raises(ValueError, match=r"_manifest\.json is not what this version wrote"):
         table.read_manifest()
 
 
