@@ -4,9 +4,10 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
+from functools import cache
 from typing import Any, TypeVar
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from jobs.common.config_faults import check_command_line, check_required
 from jobs.common.config_fields import required_fields
@@ -37,7 +38,14 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None = None, *, pr
         sys.exit(2)
 
 
+@cache
+def _import_nothing() -> None:
+    """Keep jsonargparse from importing, or calling, what a value names as its `class_path`: a YAML file may be a stranger's."""
+    set_parsing_settings(import_path_denylist=["*"], instantiate_subclass_spec_in_any=False)
+
+
 def _make_parser(config_class: type, prog: str, description: str) -> ArgumentParser:
+    _import_nothing()
     parser = ArgumentParser(prog=prog, description=description, epilog=EPILOG, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", action="config", help="a YAML file; overrides come after it, such as --part.field value")
     parser.add_class_arguments(config_class, as_group=False)
@@ -118,6 +126,7 @@ def _last_config(arguments: list[str]) -> int:
 
 def from_dict(config_class: type[T], values: Mapping[str, Any]) -> T:
     """The configuration that `to_dict` was called with, from its result. Raises ValueError with the key that does not fit."""
+    _import_nothing()
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(config_class, as_group=False)
     try:

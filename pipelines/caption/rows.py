@@ -20,8 +20,15 @@ from pipelines.tables.schema import Row
 from pipelines.tables.text import clean
 from pipelines.workers.images import decode
 from pipelines.workers.models import pretrained
+from sana_model.nn.plain_text import PlainText
 
-TAG = re.compile(r"<[^<>\s][^<>]{0,60}>|\[/?INST\]")
+SQUARE = (
+    "INST|IMG|IMG_BREAK|IMG_END|AUDIO|BEGIN_AUDIO|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|TOOL_CONTENT|ARGS|CALL_ID|"
+    r"THINK|TRANSCRIBE|PREFIX|MIDDLE|SUFFIX|control_\d+|CLS|SEP|PAD|MASK|UNK|BOS|EOS|gMASK|sMASK"
+)
+"""Special tokens in square brackets: Mistral's, BERT's, GLM's. Other words in brackets are common in captions ("[OC]")."""
+TAG = re.compile(rf"[<＜](?=[^<>＜＞\s][^<>＜＞]{{0,60}}[>＞])|\[(?=/?(?:{SQUARE})\])")
+"""The opening bracket of what may be a special token of some model: <image>, </s>, <|im_end|>, [IMG], [/INST]."""
 TOO_LONG = re.compile(r"context length|maximum (model|context)|max_model_len|too (long|many tokens)|longer than", re.IGNORECASE)
 """Messages of vLLM and OpenAI-compatible servers about a prompt that is too long."""
 ENGINE_DIED = "engine_died"
@@ -59,9 +66,9 @@ def make_question(row: Row, config: CaptionerConfig) -> Question:
 def fill_prompt(prompt: str, row: Row) -> str:
     """Put the image's own caption into the prompt.
 
-    Tags are removed from it: a model would take "<image>" or "</s>" for its special tokens.
+    A space in each tag keeps it text: a model would take "<image>" or "</s>" for its special tokens.
     """
-    return prompt.replace(ORIGINAL, TAG.sub("", row.get("caption") or ""))
+    return prompt.replace(ORIGINAL, TAG.sub(lambda bracket: f"{bracket[0]} ", row.get("caption") or ""))
 
 
 def data_uri(image: Image.Image, image_format: Literal["png", "jpeg"]) -> str:
@@ -86,8 +93,9 @@ class CaptionJudge:
         self.count_tokens: Callable[[str], int] | None = None
         if self.quality.budget_tokenizer:
             path, options = pretrained(self.quality.budget_tokenizer)
-            tokenizer = AutoTokenizer.from_pretrained(path, **options)
-            self.count_tokens = lambda text: len(tokenizer(text)["input_ids"])
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
+            plain = PlainText(tokenizer)
+            self.count_tokens = lambda text: len(plain.rows([text])[0])
 
     def judge(self, source: Sequence[Row], outcomes: Sequence[Outcome]) -> ShardOutput:
         """An outcome for each row of `source` (id, source_uri, and caption where the prompt asks for it)."""

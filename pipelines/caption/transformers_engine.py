@@ -48,11 +48,12 @@ class TransformersCaptioner:
     def __init__(self, config: CaptionerConfig):
         self.config = config
         path, pinned = pretrained(config.model, config.revision)
-        options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, **pinned}
+        trusted, options = config.trust_remote_code, dict[str, Any](pinned)
         self.device = pick_device(config.device)
-        model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, config.dtype), **options)
+        dtype = getattr(torch, config.dtype)
+        model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, trust_remote_code=trusted, **options)
         self.model = model.to(self.device).eval()
-        self.processor = AutoProcessor.from_pretrained(path, **options)
+        self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=trusted, **options)
         self.processor.tokenizer.padding_side = "left"  # all captions of a batch begin at the same place
         self.batch_size = config.batch_size
         self.context_length = config.context_length or _context_length(self.model.config)

@@ -93,7 +93,8 @@ def run_engine(dataset: ray.data.Dataset, config: CaptionerConfig) -> ray.data.D
     if not ray.get(ray.remote(num_cpus=LIGHT)(_has_vllm).remote()):
         raise StageError(f"captioner {config.name!r}: engine=vllm needs vLLM on the nodes of the cluster: {INSTALL}")
     options, (model, pinned) = config.vllm, pretrained(config.model, config.revision)
-    code = {"trust_remote_code": config.trust_remote_code, **pinned}
+    trusted = config.trust_remote_code
+    code = {"trust_remote_code": trusted, **pinned}
     engine_kwargs: dict[str, Any] = {
         "dtype": config.dtype,
         "tensor_parallel_size": options.tensor_parallel_size,
@@ -104,7 +105,9 @@ def run_engine(dataset: ray.data.Dataset, config: CaptionerConfig) -> ray.data.D
         **code,
         **options.engine_args,
     }
-    template = AutoProcessor.from_pretrained(model, **code).chat_template  # that stage would take it of "main"
+    template = AutoProcessor.from_pretrained(
+        model, trust_remote_code=trusted, **pinned
+    ).chat_template  # that stage would take it of "main"
     resources, parts = config.resources, options.tensor_parallel_size
     bundle = {"CPU": resources.num_cpus, "GPU": resources.num_gpus, **resources.custom}
     messages = {"chat_template_content_format": options.content_format, "model_config_kwargs": code}
@@ -166,7 +169,7 @@ def stop_tokens(config: CaptionerConfig) -> set[int]:
     options: dict[str, Any] = dict(pinned)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=config.trust_remote_code, **options)
     try:
-        known = GenerationConfig.from_pretrained(model, **options).eos_token_id
+        known = GenerationConfig.from_pretrained(model, trust_remote_code=False, **options).eos_token_id
     except OSError:  # there is no such file
         known = None
     return {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])} - {None}

@@ -134,9 +134,9 @@ class Classifier:
         assert config.model is not None and config.label is not None
         path, options = pretrained(config.model, config.revision)
         self.device = pick_device(config.device)
-        self.processor = AutoImageProcessor.from_pretrained(path, **options, backend="pil")
+        self.processor = AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False, **options)
         dtype = getattr(torch, config.dtype)
-        model = AutoModelForImageClassification.from_pretrained(path, dtype=dtype, **options)
+        model = AutoModelForImageClassification.from_pretrained(path, dtype=dtype, trust_remote_code=False, **options)
         self.model = model.to(self.device).eval()
         labels = {str(name): int(number) for number, name in model.config.id2label.items()}
         number = labels.get(config.label, int(config.label) if config.label.isdecimal() else -1)

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from pipelines.tables.rejects import RowRefused
 from pipelines.workers.models import pick_device, pretrained
 from sana_model.nn.finite import name_dtype
+from sana_model.nn.plain_text import PlainText
 
 MAX_TEXTS = 512
 """Texts per call of the model."""
@@ -23,7 +24,7 @@ PreparedImage = Mapping[str, Tensor]
 def embedding_width(model: str, revision: str | None = None) -> int:
     """The width D of a CLIP's or SigLIP's embeddings, from its configuration alone."""
     path, options = pretrained(model, revision)
-    return _width(AutoConfig.from_pretrained(path, **options))
+    return _width(AutoConfig.from_pretrained(path, trust_remote_code=False, **options))
 
 
 def _width(config: Any) -> int:
@@ -42,15 +43,16 @@ class ClipModel:
         self.name = model
         path, options = pretrained(model, revision)
         self.device = pick_device(device)
-        self.model = AutoModel.from_pretrained(path, dtype=getattr(torch, dtype), **options).to(self.device).eval()
-        processor = AutoProcessor.from_pretrained(path, **options)
+        loaded = AutoModel.from_pretrained(path, dtype=getattr(torch, dtype), trust_remote_code=False, **options)
+        self.model = loaded.to(self.device).eval()
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False, **options)
         self.image_processor, self.tokenizer = processor.image_processor, processor.tokenizer
+        self.plain = PlainText(self.tokenizer)
         # SigLIP learned with every text padded to its full length, on the right, and with the padding in sight: no mask.
         self.pads_fully = self.model.config.model_type.startswith("siglip")
         self.width = _width(self.model.config)
         self.length = min(self.model.config.text_config.max_position_embeddings, self.tokenizer.model_max_length)
-        self.prefix, self.suffix = self._special_tokens()
-        self.max_tokens = self.length - len(self.prefix) - len(self.suffix)
+        self.max_tokens = self.length - len(self.plain.start) - len(self.plain.end)
 
     def not_finite(self, reason: str) -> RowRefused:
         """The refusal of an item for which the model gives values that are not finite."""
@@ -74,8 +76,8 @@ class ClipModel:
         return self.embed_prepared([self.prepare_image(image) for image in images])
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of each text, all of them, without the special ones at its ends."""
-        return self.tokenizer(list(texts), add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+        """The tokens of each text, all of them, without those that the tokenizer adds. Special tokens in it are plain text."""
+        return self.plain.bodies(texts)
 
     @torch.inference_mode()
     def embed_tokens(self, rows: Sequence[list[int]]) -> Tensor:
@@ -88,7 +90,7 @@ class ClipModel:
         return self.embed_tokens([tokens[: self.max_tokens] for tokens in self.tokenize(texts)])
 
     def _embed_rows(self, rows: Sequence[list[int]]) -> Tensor:
-        whole = [[*self.prefix, *row, *self.suffix] for row in rows]
+        whole = [[*self.plain.start, *row, *self.plain.end] for row in rows]
         width = self.length if self.pads_fully else max(map(len, whole))
         ids = torch.full((len(whole), width), self.tokenizer.pad_token_id or 0)
         mask = torch.zeros_like(ids)
@@ -98,12 +100,6 @@ class ClipModel:
         if not self.pads_fully:
             inputs["attention_mask"] = mask.to(self.device)
         return _unit(self.model.get_text_features(**inputs))
-
-    def _special_tokens(self) -> tuple[list[int], list[int]]:
-        """The tokens that the tokenizer puts before and after every text."""
-        bare, whole = (self.tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-        start = next(index for index in range(len(whole)) if whole[index : index + len(bare)] == bare)
-        return whole[:start], whole[start + len(bare) :]
 
 
 def _unit(features: object) -> Tensor:

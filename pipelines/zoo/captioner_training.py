@@ -41,7 +41,9 @@ def train_captioner(config: TinyCaptionerConfig) -> dict[str, float]:
     loop, kind, cache_dir = config.loop or CAPTIONER_LOOPS[config.kind], config.kind, config.cache_dir
     torch.set_num_threads(loop.num_threads)
     torch.manual_seed(loop.seed)
-    clip = None if config.clip_dir is None else CLIPModel.from_pretrained(config.clip_dir, dtype=torch.float32)
+    clip = None
+    if config.clip_dir is not None:
+        clip = CLIPModel.from_pretrained(config.clip_dir, dtype=torch.float32, trust_remote_code=False)
     model, processor = make_captioner(kind, clip)
     model.train()
     model.set_attn_implementation("eager")  # on a CPU the backward of fused attention takes longer than all the rest

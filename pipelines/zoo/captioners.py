@@ -239,5 +239,5 @@ def save_captioner(model: Any, processor: ProcessorMixin, output_dir: str | Path
 
 def load_captioner(path: str | Path) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Load model and processor for measuring, in float32."""
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
-    return model, AutoProcessor.from_pretrained(path)
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, trust_remote_code=False).eval()
+    return model, AutoProcessor.from_pretrained(path, trust_remote_code=False)

@@ -64,7 +64,10 @@ def train_clip(config: TinyClipConfig) -> dict[str, float]:
     torch.set_num_threads(loop.num_threads)
     torch.manual_seed(loop.seed)
     tokenizer = clip_tokenizer()
-    model = CLIPModel.from_pretrained(init_dir, dtype=torch.float32) if init_dir else make_clip(tokenizer)
+    if init_dir:
+        model = CLIPModel.from_pretrained(init_dir, dtype=torch.float32, trust_remote_code=False)
+    else:
+        model = make_clip(tokenizer)
     model.set_attn_implementation("eager")  # on a CPU the backward of fused attention takes longer than all the rest
     heads = AttributeHeads(model.visual_projection.out_features)
     world = load_world(cache_dir=cache_dir)

@@ -79,8 +79,9 @@ def measure_zoo(zoo_dir: str | Path, *, grid: str | Path) -> Figures:
 
 
 def _measure_clip(zoo: Path, world: World) -> Figures:
-    model = CLIPModel.from_pretrained(zoo / "clip", dtype=torch.float32)
-    return measure_clip(model, PreTrainedTokenizerFast.from_pretrained(zoo / "clip"), world)
+    model = CLIPModel.from_pretrained(zoo / "clip", dtype=torch.float32, trust_remote_code=False)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(zoo / "clip", trust_remote_code=False)
+    return measure_clip(model, tokenizer, world)
 
 
 def _measure_autoencoder(zoo: Path, world: World, judge: AttributeJudge) -> Figures:

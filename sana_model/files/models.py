@@ -195,9 +195,9 @@ def load_text_encoder(
     local, tokenizer_local = (resolve(p) if "://" in str(p) else p for p in (path, tokenizer_path or path))
     pinned = {"revision": revision} if revision else {}
     with naming_the_folder(local, "language model"):
-        model = AutoModel.from_pretrained(local, **options, **pinned)
+        model = AutoModel.from_pretrained(local, trust_remote_code=False, **options, **pinned)
     with naming_the_folder(tokenizer_local, TOKENIZER):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_local, **pinned)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_local, trust_remote_code=False, **pinned)
     return TextEncoder(model, tokenizer, config)
 
 

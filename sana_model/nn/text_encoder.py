@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
 from sana_model.nn.config import DEFAULT_TEXT_ENCODER, NVLABS_PROMPTS, NullCaption, TextEncoderConfig
+from sana_model.nn.plain_text import PlainText
 
 MAX_PADDING = 1 / 8  # largest share of pad tokens in a batch
 MAX_FORWARD_TOKENS = 16_384  # tokens computed in one forward, padding included
@@ -37,6 +38,7 @@ class TextEncoder(nn.Module):
         self.model = model.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.config = config
+        self._plain = PlainText(tokenizer)
         self.instruction_ids: list[int] = tokenizer.encode(config.instruction) if config.instruction else []
         self._prefix: _Prefix | None = None
 
@@ -157,12 +159,11 @@ class TextEncoder(nn.Module):
         _check_captions(captions)
         instruction = self.config.instruction if use_instruction else ""
         prompts = [caption.lower() if self.config.lowercase else caption for caption in captions]
-        rows = self.tokenizer(
-            [instruction + prompt.strip() for prompt in prompts],
-            truncation=truncate,
+        rows = self._plain.rows(
+            [prompt.strip() for prompt in prompts],
+            instruction=instruction,
             max_length=self._first_kept(use_instruction) + self.config.max_tokens - 1 if truncate else None,
-            return_attention_mask=False,
-        )["input_ids"]
+        )
         # A tokenizer without BOS makes no token from "": take the pad token, which the published code has at position 0.
         return [row or [self.tokenizer.pad_token_id or 0] for row in rows]
 

@@ -167,7 +167,7 @@ def count_text_activations(config: Any, samples: int, tokens: int, dtype: torch.
     from transformers import AutoModel
 
     with FakeTensorMode():
-        model = AutoModel.from_config(config, dtype=dtype).eval()
+        model = AutoModel.from_config(config, dtype=dtype, trust_remote_code=False).eval()
         rows = min(samples, max(MAX_FORWARD_TOKENS // tokens, 1))
         counter = LiveBytes()
         counter.leave_out(dict(model.named_parameters()) | dict(model.named_buffers()))

@@ -64,7 +64,9 @@ def find_shapes(training: TrainConfig, problems: list[str]) -> ModelShapes:
     text_size = 0
     if text_encoder is not None:
         with torch.device("meta"):
-            text_size = sum(weight.numel() for weight in AutoModel.from_config(text_encoder).parameters())
+            text_size = sum(
+                weight.numel() for weight in AutoModel.from_config(text_encoder, trust_remote_code=False).parameters()
+            )
     autoencoder_size = 0
     if autoencoder is not None:
         with torch.device("meta"):
@@ -128,14 +130,15 @@ def _find_text_encoder(companions: Companions, problems: list[str]) -> tuple[Any
     path, tokenizer_path = companions.text_encoder, companions.tokenizer or companions.text_encoder
     place = _if_here(path)
     try:
-        config = AutoConfig.from_pretrained(place or path, local_files_only=True)
+        config = AutoConfig.from_pretrained(place or path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError):
         config = KNOWN_TEXT_ENCODERS.get(path)
     if config is None:
         problems.append(f"the text encoder {path} is not on this machine: its memory is not counted")
         return None, None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(_if_here(tokenizer_path) or tokenizer_path, local_files_only=True)
+        tokenizer_place = _if_here(tokenizer_path) or tokenizer_path
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_place, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError):
         problems.append(
             f"the tokenizer of {path} is not on this machine: tokens of captions are not counted, and all captions are taken "
@@ -143,7 +146,7 @@ def _find_text_encoder(companions: Companions, problems: list[str]) -> tuple[Any
         )
         return config, None
     with torch.device("meta"):
-        return config, TextEncoder(AutoModel.from_config(config), tokenizer, companions.prompts)
+        return config, TextEncoder(AutoModel.from_config(config, trust_remote_code=False), tokenizer, companions.prompts)
 
 
 def _if_here(path: str) -> Path | None:
