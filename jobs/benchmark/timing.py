@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -74,8 +75,9 @@ def _onednn_flops(x_shape: torch.Size, weight_shape: torch.Size, *_: object, out
     return 2 * out_shape.numel() * weight_shape[1]
 
 
+@cache
 def measure_mm_peak(dtype: torch.dtype, device: torch.device, size: int = 2048, repeats: int = 7) -> float:
-    """FLOP/s of torch.mm on square matrices, median; on a GPU larger ones."""
+    """FLOP/s of torch.mm on square matrices, median; on a GPU larger ones. Measured once a process."""
     size = size * 4 if device.type == "cuda" else size
     left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     torch.mm(left, right)

@@ -31,11 +31,28 @@ class RayConfig:
 
 @contextmanager
 def start_ray(config: RayConfig) -> Iterator[None]:
-    """Connect to the cluster, or start a local Ray and stop it at the end."""
+    """Connect to the cluster, or start a local Ray and stop it at the end. A Ray that this process has is used, and left."""
     import ray
     import ray.data  # sets up its loggers
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
+    was_there = ray.is_initialized()
+    if not was_there:
+        _init_ray(config)
+    _quiet_libraries()
+    before = signal.signal(signal.SIGTERM, _stop)  # after ray.init, which sets a handler of its own
+    try:
+        yield
+    finally:
+        if was_there:
+            signal.signal(signal.SIGTERM, before)
+        else:
+            ray.shutdown()
+
+
+def _init_ray(config: RayConfig) -> None:
+    import ray
+
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ side writes to this process's own stderr
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
@@ -47,12 +64,6 @@ def start_ray(config: RayConfig) -> Iterator[None]:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    _quiet_libraries()
-    signal.signal(signal.SIGTERM, _stop)  # after ray.init, which sets a handler of its own
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 @contextmanager
