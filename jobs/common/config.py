@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-from jobs.common.config_faults import check_command_line, check_required
+from jobs.common.config_faults import check_command_line, check_numbers, check_required, name_section
 from jobs.common.config_fields import required_fields
+from jobs.common.config_values import ConfigFault, rewrite_arguments
 
 T = TypeVar("T")
 EPILOG = "Where a text says None, type null, in YAML and on the command line."
@@ -31,8 +32,13 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None = None, *, pr
             raise ValueError(_explain_unnamed(config_class, parser, arguments, unnamed))
         parsed = _parse(parser, config_class, arguments)
         check_required(config_class, parsed.get)
-        values = vars(parser.instantiate(parsed))
-        return config_class(**{name: value for name, value in values.items() if name != "config"})
+        try:
+            values = vars(parser.instantiate(parsed))
+            config = config_class(**{name: value for name, value in values.items() if name != "config"})
+        except ValueError as error:
+            raise ValueError(name_section(config_class, parsed, error)) from error
+        check_numbers(config)
+        return config
     except (ArgumentError, ValueError) as error:
         print(f"error: {_one_line(error)}", f"({prog} --help explains every setting)", file=sys.stderr)
         sys.exit(2)
@@ -58,7 +64,9 @@ def _make_parser(config_class: type, prog: str, description: str) -> ArgumentPar
 def _parse(parser: ArgumentParser, config_class: type, arguments: list[str]) -> Namespace:
     """What jsonargparse makes of the command line. Where it fails, the error says what is wrong in the user's words."""
     try:
-        return parser.parse_args(arguments)
+        return parser.parse_args(rewrite_arguments(config_class, arguments))
+    except ConfigFault:
+        raise
     except (ArgumentError, ValueError, OSError) as error:
         check_command_line(config_class, arguments, parser.prog)
         raise ValueError(str(error)) from error

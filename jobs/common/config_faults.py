@@ -1,21 +1,28 @@
 """Finds what is wrong with a command line or YAML file that cannot be parsed, and says it in the user's words, in one line."""
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-import yaml
-
-from jobs.common.config_fields import describe, field_types, fits, load, required_fields, section_of, suggest
+from jobs.common.config_fields import (
+    describe,
+    field_types,
+    fits,
+    load,
+    members,
+    required_fields,
+    section_of,
+    short,
+    suggest,
+)
+from jobs.common.config_values import ConfigFault, is_blank_section, read_mapping, takes_whole_numbers, whole_number
+from pipelines.storage.home import expand_home
 
 NO_FIELDS = ("config", "print_config", "help")
-LONGEST_VALUE = 60
 ONE_SLASH = re.compile(r"([a-z][a-z0-9+.-]+):/(?!/)(.*)", re.DOTALL)
-
-
-class ConfigFault(ValueError):
-    """Names the file, the field, what came, and what is wanted."""
 
 
 def check_command_line(config_class: type, arguments: Sequence[str], prog: str) -> None:
@@ -65,10 +72,13 @@ def _check_option(config_class: type, name: str, value: str | None) -> None:
         hint = hints[part]
     if value is None:
         raise ConfigFault(f"--{name} needs a value: {describe(hint)}")
+    value = expand_home(value)
+    if takes_whole_numbers(hint) and whole_number(value) is not None:
+        return
     if section_of(hint) and load(value) is not None:
         _check_section_text(hint, name, value)
     elif not fits(hint, value) and not (get_origin(hint) is list and section_of(get_args(hint)[0])):
-        raise ConfigFault(f"--{name} takes {describe(hint)}, not {_short(value)}")
+        raise ConfigFault(f"--{name} takes {describe(hint)}, not {short(value)}")
 
 
 def _check_section_text(hint: Any, name: str, value: str) -> None:
@@ -78,18 +88,19 @@ def _check_section_text(hint: Any, name: str, value: str) -> None:
     if isinstance(content := load(value), dict):
         _check_mapping(section, content, f"--{name}", f"{name}.", section)
     elif not Path(value).is_file():
-        raise ConfigFault(f"--{name} takes {describe(hint)}, or a YAML file with them; there is no file {_short(value)}")
+        raise ConfigFault(f"--{name} takes {describe(hint)}, or a YAML file with them; there is no file {short(value)}")
     else:
-        _check_mapping(section, _read(value), value, f"{name}.", section)
+        _check_mapping(section, read_mapping(value), value, f"{name}.", section)
 
 
 def _check_file(config_class: type, value: str | None, prog: str) -> None:
     if not value:
         raise ConfigFault("--config needs the name of a YAML file" + (", not '': an unset variable?" if value == "" else ""))
+    value = expand_home(value)
     content = load(value)
     if isinstance(content, dict) and not Path(value).exists():
         return _check_mapping(config_class, content, "--config", "", config_class)
-    content = _read(value)
+    content = read_mapping(value)
     for key, inner in content.items():
         if key not in field_types(config_class) and not suggest(config_class, str(key)):
             kind = "section" if isinstance(inner, dict) else "field"
@@ -98,31 +109,6 @@ def _check_file(config_class: type, value: str | None, prog: str) -> None:
                 f"{value} has a {kind} {str(key)!r} that {prog.removeprefix('python -m ')} does not take: it takes {takes}"
             )
     return _check_mapping(config_class, content, value, "", config_class)
-
-
-def _read(file: str) -> dict[Any, Any]:
-    """The mapping that a YAML file holds."""
-    path = Path(file)
-    if not path.exists():
-        raise ConfigFault(f"there is no file {file}: --config takes a YAML file")
-    if path.is_dir():
-        raise ConfigFault(f"{file} is a folder: --config takes a YAML file")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ConfigFault(f"{file} is no YAML file: it is not text") from error
-    except OSError as error:
-        raise ConfigFault(f"{file} cannot be read: {error.strerror}") from error
-    except yaml.MarkedYAMLError as error:
-        where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigFault(f"{file}{where}: this is no YAML: {error.problem or error.context}") from error
-    except yaml.YAMLError as error:
-        raise ConfigFault(f"{file} is no YAML file: {str(error).splitlines()[0]}") from error
-    if content is None:
-        raise ConfigFault(f"{file} is empty: it must hold fields such as dataset_uri: data/cats")
-    if not isinstance(content, dict):
-        raise ConfigFault(f"{file} holds {_short(content)}, not fields such as dataset_uri: data/cats")
-    return content
 
 
 def _check_mapping(section: type, content: dict[Any, Any], origin: str, prefix: str, root: type) -> None:
@@ -145,15 +131,65 @@ def _check_value(hint: Any, value: Any, origin: str, name: str, root: type) -> N
         return _check_mapping(inner, value, origin, f"{name}.", root)
     if inner and isinstance(value, str) and Path(origin).parent.joinpath(value).is_file():
         return None
+    if is_blank_section(hint, value) or (takes_whole_numbers(hint) and whole_number(value) is not None):
+        return None
     if not fits(hint, value):
         quote = f" (write it in quotes: '{value}')" if hint is str and isinstance(value, (bool, int, float)) else ""
-        raise ConfigFault(f"{origin}: {name} takes {describe(hint)}, not {_short(value)}{quote}")
+        raise ConfigFault(f"{origin}: {name} takes {describe(hint)}, not {short(value)}{quote}")
     if get_origin(hint) is list and (element := section_of(get_args(hint)[0])) and isinstance(value, list):
         for place, each in enumerate(value):
             _check_value(element, each, origin, f"{name}[{place}]", root)
     return None
 
 
-def _short(value: Any) -> str:
-    told = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
-    return told if len(told) <= LONGEST_VALUE else told[:LONGEST_VALUE] + "…"
+def check_numbers(config: Any, prefix: str = "--") -> None:
+    """Raise ConfigFault for a number of a configuration that is NaN, which no setting means."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        several = isinstance(value, (list, tuple))
+        for place, each in enumerate(value if several else [value]):
+            name = f"{prefix}{field.name}" + (f"[{place}]" if several else "")
+            if isinstance(each, float) and math.isnan(each):
+                raise ConfigFault(f"{name} takes a number, not NaN")
+            if is_dataclass(each):
+                check_numbers(each, f"{name}.")
+
+
+def name_section(root: type, values: Any, error: ValueError) -> str:
+    """Return the message of an error, with the name of the section whose dataclass raised it.
+
+    Args:
+        values: of the whole configuration, as the parser holds them.
+    """
+    message, trace, refused = str(error), error.__traceback__, None
+    while trace is not None:
+        if trace.tb_frame.f_code.co_name == "__post_init__":
+            refused = trace.tb_frame.f_locals["self"]
+        trace = trace.tb_next
+    places = [place for place, section, given in _sections(root, values) if section is type(refused) and _agree(refused, given)]
+    if len(places) != 1:
+        return message
+    if message.partition("=")[0].rpartition(" ")[2] in field_types(type(refused)) and " " not in message.partition("=")[0]:
+        return f"{places[0]}.{message}"
+    return f"{places[0]}: {message}"
+
+
+def _sections(section: type, values: Any, prefix: str = "") -> Iterator[tuple[str, type, Any]]:
+    """Dotted name, class and values of each section in a section, at any depth; those of lists have a place: name[0]."""
+    for name, hint in field_types(section).items():
+        given, inner = values.get(name), section_of(hint)
+        lists = (get_args(member) for member in members(hint) if get_origin(member) in (list, tuple))
+        element = next((found for arguments in lists if arguments and (found := section_of(arguments[0]))), None)
+        parts = [(f"{prefix}{name}", inner, given)] if inner else []
+        if element and isinstance(given, (list, tuple)):
+            parts = [(f"{prefix}{name}[{place}]", element, each) for place, each in enumerate(given)]
+        for place, kind, each in parts:
+            if hasattr(each, "get"):
+                yield place, kind, each
+                yield from _sections(kind, each, f"{place}.")
+
+
+def _agree(section: Any, values: Any) -> bool:
+    """Whether a section's object was made of these values, as far as its texts and numbers say."""
+    simple = (str, int, float, bool)
+    return all(values.get(name) == value for name, value in vars(section).items() if isinstance(value, simple))

@@ -1,5 +1,6 @@
 """The fields of a configuration's dataclasses by their dotted names, and their types in a user's words."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
@@ -9,6 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+LONGEST_VALUE = 60
 SCALARS = (bool, int, float, NoneType, list, dict)
 
 
@@ -99,14 +101,13 @@ def fits(hint: Any, value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number, also one such as 1e-4, which YAML takes for text."""
+    """Whether a value is a number, also one such as 1e-4, which YAML takes for text; NaN is none."""
     if isinstance(value, (bool, list, dict)) or value is None:
         return False
     try:
-        float(value)
+        return not math.isnan(float(value))
     except (TypeError, ValueError):
         return False
-    return True
 
 
 def load(text: str) -> Any:
@@ -115,3 +116,18 @@ def load(text: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError:
         return text
+
+
+def hint_of(section: type, name: str) -> Any:
+    """The type of a field, by its dotted name; None if there is no such field, or nothing is known of its type."""
+    hint: Any = section
+    for part in name.split("."):
+        inner = section_of(hint)
+        hint = field_types(inner).get(part) if inner else None
+    return hint
+
+
+def short(value: Any) -> str:
+    """A value as YAML has it, cut where it is long."""
+    told = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return told if len(told) <= LONGEST_VALUE else told[:LONGEST_VALUE] + "…"

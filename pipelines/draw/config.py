@@ -80,7 +80,7 @@ class SampleConfig:
     Args:
         name: of the table written under samples/.
         pipeline: a folder, or a zoo://, hf:// or fsspec URI; ours, diffusers' SanaPipeline, or an NVlabs .pth.
-        prompts: the prompts, or the path of a text file with one on each line.
+        prompts: the prompts, or a single one, or the path or URI of a text file with one on each line.
         images_per_prompt: pictures of each prompt, one after another.
         start: pictures to start from; None: every picture begins as noise.
         draw: how the pipeline draws.

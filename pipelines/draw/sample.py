@@ -1,6 +1,7 @@
 """The sample stage: prompts -> pictures, drawn by actors that each hold the whole pipeline."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from functools import partial
 from io import BytesIO
@@ -20,6 +21,7 @@ from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.schema import SAMPLES, Row, samples_path
 from pipelines.tables.table import Table
+from pipelines.tables.text import read_text
 from pipelines.workers.halving import refuse_out_of_memory, run_halving
 from pipelines.workers.models import FoundModel, find_model, pick_device
 from sana_model.files.png import read_facts, set_facts, to_png
@@ -33,15 +35,34 @@ CUT_PROMPTS = "num_cut_prompts"
 def read_prompts(prompts: list[str] | str) -> list[str]:
     """Strip the given prompts, or read them from a text file with one on each line. Blank prompts are left out.
 
+    Args:
+        prompts: a list; or the path or URI of a file; or a prompt itself, or several on lines of their own.
+
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: no prompt is left.
+        FileNotFoundError: a text that looks like the name of a file, and there is no such file.
+        ValueError: no prompt is left, or the file is no text in UTF-8.
     """
-    lines = prompts if isinstance(prompts, list) else Path(prompts).read_text().splitlines()
+    lines = prompts if isinstance(prompts, list) else _read_lines(prompts)
     found = [line.strip() for line in lines if line.strip()]
     if not found:
         raise ValueError(f"prompts={prompts!r} holds no prompt: give at least one that is not blank")
     return found
+
+
+FILE_NAME = re.compile(r"\S*[/\\.]\S*\w|.*\.(txt|csv|list|prompts)", re.IGNORECASE)
+
+
+def _read_lines(prompts: str) -> list[str]:
+    """Read the lines of the file that a text names, or of the text itself if it names none."""
+    try:
+        is_file = "://" in prompts or Path(prompts).is_file()
+    except (OSError, ValueError):  # longer than any name
+        is_file = False
+    if is_file:
+        return read_text(prompts).splitlines()
+    if FILE_NAME.fullmatch(prompts):
+        raise FileNotFoundError(f"there is no file {prompts!r}; a prompt that looks like a name is given as [prompt]")
+    return prompts.splitlines()
 
 
 def sample_identity(

@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from pipelines.storage.errors import StorageError
 from pipelines.storage.files import NUM_THREADS, find_files, list_folder, list_sizes, open_file, read_file, write_file
+from pipelines.storage.home import expand_home
 from pipelines.storage.lease import Ticket
 from pipelines.tables.errors import DamagedFileError, DamagedShardError, MissingTableError, StaleTableError
 from pipelines.tables.hashed_json import from_hashed_json, to_hashed_json
@@ -40,7 +41,8 @@ T = TypeVar("T")
 
 
 def absolute_uri(uri: str) -> str:
-    """A local path made absolute (Ray's workers run elsewhere); any other URI as it is, without a slash at its end."""
+    """A local path made absolute (Ray's workers run elsewhere), ~ too; any other URI as it is, without a slash at its end."""
+    uri = expand_home(uri)
     if "://" in uri:
         return uri.rstrip("/")
     return str(Path(uri).absolute())

@@ -1,6 +1,10 @@
-"""Pure functions of a caption's text."""
+"""Texts: those of captions, and small files of text."""
 
 from typing import Any
+
+from pipelines.storage.files import read_file
+from pipelines.tables.encodings import decode_text
+from pipelines.tables.rejects import RowRefused
 
 
 def clean(caption: str | None) -> str | None:
@@ -12,3 +16,11 @@ def first_caption(value: Any) -> str | None:
     """The caption in a value that was read from a file: of a list the first that is a text and not empty. None: it has none."""
     texts = value if isinstance(value, list) else [value]
     return next((caption for text in texts if isinstance(text, str) and (caption := clean(text))), None)
+
+
+def read_text(uri: str) -> str:
+    """Read a text file, without the byte order mark at its head. Raises ValueError that names it if it is no UTF-8."""
+    try:
+        return decode_text(read_file(uri))
+    except RowRefused as error:
+        raise ValueError(f"{uri} is no text in UTF-8: {error.detail}; save it as UTF-8") from error

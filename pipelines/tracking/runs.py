@@ -22,6 +22,7 @@ from PIL import Image
 from sqlalchemy.exc import SQLAlchemyError
 
 from pipelines.storage.errors import StorageError
+from pipelines.storage.home import expand_home
 from pipelines.tables.table import table_uri
 from pipelines.tracking.config import TrackingConfig
 
@@ -32,8 +33,8 @@ VERSIONS = ("torch", "ray", "deepspeed", "transformers", "mlflow")
 
 def tracking_uri(config: TrackingConfig, output_dir: str | Path) -> str:
     """MLflow's URI: as configured, as in the environment, or a SQLite file in `output_dir` (if it is local, or else here)."""
-    if config.uri or os.environ.get("MLFLOW_TRACKING_URI"):
-        return config.uri or os.environ["MLFLOW_TRACKING_URI"]
+    if uri := config.uri or os.environ.get("MLFLOW_TRACKING_URI"):
+        return expand_home(uri)
     return f"{SQLITE}{_local_folder(output_dir)}/mlflow.db"
 
 

@@ -38,9 +38,9 @@ def resolve(path: str | Path) -> Path:
     """
     text = str(path)
     if "://" not in text:
-        if not Path(text).exists():
+        if not (local := Path(text).expanduser()).exists():
             raise FileNotFoundError(f"no file or folder {text!r}; a model on the Hugging Face hub is written hf://owner/name")
-        return Path(text)
+        return local
     protocol, _, rest = text.partition("://")
     if protocol == "file":
         return resolve(rest)

@@ -27,7 +27,7 @@ CONFIG_ENTRY = "sana_config"
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises ValueError that names the file if it is damaged or holds something else."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         what = find_stand_in(path) or f"not valid JSON ({error}): the file is damaged or incomplete"
         raise ValueError(f"{path} is {what}") from error

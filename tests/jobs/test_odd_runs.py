@@ -1,0 +1,227 @@
+"""Odd runs of commands: what people write in configurations, and exit codes that tell the truth."""
+
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import sample
+from jobs.common import job as job_module
+from jobs.common.config import parse_config
+from jobs.common.exit_codes import ExitCode
+from jobs.sample import SampleJob
+from jobs.train import TrainJob
+from pipelines.draw.sample import read_prompts
+from pipelines.storage.home import expand_home
+from sana_model.pipeline import TextToImage
+
+TRAIN = """dataset_uri: ~/data
+tracking:
+ray:
+train:
+  latents: latents/x
+  init: ~/init
+  num_steps: 1e5
+  micro_batch_size: 2.0
+  global_batch_size: 4
+  data: {captioners: [a], clip: c}
+  grid:
+  lora:
+  optim: {lr: 1e-4}
+"""
+
+
+def parse(tmp_path: Path, content: str | bytes, *overrides: str) -> TrainJob:
+    path = tmp_path / "train.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return parse_config(TrainJob, ["--config", str(path), *overrides], prog="test", description="")
+
+
+TAKEN: dict[str, tuple[str | bytes, list[str], Callable[[TrainJob], Any], Any]] = {
+    "a blank section has its defaults": (TRAIN, [], lambda job: (job.train.grid.every, job.ray.num_cpus), (1000, None)),
+    "blank is null for a section that may be null": (TRAIN, [], lambda job: job.train.lora, None),
+    "1e5 in a file": (TRAIN, [], lambda job: job.train.num_steps, 100_000),
+    "2.0 in a file": (TRAIN, [], lambda job: job.train.micro_batch_size, 2),
+    "1e-4 in a file": (TRAIN, [], lambda job: job.train.optim.lr, 1e-4),
+    "underscores": (TRAIN, ["--train.num_steps", "100_000_000"], lambda job: job.train.num_steps, 10**8),
+    "1e8": (TRAIN, ["--train.num_steps=1e8"], lambda job: job.train.num_steps, 10**8),
+    "1.5e3": (TRAIN, ["--train.grid.every", "1.5e3"], lambda job: job.train.grid.every, 1500),
+    "a count in a section on the command line": (
+        TRAIN,
+        ["--train.grid", "{every: 1e2}"],
+        lambda job: job.train.grid.every,
+        100,
+    ),
+    "a count of a section that may be null": (TRAIN, ["--train.lora", "{rank: 1e1}"], lambda job: job.train.lora.rank, 10),
+    "a mark at the head": (TRAIN.encode("utf-8-sig"), [], lambda job: job.train.num_steps, 100_000),
+    "UTF-16, as Windows writes it": (TRAIN.encode("utf-16"), [], lambda job: job.train.num_steps, 100_000),
+    "lines of Windows": (TRAIN.replace("\n", "\r\n"), [], lambda job: job.train.latents, "latents/x"),
+    "~ in a file": (TRAIN, [], lambda job: (job.dataset_uri, job.train.init), ("{home}/data", "{home}/init")),
+    "~ after --name=": (TRAIN, ["--dataset_uri=~/other"], lambda job: job.dataset_uri, "{home}/other"),
+    "~ in a URI": (TRAIN, ["--tracking.uri", "sqlite:///~/m.db"], lambda job: job.tracking.uri, "sqlite:///{home}/m.db"),
+    "~ in a list of sections": (
+        TRAIN,
+        ["--train.latents", "[{latents: latents/x, dataset_uri: ~/far}]"],
+        lambda job: job.train.latents[0].dataset_uri,
+        "{home}/far",
+    ),
+    "quoted numbers stay text": (TRAIN, ["--name", "'1e5'"], lambda job: job.name, "'1e5'"),
+    "a quoted text that looks like a number": (TRAIN + 'name: "1e5"\n', [], lambda job: job.name, "1e5"),
+    "a name like a date": (TRAIN + "name: 2026-01-31\n", [], lambda job: job.name, "2026-01-31"),
+    "a name in Greek": (TRAIN + "name: σάνα\n", [], lambda job: job.name, "σάνα"),
+    "an anchor": (TRAIN + "name: &n run\nlease: {}\n", [], lambda job: job.name, "run"),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_configurations_are_taken_as_people_write_them(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    content, overrides, value, expected = TAKEN[name]
+    found, home = value(parse(tmp_path, content, *overrides)), str(tmp_path / "home")
+    if isinstance(expected, tuple):
+        expected = tuple(one.format(home=home) if isinstance(one, str) else one for one in expected)
+    assert found == (expected.format(home=home) if isinstance(expected, str) else expected)
+
+
+def test_sections_in_files_of_their_own_are_read_alike(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "train.yaml").write_text(
+        "latents: latents/x\ninit: i\nnum_steps: 1e3\ngrid: grid.yaml\noptim:\n"
+        "micro_batch_size: 1\nglobal_batch_size: 1\ndata: {captioners: [a], clip: c}\n"
+    )
+    (tmp_path / "parts" / "grid.yaml").write_bytes(b"\xef\xbb\xbfevery: 1e2\n")
+    job = parse(tmp_path, "dataset_uri: d\ntrain: parts/train.yaml\n")
+    assert (job.train.num_steps, job.train.grid.every, job.train.optim.lr) == (1000, 100, 1e-4)
+
+
+ANCHORS = "\n".join(
+    f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+REFUSED: dict[str, tuple[str | bytes, list[str], str]] = {
+    "a section's own check": (TRAIN, ["--train.grid.every", "0"], "error: train.grid.every=0 must be at least 1"),
+    "a section deeper": (TRAIN, ["--train.bad_steps.max_in_a_row", "0"], "train.bad_steps.max_in_a_row=0 must be at least 1"),
+    "a check of two fields": (
+        TRAIN,
+        ["--train.engine.dtype", "fp16", "--train.engine.zero_stage", "0"],
+        "train.engine.dtype=fp16 with zero_stage=0",
+    ),
+    "a check that begins with a word": (TRAIN, ["--train.init", "null"], "train: init and preset are both missing"),
+    "NaN": (TRAIN, ["--train.optim.lr", ".nan"], "--train.optim.lr takes a number, not"),
+    "nan": (TRAIN, ["--train.grid.guidance_scale", "nan"], "--train.grid.guidance_scale takes a number, not 'nan'"),
+    "half a step": (TRAIN, ["--train.num_steps", "1.5"], "--train.num_steps takes a whole number, not '1.5'"),
+    "1e-4 steps": (TRAIN, ["--train.num_steps", "1e-4"], "--train.num_steps takes a whole number, not '1e-4'"),
+    "a blank value that is no section": (TRAIN + "name:\n", [], "name takes text, not null"),
+    "Latin-1": (TRAIN.encode() + "name: Jörg\n".encode("latin-1"), [], "train.yaml is no text in UTF-8: "),
+    "anchors in anchors": ("a: &a [x, x]\n" + ANCHORS, [], "more than 100,000 values: anchors in anchors?"),
+    "nested without end": ("a: " + "[" * 20_000, [], "train.yaml is nested too deep"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_configuration_means_is_told_in_a_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content, overrides, message = REFUSED[name]
+    with pytest.raises(SystemExit, match="2"):
+        parse(tmp_path, content, *overrides)
+    told = capsys.readouterr().err
+    assert message in told and len(told.splitlines()) == 1, told
+
+
+def test_the_home_folder_is_that_of_local_paths_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    expected = {
+        "~": "/home/me",
+        "~/a": "/home/me/a",
+        "file://~/a": "file:///home/me/a",
+        "~nobody-of-this-name/a": "~nobody-of-this-name/a",
+        "s3://~/a": "s3://~/a",
+        "a/~/b": "a/~/b",
+        "~ about 5 apples": "~ about 5 apples",
+        "a~": "a~",
+    }
+    assert {path: expand_home(path) for path in expected} == expected
+
+
+def test_prompts_are_a_prompt_a_list_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "list.txt").write_bytes("a red circle\r\na blue star\r\n".encode("utf-8-sig"))
+    (tmp_path / "wide.txt").write_bytes("a red circle\n".encode("utf-16"))
+    (tmp_path / "latin.txt").write_bytes("ein rötlicher Kreis\n".encode("latin-1"))
+    taken: dict[str, list[str]] = {
+        "a red circle": ["a red circle"],
+        "cat": ["cat"],
+        "a cat: black, 3/4 view, f/1.8": ["a cat: black, 3/4 view, f/1.8"],
+        "a red circle\n\na blue star\n": ["a red circle", "a blue star"],
+        "a" * 5000: ["a" * 5000],
+        "list.txt": ["a red circle", "a blue star"],
+        f"file://{tmp_path}/list.txt": ["a red circle", "a blue star"],
+        "wide.txt": ["a red circle"],
+    }
+    assert {text: read_prompts(text) for text in taken} == taken
+    for name in ("lists.txt", "my prompts.txt", "./prompts", "prompts/all", "s3x.csv"):
+        with pytest.raises(FileNotFoundError, match=f"no file '{name}'"):
+            read_prompts(name)
+    with pytest.raises(ValueError, match=r"latin.txt is no text in UTF-8"):
+        read_prompts("latin.txt")
+    job = parse_config(
+        SampleJob,
+        ["--dataset_uri", "d", "--sample.name", "n", "--sample.pipeline", "p", "--sample.prompts", "a red circle"],
+        prog="test",
+        description="",
+    )
+    assert read_prompts(job.sample.prompts) == ["a red circle"]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    TextToImage.from_pretrained("zoo://pipeline").save_pretrained(folder)
+    return folder
+
+
+SAMPLES: dict[str, tuple[Callable[[Path], object], list[str], ExitCode, str]] = {
+    "a width that does not divide": (
+        lambda folder: None,
+        ["--sample.draw.width", "65"],
+        ExitCode.WRONG_INPUT,
+        "error: width=65 must be a positive multiple of 8; the nearest is 64\n",
+    ),
+    "no text encoder": (
+        lambda folder: shutil.rmtree(folder / "text_encoder"),
+        [],
+        ExitCode.WRONG_INPUT,
+        "has no text_encoder/: the pipeline is incomplete",
+    ),
+    "a pointer in place of weights": (
+        lambda folder: (folder / "transformer/model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
+        [],
+        ExitCode.WRONG_INPUT,
+        "transformer/model.safetensors is a Git LFS pointer",
+    ),
+    "a prompt that is cut": (lambda folder: None, [], ExitCode.DONE, ""),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_exit_codes_of_drawing_tell_the_truth(
+    name: str,
+    pipeline: Path,
+    tmp_path: Path,
+    local_ray: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    spoil, options, code, message = SAMPLES[name]
+    monkeypatch.setattr(job_module, "start_ray", lambda config: nullcontext())
+    shutil.copytree(pipeline, tmp_path / "pipeline")
+    spoil(tmp_path / "pipeline")
+    arguments = ["--dataset_uri", str(tmp_path / "d"), "--sample.name", "n", "--sample.pipeline", str(tmp_path / "pipeline")]
+    draw = ["--sample.draw.num_steps", "1", "--sample.draw.resources.num_cpus", "0.5"]
+    long = " ".join(["a red circle"] * 400)
+    assert sample.main([*arguments, *draw, "--sample.prompts", long, *options]) == code
+    shown, told = capsys.readouterr()
+    errors = [line for line in told.splitlines() if line.startswith("error:")]
+    assert message in told and "Traceback" not in told and len(errors) == (code != ExitCode.DONE), told
+    assert ("1 of 1 prompts are longer than the pipeline's max_tokens" in shown) == (code == ExitCode.DONE)
