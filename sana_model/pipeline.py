@@ -117,6 +117,7 @@ class TextToImage(nn.Module):
         autoencoder: str | Path | None = None,
         text_encoder: str | Path | None = None,
         flow_shift: float | None = None,
+        variant: str | None = None,
         **overrides: Any,
     ) -> "TextToImage":
         """Load our own pipeline folder, diffusers' `SanaPipeline` folder or an NVlabs `.pth`.
@@ -130,6 +131,7 @@ class TextToImage(nn.Module):
             autoencoder=autoencoder,
             text_encoder=text_encoder,
             flow_shift=flow_shift,
+            variant=variant,
             **overrides,
         )
         return cls(parts.transformer, parts.autoencoder, parts.text_encoder, flow_shift=parts.flow_shift, name=str(path))

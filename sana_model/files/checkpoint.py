@@ -39,10 +39,20 @@ class Checkpoint:
     state: dict[str, Tensor]
 
 
-def open_checkpoint(path: str | Path, subfolders: tuple[str, ...], *, use_ema: bool = False) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path,
+    subfolders: tuple[str, ...],
+    *,
+    use_ema: bool = False,
+    variant: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Checkpoint:
     """Find and read a model. Raises FileNotFoundError, or ValueError if a file is damaged or refused.
 
-    `subfolders`: names of the folders in which a pipeline keeps such a model.
+    Args:
+        subfolders: names of the folders in which a pipeline keeps such a model.
+        use_ema: take the averaged weights of a `.pth`.
+        variant, dtype: which of several variants to read, as for `find_variant`; nothing is cast.
     """
     local = resolve(path)
     if local.is_dir():
@@ -54,13 +64,15 @@ def open_checkpoint(path: str | Path, subfolders: tuple[str, ...], *, use_ema: b
                 raise ValueError(
                     f"use_ema takes the EMA out of an NVlabs .pth; {path} is a folder and holds one set of weights"
                 )
-            return Checkpoint(folder, settings, {}, without_prefix(read_safetensors_folder(folder)))
+            return Checkpoint(
+                folder, settings, {}, bare_names(read_safetensors_folder(folder, variant=variant, dtype=dtype), subfolders)
+            )
         local = file
     state, told = read_model_file(local, use_ema=use_ema)
     beside = local.parent / "config.json"
     has_config = local.suffix == ".safetensors" and beside.exists()
     source, settings = (local.parent, read_json(beside)) if has_config else (local, {})
-    return Checkpoint(source, settings, told, without_prefix(state))
+    return Checkpoint(source, settings, told, bare_names(state, subfolders))
 
 
 def find_pth(folder: Path) -> Path | None:
@@ -80,16 +92,24 @@ def find_pth(folder: Path) -> Path | None:
     return None
 
 
-PREFIXES = ("module.", "_orig_mod.", "model.diffusion_model.", "diffusion_model.")
-"""What DDP, torch.compile, and ComfyUI put in front of every tensor's name."""
+COMPILED = "_orig_mod."
+"""What torch.compile puts into a tensor's name, in front of it or of a compiled part."""
+PARTS = {"transformer": ("model.diffusion_model.",), "autoencoder": ("first_stage_model.", "vae.")}
+"""What is in front of the names of a part's tensors in a file that holds several models, as ComfyUI's checkpoints do."""
 
 
-def without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under their names without the prefixes that all of them have."""
-    for _ in PREFIXES:
-        for prefix in PREFIXES:
-            if state and all(name.startswith(prefix) for name in state):
-                state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+def bare_names(state: dict[str, Tensor], subfolders: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors of one model under their bare names: without what wrappers (DDP, torch.compile, Lightning) and programs add.
+
+    Of a file with several models, those of the part that `subfolders` names. A word that all names begin with is no part of
+    them: our models have several parts at their top.
+    """
+    state = {name.replace(COMPILED, ""): tensor for name, tensor in state.items()}
+    for prefix in PARTS[subfolders[0]]:
+        if any(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    while len(state) > 1 and len({name.partition(".")[0] for name in state}) == 1 and all("." in name for name in state):
+        state = {name.partition(".")[2]: tensor for name, tensor in state.items()}
     return state
 
 

@@ -44,7 +44,12 @@ from sana_model.nn.transformer import SanaTransformer
 
 
 def load_transformer(
-    path: str | Path, *, use_ema: bool = False, dtype: torch.dtype | None = None, **overrides: Any
+    path: str | Path,
+    *,
+    use_ema: bool = False,
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    **overrides: Any,
 ) -> SanaTransformer:
     """Load a linear DiT, in eval mode. The layout is recognised by the content.
 
@@ -53,6 +58,7 @@ def load_transformer(
             (NVlabs' `.pth`, or safetensors); local, or an hf://, zoo:// or fsspec URI.
         use_ema: take the averaged weights of a `.pth` (`state_dict_ema`).
         dtype: None keeps that of the file.
+        variant: the one in the names of the weights' files ("bf16"); None: the plain one, or the one that fits `dtype`.
         overrides: fields of `SanaConfig` that replace what the file says. A `.pth` of NVlabs does not hold `num_cross_heads`,
             which is known for the published widths and must be given for others.
 
@@ -60,7 +66,7 @@ def load_transformer(
     variant, if a file is damaged, if the file does not tell a setting, or if tensors are missing, extra or misshapen; the
     message names them.
     """
-    found = open_checkpoint(path, ("transformer",), use_ema=use_ema)
+    found = open_checkpoint(path, ("transformer",), use_ema=use_ema, variant=variant, dtype=dtype)
     source, settings, state = found.source, found.settings, found.state
     key_map: KeyMap = {}
     if settings.get("model_type") == "sana_transformer":
@@ -120,16 +126,21 @@ def save_transformer(
 
 
 def load_autoencoder(
-    path: str | Path, *, dtype: torch.dtype | None = None, scaling_factor: float | None = None
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    scaling_factor: float | None = None,
+    variant: str | None = None,
 ) -> DCAutoencoder:
     """Load a DC-AE, in eval mode, from a folder (ours, diffusers' or efficientvit's), a weights file, or a URI of one.
 
     `scaling_factor` replaces the scale of the latents that the files give. Bare efficientvit weights give none, and published
-    autoencoders of one shape differ in it ("in" and "mix"): for those it must be given.
+    autoencoders of one shape differ in it ("in" and "mix"): for those it must be given. `dtype` and `variant` are as in
+    `load_transformer`.
 
     Raises FileNotFoundError and ValueError as `load_transformer` does, and ValueError if the scale is not known.
     """
-    found = open_checkpoint(path, ("autoencoder", "vae"))
+    found = open_checkpoint(path, ("autoencoder", "vae"), variant=variant, dtype=dtype)
     source, settings, state = found.source, found.settings, found.state
     key_map: KeyMap = {}
     if settings.get("model_type") == "dc_autoencoder":

@@ -99,6 +99,7 @@ def load_parts(
     autoencoder: str | Path | None = None,
     text_encoder: str | Path | None = None,
     flow_shift: float | None = None,
+    variant: str | None = None,
     **overrides: Any,
 ) -> PipelineParts:
     """Load every model of a pipeline, in eval mode.
@@ -110,6 +111,7 @@ def load_parts(
         autoencoder, text_encoder: paths that replace what the folder holds. A `.pth` holds neither: the published ones are
             taken unless these are given.
         flow_shift: replaces the pipeline's.
+        variant: the one in the names of the weights' files ("bf16"); None: the plain one, or the one that fits `dtype`.
         use_ema, overrides: those of `load_transformer`.
 
     A diffusers folder is prompted as `SanaPipeline` does it, everything else as our folder says or as NVlabs does.
@@ -123,15 +125,17 @@ def load_parts(
         text_source, tokenizer = str(text_encoder), None
     autoencoder = str(autoencoder or companions.autoencoder)
     _check_parts(local, [autoencoder, text_source, tokenizer])
+    text_dtype = torch.bfloat16 if dtype is torch.float16 else dtype
+    text_folder = Path(text_source)
     return PipelineParts(
-        transformer=load_transformer(local, use_ema=use_ema, dtype=dtype, **overrides),
-        autoencoder=load_autoencoder(autoencoder, dtype=dtype),
+        transformer=load_transformer(local, use_ema=use_ema, dtype=dtype, variant=variant, **overrides),
+        autoencoder=load_autoencoder(autoencoder, dtype=dtype, variant=variant),
         text_encoder=load_text_encoder(
             text_source,
             config=companions.prompts,
-            dtype=torch.bfloat16 if dtype is torch.float16 else dtype,
+            dtype=text_dtype,
             tokenizer_path=tokenizer,
-            variant=find_variant(Path(text_source)) if Path(text_source).is_dir() else None,
+            variant=find_variant(text_folder, variant=variant, dtype=text_dtype) if text_folder.is_dir() else None,
         ),
         flow_shift=companions.flow_shift if flow_shift is None else flow_shift,
     )

@@ -6,6 +6,7 @@ Reading never runs code that a file holds. A file that is written appears whole 
 import json
 import pickle
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +37,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_safetensors_folder(folder: Path) -> dict[str, Tensor]:
-    """Read all tensors of a folder: from one file, or from shards with their index.
+def read_safetensors_folder(folder: Path, *, variant: str | None = None, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Read all tensors of a folder: from one file, or from shards with their index; of which variant, `find_variant` says.
 
-    If the folder has no plain file but one variant (`model.bf16.safetensors`), that is read.
-
-    Raises FileNotFoundError if there is no safetensors file; ValueError if a file is damaged, a shard is missing, or there are
-    several variants and no plain file.
+    Raises as `find_variant`, and ValueError if a file is damaged or a shard is missing.
     """
-    variants = _find_variants(folder)
-    chosen = variants[find_variant(folder) or ""]
+    chosen = _find_variants(folder)[find_variant(folder, variant=variant, dtype=dtype) or ""]
     if chosen.suffix == ".safetensors":
         return read_safetensors(chosen)
     shards = _shards_of(chosen)
@@ -66,17 +63,39 @@ def _shards_of(index: Path) -> list[str]:
         raise ValueError(f"{index}: {error}") from error
 
 
-def find_variant(folder: Path) -> str | None:
-    """Find which variant ("bf16") of its weights `folder` holds; None: the plain one.
+VARIANT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+"""The variants that people publish, and the dtypes of their weights."""
 
-    Raises FileNotFoundError if there is no safetensors file, ValueError if there are several variants and no plain file.
+
+def find_variant(folder: Path, *, variant: str | None = None, dtype: torch.dtype | None = None) -> str | None:
+    """Find which variant ("bf16") of a folder's weights to read; None: the plain one (`model.safetensors`).
+
+    Args:
+        variant: the one that is asked for; the plain one is taken where a folder holds nothing else.
+        dtype: that the weights will have; if nothing is asked for and there is no plain one, it chooses among several variants.
+
+    Raises FileNotFoundError if there is no safetensors file, ValueError if the variant that is asked for is not there, or if
+    nothing says which of several variants to take.
     """
     variants = _find_variants(folder)
     if not variants:
         raise FileNotFoundError(f"{folder} holds no .safetensors file")
-    if "" not in variants and len(variants) > 1:
-        raise ValueError(f"{folder} holds the variants {sorted(variants)} and no plain file: keep one of them")
-    return None if "" in variants else next(iter(variants))
+    if variant in variants:
+        return variant
+    if variant is not None and set(variants) != {""}:
+        raise ValueError(f"{folder} holds no variant {variant!r}; it holds {_name_variants(variants)}")
+    if "" in variants:
+        return None
+    fitting = [name for name in variants if VARIANT_DTYPES.get(name, 0) is dtype]
+    if len(variants) > 1 and len(fitting) != 1:
+        raise ValueError(
+            f"{folder} holds {_name_variants(variants)} and no plain file: say which to take, by variant= or dtype="
+        )
+    return (fitting if len(variants) > 1 else list(variants))[0]
+
+
+def _name_variants(variants: Iterable[str]) -> str:
+    return "the variants " + ", ".join(sorted(name or "(plain)" for name in variants))
 
 
 def _find_variants(folder: Path) -> dict[str, Path]:

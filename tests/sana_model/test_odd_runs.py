@@ -4,15 +4,19 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sana_model.files.models import load_autoencoder
 from sana_model.nn.finite import NotFiniteError
 from sana_model.nn.text_encoder import TextEncoder
+from sana_model.nn.transformer import SanaTransformer
 from sana_model.pipeline import TextToImage
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
@@ -247,6 +251,80 @@ def test_what_a_folder_lacks_is_named(saved: Path, tmp_path: Path, name: str) ->
     with pytest.raises(error, match=message) as raised:
         TextToImage.from_pretrained(tmp_path / "x")
     assert "huggingface" not in str(raised.value).lower()
+
+
+Names = Callable[[str], str]
+PREFIXES: dict[str, Names] = {
+    "DDP": lambda name: f"module.{name}",
+    "torch.compile": lambda name: f"_orig_mod.{name}",
+    "DDP around torch.compile": lambda name: f"module._orig_mod.{name}",
+    "compiled blocks": lambda name: name.replace(".attn.", "._orig_mod.attn.").replace(".0.", ".0._orig_mod.", 1),
+    "ComfyUI": lambda name: f"model.diffusion_model.{name}",
+    "Lightning": lambda name: f"model.net.{name}",
+}
+
+
+@pytest.mark.parametrize("name", PREFIXES)
+def test_prefixes_of_wrappers_are_no_part_of_a_name(good: TextToImage, tmp_path: Path, name: str) -> None:
+    good.transformer.save_pretrained(tmp_path / "x.pth", layout="nvlabs")
+    content = torch.load(tmp_path / "x.pth", weights_only=True)
+    content["state_dict"] = {PREFIXES[name](key): tensor for key, tensor in content["state_dict"].items()}
+    torch.save(content, tmp_path / "x.pth")
+    found = SanaTransformer.from_pretrained(tmp_path / "x.pth").state_dict()
+    assert all(torch.equal(found[key], tensor) for key, tensor in good.transformer.state_dict().items())
+
+
+def test_a_file_of_several_models_gives_each_its_own(good: TextToImage, tmp_path: Path) -> None:
+    """One safetensors file with transformer, autoencoder and text encoder, as ComfyUI saves checkpoints."""
+    content: dict[str, torch.Tensor] = {}
+    for part, prefix in ((good.transformer, "model.diffusion_model."), (good.autoencoder, "first_stage_model.")):
+        part.save_pretrained(tmp_path / f"{prefix}pth", layout="nvlabs")
+        state = torch.load(tmp_path / f"{prefix}pth", weights_only=True)["state_dict"]
+        content |= {f"{prefix}{key}": tensor for key, tensor in state.items()}
+    content["text_encoders.gemma2_2b.logit_scale"] = torch.zeros(1)
+    save_file(content, tmp_path / "all.safetensors")
+    heads = good.transformer.config.num_cross_heads
+    transformer = SanaTransformer.from_pretrained(tmp_path / "all.safetensors", num_cross_heads=heads)
+    scale = good.autoencoder.config.scaling_factor
+    autoencoder = load_autoencoder(tmp_path / "all.safetensors", scaling_factor=scale)
+    for found, wanted in ((transformer, good.transformer), (autoencoder, good.autoencoder)):
+        assert all(torch.equal(found.state_dict()[key], tensor) for key, tensor in wanted.state_dict().items())
+
+
+def test_a_folder_with_a_pth_in_checkpoints_is_found(good: TextToImage, tmp_path: Path) -> None:
+    """As NVlabs' repositories on the hub are: a model card, and checkpoints/<name>.pth."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "README.md").touch()
+    good.transformer.save_pretrained(tmp_path / "checkpoints" / "Sana.pth", layout="nvlabs")
+    zoo = "zoo://pipeline/"
+    pipeline = TextToImage.from_pretrained(tmp_path, autoencoder=f"{zoo}autoencoder", text_encoder=f"{zoo}text_encoder")
+    assert torch.equal(pipeline.transformer.head.weight, good.transformer.head.weight)
+
+
+def test_of_variants_side_by_side_the_asked_one_is_taken(saved: Path, tmp_path: Path) -> None:
+    """bf16 and fp16 in every folder, told apart by a weight; no plain one but the autoencoder's."""
+    shutil.copytree(saved / "sana", tmp_path / "x")
+    marks = {"bf16": 0.25, "fp16": 0.5}
+    for folder, mark in (("transformer", "head.bias"), ("text_encoder", "norm.weight")):
+        plain = tmp_path / "x" / folder / "model.safetensors"
+        state = load_file(plain)
+        for variant, value in marks.items():
+            marked = {**state, mark: torch.full_like(state[mark], value)}
+            save_file(marked, plain.with_name(f"model.{variant}.safetensors"), {"format": "pt"})
+        plain.unlink()
+
+    def found(**options: Any) -> tuple[float, float]:
+        pipeline = TextToImage.from_pretrained(tmp_path / "x", **options)
+        return float(pipeline.transformer.head.bias[0]), float(pipeline.text_encoder.model.norm.weight[0])
+
+    assert found(variant="fp16") == (0.5, 0.5) and found(variant="bf16") == (0.25, 0.25)
+    assert found(dtype=torch.bfloat16) == (0.25, 0.25)
+    assert found(dtype=torch.float16) == (0.5, 0.25)  # whose text encoder computes in bfloat16
+    assert found(dtype=torch.float16, variant="fp16") == (0.5, 0.5)
+    with pytest.raises(ValueError, match=r"transformer holds the variants bf16, fp16 and no plain file: .* variant= or dtype="):
+        found()
+    with pytest.raises(ValueError, match=r"transformer holds no variant 'int8'; it holds the variants bf16, fp16"):
+        found(variant="int8")
 
 
 def test_a_text_encoder_that_is_nowhere_is_no_model_id() -> None:
