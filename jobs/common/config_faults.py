@@ -18,7 +18,7 @@ from jobs.common.config_fields import (
     short,
     suggest,
 )
-from jobs.common.config_values import ConfigFault, is_blank_section, read_mapping, takes_whole_numbers, whole_number
+from jobs.common.config_values import ConfigFault, is_blank, read_mapping, takes_whole_numbers, whole_number
 from pipelines.storage.home import expand_home
 
 NO_FIELDS = ("config", "print_config", "help")
@@ -131,7 +131,7 @@ def _check_value(hint: Any, value: Any, origin: str, name: str, root: type) -> N
         return _check_mapping(inner, value, origin, f"{name}.", root)
     if inner and isinstance(value, str) and Path(origin).parent.joinpath(value).is_file():
         return None
-    if is_blank_section(hint, value) or (takes_whole_numbers(hint) and whole_number(value) is not None):
+    if is_blank(hint, value) or (takes_whole_numbers(hint) and whole_number(value) is not None):
         return None
     if not fits(hint, value):
         quote = f" (write it in quotes: '{value}')" if hint is str and isinstance(value, (bool, int, float)) else ""

@@ -1,6 +1,6 @@
 """Values as people write them, brought into the form that the parser takes.
 
-A section that is left blank has its defaults, a count may be written 1e8 or 100_000_000, and ~ is the home folder.
+What is left blank has its default, a count may be written 1e8 or 100_000_000, and ~ is the home folder.
 """
 
 import re
@@ -39,9 +39,9 @@ def takes_whole_numbers(hint: Any) -> bool:
     return int in kinds and float not in kinds and str not in kinds
 
 
-def is_blank_section(hint: Any, value: Any) -> bool:
-    """Whether a section is left blank, which means its defaults; null for a section that may be null means that."""
-    return value is None and section_of(hint) is not None and NoneType not in members(hint)
+def is_blank(hint: Any, value: Any) -> bool:
+    """Whether a field is left blank that may not be null: this means its default, or all defaults of a section."""
+    return value is None and hint is not None and NoneType not in members(hint) and Any not in members(hint)
 
 
 def rewrite_arguments(config_class: type, arguments: Sequence[str]) -> list[str]:
@@ -72,7 +72,9 @@ def _rewrite(config_class: type, name: str, text: str) -> str:
     file = Path(expand_home(text))
     if section_of(hint) and (_is_file(file) or (name == "config" and not isinstance(load(text), dict))):
         return dump(_Normalizer().normalize(hint, read_mapping(str(file)), file.parent))
-    if str not in members(hint) and isinstance(content := load(text), (dict, list)):
+    kinds = {get_origin(member) or member for member in members(hint)}
+    content, takes_mapping = load(text), dict in kinds or section_of(hint) is not None
+    if (isinstance(content, list) and kinds & {list, tuple}) or (isinstance(content, dict) and takes_mapping):
         return dump(_Normalizer().normalize(hint, content, Path()))
     return expand_home(text)
 
@@ -98,7 +100,7 @@ class _Normalizer:
             value, folder = read_mapping(str(file)), file.parent
         if isinstance(value, dict):
             hints = {key: hint_of(section, str(key)) if section else None for key in value}
-            entries = [(key, inner) for key, inner in value.items() if not is_blank_section(hints[key], inner)]
+            entries = [(key, inner) for key, inner in value.items() if not is_blank(hints[key], inner)]
             return {key: self.normalize(hints[key], inner, folder) for key, inner in entries}
         if isinstance(value, list):
             lists = (member for member in members(hint) if get_origin(member) in (list, tuple))

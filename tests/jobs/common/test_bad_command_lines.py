@@ -45,7 +45,7 @@ FILES = {
 GIVEN = "--dataset_uri x --ingest.source a "
 EXTRACT = "--extract.name a --extract.autoencoder b "
 ROWS = [
-    ("ingest", "--config binary", ["binary is no YAML file: it is not text"]),
+    ("ingest", "--config binary", ["binary is no text in UTF-8: "]),
     ("ingest", "--config control", ["control is no YAML file"]),
     ("ingest", "--config empty.yaml", ["empty.yaml is empty"]),
     ("ingest", "--config text.yaml", ["text.yaml holds 'hello there', not fields"]),
