@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 SEAL = b"sana.seal"  # key of the seal in the footer
 SEALED = b"sana.sealed"  # a second key, in the schema: were the seal cut out, it would still say that there was one
+ARROW_SCHEMA = b"ARROW:schema"  # a key that was in all files before there were seals
 TAIL_BYTES = 2**16  # read at once from the end of a file; few footers are longer
 GAP_BYTES, REQUEST_BYTES = 2**16, 2**26  # remote: parts that are less apart are read by one request; the most of one request
 BLOCK_BYTES = 2**18  # local: a block is checked while it is in the processor's cache
@@ -100,12 +101,13 @@ class SealedFile:
             if _checksum(*parts).encode() != seal[1]:
                 raise ValueError("its footer is not what was written")
         self.metadata: pq.FileMetaData = pq.read_metadata(pa.BufferReader(footer))
-        if seal is None and SEALED in (self.metadata.metadata or {}):
+        noted = self.metadata.metadata or {}
+        if seal is None and (SEALED in noted or ARROW_SCHEMA not in noted):
             raise ValueError("its seal is gone")
         self.is_sealed = seal is not None
         self.checksums = seal[2].decode() if seal is not None else ""
-        if seal is not None and (noted := json.loads(seal[0])) and (noted["folder"], noted["name"]) != (folder, name):
-            raise ValueError(f"it is a copy of {noted['folder']}/{noted['name']}.parquet")
+        if seal is not None and (own := json.loads(seal[0])) and (own["folder"], own["name"]) != (folder, name):
+            raise ValueError(f"it is a copy of {own['folder']}/{own['name']}.parquet")
 
     def read(self, columns: Sequence[str] | None = None, groups: Sequence[int] | None = None) -> pa.Table:
         """Some columns in that order, of all rows or of some row groups; all columns unless given."""

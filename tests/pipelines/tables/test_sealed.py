@@ -13,7 +13,7 @@ import pytest
 from pipelines.tables.errors import DamagedShardError
 from pipelines.tables.schema import CAPTIONS, IMAGES, REJECTS
 from pipelines.tables.sealed import SEAL, SEALED, SealedFile, write_sealed
-from pipelines.tables.table import Table
+from pipelines.tables.table import FACTS_KEY, Table
 
 FLIPS = 1000
 SHARD = "00000"
@@ -106,6 +106,13 @@ def without_seal(content: bytes, *, schema_too: bool = False) -> bytes:
     return buffer.getvalue()
 
 
+def without_metadata(content: bytes) -> bytes:
+    """One zero ends the footer where the list of its metadata begins."""
+    start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    first = min(content.index(key, start) for key in (SEAL, SEALED, FACTS_KEY, b"ARROW:schema"))
+    return content[: first - 4] + b"\0" + content[first - 3 :]
+
+
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda content: b"",
     "cut": lambda content: content[:-30],
@@ -121,6 +128,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "a footer of no bytes": lambda content: content[:-8] + bytes(4) + b"PAR1",
     "its seal renamed": lambda content: content.replace(SEAL + b"\x18", b"sana.sael\x18"),
     "its seal cut out": without_seal,
+    "a footer without its metadata": without_metadata,
     "another magic": lambda content: b"PAR2" + content[4:],
 }
 
