@@ -9,6 +9,7 @@ from pipelines.workers.images import ImageLimits
 Kind = Literal["folder", "webdataset", "parquet", "list"]
 CAPTION_KEYS = ("caption", "text", "txt", "prompt", "captions")
 """Names under which captions usually stand; in NVlabs' WebDatasets it is "prompt"."""
+MAX_SHARD_BYTES = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +21,15 @@ class DownloadConfig:
         connections: open at the same time.
         connections_per_host: open at the same time to one host and port.
         timeout: of one attempt, from connecting to the last byte, seconds.
-        attempts: at one URL, if its failures may pass (no answer, timeouts, 408, 425, 429, 500, 502, 503, 504).
+        attempts: at one URL, if its failures may pass (no answer, timeouts, 408, 425, 429, 500, 502, 503, 504, 520 to 530).
         first_wait: seconds before the second attempt; doubled after each. A server's "Retry-After" goes before it.
         max_redirects: how many redirects are followed.
         user_agent: sent to servers. Say who you are, and where you can be reached.
-        obey_robots_tag: leave out images whose server answers with "X-Robots-Tag" noai, noimageai, noindex or noimageindex.
+        obey_robots_tag: leave out images whose server answers with "X-Robots-Tag" noai, noimageai, noindex, noimageindex or
+            none, for every robot or for the one that `user_agent` names.
+        allow_private: a list may name hosts at loopback, link-local, private and other special addresses. Allow it only if you
+            trust whoever wrote the list: it could ask services of your own network.
+        bytes_in_flight: of images that are being fetched, at most, all together; a download waits until it fits.
     """
 
     NO_VALUE: ClassVar = (
@@ -35,6 +40,8 @@ class DownloadConfig:
         "first_wait",
         "max_redirects",
         "user_agent",
+        "allow_private",
+        "bytes_in_flight",
     )
 
     connections: int = 64
@@ -45,11 +52,15 @@ class DownloadConfig:
     max_redirects: int = 5
     user_agent: str = "sana-on-ray/0.1 (image dataset builder)"
     obey_robots_tag: bool = True
+    allow_private: bool = False
+    bytes_in_flight: int = 256 * 2**20
 
     def __post_init__(self) -> None:
-        counts = (self.connections, self.connections_per_host, self.attempts)
+        counts = (self.connections, self.connections_per_host, self.attempts, self.bytes_in_flight)
         if min(counts) < 1 or self.timeout <= 0 or self.first_wait < 0 or self.max_redirects < 0:
-            raise ValueError(f"connections, connections_per_host and attempts must be at least 1, times positive: {self}")
+            raise ValueError(
+                f"connections, connections_per_host, attempts and bytes_in_flight must be at least 1, times positive: {self}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +86,13 @@ class IngestConfig:
         rows_per_shard: at most. A stage works on one shard at a time, and loses that much work if it is killed.
         bytes_per_shard: of image files, at most. Each actor holds several times as much in memory. The sizes of a list's images
             are unknown: only `rows_per_shard` counts there.
+        max_shard_bytes: of images that are read for one shard, at most; more are refused as "shard_full". Those of a list can
+            be fetched into new shards by `retry_rejects`.
         max_reject_share: the job fails if a larger share of the images is refused.
         resources: of the actors that decode.
     """
 
-    NO_VALUE: ClassVar = ("retry_rejects", "license", "max_reject_share", "resources")
+    NO_VALUE: ClassVar = ("retry_rejects", "license", "max_shard_bytes", "max_reject_share", "resources")
 
     source: str
     source_kind: Kind | Literal["auto"] = "auto"
@@ -94,11 +107,13 @@ class IngestConfig:
     limits: ImageLimits = field(default_factory=ImageLimits)
     rows_per_shard: int = 1000
     bytes_per_shard: int = 256 * 2**20
+    max_shard_bytes: int = MAX_SHARD_BYTES
     max_reject_share: float = 0.5
     resources: Resources = field(default_factory=Resources)
 
     def __post_init__(self) -> None:
-        if self.rows_per_shard < 1 or self.bytes_per_shard < 1:
+        if min(self.rows_per_shard, self.bytes_per_shard, self.max_shard_bytes) < 1:
             raise ValueError(
-                f"rows_per_shard={self.rows_per_shard}, bytes_per_shard={self.bytes_per_shard}: both must be positive"
+                f"rows_per_shard={self.rows_per_shard}, bytes_per_shard={self.bytes_per_shard}, "
+                f"max_shard_bytes={self.max_shard_bytes}: all must be positive"
             )

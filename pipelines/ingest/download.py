@@ -4,69 +4,167 @@ A failure is returned and not raised: its short code becomes the row's reject re
 """
 
 import asyncio
-from collections import defaultdict
-from collections.abc import Sequence
+import os
+import stat
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from urllib.parse import urlsplit
+from functools import partial
 
-import aiohttp
-from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
+from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.ingest.config import DownloadConfig
+from pipelines.ingest.memory import SHARD_FULL, Memory
+from pipelines.ingest.names import DATA, decode_data, find_allowed
+from pipelines.ingest.sources import Source
+from pipelines.ingest.web import PASSING_REASONS, PRIVATE_ADDRESS, FetchError, WebDownloads
 from pipelines.storage.errors import StorageError
+from pipelines.storage.objects import read_object
 from pipelines.storage.retry import call
 from pipelines.tables.rejects import RowRefused
+from pipelines.workers.images import too_many_bytes
 from sana_model.files.filesystems import open_filesystem
-from sana_model.files.retry import TRANSIENT_STATUS, Backoff, is_transient, parse_retry_after
-
-TRANSIENT_REASONS = {"download_failed", "timeout", *(f"http_{status}" for status in TRANSIENT_STATUS)}
-"""Reject reasons of downloads that may succeed at another time."""
+from sana_model.files.retry import is_transient
 
 NUM_THREADS = 16
-LONGEST_WAIT = 60.0  # seconds between two attempts, even if the server asks for more
-CHUNK = 2**16
 
 
-class FetchError(RowRefused):
-    """`retry_after`: seconds that the server asks to wait before it is asked again. None: it names no time."""
-
-    def __init__(self, reason: str, detail: str, retry_after: float | None = None):
-        super().__init__(reason, detail)
-        self.retry_after = retry_after
+def retryable_reasons(config: DownloadConfig) -> set[str]:
+    """Reject reasons of downloads that may succeed at another time, or with these settings."""
+    return PASSING_REASONS | {SHARD_FULL} | ({PRIVATE_ADDRESS} if config.allow_private else set())
 
 
-def fetch_all(uris: Sequence[str], config: DownloadConfig, max_bytes: int) -> list[bytes | RowRefused]:
+def fetch_named(source: Source, named: Sequence[tuple[str, str]]) -> list[bytes | RowRefused]:
+    """Fetch what files of a source name, by pairs of the path of such a file and a URI that `Source.resolve` gave for it.
+
+    Reasons: those of `fetch_all` and `names.find_allowed`. Raises as `fetch_all`.
+    """
+    found: list[str | RowRefused] = []
+    for path, uri in named:
+        try:
+            found.append(find_allowed(uri, source.open_folders(path)))
+        except RowRefused as refused:
+            found.append(refused.bare())
+    uris = [uri for uri in found if isinstance(uri, str)]
+    contents = iter(fetch_all(uris, source.download, source.max_bytes, source.max_shard_bytes))
+    return [next(contents) if isinstance(uri, str) else uri for uri in found]
+
+
+def fetch_all(uris: Sequence[str], config: DownloadConfig, max_bytes: int, max_total: int) -> list[bytes | RowRefused]:
     """Fetch the content of each URI. Return it, or the reason why it could not be fetched, in the order of `uris`.
 
-    Reasons: http_<status>, timeout, download_failed, too_many_redirects, too_many_bytes, robots_tag, bad_url; for keys of a
-    file system missing_source, too_many_bytes, unreadable, bad_url, and download_failed where it cannot be connected to.
+    Reasons: http_<status>, timeout, download_failed, too_many_redirects, too_many_bytes, robots_tag, bad_url, private_address,
+    unsupported_encoding; for keys of a file system missing_source, too_many_bytes, unreadable, bad_url, and download_failed
+    where it cannot be connected to; shard_full for what comes when all contents together have more than `max_total` bytes.
 
     Raises StorageError if a file system does not answer.
     """
-    different = dict.fromkeys(uris)
-    over_http = [uri for uri in different if uri.lower().startswith(("http://", "https://"))]
-    keys = [uri for uri in different if not uri.lower().startswith(("http://", "https://"))]
-    found = dict(zip(over_http, asyncio.run(_Downloads(config, max_bytes).fetch(over_http)), strict=True)) if over_http else {}
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
-        found |= zip(keys, pool.map(lambda uri: read_key(uri, max_bytes), keys), strict=True)
+    different = list(dict.fromkeys(uris))
+    found = dict(zip(different, asyncio.run(_fetch(different, config, max_bytes, max_total)), strict=True))
     return [found[uri] for uri in uris]
 
 
-def read_key(uri: str, max_bytes: int, size: int | None = None) -> bytes | RowRefused:
-    """Read a file from any file system, unless it is too large. `size` is the file's size, if a listing told it.
+async def _fetch(uris: list[str], config: DownloadConfig, max_bytes: int, max_total: int) -> list[bytes | RowRefused]:
+    memory = Memory(config.bytes_in_flight, max_total)
+    over_http = [uri for uri in uris if uri.lower().startswith(("http://", "https://"))]
+    found: dict[str, bytes | RowRefused] = {}
+    if over_http:
+        found |= zip(over_http, await WebDownloads(config, max_bytes, memory).fetch(over_http), strict=True)
+    found |= {uri: _decode(uri, max_bytes, memory) for uri in uris if uri.startswith(DATA)}
+    keys = [uri for uri in uris if uri not in found]
+    return list(map((found | await _read_keys(keys, max_bytes, memory)).__getitem__, uris))
+
+
+def _decode(url: str, max_bytes: int, memory: Memory) -> bytes | RowRefused:
+    try:
+        content = decode_data(url, max_bytes)
+        memory.keep(len(content))
+        return content
+    except RowRefused as refused:
+        return refused.bare()
+
+
+async def _read_keys(uris: list[str], max_bytes: int, memory: Memory) -> dict[str, bytes | RowRefused]:
+    loop = asyncio.get_running_loop()
+    failures: list[StorageError] = []
+
+    async def read(uri: str) -> bytes | RowRefused:
+        held: list[int] = []
+
+        def wait_for_room(size: int) -> None:
+            if not held:  # a file that is read again has its room already
+                held.append(asyncio.run_coroutine_threadsafe(memory.take(size), loop).result())
+
+        try:
+            memory.check()
+            content = await loop.run_in_executor(pool, partial(_read_unless, failures, uri, max_bytes, wait_for_room))
+            if isinstance(content, bytes):
+                memory.keep(len(content))
+            return content
+        except RowRefused as refused:
+            return refused.bare()
+        finally:
+            await memory.give_back(sum(held))
+
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        contents = await asyncio.gather(*map(read, uris))
+    if failures:
+        raise failures[0]
+    return dict(zip(uris, contents, strict=True))
+
+
+def _read_unless(
+    failures: list[StorageError], uri: str, max_bytes: int, before_reading: Callable[[int], None]
+) -> bytes | RowRefused:
+    """`read_key`, unless a storage did not answer: then it is not asked again for each of the other keys."""
+    if not failures:
+        try:
+            return read_key(uri, max_bytes, before_reading=before_reading)
+        except StorageError as error:
+            failures.append(error)
+    return RowRefused("download_failed", "not tried")
+
+
+def read_key(
+    uri: str,
+    max_bytes: int,
+    size: int | None = None,
+    *,
+    is_literal: bool = False,
+    before_reading: Callable[[int], None] = lambda size: None,
+) -> bytes | RowRefused:
+    """Read a file from any file system, unless it is too large.
+
+    Args:
+        size: of the file, if a listing told it.
+        is_literal: "?versionId=" in a key of S3 is part of its name, and asks for no version.
+        before_reading: called with the size in bytes, as soon as it is known for sure.
 
     Raises StorageError if the file system does not answer.
     """
+    if size is not None and size > max_bytes:
+        return too_many_bytes(size, max_bytes)
     try:
         filesystem, path = open_filesystem(uri)
     except Exception as error:  # some connect when they are opened, and each fails in its own way
         return FetchError("download_failed" if is_transient(error) else "bad_url", f"{type(error).__name__}: {error}")
-    try:
-        if size is None:
-            size = call(lambda: filesystem.size(path), "read", uri) or 0
+
+    def check(size: int) -> None:
         if size > max_bytes:
-            return FetchError("too_many_bytes", f"{size} bytes, over max_bytes={max_bytes}")
-        return call(lambda: filesystem.cat_file(path), "read", uri)
+            raise too_many_bytes(size, max_bytes)
+        before_reading(size)
+
+    def read() -> bytes:
+        if isinstance(filesystem, LocalFileSystem):
+            return _read_local(path, check)
+        if uri.startswith(("s3://", "s3a://")):
+            return read_object(filesystem, path, check, is_literal=is_literal)
+        check(filesystem.size(path) or 0)
+        return filesystem.cat_file(path)
+
+    try:
+        return call(read, "read", uri)
+    except RowRefused as refused:
+        return refused.bare()
     except FileNotFoundError as error:
         return FetchError("missing_source", f"{type(error).__name__}: {error}")
     except Exception as error:  # a key may be nonsense, and file systems say so in many ways
@@ -75,72 +173,17 @@ def read_key(uri: str, max_bytes: int, size: int | None = None) -> bytes | RowRe
         return FetchError("unreadable", f"{type(error).__name__}: {error}")
 
 
-class _Downloads:
-    """The downloads of one HTTP session. Each event loop needs an object of its own."""
+def _read_local(path: str, check: Callable[[int], None]) -> bytes:
+    with open(path, "rb", opener=_open_at_once) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise RowRefused("unreadable", "a named pipe, a device or a socket, and no file")
+        check(status.st_size)
+        return file.read(status.st_size)
 
-    def __init__(self, config: DownloadConfig, max_bytes: int):
-        self.config, self.max_bytes = config, max_bytes
 
-    async def fetch(self, urls: Sequence[str]) -> list[bytes | RowRefused]:
-        # These limits are ours and not the connector's, so that waiting for a turn does not count towards the timeout.
-        self.turn = asyncio.Semaphore(self.config.connections)
-        self.turns_of_host: dict[str, asyncio.Semaphore] = defaultdict(
-            lambda: asyncio.Semaphore(self.config.connections_per_host)
-        )
-        async with aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
-            timeout=aiohttp.ClientTimeout(total=self.config.timeout),
-            headers={"User-Agent": self.config.user_agent, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"},
-            auto_decompress=False,  # we ask for no compression, and a few KB could unfold into gigabytes
-        ) as self.session:
-            return await asyncio.gather(*(self._fetch_patiently(url) for url in urls))
-
-    async def _fetch_patiently(self, url: str) -> bytes | RowRefused:
-        try:
-            host = urlsplit(url).netloc
-        except ValueError as error:
-            return FetchError("bad_url", str(error))
-        retrying = AsyncRetrying(
-            retry=retry_if_exception(lambda error: isinstance(error, FetchError) and error.reason in TRANSIENT_REASONS),
-            stop=stop_after_attempt(self.config.attempts),
-            wait=Backoff(first=self.config.first_wait, longest=LONGEST_WAIT),
-            reraise=True,
-        )
-        try:
-            return await retrying(self._fetch_in_turn, url, host)
-        except FetchError as error:
-            return error
-
-    async def _fetch_in_turn(self, url: str, host: str) -> bytes:
-        async with self.turns_of_host[host], self.turn:
-            return await self._fetch_once(url)
-
-    async def _fetch_once(self, url: str) -> bytes:
-        try:
-            async with self.session.get(url, max_redirects=self.config.max_redirects) as response:
-                self._check(response)
-                content = bytearray()
-                async for chunk in response.content.iter_chunked(CHUNK):
-                    content += chunk
-                    if len(content) > self.max_bytes:
-                        raise FetchError("too_many_bytes", f"over max_bytes={self.max_bytes}")
-                return bytes(content)
-        except TimeoutError as error:
-            raise FetchError("timeout", f"nothing whole within {self.config.timeout:g} s") from error
-        except aiohttp.TooManyRedirects as error:
-            raise FetchError("too_many_redirects", f"over max_redirects={self.config.max_redirects}") from error
-        except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError, ValueError) as error:
-            raise FetchError("bad_url", f"{type(error).__name__}: {error}") from error
-        except (aiohttp.ClientError, OSError) as error:
-            raise FetchError("download_failed", f"{type(error).__name__}: {error}") from error
-
-    def _check(self, response: aiohttp.ClientResponse) -> None:
-        if response.status != 200:
-            retry_after = parse_retry_after(response.headers.get("Retry-After"))
-            raise FetchError(f"http_{response.status}", f"{response.reason}", retry_after)
-        if self.config.obey_robots_tag:
-            tags = {tag.strip().lower() for value in response.headers.getall("X-Robots-Tag", []) for tag in value.split(",")}
-            if forbidden := tags & {"noai", "noimageai", "noindex", "noimageindex"}:
-                raise FetchError("robots_tag", f"X-Robots-Tag: {', '.join(sorted(forbidden))}")
-        if response.content_length is not None and response.content_length > self.max_bytes:
-            raise FetchError("too_many_bytes", f"{response.content_length} bytes, over max_bytes={self.max_bytes}")
+def _open_at_once(path: str, flags: int) -> int:
+    try:
+        return os.open(path, flags | os.O_NONBLOCK)  # else a named pipe is waited for
+    except NotADirectoryError as error:  # what is named like a folder is a file
+        raise FileNotFoundError(str(error)) from error

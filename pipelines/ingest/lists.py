@@ -16,7 +16,8 @@ from itertools import chain, islice
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.ingest.download import fetch_all
+from pipelines.ingest.download import fetch_named
+from pipelines.ingest.names import DATA
 from pipelines.ingest.sidecars import take_caption, to_json
 from pipelines.ingest.sources import URL_COLUMNS, Part, Source, find_column, holds_captions, holds_text, is_binary
 from pipelines.storage.errors import StorageError
@@ -81,18 +82,19 @@ def copy_again(source: Source, parts: Sequence[Part], ticket: Ticket) -> None:
 def read_listed(source: Source, parts: Iterable[Part]) -> Iterator[Row]:
     """Fetch the images that slices of lists name, all together, as rows of `readers.SOURCE_ROWS`.
 
-    Raises as `slice_lists` and `download.fetch_all`.
+    Raises as `slice_lists` and `download.fetch_named`.
     """
     rows = [(part.path, index, row) for part, index, row in slice_lists(source, parts)]
-    uris = [source.resolve(path, row["url"]) for path, _, row in rows if row["url"]]
-    contents = iter(zip(uris, fetch_all(uris, source.download, source.max_bytes), strict=True))
+    named = [(path, source.resolve(path, row["url"])) for path, _, row in rows if row["url"]]
+    contents = iter(zip(named, fetch_named(source, named), strict=True))
     for path, index, row in rows:
         found = {name: row.get(name) for name in ("caption", "caption_key", "metadata")}  # old copies have no caption_key
+        uri = f"{source.uri_of(path)}#{index}"
         if not row["url"]:
-            uri = f"{source.uri_of(path)}#{index}"
             yield found | {"source_uri": uri, "error": "no_url", "detail": f"row {index} of the list names no image"}
             continue
-        found["source_uri"], content = next(contents)
+        (_, listed), content = next(contents)
+        found["source_uri"] = uri if listed.startswith(DATA) else listed  # a data: URL is the image itself
         if isinstance(content, RowRefused):
             yield found | {"error": content.reason, "detail": content.detail}
         else:

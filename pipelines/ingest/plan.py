@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from pipelines.ingest.config import Kind
-from pipelines.ingest.download import TRANSIENT_REASONS
+from pipelines.ingest.download import retryable_reasons
 from pipelines.ingest.lists import slice_lists
 from pipelines.ingest.readers import NUM_THREADS, count_samples
 from pipelines.ingest.sources import Part, Source, list_parts
@@ -108,10 +108,11 @@ def plan_retries(plan: Plan, source: Source, images: Table, size: ShardSize) -> 
     Existing shards stay as they are, and so do the tables that are aligned to them.
     """
     done = [shard for shard in images.list_shards() if shard in plan.shards and shard not in plan.retried]
+    reasons = retryable_reasons(source.download)
     refused: dict[Part, set[str]] = {}
     for shard in done:
         rejects = images.rejects().read_shard(shard, ["source_uri", "reject_reason"]).to_pylist()
-        if uris := {row["source_uri"] for row in rejects if row["reject_reason"] in TRANSIENT_REASONS}:
+        if uris := {row["source_uri"] for row in rejects if row["reject_reason"] in reasons}:
             refused |= dict.fromkeys(plan.shards[shard], uris)
     failed = [
         replace(part, start=index, stop=index + 1)

@@ -13,7 +13,7 @@ from posixpath import splitext
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.ingest.download import fetch_all, read_key
+from pipelines.ingest.download import fetch_named, read_key
 from pipelines.ingest.lists import copy_list, read_listed
 from pipelines.ingest.sidecars import read_sidecars, take_caption, to_json
 from pipelines.ingest.sources import (
@@ -84,7 +84,7 @@ def read_parts(source: Source, parts: list[Part]) -> pa.Table:
     """Read the samples of some parts in order, as SOURCE_ROWS.
 
     Errors: missing_source (the file is gone), truncated (a tar that ends too early), too_many_bytes, unreadable, those of
-    `download.fetch_all`, and no_url (a row of a list without one).
+    `download.fetch_named`, and no_url (a row of a list without one).
 
     Raises StorageError if the storage does not answer; no row is refused for that.
     """
@@ -127,12 +127,12 @@ def _refused(uri: str, refused: RowRefused) -> Row:
 
 def _read_image_file(source: Source, part: Part) -> Row:
     uri = source.uri_of(part.path)
-    content = read_key(uri, source.max_bytes, part.size)
+    content = read_key(uri, source.max_bytes, part.size, is_literal=True)
     if isinstance(content, RowRefused):
         if content.reason in ("bad_url", "download_failed"):  # the folder was listed: it can be opened, if not now
             raise StorageError(f"cannot read {uri}: {content.detail}")
         return _refused(uri, content)
-    beside = {splitext(path)[1]: read_key(source.uri_of(path), source.max_bytes) for path in part.sidecars}
+    beside = {splitext(path)[1]: read_key(source.uri_of(path), source.max_bytes, is_literal=True) for path in part.sidecars}
     return {"image_bytes": content, "source_uri": uri, **read_sidecars(beside, source.caption_keys)}
 
 
@@ -211,7 +211,7 @@ def _image_contents(source: Source, path: str, values: list[bytes | Row | None])
     """Image bytes from cells that hold bytes, or the struct of bytes and path of `datasets`, which may have only the path."""
     wrapped: list[Row] = [value if isinstance(value, dict) else {"bytes": value} for value in values]
     keys = {value["path"]: None for value in wrapped if value["bytes"] is None and value.get("path")}
-    fetched = fetch_all([source.resolve(path, key) for key in keys], source.download, source.max_bytes) if keys else []
+    fetched = fetch_named(source, [(path, source.resolve(path, key)) for key in keys]) if keys else []
     by_key = dict(zip(keys, fetched, strict=True))
     nothing = RowRefused("unreadable", "the row holds neither bytes nor a path")
     return [by_key.get(value.get("path"), nothing) if value["bytes"] is None else value["bytes"] for value in wrapped]

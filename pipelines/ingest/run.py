@@ -198,6 +198,7 @@ def _plan_sources(images: Table, config: IngestConfig, ticket: Ticket) -> tuple[
         base_uri=config.base_uri,
         copies_uri=f"{images.uri}/{COPIES}",
         max_bytes=config.limits.max_bytes,
+        max_shard_bytes=config.max_shard_bytes,
         download=config.download,
         exclude=exclude,
     )

@@ -9,7 +9,8 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.ingest.config import CAPTION_KEYS, DownloadConfig, Kind
+from pipelines.ingest.config import CAPTION_KEYS, MAX_SHARD_BYTES, DownloadConfig, Kind
+from pipelines.ingest.names import resolve
 from pipelines.storage.files import find_files, open_file
 from pipelines.storage.retry import call
 from pipelines.tables.table import absolute_uri
@@ -58,6 +59,7 @@ class Source:
             None: the folder of the file that holds them.
         copies_uri: where lists are copied to.
         max_bytes: size of the largest image that is read.
+        max_shard_bytes: of images that are read for one shard, all together.
     """
 
     root: str
@@ -70,6 +72,7 @@ class Source:
     base_uri: str | None = None
     copies_uri: str = ""
     max_bytes: int = ImageLimits().max_bytes
+    max_shard_bytes: int = MAX_SHARD_BYTES
     download: DownloadConfig = field(default_factory=DownloadConfig)
 
     @property
@@ -81,9 +84,11 @@ class Source:
 
     def resolve(self, path: str, key: str) -> str:
         """The URI of a key that the file `path` holds."""
-        if "://" in key or key.startswith("/"):
-            return key
-        return f"{self.base_uri.rstrip('/') if self.base_uri else dirname(self.uri_of(path))}/{key}"
+        return resolve(key, self.base_uri.rstrip("/") if self.base_uri else dirname(self.uri_of(path)))
+
+    def open_folders(self, path: str) -> list[str]:
+        """URIs of the folders in which the file `path` may name any file."""
+        return [dirname(self.uri_of(path)), *([self.base_uri.rstrip("/")] if self.base_uri else [])]
 
 
 def find_source(
@@ -97,6 +102,7 @@ def find_source(
     base_uri: str | None = None,
     copies_uri: str = "",
     max_bytes: int = ImageLimits().max_bytes,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     download: DownloadConfig | None = None,
     exclude: str | None = None,
 ) -> Source:
@@ -125,6 +131,7 @@ def find_source(
         base_uri=base_uri,
         copies_uri=copies_uri,
         max_bytes=max_bytes,
+        max_shard_bytes=max_shard_bytes,
         download=download or DownloadConfig(),
     )
 

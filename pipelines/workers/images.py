@@ -163,8 +163,8 @@ def _unidentified(image_bytes: bytes) -> RowRefused:
     for word, name in TEXT_SIGNATURES:
         if word in head and b"<html" not in head:
             return RowRefused("unsupported_format", f"{name}: draw it into a PNG")
-    detail = f"{len(image_bytes)} bytes that begin with {image_bytes[:12]!r}" if image_bytes else "no bytes"
-    return RowRefused("not_an_image", detail)
+    # The bytes themselves are not shown: a list may have named a file that whoever reads the rejects must not see.
+    return RowRefused("not_an_image", f"{len(image_bytes)} bytes in none of the formats {', '.join(FORMATS)}")
 
 
 def resize_and_crop(

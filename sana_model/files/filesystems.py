@@ -23,15 +23,24 @@ an answer that is cut short.
 """
 
 
+STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
+"""Stores of objects by bucket and key. Nothing in their URIs leads to another host, or to another file system."""
+
+
 def open_filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
     """The file system of a URI (or local path), and the path on it, without a slash at its end.
 
     Its own calls are not repeated: wrap them in `retry.call_patiently`.
     """
-    if "::" in uri and "://" not in uri:  # part of a local file's name; in a URI it chains file systems
+    if "::" in uri and "://" not in uri:  # part of a local file's name; in most URIs it chains file systems
         return LocalFileSystem(), str(Path(uri).absolute())
     options = S3_OPTIONS if uri.startswith(("s3://", "s3a://")) else {}
-    filesystem, path = fsspec.url_to_fs(uri, **options)
+    scheme = uri.partition("://")[0]
+    if "::" in uri and scheme in (*STORES, "file", "local"):  # they lie on nothing: "::" is part of the name
+        filesystem = fsspec.filesystem(scheme, **options)
+        path = filesystem._strip_protocol(uri)
+    else:
+        filesystem, path = fsspec.url_to_fs(uri, **options)
     if options:
         filesystem.retries = 1
     return filesystem, path.rstrip("/")

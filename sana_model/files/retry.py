@@ -16,8 +16,8 @@ from typing import TypeVar
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 from tenacity.wait import wait_base
 
-TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
-"""HTTP: the same request may succeed later."""
+TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504, *range(520, 531)})
+"""HTTP: the same request may succeed later. 520 to 530 say so at Cloudflare and others: the server behind does not answer."""
 TRANSIENT_CODES = {"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "Throttling", "ThrottlingException"}
 """Error codes of S3."""
 TRANSIENT_TYPES = (TimeoutError, ConnectionError, EOFError)

@@ -3,7 +3,7 @@
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
@@ -16,9 +16,13 @@ def free_port() -> int:
 
 
 class Handler(BaseHTTPRequestHandler):
-    def reply(self, status: int, content: bytes, headers: Mapping[str, str] | None = None) -> None:
+    def reply(self, status: int, content: bytes, headers: Mapping[str, str] | Iterable[tuple[str, str]] | None = None) -> None:
+        """Answer with a length, unless the headers have one; a header may come several times if they are pairs."""
+        pairs = list(headers.items() if isinstance(headers, Mapping) else headers or ())
+        if not {"Content-Length", "Transfer-Encoding"} & dict(pairs).keys():
+            pairs.insert(0, ("Content-Length", str(len(content))))
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
+        for name, value in pairs:
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)

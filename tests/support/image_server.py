@@ -2,18 +2,26 @@
 
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 
 from tests.support.http_server import Handler, Server
 
+Reply = tuple[int, list[tuple[str, str]], bytes]
+"""Status, headers and content."""
+
 
 class ImageServer(Server):
-    """Serves `images` by path. Other paths misbehave as their first part says. `answers` counts requests by path."""
+    """Serves `images` by path. Other paths misbehave as their first part says. `answers` counts requests by path.
+
+    `replies` holds whole answers by path.
+    """
 
     def __init__(self, images: dict[str, bytes]):
         super().__init__(ImageHandler)
         self.images = images
+        self.replies: dict[str, Reply] = {}
         self.answers: Counter[str] = Counter()
+        self.cookies: defaultdict[str, set[str | None]] = defaultdict(set)
         self.agents: set[str | None] = set()
         self.fails_before = 1  # of /flaky/: answers of 500 before the good one
         self.lock = threading.Lock()
@@ -27,6 +35,10 @@ class ImageHandler(Handler):
         with self.server.lock:
             self.server.answers[self.path] += 1
             self.server.agents.add(self.headers["User-Agent"])
+            self.server.cookies[self.path].add(self.headers["Cookie"])
+        if self.path in self.server.replies:
+            status, headers, content = self.server.replies[self.path]
+            return self.reply(status, content, headers)
         behaviour, content = self.path.split("/")[1], self.server.images.get(self.path.rsplit("/", 1)[-1], b"")
         if behaviour == "flaky" and self.server.answers[self.path] <= self.server.fails_before:
             return self.reply(500, b"sorry")

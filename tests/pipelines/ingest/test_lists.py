@@ -29,7 +29,7 @@ from tests.pipelines.ingest.test_sources import write_files, write_tar
 from tests.support.hostile_images import encode, noise
 from tests.support.image_server import ImageServer
 
-FAST = DownloadConfig(timeout=1.0, first_wait=0.05, attempts=3)
+FAST = DownloadConfig(timeout=1.0, first_wait=0.05, attempts=3, allow_private=True)
 IMAGE = encode(noise(), "PNG")
 
 
@@ -66,7 +66,7 @@ def test_what_the_web_answers(server: ImageServer) -> None:
         "/cut/5.png": "download_failed",
         "/noai/6.png": "robots_tag",
     }
-    results = fetch_all([server.url + path for path in expected], FAST, 100_000)
+    results = fetch_all([server.url + path for path in expected], FAST, 100_000, 2**30)
     for (path, reason), result in zip(expected.items(), results, strict=True):
         if reason is None:
             assert result == server.images[path.rsplit("/", 1)[-1]], path
@@ -76,19 +76,21 @@ def test_what_the_web_answers(server: ImageServer) -> None:
     assert {path for path, count in tries.items() if count == 1} >= {"/good/none.png", "/large/x", "/endless/x", "/noai/6.png"}
     assert (tries["/flaky/3.png"], tries["/busy/4.png"], tries["/slow/1.png"], tries["/cut/5.png"]) == (2, 2, 3, 3)
     assert server.agents == {FAST.user_agent}
-    allowed = fetch_all([server.url + "/noai/6.png"], replace(FAST, obey_robots_tag=False), 100_000)
+    allowed = fetch_all([server.url + "/noai/6.png"], replace(FAST, obey_robots_tag=False), 100_000, 2**30)
     assert allowed == [server.images["6.png"]]
 
 
 def test_nobody_there_and_no_url() -> None:
-    results = fetch_all(["http://127.0.0.1:9/x.png", "http://[broken/x.png", "nowhere://x"], replace(FAST, attempts=1), 1000)
+    results = fetch_all(
+        ["http://127.0.0.1:9/x.png", "http://[broken/x.png", "nowhere://x"], replace(FAST, attempts=1), 1000, 2**30
+    )
     assert [result.reason for result in results if isinstance(result, RowRefused)] == ["download_failed", "bad_url", "bad_url"]
 
 
 def test_a_host_is_not_stormed(server: ImageServer) -> None:
     urls = [f"{server.url}/paused/{number % 8}.png?{number}" for number in range(24)]
     server.images |= {f"{number % 8}.png?{number}": IMAGE for number in range(24)}
-    assert fetch_all(urls, replace(FAST, connections_per_host=3, timeout=30), 100_000) == [IMAGE] * 24
+    assert fetch_all(urls, replace(FAST, connections_per_host=3, timeout=30), 100_000, 2**30) == [IMAGE] * 24
     assert 2 <= server.most_at_once <= 3
 
 
@@ -139,7 +141,7 @@ def test_keys_of_a_file_system(tmp_path: Path) -> None:
 def test_a_key_that_no_file_system_takes_costs_its_row(tmp_path: Path) -> None:
     """Some file systems connect, or want arguments, when they are opened."""
     bad = ["ftp://127.0.0.1:1/a.jpg", "github://x/y", "reference://x", "generic://x", "dir://x", "s3://", "a\0b.png", "a::b"]
-    expected = ["download_failed", *["bad_url"] * 4, *["unreadable"] * 2, "missing_source"]
+    expected = [*["bad_url"] * 5, *["unreadable"] * 2, "missing_source"]
     (tmp_path / "good.png").write_bytes(IMAGE)
     keys = ["good.png", *(key for one in bad for key in (one, "good.png"))]
     (tmp_path / "list.jsonl").write_text("".join(json.dumps({"url": key}) + "\n" for key in keys))
@@ -152,7 +154,7 @@ def test_a_key_that_no_file_system_takes_costs_its_row(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": images}), tmp_path / "images.parquet")
     source = find_source(str(tmp_path / "images.parquet"), "parquet")
     found = read_parts(source, [Part("images.parquet", 0)])
-    assert found["error"].to_pylist() == [None, "download_failed", None]
+    assert found["error"].to_pylist() == [None, "bad_url", None]
 
 
 def test_records_of_json_need_not_be_alike(tmp_path: Path) -> None:
@@ -216,12 +218,12 @@ def test_slices_are_read_and_fetched_together(tmp_path: Path, monkeypatch: pytes
     source = list_source(tmp_path / "list.csv")
     count_samples(source, Part("list.csv", 0))
     calls: Counter[str] = Counter()
-    for function in (lists.read_file, lists.fetch_all):
+    for function in (lists.read_file, lists.fetch_named):
         name = function.__name__
         monkeypatch.setattr(lists, name, lambda *given, call=function, name=name: (calls.update([name]), call(*given))[1])
     rows = read_parts(source, [Part("list.csv", 0, start=start, stop=start + 1) for start in range(0, 40, 2)])
     assert [content.as_py()[0] for content in rows["image_bytes"]] == list(range(0, 40, 2))
-    assert calls == {"read_file": 1, "fetch_all": 1}
+    assert calls == {"read_file": 1, "fetch_named": 1}
 
 
 def test_lists_that_are_none(tmp_path: Path) -> None:
