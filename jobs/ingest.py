@@ -23,6 +23,7 @@ class IngestJob(JobConfig):
 
 def run(job: IngestJob) -> StageResult:
     """Run the stage in an MLflow run, on the Ray that is connected."""
+    from pipelines.ingest.not_taken import describe_not_taken
     from pipelines.ingest.run import run_ingest
     from pipelines.reports.images import images_report
 
@@ -33,6 +34,8 @@ def run(job: IngestJob) -> StageResult:
         make_report=lambda: images_report(job.dataset_uri),
     )
     print(f"{'':<22} {describe_captions(result)}", flush=True)
+    if not_taken := describe_not_taken(result.figures):
+        print(f"{'':<22} not taken: {not_taken}", flush=True)
     return result
 
 

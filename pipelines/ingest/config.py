@@ -10,6 +10,7 @@ Kind = Literal["folder", "webdataset", "parquet", "list"]
 CAPTION_KEYS = ("caption", "text", "txt", "prompt", "captions")
 """Names under which captions usually stand; in NVlabs' WebDatasets it is "prompt"."""
 MAX_SHARD_BYTES = 2**30
+MAX_TEXT_BYTES = 2**18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +89,8 @@ class IngestConfig:
             are unknown: only `rows_per_shard` counts there.
         max_shard_bytes: of images that are read for one shard, at most; more are refused as "shard_full". Those of a list can
             be fetched into new shards by `retry_rejects`.
+        max_text_bytes: of a file beside an image, and of the caption, the URL and the metadata in a row; larger ones are left
+            out, and counted.
         max_reject_share: the job fails if a larger share of the images is refused.
         resources: of the actors that decode.
     """
@@ -108,12 +111,13 @@ class IngestConfig:
     rows_per_shard: int = 1000
     bytes_per_shard: int = 256 * 2**20
     max_shard_bytes: int = MAX_SHARD_BYTES
+    max_text_bytes: int = MAX_TEXT_BYTES
     max_reject_share: float = 0.5
     resources: Resources = field(default_factory=Resources)
 
     def __post_init__(self) -> None:
-        if min(self.rows_per_shard, self.bytes_per_shard, self.max_shard_bytes) < 1:
+        if min(self.rows_per_shard, self.bytes_per_shard, self.max_shard_bytes, self.max_text_bytes) < 1:
             raise ValueError(
                 f"rows_per_shard={self.rows_per_shard}, bytes_per_shard={self.bytes_per_shard}, "
-                f"max_shard_bytes={self.max_shard_bytes}: all must be positive"
+                f"max_shard_bytes={self.max_shard_bytes}, max_text_bytes={self.max_text_bytes}: all must be positive"
             )

@@ -4,25 +4,30 @@ When a list is planned, it is copied into the dataset in pieces of PIECE_ROWS ro
 reading what comes before, and a later change of the file at the source does not change what a shard holds.
 """
 
-import csv
 import hashlib
 import io
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain, islice
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from pipelines.ingest.columns import URL_COLUMNS, find_column, holds_captions, is_binary
 from pipelines.ingest.download import fetch_named
+from pipelines.ingest.image_names import without_query
 from pipelines.ingest.names import DATA
+from pipelines.ingest.not_taken import BAD_VALUE, UNKNOWN_ENCODING
+from pipelines.ingest.parquet_rows import TableFile, ValueErrors
 from pipelines.ingest.sidecars import take_caption, to_json
-from pipelines.ingest.sources import URL_COLUMNS, Part, Source, find_column, holds_captions, holds_text, is_binary
+from pipelines.ingest.sources import Part, Source
+from pipelines.ingest.text_tables import LIST_ERROR, MAX_LINE, VALUE_ERRORS, read_table
 from pipelines.storage.errors import StorageError
 from pipelines.storage.files import list_folder, open_file, read_file, write_file
 from pipelines.storage.lease import Ticket
+from pipelines.tables.encodings import decode_text
 from pipelines.tables.errors import DamagedShardError
 from pipelines.tables.rejects import RowRefused
 from pipelines.tables.schema import Row
@@ -32,9 +37,15 @@ from pipelines.tables.text import clean
 COPIES = "_lists"  # folder of the copies, in that of the images
 PIECE_ROWS = 100_000
 ROW_GROUP = 1000  # about the rows of a shard
-MAX_FIELD = 2**24  # characters of a CSV's field; Python's own limit is 128 KiB
-LIST_ERROR = "list_error"  # key in the metadata of a line that could not be parsed
-LIST_ROWS = pa.schema([("url", pa.string()), ("caption", pa.string()), ("caption_key", pa.string()), ("metadata", pa.string())])
+LIST_ROWS = pa.schema(
+    [
+        pa.field("url", pa.string()),
+        pa.field("caption", pa.string()),
+        pa.field("caption_key", pa.string()),
+        pa.field("metadata", pa.string()),
+        pa.field("not_taken", pa.map_(pa.string(), pa.int64())),
+    ]
+)
 
 
 def copy_list(source: Source, part: Part, ticket: Ticket | None = None) -> int:
@@ -47,14 +58,19 @@ def copy_list(source: Source, part: Part, ticket: Ticket | None = None) -> int:
     rows = _read_list(source, part.path)
     count = 0
     try:
-        for piece in iter(lambda: list(islice(rows, PIECE_ROWS)), []):
-            name = _piece_name(part.path, count // PIECE_ROWS)
-            copied = write_sealed(pa.Table.from_pylist(piece, LIST_ROWS), ROW_GROUP, folder=COPIES, name=name)
+        while group := list(islice(rows, ROW_GROUP)):
+            name, groups = _piece_name(part.path, count // PIECE_ROWS), []
+            while group:
+                groups.append(pa.Table.from_pylist(group, LIST_ROWS))
+                count += len(group)
+                group = list(islice(rows, min(ROW_GROUP, -count % PIECE_ROWS)))
+            copied = write_sealed(pa.concat_tables(groups), ROW_GROUP, folder=COPIES, name=name)
             if ticket is not None:
                 ticket.check()
             write_file(f"{source.copies_uri}/{name}.parquet", copied)
-            count += len(piece)
-    except (pa.ArrowException, csv.Error, UnicodeError) as error:
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, StorageError | FileNotFoundError):
+            raise
         raise ValueError(
             f"{uri} cannot be read as a list after row {count} ({error}): put it right, or take it away"
         ) from error
@@ -88,10 +104,11 @@ def read_listed(source: Source, parts: Iterable[Part]) -> Iterator[Row]:
     named = [(path, source.resolve(path, row["url"])) for path, _, row in rows if row["url"]]
     contents = iter(zip(named, fetch_named(source, named), strict=True))
     for path, index, row in rows:
-        found = {name: row.get(name) for name in ("caption", "caption_key", "metadata")}  # old copies have no caption_key
+        found = {name: row.get(name) for name in ("caption", "caption_key", "metadata")}  # old copies do not have all
+        found["not_taken"] = Counter(dict(row.get("not_taken") or ()))
         uri = f"{source.uri_of(path)}#{index}"
         if not row["url"]:
-            yield found | {"source_uri": uri, "error": "no_url", "detail": f"row {index} of the list names no image"}
+            yield found | {"source_uri": uri, "error": "no_url", "detail": _explain_no_url(index, row["metadata"])}
             continue
         (_, listed), content = next(contents)
         found["source_uri"] = uri if listed.startswith(DATA) else listed  # a data: URL is the image itself
@@ -99,6 +116,12 @@ def read_listed(source: Source, parts: Iterable[Part]) -> Iterator[Row]:
             yield found | {"error": content.reason, "detail": content.detail}
         else:
             yield found | {"image_bytes": content}
+
+
+def _explain_no_url(index: int, metadata: str | None) -> str:
+    noted = json.loads(metadata or "{}")
+    problem = noted.get(LIST_ERROR) or "; ".join(f"{name}: {error}" for name, error in noted.get(VALUE_ERRORS, {}).items())
+    return f"row {index} of the list names no image{f' ({problem})' if problem else ''}"
 
 
 def slice_lists(source: Source, parts: Iterable[Part]) -> Iterator[tuple[Part, int, Row]]:
@@ -154,25 +177,40 @@ def _piece_name(path: str, piece: int) -> str:
 def _read_list(source: Source, path: str) -> Iterator[Row]:
     """Read a list as rows of LIST_ROWS. A line that cannot be parsed has no URL, and its metadata says why."""
     with open_file(source.uri_of(path)) as file:
-        if path.lower().endswith(".parquet"):
-            parquet = pq.ParquetFile(file)
-            columns = [field.name for field in parquet.schema_arrow if not is_binary(field.type)]
-            batches = parquet.iter_batches(ROW_GROUP, columns=columns)
-            records: Iterator[Row] = (row for batch in batches for row in batch.to_pylist())
-            schema = parquet.schema_arrow
+        if without_query(path).lower().endswith(".parquet"):
+            table = TableFile(file)
+            schema = table.schema
+            url_column, caption_column = _find_columns(schema, source, path)
+            names = [field.name for field in schema if not is_binary(field.type)]
+            names += [name for name in (url_column, caption_column) if name and name not in names]
+            records = ((row, errors) for _, row, errors in table.iter_rows(names, 0, None, batch=ROW_GROUP))
         else:
-            text = io.TextIOWrapper(file, "utf-8-sig", errors="replace", newline="")
-            records = read_csv(text, path) if path.lower().endswith((".csv", ".tsv")) else read_json_lines(text)
-            first = list(islice(records, ROW_GROUP))
+            rows = read_table(file, without_query(path))
+            first = list(islice(rows, ROW_GROUP))
             if not first:
                 return
-            schema = _schema_of(first)
-            records = chain(first, records)
-        url_column, caption_column = _find_columns(schema, source, path)
-        for record in records:
-            url = record.pop(url_column, None)
-            caption = take_caption(record, caption_column)
-            yield {"url": _text(url), **caption, "metadata": to_json(record)}
+            url_column, caption_column = _find_columns(_schema_of(first), source, path)
+            records = ((row, row.pop(VALUE_ERRORS, {})) for row in chain(first, rows))
+        for record, errors in records:
+            yield _read_record(record, errors, url_column, caption_column, source.max_text_bytes)
+
+
+def _read_record(record: Row, errors: ValueErrors, url_column: str, caption_column: str | None, max_bytes: int) -> Row:
+    """A row of LIST_ROWS from a row of a list, and the errors of its values."""
+    urls = record.pop(url_column, None)
+    urls = urls if isinstance(urls, list) else [urls]
+    if len(urls) > 1:
+        errors = errors | {url_column: f"{len(urls)} URLs, and a row is about one image"}
+    url = _text(urls[0]) if len(urls) == 1 else None
+    if url and len(url) > (limit := MAX_LINE if url[: len(DATA)].lower() == DATA else max_bytes):
+        errors = errors | {url_column: f"{len(url)} characters, over {limit}"}
+        url = None
+    found = take_caption(record, caption_column, max_bytes)
+    not_taken = found["not_taken"]
+    for column in errors.keys() - {url_column, LIST_ERROR}:
+        not_taken[UNKNOWN_ENCODING if column == caption_column else BAD_VALUE] += 1
+    metadata = to_json(record | ({VALUE_ERRORS: errors} if errors else {}), max_bytes)
+    return {"url": url, **found, "metadata": metadata}
 
 
 def _schema_of(records: list[Row]) -> pa.Schema:
@@ -186,12 +224,13 @@ def _schema_of(records: list[Row]) -> pa.Schema:
             elif isinstance(value, list):
                 keys.setdefault(name, pa.list_(pa.string()))
     keys.pop(LIST_ERROR, None)
-    return pa.schema(list(keys.items()))
+    keys.pop(VALUE_ERRORS, None)
+    return pa.schema([(name, kind) for name, kind in keys.items() if name.encode(errors="replace").decode() == name])
 
 
 def _find_columns(schema: pa.Schema, source: Source, path: str) -> tuple[str, str | None]:
     """Find the column of URLs, and the column of captions if there is one. Raises ValueError if a column is missing."""
-    url_column = find_column(schema, source.url_column, URL_COLUMNS, holds_text)
+    url_column = find_column(schema, source.url_column, URL_COLUMNS, holds_captions)
     caption_column = find_column(schema, source.caption_column, source.caption_keys, holds_captions)
     uri, there = source.uri_of(path), ", ".join(schema.names)
     if url_column is None:
@@ -203,24 +242,9 @@ def _find_columns(schema: pa.Schema, source: Source, path: str) -> tuple[str, st
 
 
 def _text(value: object) -> str | None:
-    return clean(value) if isinstance(value, str) else None
-
-
-def read_csv(text: Iterable[str], path: str) -> Iterator[Row]:
-    """The rows of a table of text, by the names in its first line. Fields are split at tabs if the path ends with ".tsv"."""
-    csv.field_size_limit(MAX_FIELD)
-    for row in csv.DictReader(text, delimiter="\t" if path.lower().endswith(".tsv") else ","):
-        row.pop(None, None)  # more fields than the header has
-        yield row
-
-
-def read_json_lines(text: Iterable[str]) -> Iterator[Row]:
-    """The objects of JSON lines; for a line that holds none, an object whose LIST_ERROR says why."""
-    for line in text:
-        if not line.strip():
-            continue
+    if isinstance(value, bytes):
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            record = {LIST_ERROR: str(error)}
-        yield record if isinstance(record, dict) else {LIST_ERROR: f"a {type(record).__name__}, not an object"}
+            value = decode_text(value)
+        except RowRefused:
+            return None
+    return clean(value) if isinstance(value, str) else None

@@ -7,7 +7,7 @@ matters only to shards that are not made yet.
 import hashlib
 import json
 import pickle
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -17,8 +17,9 @@ from typing import Any
 from pipelines.ingest.config import Kind
 from pipelines.ingest.download import retryable_reasons
 from pipelines.ingest.lists import slice_lists
+from pipelines.ingest.not_taken import NO_IMAGE
 from pipelines.ingest.readers import NUM_THREADS, count_samples
-from pipelines.ingest.sources import Part, Source, list_parts
+from pipelines.ingest.sources import Part, Source, find_parts
 from pipelines.storage.lease import Ticket
 from pipelines.tables.table import Table
 
@@ -86,8 +87,10 @@ def write_plan(images: Table, plan: Plan, ticket: Ticket | None) -> None:
     images.write_json(PLAN, asdict(plan), indent=None, ticket=ticket)
 
 
-def extend_plan(plan: Plan | None, source: Source, size: ShardSize, exclude: str, ticket: Ticket) -> Plan:
+def extend_plan(plan: Plan | None, source: Source, size: ShardSize, exclude: str, ticket: Ticket) -> tuple[Plan, Counter[str]]:
     """Append shards for the files at the source that the plan does not know yet, whose samples are counted for it.
+
+    Returns the plan, and how many files of the source are not taken, by kind.
 
     Args:
         ticket: of the lease of the images, into whose folder lists are copied.
@@ -95,11 +98,14 @@ def extend_plan(plan: Plan | None, source: Source, size: ShardSize, exclude: str
     Raises ValueError if there would be too many shards.
     """
     known = {part.path for parts in plan.shards.values() for part in parts} if plan else set()
-    new = [part for part in list_parts(source, exclude) if part.path not in known]
+    found, not_taken = find_parts(source, exclude, known)
+    new = [part for part in found if part.path not in known]
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         counts = list(pool.map(partial(count_samples, source, ticket=ticket), new))
+    if empty := counts.count(0):
+        not_taken[NO_IMAGE] += empty
     plan = plan or Plan(source.kind, _hash_listing(new), {})
-    return _append(plan, pack(new, counts, size))
+    return _append(plan, pack(new, counts, size)), not_taken
 
 
 def plan_retries(plan: Plan, source: Source, images: Table, size: ShardSize) -> Plan:

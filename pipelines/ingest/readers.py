@@ -4,34 +4,27 @@ A file that cannot be read, or not to its end, gives a row with an error; the ro
 """
 
 import tarfile
-import zlib
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from posixpath import splitext
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipelines.ingest.download import fetch_named, read_key
+from pipelines.ingest.download import read_key
 from pipelines.ingest.lists import copy_list, read_listed
-from pipelines.ingest.sidecars import read_sidecars, take_caption, to_json
-from pipelines.ingest.sources import (
-    IMAGE_COLUMNS,
-    SIDECARS,
-    Part,
-    Source,
-    find_column,
-    holds_captions,
-    holds_images,
-    is_binary,
-)
+from pipelines.ingest.memory import shard_full
+from pipelines.ingest.pairing import TarImage
+from pipelines.ingest.parquet_images import open_images, read_parquet
+from pipelines.ingest.sidecars import read_sidecars, split_sidecar
+from pipelines.ingest.sources import Part, Source
+from pipelines.ingest.tars import TarReader
 from pipelines.storage.errors import StorageError
 from pipelines.storage.files import open_file
 from pipelines.storage.lease import Ticket
 from pipelines.tables.rejects import RowRefused
 from pipelines.tables.schema import Row
-from pipelines.workers.images import EXTENSIONS, too_many_bytes
+from pipelines.workers.images import too_many_bytes
 from sana_model.files.retry import is_transient
 
 SOURCE_ROWS = pa.schema(
@@ -43,14 +36,14 @@ SOURCE_ROWS = pa.schema(
         pa.field("metadata", pa.string()),  # a JSON object
         pa.field("error", pa.string()),  # a short code; null for a good row
         pa.field("detail", pa.string()),
+        pa.field("not_taken", pa.map_(pa.string(), pa.int64())),  # what came with the row and was left out, by kind
     ]
 )
 NUM_THREADS = 16  # they wait for the disk or the network
-PARQUET_BATCH = 64  # rows decoded at once
-TAR_BLOCK = 512
+LARGE_BYTES = 2**20  # of an image: the same one again is refused before all of them fill the memory
 
 # Errors of reading that mean a bad file, and not a fault of this program.
-READ_ERRORS = (OSError, EOFError, zlib.error, tarfile.TarError, pa.ArrowException)
+READ_ERRORS = (OSError, EOFError, tarfile.TarError, pa.ArrowException)
 
 
 def count_samples(source: Source, part: Part, ticket: Ticket | None = None) -> int | None:
@@ -67,32 +60,51 @@ def count_samples(source: Source, part: Part, ticket: Ticket | None = None) -> i
     uri = source.uri_of(part.path)
     try:
         with open_file(uri) as file:
-            if source.kind == "webdataset":
-                with tarfile.open(fileobj=file) as archive:
-                    images, _, cut_off = _scan_tar(archive)
-                    return len(images) or (None if cut_off else 0)
-            parquet = pq.ParquetFile(file)
-            count = parquet.metadata.num_rows
+            if source.kind == "parquet":
+                return open_images(file, source, part)[0].num_rows
+            found = TarReader(file).list()
+            return len(found.images) or (None if found.damage else 0)
     except READ_ERRORS as error:
         _failed(uri, error)
         return None
-    _find_columns(parquet.schema_arrow, source, uri)
-    return count
 
 
 def read_parts(source: Source, parts: list[Part]) -> pa.Table:
     """Read the samples of some parts in order, as SOURCE_ROWS.
 
-    Errors: missing_source (the file is gone), truncated (a tar that ends too early), too_many_bytes, unreadable, those of
-    `download.fetch_named`, and no_url (a row of a list without one).
+    Errors: missing_source (the file is gone), truncated (a tar that ends too early), too_many_bytes, dead_link (in a tar),
+    several_images (in one row), duplicate, unreadable, those of `download.fetch_named`, no_url (a row of a list without one).
 
     Raises StorageError if the storage does not answer; no row is refused for that.
     """
-    rows = list(_read_rows(source, parts))
-    for row in rows:  # names in an archive or a folder may be no UTF-8, and errors name them
-        for name in {"source_uri", "detail"} & row.keys():
+    bounds = _Bounds(source.max_shard_bytes)
+    rows = []
+    for row in _read_rows(source, parts):
+        for name in {"source_uri", "detail"} & row.keys():  # names may be no UTF-8, and errors name them
             row[name] = row[name].encode(errors="backslashreplace").decode()
+        refused = bounds.refuse(row)
+        rows.append(row | ({"image_bytes": None, "error": refused.reason, "detail": refused.detail} if refused else {}))
     return pa.Table.from_pylist(rows, SOURCE_ROWS)
+
+
+class _Bounds:
+    """Bounds the memory of a shard's images, and holds of large ones that are the same only the first."""
+
+    def __init__(self, max_bytes: int):
+        self.max_bytes, self.total = max_bytes, 0
+        self.large: dict[bytes, str] = {}
+
+    def refuse(self, row: Row) -> RowRefused | None:
+        """Why the image of the next row is not kept; None if it is."""
+        content = row.get("image_bytes") or b""
+        if len(content) >= LARGE_BYTES:
+            if first := self.large.get(content):
+                return RowRefused("duplicate", f"the same bytes as {first}")
+            self.large[content] = row["source_uri"]
+        if self.total + len(content) > self.max_bytes:
+            return shard_full(self.max_bytes)
+        self.total += len(content)
+        return None
 
 
 def _read_rows(source: Source, parts: list[Part]) -> Iterator[Row]:
@@ -103,7 +115,7 @@ def _read_rows(source: Source, parts: list[Part]) -> Iterator[Row]:
     if source.kind == "list":
         yield from read_listed(source, parts)
         return
-    read = {"webdataset": _read_tar, "parquet": _read_parquet}[source.kind]
+    read = {"webdataset": _read_tar, "parquet": read_parquet}[source.kind]
     for part in parts:
         try:
             yield from read(source, part)
@@ -132,115 +144,44 @@ def _read_image_file(source: Source, part: Part) -> Row:
         if content.reason in ("bad_url", "download_failed"):  # the folder was listed: it can be opened, if not now
             raise StorageError(f"cannot read {uri}: {content.detail}")
         return _refused(uri, content)
-    beside = {splitext(path)[1]: read_key(source.uri_of(path), source.max_bytes, is_literal=True) for path in part.sidecars}
-    return {"image_bytes": content, "source_uri": uri, **read_sidecars(beside, source.caption_keys)}
+    beside: dict[str, bytes | RowRefused] = {}
+    for path in part.sidecars:
+        if split := split_sidecar(path):
+            beside[split[1]] = read_key(source.uri_of(path), source.max_text_bytes, is_literal=True)
+    return {"image_bytes": content, "source_uri": uri, **read_sidecars(beside, source.caption_keys, source.max_text_bytes)}
 
 
 def _read_tar(source: Source, part: Part) -> Iterator[Row]:
-    with open_file(source.uri_of(part.path)) as file, tarfile.open(fileobj=file) as archive:
-        images, texts, cut_off = _scan_tar(archive)
-        for member in images[part.start : part.stop]:
-            uri = f"{source.uri_of(part.path)}#{member.name}"
-            if member.size > source.max_bytes:
-                yield _refused(uri, too_many_bytes(member.size, source.max_bytes))
-                continue
-            beside = {ending: texts.get(splitext(member.name)[0] + ending) for ending in SIDECARS}
-            contents = _extract(archive, {"": member} | {ending: text for ending, text in beside.items() if text})
-            image_bytes = contents.pop("")
-            if isinstance(image_bytes, Exception):
-                if cut_off is None:
-                    raise image_bytes
-                break  # the last member is cut off
-            yield {"image_bytes": image_bytes, "source_uri": uri, **read_sidecars(contents, source.caption_keys)}
-        if part.stop is None and cut_off is not None:
-            raise cut_off
+    with open_file(source.uri_of(part.path)) as file:
+        reader = TarReader(file)
+        found = reader.list()
+        untold = found.not_taken if part.start == 0 else Counter()
+        for image in found.images[part.start : part.stop]:
+            row = _read_tar_image(source, part, reader, image)
+            is_bad = row.get("error") in ("truncated", "unreadable")
+            if is_bad and isinstance(found.damage, EOFError) and image is found.images[-1]:
+                break  # it is where the tar is cut off
+            yield row | {"not_taken": untold + row.get("not_taken", Counter())}
+            untold = Counter()
+        if part.stop is None and found.damage is not None:
+            yield _failed(source.uri_of(part.path), found.damage) | {"not_taken": untold}
 
 
-def _scan_tar(archive: tarfile.TarFile) -> tuple[list[tarfile.TarInfo], dict[str, tarfile.TarInfo], EOFError | None]:
-    """List the images in order, captions by name, and the error if the archive is cut off, which `tarfile` may not notice."""
-    images, texts = [], {}
-    try:
-        for member in archive:
-            if not member.isfile() or any(name.startswith(".") for name in member.name.removeprefix("./").split("/")):
-                continue
-            ending = splitext(member.name)[1].lower()
-            if ending in EXTENSIONS:
-                images.append(member)
-            elif ending in SIDECARS:
-                texts[member.name] = member
-        assert archive.fileobj is not None
-        archive.fileobj.seek(archive.offset)
-        if archive.fileobj.read(TAR_BLOCK) != bytes(TAR_BLOCK):
-            raise EOFError("no end-of-archive mark")
-    except (tarfile.TarError, zlib.error, EOFError) as error:
-        return images, texts, EOFError(f"the tar ends too early, {len(images)} images were found ({error})")
-    return images, texts, None
-
-
-def _extract(archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> dict[str, bytes | Exception]:
-    """Read members, in the order in which the archive holds them: for each step back, a compressed archive is read again from
-    its start."""
-    contents: dict[str, bytes | Exception] = {}
-    for name, member in sorted(members.items(), key=lambda named: named[1].offset_data):
-        content = archive.extractfile(member)
-        assert content is not None  # it is a file
-        try:
-            contents[name] = content.read()
-        except (tarfile.TarError, zlib.error, EOFError) as error:
-            contents[name] = error
-    return contents
-
-
-def _read_parquet(source: Source, part: Part) -> Iterator[Row]:
-    uri = source.uri_of(part.path)
-    with open_file(uri) as file:
-        parquet = pq.ParquetFile(file)
-        image_column, caption_column = _find_columns(parquet.schema_arrow, source, uri)
-        stop = parquet.metadata.num_rows if part.stop is None else part.stop
-        for batch, first in _parquet_batches(parquet, image_column, part.start, stop):
-            contents = _image_contents(source, part.path, [row.pop(image_column) for row in batch])
-            for index, (row, content) in enumerate(zip(batch, contents, strict=True), first):
-                found = take_caption(row, caption_column) | {"metadata": to_json(row)}
-                if isinstance(content, RowRefused):
-                    yield found | _refused(f"{uri}#{index}", content)
-                else:
-                    yield found | {"image_bytes": content, "source_uri": f"{uri}#{index}"}
-
-
-def _image_contents(source: Source, path: str, values: list[bytes | Row | None]) -> list[bytes | RowRefused]:
-    """Image bytes from cells that hold bytes, or the struct of bytes and path of `datasets`, which may have only the path."""
-    wrapped: list[Row] = [value if isinstance(value, dict) else {"bytes": value} for value in values]
-    keys = {value["path"]: None for value in wrapped if value["bytes"] is None and value.get("path")}
-    fetched = fetch_named(source, [(path, source.resolve(path, key)) for key in keys]) if keys else []
-    by_key = dict(zip(keys, fetched, strict=True))
-    nothing = RowRefused("unreadable", "the row holds neither bytes nor a path")
-    return [by_key.get(value.get("path"), nothing) if value["bytes"] is None else value["bytes"] for value in wrapped]
-
-
-def _parquet_batches(parquet: pq.ParquetFile, image_column: str, start: int, stop: int) -> Iterator[tuple[list[Row], int]]:
-    """Read rows `start` to `stop` in batches, each with its first row's index, without other binary columns."""
-    columns = [field.name for field in parquet.schema_arrow if field.name == image_column or not is_binary(field.type)]
-    first = 0
-    for group in range(parquet.metadata.num_row_groups):
-        count = parquet.metadata.row_group(group).num_rows
-        if first < stop and start < first + count:
-            index = first
-            for batch in parquet.iter_batches(PARQUET_BATCH, row_groups=[group], columns=columns):
-                low, high = max(start - index, 0), min(stop - index, len(batch))
-                if low < high:
-                    yield batch.slice(low, high - low).to_pylist(), index + low
-                index += len(batch)
-        first += count
-
-
-def _find_columns(schema: pa.Schema, source: Source, uri: str) -> tuple[str, str | None]:
-    """Find the image column, and the caption column if there is one. Raises ValueError if a column is missing."""
-    image = find_column(schema, source.image_column, IMAGE_COLUMNS, holds_images)
-    caption = find_column(schema, source.caption_column, source.caption_keys, holds_captions)
-    there = ", ".join(f"{field.name} ({field.type})" for field in schema)
-    if image is None:
-        names = source.image_column or " or ".join(IMAGE_COLUMNS)
-        raise ValueError(f"{uri} has no column of image bytes named {names}: set image_column. There are: {there}")
-    if source.caption_column and caption is None:
-        raise ValueError(f"{uri} has no column of text named caption_column={source.caption_column!r}. There are: {there}")
-    return image, caption
+def _read_tar_image(source: Source, part: Part, reader: TarReader, image: TarImage) -> Row:
+    uri = f"{source.uri_of(part.path)}#{image.name}"
+    if image.member is None:
+        return _refused(uri, RowRefused("dead_link", "a link to a file that this tar does not hold"))
+    if image.member.size > source.max_bytes:
+        return _refused(uri, too_many_bytes(image.member.size, source.max_bytes))
+    small = {ending: text for ending, text in image.beside.items() if text.size <= source.max_text_bytes}
+    contents = reader.read({"": image.member} | small)
+    image_bytes = contents.pop("")
+    if isinstance(image_bytes, Exception):
+        return _failed(uri, image_bytes)
+    beside: dict[str, bytes | RowRefused] = {}
+    for ending, text in image.beside.items():
+        beside[ending] = too_many_bytes(text.size, source.max_text_bytes)
+        if ending in small:
+            content = contents[ending]
+            beside[ending] = RowRefused("unreadable", str(content)) if isinstance(content, Exception) else content
+    return {"image_bytes": image_bytes, "source_uri": uri, **read_sidecars(beside, source.caption_keys, source.max_text_bytes)}

@@ -18,13 +18,14 @@ import pyarrow.compute as pc
 import ray
 from ray.actor import ActorHandle
 
-from pipelines.ingest.config import CAPTION_KEYS, IngestConfig
+from pipelines.ingest.config import CAPTION_KEYS, MAX_TEXT_BYTES, IngestConfig
 from pipelines.ingest.ledger import UNSEEN, claim, skipping, start_ledger, to_digests
 from pipelines.ingest.lists import COPIES, copy_again
+from pipelines.ingest.not_taken import AMONG_FILES, IN_SHARDS, figures_of
 from pipelines.ingest.plan import PLAN, Plan, ShardSize, SharedPlan, extend_plan, plan_retries, read_plan, write_plan
 from pipelines.ingest.readers import NUM_THREADS, read_parts
 from pipelines.ingest.sidecars import CAPTION_COUNTS
-from pipelines.ingest.sources import ACCEPTED, Part, Source, find_source
+from pipelines.ingest.sources import Part, Source, explain_nothing, find_source
 from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
 from pipelines.storage.lease import Leases, Ticket, shared
@@ -58,14 +59,14 @@ def run_ingest(
         raise ValueError(f"source={config.source!r} is the dataset itself: give the dataset a folder of its own")
     with shared(leases) as held:
         ticket = held.take(images.uri).ticket  # before the plan of the sources is made
-        source, plan = _plan_sources(images, config, ticket)
+        source, plan, not_taken = _plan_sources(images, config, ticket)
         identity = _identity(config, source, plan)
         manifest = images.claim(identity, ticket=ticket)
         if config.license is not None and manifest.license != config.license:
             images.write_manifest(replace(manifest, license=config.license), ticket=ticket)
         done = set(images.list_shards())
         missing = {shard: parts for shard, parts in plan.shards.items() if shard not in done}
-        return run_shards(
+        result = run_shards(
             images,
             identity,
             list(plan.shards),
@@ -76,6 +77,17 @@ def run_ingest(
             on_progress=on_progress,
             leases=held,
         )
+        return _count_files(result, not_taken, ticket)
+
+
+def _count_files(result: StageResult, not_taken: Counter[str], ticket: Ticket) -> StageResult:
+    """Add to the table's figures how many files of the source were not taken, as they are there now."""
+    figures = {name: value for name, value in result.figures.items() if not name.startswith(AMONG_FILES)}
+    figures |= figures_of(not_taken, AMONG_FILES)
+    manifest = result.table.require()
+    if figures != manifest.figures:
+        result.table.write_manifest(replace(manifest, figures=figures), ticket=ticket)
+    return replace(result, figures=figures)
 
 
 class IngestWorker:
@@ -85,12 +97,17 @@ class IngestWorker:
         self.limits = limits
 
     def process(self, table: pa.Table) -> ShardOutput:
-        """Turn the table that `ShardReader` reads for a shard into IMAGES rows and rejects; count captions by their keys."""
+        """Turn the table that `ShardReader` reads for a shard into IMAGES rows and rejects.
+
+        Its figures count captions by their keys, and what was not taken, by kind.
+        """
         rows: list[Row] = []
         rejects: list[Row] = []
         seen: dict[str, str] = {}
         keys: Counter[str] = Counter()
+        not_taken: Counter[str] = Counter()
         for row in table.to_pylist():
+            not_taken.update(dict(row["not_taken"] or ()))
             if row["error"]:
                 rejects.append(reject(row, RowRefused(row["error"], row["detail"])))
             elif row["id"] in seen:
@@ -102,7 +119,7 @@ class IngestWorker:
                     keys.update([row["caption_key"]] if row["caption_key"] else [])
                 except RowRefused as error:
                     rejects.append(reject(row, error))
-        return ShardOutput(rows, rejects, {f"{CAPTION_COUNTS}{key}": float(count) for key, count in keys.items()})
+        return ShardOutput(rows, rejects, figures_of(keys, CAPTION_COUNTS) | figures_of(not_taken, IN_SHARDS))
 
     def _describe(self, row: Row) -> Row:
         opened = open_image(row["image_bytes"], self.limits)
@@ -178,14 +195,18 @@ def _identity(config: IngestConfig, source: Source, plan: Plan) -> Identity:
     """Everything that the images depend on. The sizes of shards count too: all other tables are aligned to these shards."""
     settings = value_settings(config)
     settings |= settings.pop("download")
-    if config.caption_keys == CAPTION_KEYS:  # as in the tables that were made before they could be chosen
-        del settings["caption_keys"]
+    for name, default in (("caption_keys", CAPTION_KEYS), ("max_text_bytes", MAX_TEXT_BYTES)):
+        if getattr(config, name) == default:  # as in the tables that were made before it could be chosen
+            del settings[name]
     settings |= {"source": source.uri, "source_kind": source.kind, "first_listing": plan.first_listing}
     return Identity(STAGE, settings, models={}, inputs={})
 
 
-def _plan_sources(images: Table, config: IngestConfig, ticket: Ticket) -> tuple[Source, Plan]:
-    """Find the source, extend the plan of its shards by new files, and write the plan before it is used."""
+def _plan_sources(images: Table, config: IngestConfig, ticket: Ticket) -> tuple[Source, Plan, Counter[str]]:
+    """Find the source, extend the plan of its shards by new files, and write the plan before it is used.
+
+    Returns them, and how many files of the source are not taken, by kind.
+    """
     plan = read_plan(images)
     exclude = images.dataset_uri
     source = find_source(
@@ -199,6 +220,7 @@ def _plan_sources(images: Table, config: IngestConfig, ticket: Ticket) -> tuple[
         copies_uri=f"{images.uri}/{COPIES}",
         max_bytes=config.limits.max_bytes,
         max_shard_bytes=config.max_shard_bytes,
+        max_text_bytes=config.max_text_bytes,
         download=config.download,
         exclude=exclude,
     )
@@ -209,16 +231,16 @@ def _plan_sources(images: Table, config: IngestConfig, ticket: Ticket) -> tuple[
         if source.kind == "list":
             copy_again(source, [part for shard in plan.shards.keys() - set(done) for part in plan.shards[shard]], ticket)
     size = ShardSize(rows=config.rows_per_shard, bytes=config.bytes_per_shard)
-    extended = extend_plan(plan, source, size, exclude, ticket)
+    extended, not_taken = extend_plan(plan, source, size, exclude, ticket)
     if not extended.shards:
-        raise ValueError(f"source={config.source!r} holds nothing to ingest: give {ACCEPTED}")
+        raise ValueError(explain_nothing(config.source, not_taken))
     _refuse_unplanned(images, extended, done)
     if config.retry_rejects and source.kind == "list":
         extended = plan_retries(extended, source, images, size)
     if extended != plan:
         images.claim(_identity(config, source, extended), ticket=ticket)
         write_plan(images, extended, ticket)
-    return source, extended
+    return source, extended, not_taken
 
 
 def _refuse_unplanned(images: Table, plan: Plan, done: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from pipelines.ingest.not_taken import describe_not_taken
 from pipelines.ingest.sidecars import CAPTION_COUNTS
 from pipelines.reports.charts import histograms
 from pipelines.reports.page import table_page
@@ -41,6 +42,7 @@ def images_report(dataset_uri: str, *, sample: ReportScope = DEFAULT_SCOPE) -> s
             for name, count in table.require().figures.items()
             if name.startswith(CAPTION_COUNTS)
         },
+        not_taken=describe_not_taken(table.require().figures),
         num_captions=sum(bool(caption) for caption in light.rows["caption"].to_pylist()),
         samples=rows,
     )

@@ -1,5 +1,6 @@
 """The part of a page about refused rows: counts by reason, and a few examples with their pictures."""
 
+import os
 import tarfile
 from collections import Counter
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from pipelines.reports.pictures import Picture, no_picture, read_image_bytes, thumbnail
-from pipelines.storage.files import open_file
+from pipelines.storage.files import is_local, open_file
 from pipelines.tables.sampling import ReportScope, read_light, spread
 from pipelines.tables.schema import IMAGES, IMAGES_PATH, Row
 from pipelines.tables.table import Table
@@ -98,6 +99,8 @@ def _read_source(uri: str | None) -> bytes | None:
         return None
     archive, _, member = uri.partition("#")
     try:
+        if is_local(uri) and not any(os.path.isfile(path) for path in (uri, archive)):
+            return None  # nothing is there, or a named pipe, which would be waited for
         if not (member and archive.endswith(".tar")):
             with open_file(uri) as file:
                 return file.read(MAX_SOURCE_BYTES)
@@ -106,7 +109,7 @@ def _read_source(uri: str | None) -> bytes | None:
         with tarfile.open(archive) as tar:
             content = tar.extractfile(member)
             return content.read(MAX_SOURCE_BYTES) if content else None
-    except (OSError, ValueError, KeyError, ImportError, tarfile.TarError):  # gone, no file, or its protocol is not installed
+    except Exception:  # gone, no file, no archive, a protocol that is not installed: whatever was why the row was refused
         return None
 
 

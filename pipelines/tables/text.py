@@ -1,15 +1,29 @@
 """Texts: those of captions, and small files of text."""
 
+import unicodedata
 from typing import Any
 
 from pipelines.storage.files import read_file
 from pipelines.tables.encodings import decode_text
 from pipelines.tables.rejects import RowRefused
 
+BLANKS = frozenset("\u2800\u3164\u115f\u1160\uffa0\u17b4\u17b5\u180b\u180c\u180d\u180e")
+"""Characters that are letters or symbols by their category, and show nothing: a braille pattern without dots, fillers."""
+
 
 def clean(caption: str | None) -> str | None:
-    """Strip white space and replace what UTF-8 cannot hold by "?". Returns None if nothing is left."""
-    return (caption.strip().encode(errors="replace").decode() or None) if caption else None
+    """Strip white space and replace what UTF-8 cannot hold by "?". Returns None if nothing is left that can be seen."""
+    if not caption:
+        return None
+    text = caption.strip().encode(errors="replace").decode()
+    return text if any(map(_is_visible, text)) else None
+
+
+def _is_visible(character: str) -> bool:
+    """Whether it is a letter, digit, punctuation mark or symbol that shows something by itself."""
+    return (character.isascii() and character.isprintable()) or (
+        unicodedata.category(character)[0] in "LNPS" and character not in BLANKS
+    )
 
 
 def first_caption(value: Any) -> str | None:

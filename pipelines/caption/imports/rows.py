@@ -1,8 +1,6 @@
 """Reads the captions of files, each with the forms of its key, its text and its CLIP score; what cannot be read is told."""
 
-import csv
 import gzip
-import io
 import json
 import math
 import zlib
@@ -19,8 +17,8 @@ import pyarrow.parquet as pq
 from pipelines.caption.imports.config import ImportConfig
 from pipelines.caption.imports.files import CaptionFile, Found
 from pipelines.caption.imports.keys import PATH_NAMES, URL_NAMES, Form, key_forms, place_forms
-from pipelines.ingest.lists import LIST_ERROR, read_csv, read_json_lines
-from pipelines.ingest.sources import holds_captions, is_binary
+from pipelines.ingest.columns import holds_captions, is_binary
+from pipelines.ingest.text_tables import LIST_ERROR, read_table
 from pipelines.storage.errors import StorageError
 from pipelines.storage.files import NUM_THREADS, open_file, read_file
 from pipelines.tables.schema import Row
@@ -33,7 +31,7 @@ PARQUET_BATCH = 1000
 TOO_LARGE = 1e30  # for a score: the table's float32 holds less, whatever its scale
 FILES_AHEAD = 256
 """JSON files that are read at a time: they may be as many as images, and as small as a caption."""
-READ_ERRORS = (OSError, EOFError, ValueError, RecursionError, zlib.error, csv.Error, pa.ArrowException)
+READ_ERRORS = (OSError, EOFError, ValueError, RecursionError, zlib.error, pa.ArrowException)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,9 +213,7 @@ class EntryReader:
                 yield from self._iter_parquet(raw)
                 return
             opened = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if path.endswith(".gz") else raw
-            text = io.TextIOWrapper(opened, "utf-8-sig", errors="replace", newline="")
-            plain = path.removesuffix(".gz")
-            yield from read_csv(text, plain) if plain.endswith((".csv", ".tsv")) else read_json_lines(text)
+            yield from read_table(opened, path.removesuffix(".gz"))
 
     def _iter_parquet(self, raw: BinaryIO) -> Iterator[Row]:
         parquet = pq.ParquetFile(raw)

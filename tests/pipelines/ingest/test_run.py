@@ -222,6 +222,8 @@ def test_refused_before_anything_is_written(tmp_path):
         run_ingest(str(tmp_path / "photos"), IngestConfig(source=str(tmp_path / "photos")))
     with pytest.raises(ValueError, match="holds nothing to ingest"):
         run_ingest(str(tmp_path / "dataset"), IngestConfig(source=str(tmp_path / "photos"), source_kind="webdataset"))
+    with pytest.raises(ValueError, match=r"photo' is not there \(did you mean"):
+        run_ingest(str(tmp_path / "dataset"), IngestConfig(source=str(tmp_path / "photo"), source_kind="webdataset"))
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["notes.md"]
     assert {path.name for path in (tmp_path / "dataset").rglob("*") if path.is_file()} <= {f"{LEASE}{LOCK_SUFFIX}"}
 

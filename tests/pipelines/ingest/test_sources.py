@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -266,9 +267,20 @@ def test_damaged_parquet(tmp_path):
 
 
 def test_sources_of_no_kind_or_several(tmp_path):
-    for uri in (tmp_path, tmp_path / "absent", tmp_path / "absent.tar"):
-        with pytest.raises(ValueError, match=r"holds nothing to ingest .*a folder of images"):
-            find_source(str(uri), "auto")
+    with pytest.raises(ValueError, match=r"holds nothing to ingest \(no files\): give a folder of images"):
+        find_source(str(tmp_path), "auto")
+    write_files(tmp_path, {"photos/x.zip": b"PK", "photos/notes.md": b""})
+    with pytest.raises(ValueError, match=r"holds nothing to ingest \(1 .md files, 1 .zip files\)"):
+        find_source(str(tmp_path / "photos"), "auto")
+    for name, close in {"fotos": "photos", "phots/": "photos", "photos.tar": "photos"}.items():
+        with pytest.raises(ValueError, match=rf"{name}' is not there \(did you mean {tmp_path}/{close}\?\): give a folder"):
+            find_source(f"{tmp_path}/{name}", "auto")
+    with pytest.raises(ValueError, match="'memory://nowhere/photos' is not there: give"):
+        find_source("memory://nowhere/photos", "auto")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"pipe' is a pipe, a socket or a device"):
+        find_source(str(tmp_path / "pipe"), "auto")
+    shutil.rmtree(tmp_path / "photos")
     write_files(tmp_path, {"a.jpg": IMAGE, "notes.md": b""})
     write_tar(tmp_path / "x.tar", {"b.jpg": IMAGE})
     with pytest.raises(ValueError, match=r"1 for 'folder', 1 for 'webdataset'.*source_kind"):
