@@ -2,12 +2,14 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from jobs.common.config import to_dict
 from jobs.common.job import JobConfig, run_job
+from jobs.common.resources import telling_what_is_awaited
 from jobs.common.status_line import StatusLine
+from pipelines.storage.errors import StorageError
 from pipelines.storage.files import write_file
 from pipelines.tables.schema import TABLE_SCHEMAS, check_folder_name
 from pipelines.tables.table import REJECTS_FOLDER, REPORT, absolute_uri
@@ -45,9 +47,13 @@ class TrainJob(JobConfig):
 
 
 def run(job: TrainJob) -> "TrainResult":
-    """Train in one MLflow run, which a resumed training continues; the folder gets `report.html`."""
+    """Train in one MLflow run, which a resumed training continues; the folder gets `report.html`.
+
+    Raises as `run_train`, and StorageError if all is done but something could not be sent to MLflow.
+    """
     from jobs.common.prometheus import TrainMetrics
     from pipelines.tracking.runs import RunRequest
+    from pipelines.tracking.unsent import Entry, send_or_keep
     from pipelines.train.run import run_train
 
     output_uri = f"{absolute_uri(job.dataset_uri)}/{job.name}"
@@ -66,21 +72,25 @@ def run(job: TrainJob) -> "TrainResult":
         )
         line.show(describe_progress(job.name, progress))
 
-    result = run_train(
-        job.dataset_uri,
-        job.train,
-        output_dir=output_uri,
-        run_request=run_request,
-        lease=job.lease,
-        on_progress=show,
-        on_notice=lambda notice: line.say(f"{job.name:<22} {notice}"),
-    )
+    with telling_what_is_awaited(job, job.name, line.say):
+        result = run_train(
+            job.dataset_uri,
+            job.train,
+            output_dir=output_uri,
+            run_request=run_request,
+            lease=job.lease,
+            on_progress=show,
+            on_notice=lambda notice: line.say(f"{job.name:<22} {notice}"),
+        )
     if not result.was_done:
         html = make_report(job, result)
         write_file(f"{output_uri}/{REPORT}", html.encode())
-        run_request.try_to(lambda run: run.log_html(html, REPORT))
+        unsent = send_or_keep(run_request, output_uri, [Entry("html", [REPORT, html])])
+        result = replace(result, unsent=unsent)
     line.clear()
     print(describe_result(job.name, result), flush=True)
+    if result.unsent is not None:
+        raise StorageError(f"the training is finished, but {result.unsent}; the same command sends them, once MLflow answers")
     return result
 
 

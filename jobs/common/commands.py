@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 
 from jobs.common.exit_codes import ExitCode
+from jobs.common.pipes import outlive_readers
 
 Lines = Mapping[str, str]
 """Names and a line on each."""
@@ -60,6 +61,7 @@ def choose(prog: str, groups: Mapping[str, Lines], argv: Sequence[str] | None) -
     Without one, or with help or --help, the program ends with the list of names; with --version, with the project's; with an
     unknown name, with one line and exit code 2.
     """
+    outlive_readers()
     name, *others = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     names = [name for lines in groups.values() for name in lines]
     if name in ("-h", "--help", "help"):

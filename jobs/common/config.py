@@ -12,6 +12,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_s
 from jobs.common.config_faults import check_command_line, check_numbers, check_required, name_section
 from jobs.common.config_fields import required_fields
 from jobs.common.config_values import ConfigFault, rewrite_arguments
+from jobs.common.pipes import outlive_readers
 
 T = TypeVar("T")
 EPILOG = "Where a text says None, type null, in YAML and on the command line."
@@ -23,6 +24,7 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None = None, *, pr
     `--print_config` shows the result. An unknown key or a bad value ends the program with one line (exit code 2), and so do a
     value without a name, and an override before `--config`, which the file would otherwise undo without a word.
     """
+    outlive_readers()
     flags = [f"--{field.name}" for field in fields(config_class) if field.type in (bool, "bool")]  # type: ignore[arg-type]
     arguments = _spell_out(list(sys.argv[1:] if argv is None else argv), flags)
     parser = _make_parser(config_class, prog, description)
@@ -40,7 +42,7 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None = None, *, pr
         check_numbers(config)
         return config
     except (ArgumentError, ValueError) as error:
-        print(f"error: {_one_line(error)}", f"({prog} --help explains every setting)", file=sys.stderr)
+        print(f"error: {_one_line(error, parser)}", f"({prog} --help explains every setting)", file=sys.stderr)
         sys.exit(2)
 
 
@@ -72,13 +74,16 @@ def _parse(parser: ArgumentParser, config_class: type, arguments: list[str]) -> 
         raise ValueError(str(error)) from error
 
 
-def _one_line(error: Exception) -> str:
-    """An error's message in one line, with options as a user types them."""
+def _one_line(error: Exception, parser: ArgumentParser) -> str:
+    """An error's message in one line, with options as a user types them; a single one that is missing is explained."""
     told = " ".join(str(error).split())
     if missing := re.search(r"the following arguments are required: ((?:[\w.]+, )*[\w.]+)", told):
         section = re.match(r'Parser key "([\w.]+)"', told)  # the message of an optional section names its own fields alone
         prefix = f"--{section[1]}." if section else "--"
-        return "these settings are required: " + ", ".join(prefix + name for name in missing[1].split(", "))
+        names = [prefix + name for name in missing[1].split(", ")]
+        texts = {f"--{action.dest}": action.help or "" for action in parser._actions}
+        about = f" ({' '.join(texts[names[0]].split())})" if len(names) == 1 and texts.get(names[0]) else ""
+        return f"these settings are required: {', '.join(names)}{about}"
     return told.split(" Given value type:")[0]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from jobs.common.config_fields import (
+    MOVED,
     describe,
     field_types,
     fits,
@@ -64,6 +65,8 @@ def _check_option(config_class: type, name: str, value: str | None) -> None:
             return
         hints = field_types(section) if section else {}
         if part not in hints:
+            if name in MOVED:
+                raise ConfigFault(f"there is no setting --{name} any more: leave it out; {MOVED[name]}")
             close = suggest(config_class, name)
             hint_text = (
                 "did you mean " + " or ".join(f"--{known}" for known in close) + "?" if close else "see the names in --help"
@@ -119,6 +122,8 @@ def _check_mapping(section: type, content: dict[Any, Any], origin: str, prefix: 
         if "." in str(key) or key == "class_path":
             continue
         if key not in hints:
+            if name in MOVED:
+                raise ConfigFault(f"{origin}: there is no field {name} any more: leave it out; {MOVED[name]}")
             known = [f"{prefix}{near}" for near in suggest(section, str(key))] or suggest(root, name)
             hint_text = f"did you mean {' or '.join(known)}?" if known else f"the fields are {', '.join(hints)}"
             raise ConfigFault(f"{origin}: there is no field {name}: {hint_text}")

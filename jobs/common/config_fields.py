@@ -47,11 +47,23 @@ def required_fields(section: type, prefix: str = "") -> Iterator[str]:
             yield from required_fields(inner, f"{prefix}{field.name}.") if inner else [prefix + field.name]
 
 
+MOVED = {
+    "extract.scorer": "a training says whose scores choose: train.data.clip",
+    "extract.min_best_score": "a training says it: train.data.selection.min_best_score",
+    "extract.image_filters": "a training says it: train.data.image_filters",
+    "embed.scorer": "embed.captioners names whose captions are embedded",
+}
+"""Settings of before, and where what they said is said now."""
+
+
 def suggest(section: type, name: str) -> list[str]:
     """The dotted names that a user may have meant by one that is unknown, the most likely first."""
     names = [known for known, _ in all_fields(section)]
-    same_end = [known for known in names if known.split(".")[-1] == name.split(".")[-1]]
-    return get_close_matches(name, names, n=1, cutoff=0.8) or same_end[:3] or get_close_matches(name, names, n=1, cutoff=0.7)
+    parent, _, end = name.rpartition(".")
+    siblings = {known.rpartition(".")[2]: known for known in names if known.rpartition(".")[0] == parent}
+    same_end = [known for known in names if known.split(".")[-1] == end]
+    close = get_close_matches(end, siblings, n=1, cutoff=0.7)
+    return [siblings[near] for near in close] or same_end[:3] or get_close_matches(name, names, n=1, cutoff=0.85)
 
 
 def describe(hint: Any) -> str:

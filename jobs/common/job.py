@@ -10,6 +10,7 @@ from jobs.common.commands import COMMANDS, program
 from jobs.common.config import parse_config
 from jobs.common.exit_codes import ExitCode, exit_code, is_expected
 from jobs.common.ray import JobStopped, RayConfig, start_ray, stop_on_sigterm
+from jobs.common.resources import check_local, on_cluster
 from pipelines.storage.lease import LeaseConfig
 from pipelines.tables.table import absolute_uri
 from pipelines.tracking.config import TrackingConfig
@@ -70,6 +71,8 @@ def run_job(
     try:
         if not look_first(job):
             with start_ray(job.ray) if isinstance(job, JobConfig) else stop_on_sigterm():
+                if isinstance(job, JobConfig) and not on_cluster():
+                    check_local(job)
                 run(job)
     except JobStopped:
         return ExitCode.STOPPED

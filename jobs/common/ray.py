@@ -8,8 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any, ClassVar
+
+from jobs.common.resources import on_cluster
+from pipelines.storage.errors import ErrorKind
 
 STOPPED = b"\nstopped: all shards and checkpoints written so far stay; run the same command again to go on from there\n"
+
+
+class RayStartError(RuntimeError):
+    """Ray did not start, or did not answer."""
+
+    error_kind: ClassVar[ErrorKind] = "fault"
 
 
 class JobStopped(BaseException):
@@ -51,19 +61,31 @@ def start_ray(config: RayConfig) -> Iterator[None]:
 
 
 def _init_ray(config: RayConfig) -> None:
+    """Connect or start. A local start is tried twice: on a busy machine the first may take too long. Raises RayStartError."""
     import ray
 
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ side writes to this process's own stderr
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    else:
-        ray.init(
-            num_cpus=config.num_cpus,
-            num_gpus=config.num_gpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+    options: dict[str, Any] = {}
+    if not on_cluster():
+        options = {"num_cpus": config.num_cpus, "num_gpus": config.num_gpus, "include_dashboard": False}
+    for attempts_left in (1, 0):
+        try:
+            ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+            break
+        except ValueError:  # settings that it refuses
+            raise
+        except (Exception, SystemExit) as error:  # Ray raises one or the other, by what was too slow
+            ray.shutdown()
+            if not attempts_left or isinstance(error, ConnectionError):
+                raise RayStartError(_explain(error)) from error
+
+
+def _explain(error: BaseException) -> str:
+    """Say why Ray did not start, and what to do."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if on_cluster():
+        return f"the Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']} does not answer: {reason}"
+    return f"Ray did not start here, twice: {reason}: is the machine busy, or out of memory or disk? try again"
 
 
 @contextmanager

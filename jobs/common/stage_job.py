@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from jobs.common.config import to_dict
 from jobs.common.job import TableJobConfig
+from jobs.common.resources import telling_what_is_awaited
 from jobs.common.status_line import StatusLine, describe_progress, describe_result
 from pipelines.stages.contract import OnProgress, Progress, StageResult
 from pipelines.storage.files import list_folder
@@ -54,13 +55,14 @@ def track_stage(
             metrics.update(progress)
             line.show(describe_progress(name, progress))
 
-        result = _run_rebuilding(job, name, lambda leases: run_stage(on_progress, leases), line)
+        with telling_what_is_awaited(job, name, line.say):
+            result = _run_rebuilding(job, name, lambda leases: run_stage(on_progress, leases), line)
         html: str | None = None
         if make_report is not None and (run is not None or _lacks_report(result)):
             html = make_report()
             result.table.write_report(html)
         if run is not None:
-            log_result(run, result)
+            log_result(run, result, name.split()[0])
             if html is not None:
                 run.log_html(html, REPORT)
             if log is not None:
@@ -106,7 +108,8 @@ def _run_rebuilding(
                 deleted.add(table.uri)
 
 
-def log_result(run: "TrackedRun", result: StageResult) -> None:
+def log_result(run: "TrackedRun", result: StageResult, context: str) -> None:
+    """Log a stage's counts, figures and tables; `context`: what the tables that it read were read for."""
     run.log_metrics(
         {
             "rows": result.num_rows,
@@ -120,3 +123,5 @@ def log_result(run: "TrackedRun", result: StageResult) -> None:
         }
     )
     run.tag_tables({**result.inputs, result.table.path: result.fingerprint})
+    if result.inputs:
+        run.log_inputs(result.table.dataset_uri, result.inputs, context)

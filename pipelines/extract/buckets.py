@@ -37,7 +37,11 @@ def buckets_for(resolution: int, unit: int) -> list[Bucket]:
         ValueError: a side does not divide by the unit.
     """
     if unit < 1 or resolution < 1 or resolution % unit:
-        raise ValueError(f"resolution={resolution} must be a positive multiple of unit={unit} px")
+        nearest = max(round(resolution / max(unit, 1)), 1) * unit
+        raise ValueError(
+            f"resolution={resolution} must be a positive multiple of unit={unit} px, by which the autoencoder and the "
+            f"transformer's patches divide it; the nearest is {nearest}"
+        )
     if resolution not in PUBLISHED:
         return _generate(resolution, unit)
     buckets = [(height * resolution // 16, width * resolution // 16) for height, width in PUBLISHED[resolution]]

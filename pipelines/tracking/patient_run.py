@@ -4,32 +4,33 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, ErrorCode
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from PIL import Image
 from tenacity import RetryCallState, Retrying
 
+from pipelines.tracking.faults import first_line, is_passing
 from pipelines.tracking.runs import RunRequest, TrackedRun
+from pipelines.tracking.unsent import Entry
 from sana_model.files.retry import Backoff
 
 BACKOFF = Backoff(first=2.0, longest=30.0)
 CLOSING_WAIT = 1.0  # seconds between attempts while the run is closed
 CLOSE_SECONDS = 60.0  # for what still waits at the end
 
-Entry = tuple[int, Mapping[str, float]]
-"""A step and its metrics."""
-
 
 class PatientRun:
     """Sends entries in a thread, in order. While MLflow cannot be reached, they wait here and in the training's checkpoints.
 
-    Steps that MLflow has already are not sent again, so steps that are repeated after a restart appear once.
+    Metrics that MLflow has already are not sent again, so steps that are repeated after a restart appear once. An entry that
+    MLflow will never take is told and left out.
 
     Args:
         run_request: the run to log to.
         say: called with notices for the user.
-        waiting: metrics that a checkpoint kept; they are sent first.
+        waiting: entries of earlier starts; they are sent first.
     """
 
     def __init__(self, run_request: RunRequest, *, say: Callable[[str], None], waiting: Sequence[Entry] = ()):
@@ -37,34 +38,35 @@ class PatientRun:
         self._say = say
         self._run: TrackedRun | None = None
         self._monitor: SystemMetricsMonitor | None = None
-        self._last_step = -1
+        self._started = time.time()
+        self._last_steps: dict[str, int] = {}  # of each metric that MLflow has had before
         self._said = False
         self._deadline = float("inf")
         self._closing = threading.Event()
         self._wake = threading.Condition()
-        self._waiting: deque[tuple[int | None, Any]] = deque(waiting)  # metrics, or a function that logs to the run
+        self._waiting: deque[Entry] = deque(waiting)
         self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
         self._thread.start()
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        self._put(step, dict(metrics))
+        self._put(Entry("metrics", dict(metrics), step))
 
     def log_image(self, image: Image.Image, key: str, step: int) -> None:
-        self._put(step, lambda run: run.log_image(image, key, step))
+        self._put(Entry.of_image(image, key, step))
 
     def log_inputs(self, dataset_uri: str, fingerprints: Mapping[str, str], context: str) -> None:
-        self._put(None, lambda run: run.log_inputs(dataset_uri, fingerprints, context))
+        self._put(Entry("inputs", [dataset_uri, dict(fingerprints), context]))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        self._put(None, lambda run: run.set_tags(tags))
+        self._put(Entry("tags", dict(tags)))
 
     def waiting(self) -> list[tuple[int, dict[str, float]]]:
         """Return the metrics that are not sent yet, to be kept in a checkpoint."""
         with self._wake:
-            return [(step, dict(what)) for step, what in self._waiting if isinstance(what, Mapping) and step is not None]
+            return [(entry.step or 0, dict(entry.content)) for entry in self._waiting if entry.kind == "metrics"]
 
-    def close(self) -> None:
-        """Send what still waits, for `CLOSE_SECONDS` at most, and say how many entries could not be sent."""
+    def close(self) -> list[Entry]:
+        """Send what still waits, for `CLOSE_SECONDS` at most. Returns the entries that could not be sent."""
         self._deadline = time.monotonic() + CLOSE_SECONDS
         self._closing.set()
         with self._wake:
@@ -72,12 +74,12 @@ class PatientRun:
         self._thread.join(CLOSE_SECONDS + 30.0)
         if self._monitor is not None:
             self._monitor.finish()
-        if self._waiting:
-            self._say(f"{len(self._waiting)} entries could not be sent to MLflow at {self._request.uri}")
-
-    def _put(self, step: int | None, what: Any) -> None:
         with self._wake:
-            self._waiting.append((step, what))
+            return list(self._waiting)
+
+    def _put(self, entry: Entry) -> None:
+        with self._wake:
+            self._waiting.append(entry)
             self._wake.notify()
 
     def _send_all(self) -> None:
@@ -86,7 +88,7 @@ class PatientRun:
                 self._wake.wait_for(lambda: self._waiting or self._closing.is_set())
                 if not self._waiting:
                     return
-                step, what = self._waiting[0]
+                entry = self._waiting[0]
             retrying = Retrying(
                 stop=lambda state: time.monotonic() > self._deadline,
                 wait=BACKOFF,
@@ -95,7 +97,7 @@ class PatientRun:
                 reraise=True,
             )
             try:
-                retrying(self._send, step, what)
+                retrying(self._send, entry)
             except Exception:  # of MLflow, its server, its database, the network: a training goes on without it
                 return
             with self._wake:
@@ -112,24 +114,36 @@ class PatientRun:
         self._said = True
         assert state.outcome is not None
         error = state.outcome.exception()
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        self._say(f"MLflow at {self._request.uri} cannot be reached, figures wait and are sent later: {reason}")
+        assert error is not None
+        self._say(f"MLflow at {self._request.uri} cannot be reached, figures wait and are sent later: {first_line(error)}")
 
-    def _send(self, step: int | None, what: Any) -> None:
+    def _send(self, entry: Entry) -> None:
         if self._run is None:
             run = self._request.connect()
-            self._last_step = run.last_step("loss")
+            self._last_steps = run.last_steps()
             self._run = run
         self._keep_monitoring(self._run)
-        if step is not None and step <= self._last_step:
+        if self._is_known(entry):
             return
-        if isinstance(what, Mapping):
-            self._run.log_metrics(what, step or 0)
-        else:
-            what(self._run)
+        try:
+            entry.send(self._run)
+        except MlflowException as error:
+            if not is_passing(error):
+                if _is_refused(error):
+                    self._say(f"MLflow at {self._request.uri} refuses an entry, which is left out: {first_line(error)}")
+                    return
+                self._run = None  # deleted, for example: the next attempt finds or makes another one
+            raise
         if self._said:
             self._said = False
             self._say(f"MLflow at {self._request.uri} can be reached again")
+
+    def _is_known(self, entry: Entry) -> bool:
+        """Whether MLflow had this entry before this start: its step is repeated since the last checkpoint."""
+        step = entry.step or 0
+        if entry.kind == "image" and entry.at >= self._started:
+            return step <= self._last_steps.get("loss", -1)
+        return entry.kind == "metrics" and all(step <= self._last_steps.get(name, -1) for name in entry.content)
 
     def _keep_monitoring(self, run: TrackedRun) -> None:
         """Keep MLflow's monitor of the machine running: it ends with the first request that fails; start it again then."""
@@ -137,3 +151,8 @@ class PatientRun:
             return
         self._monitor = SystemMetricsMonitor(run.run_id, resume_logging=True, tracking_uri=run.uri)
         self._monitor.start()
+
+
+def _is_refused(error: MlflowException) -> bool:
+    """Whether MLflow refuses the entry itself, and not the run, which may have been deleted."""
+    return error.error_code == ErrorCode.Name(INVALID_PARAMETER_VALUE) and "must be in the" not in str(error)

@@ -1,4 +1,8 @@
-"""MLflow: one run for each job, with the resolved configuration, the fingerprints of what it read, and what it made."""
+"""MLflow: one run for each job, with the resolved configuration, the fingerprints of what it read, and what it made.
+
+Everything goes through a client of its own: nothing is set for the whole process, and no run that somebody else began, in this
+process or by MLFLOW_RUN_ID, is taken over.
+"""
 
 import os
 import platform
@@ -7,39 +11,36 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-import mlflow
 import yaml
-from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.tracking.context import registry
 from PIL import Image
 from sqlalchemy.exc import SQLAlchemyError
 
-from pipelines.storage.errors import StorageError
-from pipelines.storage.home import expand_home
 from pipelines.tables.table import table_uri
 from pipelines.tracking.config import TrackingConfig
+from pipelines.tracking.faults import describe, first_line, naming_the_store
+from pipelines.tracking.names import MAX_NAME, flatten, safe_name
+from pipelines.tracking.stores import (
+    artifacts_uri,
+    client_of,
+    find_experiment,
+    follow_the_folder,
+    make_database,
+    tracking_uri,
+)
 
-SQLITE = "sqlite:///"
 RunEnd = Literal["FINISHED", "FAILED", "KILLED"]
 VERSIONS = ("torch", "ray", "deepspeed", "transformers", "mlflow")
-
-
-def tracking_uri(config: TrackingConfig, output_dir: str | Path) -> str:
-    """MLflow's URI: as configured, as in the environment, or a SQLite file in `output_dir` (if it is local, or else here)."""
-    if uri := config.uri or os.environ.get("MLFLOW_TRACKING_URI"):
-        return expand_home(uri)
-    return f"{SQLITE}{_local_folder(output_dir)}/mlflow.db"
-
-
-def _local_folder(output_dir: str | Path) -> Path:
-    return Path.cwd() if "://" in str(output_dir) else Path(output_dir).absolute()
+MAX_BATCH = 100
+"""Parameters that MLflow takes in one request."""
+MAX_VALUE = 6000
+"""Characters of a parameter's value; config.yaml has all of it."""
 
 
 @contextmanager
@@ -48,56 +49,21 @@ def start_run(
 ) -> Iterator["TrackedRun"]:
     """Start an MLflow run. It ends as FAILED if the body raises, as KILLED if it was stopped.
 
-    Raises StorageError if MLflow cannot store it.
+    Raises TrackingError if MLflow will never take it, StorageError if it cannot store it now.
     """
-    uri = tracking_uri(tracking, output_dir)
-    with _naming_the_database(uri):
-        make_database(uri)
-        mlflow.set_tracking_uri(uri)
-        experiment = mlflow.get_experiment_by_name(tracking.experiment)
-        if experiment is None:
-            artifacts = f"{_local_folder(output_dir).as_uri()}/mlartifacts" if uri.startswith("sqlite") else None
-            mlflow.create_experiment(tracking.experiment, artifact_location=artifacts)
-        mlflow.set_experiment(tracking.experiment)
-        started = mlflow.start_run(run_name=name)
-    with started as run:
-        mlflow.log_params({key: str(value)[:6000] for key, value in flatten(config).items()})
-        mlflow.log_text(yaml.safe_dump(dict(config), sort_keys=False), "config.yaml")
-        mlflow.set_tags({"stage": name, **code_tags()})
-        try:
-            yield TrackedRun(run.info.run_id, uri)
-        except BaseException as error:
-            mlflow.end_run(end_status(error))
-            raise
-
-
-def make_database(uri: str) -> None:
-    """Make MLflow's SQLite file if it is missing, whole or not at all: MLflow cannot repair a file that is half made."""
-    path = Path(uri.removeprefix(SQLITE))
-    if not uri.startswith(SQLITE) or path.exists():
-        return
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # takes half a second, and is seldom needed
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
-        made = Path(folder, path.name)
-        SqlAlchemyStore(f"{SQLITE}{made}", f"{path.parent.as_uri()}/mlartifacts").engine.dispose()
-        try:
-            os.link(made, path)
-        except FileExistsError:
-            return  # another job was faster
-        except OSError:  # a file system without hard links
-            made.replace(path)
-
-
-@contextmanager
-def _naming_the_database(uri: str) -> Iterator[None]:
-    """Turn MLflow's errors into a StorageError that names the database."""
+    request = RunRequest.make(name, config, tracking=tracking, output_dir=output_dir)
+    with naming_the_store(request.uri):
+        run = request.connect()
     try:
-        yield
-    except (MlflowException, SQLAlchemyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise StorageError(f"MLflow cannot keep its runs in {uri}: {reason}. What was finished stays") from error
+        yield run
+    except BaseException as error:
+        status = end_status(error)
+        request.try_to(lambda begun: begun.end(status), run)
+        if isinstance(error, (MlflowException, SQLAlchemyError)):
+            raise describe(error, request.uri) from error
+        raise
+    with naming_the_store(request.uri):
+        run.end("FINISHED")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +77,7 @@ class RunRequest:
         experiment: the experiment's name.
         artifacts: URI of the artifacts of a new experiment; None: the server's choice.
         tags: further tags.
-        key: identifies the run within the experiment: a request with the same key continues the same run.
+        key: identifies the run within the experiment: a request with the same key continues the same run. None: a new run.
     """
 
     name: str
@@ -120,59 +86,71 @@ class RunRequest:
     experiment: str
     artifacts: str | None
     tags: Mapping[str, str]
-    key: str
+    key: str | None = None
 
     @classmethod
     def make(
-        cls, name: str, config: Mapping[str, Any], *, tracking: TrackingConfig, output_dir: str | Path, key: str
+        cls,
+        name: str,
+        config: Mapping[str, Any],
+        *,
+        tracking: TrackingConfig,
+        output_dir: str | Path,
+        key: str | None = None,
     ) -> "RunRequest":
+        """Make a request. Raises TrackingError if the URI is none that MLflow could keep runs in."""
         uri = tracking_uri(tracking, output_dir)
-        artifacts = f"{_local_folder(output_dir).as_uri()}/mlartifacts" if uri.startswith("sqlite") else None
         return cls(
             name=name,
             config=config,
             uri=uri,
             experiment=tracking.experiment,
-            artifacts=artifacts,
-            tags=code_tags(),
+            artifacts=artifacts_uri(uri, output_dir),
+            tags=registry.resolve_tags(code_tags()),
             key=key,
         )
 
     def connect(self) -> "TrackedRun":
-        """Make or find the run. Raises MLflow's own errors if it cannot be reached."""
+        """Make or find the run. Raises TrackingError, and MLflow's own errors: `faults.is_passing` tells them apart."""
         for name, value in {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}.items():
             os.environ.setdefault(name, value)  # our callers try again by themselves
         make_database(self.uri)
-        client = _client(self.uri)
+        follow_the_folder(self.uri, self.artifacts)
+        experiment_id = find_experiment(self.uri, self.experiment, self.artifacts)
+        client = client_of(self.uri)
         if (found := self.find()) is not None:
             client.update_run(found.run_id, status="RUNNING")
             return found
-        experiment = client.get_experiment_by_name(self.experiment)
-        experiment_id = experiment.experiment_id if experiment else client.create_experiment(self.experiment, self.artifacts)
-        tags = {"stage": self.name, "run_key": self.key, **self.tags}
+        tags = {"stage": self.name, **({"run_key": self.key} if self.key is not None else {}), **self.tags}
         run_id = client.create_run(experiment_id, tags=tags, run_name=self.name).info.run_id
-        params = [Param(key, str(value)[:6000]) for key, value in flatten(self.config).items()]
-        client.log_batch(run_id, params=params)
+        params = [Param(safe_name(key), str(value)[:MAX_VALUE]) for key, value in flatten(self.config).items()]
+        for start in range(0, len(params), MAX_BATCH):
+            client.log_batch(run_id, params=params[start : start + MAX_BATCH])
         client.log_text(run_id, yaml.safe_dump(dict(self.config), sort_keys=False), "config.yaml")
         return TrackedRun(run_id, self.uri)
 
     def find(self) -> "TrackedRun | None":
         """Return the run, or None if it was not made yet. Raises MLflow's own errors."""
-        client = _client(self.uri)
+        client = client_of(self.uri)
         experiment = client.get_experiment_by_name(self.experiment)
-        if experiment is None:
+        if self.key is None or experiment is None:
             return None
-        found = client.search_runs([experiment.experiment_id], f"tags.run_key = '{self.key}'", max_results=1)
-        return TrackedRun(found[0].info.run_id, self.uri) if found else None
+        quote = "'" if "'" not in self.key else '"'
+        wanted = f"tags.run_key = {quote}{self.key}{quote}"
+        if quote in self.key:  # MLflow's filters have no escapes
+            wanted = f"tags.stage = '{self.name}'"
+        found = client.search_runs([experiment.experiment_id], wanted)
+        runs = (run.info.run_id for run in found if run.data.tags.get("run_key") == self.key)
+        return next((TrackedRun(run_id, self.uri) for run_id in runs), None)
 
-    def try_to(self, log: Callable[["TrackedRun"], None]) -> str | None:
-        """Log to the run, if it was made. Return the reason if MLflow cannot be reached."""
+    def try_to(self, log: Callable[["TrackedRun"], None], run: "TrackedRun | None" = None) -> str | None:
+        """Log to `run`, or to the one of this request, if it was made. Return the reason if MLflow cannot be reached."""
         try:
-            run = self.find()
+            run = run or self.find()
             if run is not None:
                 log(run)
         except Exception as error:  # of MLflow, its server, its database, the network: no work is undone for it
-            return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            return first_line(error)
         return None
 
 
@@ -199,60 +177,39 @@ class TrackedRun:
     run_id: str
     uri: str
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        now = int(1000 * time.time())
-        values = [Metric(name, float(value), now, step or 0) for name, value in metrics.items()]
-        _client(self.uri).log_batch(self.run_id, metrics=values)
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None, *, at: float | None = None) -> None:
+        """Log metrics, measured at the time `at` (`time.time()`; None: now)."""
+        moment = int(1000 * (at or time.time()))
+        values = [Metric(safe_name(name), float(value), moment, step or 0) for name, value in metrics.items()]
+        client_of(self.uri).log_batch(self.run_id, metrics=values)
 
-    def last_step(self, metric: str) -> int:
-        """The last step at which a metric was logged; -1 if never."""
-        metrics = _client(self.uri).get_run(self.run_id).data._metric_objs  # the last step of each metric
-        return next((point.step for point in metrics if point.key == metric), -1)
+    def last_steps(self) -> dict[str, int]:
+        """The last step at which each metric was logged."""
+        return {point.key: point.step for point in client_of(self.uri).get_run(self.run_id).data._metric_objs}
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        _client(self.uri).log_batch(self.run_id, tags=[RunTag(name, value[:5000]) for name, value in tags.items()])
+        client_of(self.uri).log_batch(self.run_id, tags=[RunTag(safe_name(name), value[:5000]) for name, value in tags.items()])
 
     def end(self, status: RunEnd) -> None:
-        _client(self.uri).set_terminated(self.run_id, status)
+        client_of(self.uri).set_terminated(self.run_id, status)
 
     def log_image(self, image: Image.Image, key: str, step: int | None = None) -> None:
-        _client(self.uri).log_image(self.run_id, image, key=key, step=step, synchronous=True)
+        client_of(self.uri).log_image(self.run_id, image, key=key, step=step, synchronous=True)
 
     def log_html(self, html: str, name: str) -> None:
-        _client(self.uri).log_text(self.run_id, html, name)
+        client_of(self.uri).log_text(self.run_id, html, name)
 
     def log_inputs(self, dataset_uri: str, fingerprints: Mapping[str, str], context: str) -> None:
         """Record the tables (name: fingerprint) that this run read as MLflow's datasets, and what for (`context`)."""
-        inputs = [
-            DatasetInput(
-                Dataset(name=name, digest=fingerprint[:32], source_type="table", source=table_uri(dataset_uri, name)),
-                [InputTag("mlflow.data.context", context)],
-            )
-            for name, fingerprint in fingerprints.items()
-        ]
-        _client(self.uri).log_inputs(self.run_id, inputs)
+        inputs = []
+        for name, fingerprint in fingerprints.items():
+            called = name if len(name) <= MAX_NAME else safe_name(name)
+            source = table_uri(dataset_uri, name)
+            dataset = Dataset(name=called, digest=fingerprint[:32], source_type="table", source=source)
+            inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", context)]))
+        client_of(self.uri).log_inputs(self.run_id, inputs)
 
     def tag_tables(self, fingerprints: Mapping[str, str]) -> None:
         """Tag the run with the tables (name: fingerprint) that it read or made."""
         for name, fingerprint in fingerprints.items():
-            tag = f"table.{name}".replace("://", ":/")  # MLflow takes no two slashes
-            _client(self.uri).set_tag(self.run_id, tag, fingerprint)
-
-
-@cache
-def _client(uri: str) -> MlflowClient:
-    return MlflowClient(uri)
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Flatten nested dicts and lists of dicts to one dict with dotted names."""
-    if isinstance(value, Mapping):
-        entries = list(value.items())
-    elif isinstance(value, (list, tuple)) and any(isinstance(inner, Mapping) for inner in value):
-        entries = list(enumerate(value))
-    else:
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for name, inner in entries:
-        flat |= flatten(inner, f"{prefix}.{name}" if prefix else str(name))
-    return flat
+            client_of(self.uri).set_tag(self.run_id, safe_name(f"table.{name}"), fingerprint)

@@ -5,7 +5,7 @@ The files in the output folder are grids of pictures and, with `record_samples`,
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from PIL import Image
 
 from pipelines.storage.errors import StorageError
 from pipelines.storage.files import list_folder, read_file, remove_file, write_file
-from pipelines.tracking.patient_run import Entry, PatientRun
+from pipelines.tracking.patient_run import PatientRun
+from pipelines.tracking.unsent import Entry, read_unsent, write_unsent
 from pipelines.train.desk import TrainProgress
 from pipelines.train.meter import MeterReport
 from pipelines.train.stream.samples import MicroBatch
@@ -36,22 +37,33 @@ class TrainOutputs:
         self._num_notices = 0
         self._drawn = DrawnLog(f"{task.output_uri}/{DRAWN_DIR}", rank) if task.config.record_samples else None
 
-    def begin(self, step: int, waiting: Sequence[Entry]) -> None:
+    def begin(self, step: int, waiting: Sequence[tuple[int, Mapping[str, float]]]) -> None:
         """Prepare the outputs for the steps after `step`. Collective call.
 
         Args:
             step: step of the checkpoint that the training resumes from, or 0.
-            waiting: metrics from the checkpoint that had not reached MLflow.
+            waiting: steps and metrics from the checkpoint that had not reached MLflow.
         """
         if self.rank == 0:
             if self._drawn is not None:
                 self._drawn.forget_after(step)
             if self.task.run_request is not None:
-                self.run = PatientRun(self.task.run_request, say=self.tell_driver, waiting=waiting)
+                entries = [*self._kept(step), *(Entry("metrics", dict(metrics), at_step) for at_step, metrics in waiting)]
+                self.run = PatientRun(self.task.run_request, say=self.tell_driver, waiting=entries)
                 self.run.log_inputs(self.task.dataset_uri, self.task.inputs, "training")
         torch.distributed.barrier()
         if step:
             self.say(f"goes on from the checkpoint of step {step}")
+
+    def _kept(self, step: int) -> list[Entry]:
+        """Read what an earlier start could not send, without what will be repeated after `step`, and without its end.
+
+        Metrics up to the checkpoint are in the checkpoint too.
+        """
+        entries: list[Entry] = []
+        self._try(lambda: entries.extend(read_unsent(self.task.output_uri)))
+        lasting = [entry for entry in entries if entry.kind not in ("metrics", "end")]
+        return [entry for entry in lasting if entry.step is None or entry.step <= step]
 
     def forget_after(self, step: int) -> None:
         """Drop the record of samples after `step`; those steps will be repeated. Collective call."""
@@ -135,10 +147,13 @@ class TrainOutputs:
         return self.run.waiting() if self.run is not None else []
 
     def close(self) -> None:
-        """Send what waits for MLflow, as far as it can be reached in time; its run stays open for the driver to end."""
-        if self.run is not None:
-            self.run.close()
+        """Send what waits for MLflow, as far as it can be reached in time; its run stays open for the driver to end.
+
+        What cannot be sent is kept in a file, for the driver or the next start to send.
+        """
+        if (run := self.run) is not None:
             self.run = None
+            self._try(lambda: write_unsent(self.task.output_uri, run.close()))
 
 
 class DrawnLog:

@@ -18,9 +18,11 @@ from pipelines.storage.lease import DEFAULT_LEASE, LeaseConfig, hold
 from pipelines.tables.errors import TrainingError, TrainingInputError, TrainingStopped
 from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.table import absolute_uri
-from pipelines.tracking.runs import RunEnd, RunRequest, TrackedRun, end_status
+from pipelines.tracking.runs import RunRequest, end_status
+from pipelines.tracking.unsent import Entry
 from pipelines.train.config import TrainConfig
 from pipelines.train.desk import OnNotice, OnTrainProgress, open_desk
+from pipelines.train.driver_run import DriverRun
 from pipelines.train.models import find_text_encoder
 from pipelines.train.outputs import GRIDS_DIR
 from pipelines.train.record import TrainingRecord, write_config
@@ -47,6 +49,7 @@ class TrainResult:
     samples_per_second: speed of the steps alone, since the last start.
     startup_seconds: time before the first step. seconds: time of the whole call.
     was_done: the training had finished before this call.
+    unsent: why something could not be sent to MLflow and waits in the output folder, for the next call to send; None: all was.
     """
 
     pipeline: str
@@ -62,6 +65,7 @@ class TrainResult:
     startup_seconds: float
     seconds: float
     was_done: bool = False
+    unsent: str | None = None
 
 
 def train_identity(dataset_uri: str, config: TrainConfig) -> Identity:
@@ -108,6 +112,7 @@ def run_train(
     Raises:
         MissingTableError, ValueError: a table is missing, or tables and configuration do not fit together.
         StaleTableError: `output_dir` holds a training with other settings.
+        TrackingError: MLflow will never take the run.
         LeaseHeldError: another job is training there.
         StorageError: `output_dir` cannot be written.
         TrainingStopped: SIGTERM came and a checkpoint was saved; the next call resumes from it.
@@ -121,7 +126,8 @@ def run_train(
     with hold(output_uri, lease):
         record = TrainingRecord.claim(output_uri, identity)
         if record.result is not None and list_folder(f"{output_uri}/{PIPELINE_DIR}"):
-            return _to_result(record, was_done=True)
+            unsent = DriverRun(run_request, output_uri, on_notice).send()
+            return replace(_to_result(record, was_done=True), unsent=unsent)
         write_config(output_uri, config)
         check_tables(dataset_uri, config)
         return _train(record, config, dataset_uri, start, run_request, on_progress, on_notice)
@@ -137,8 +143,9 @@ def _train(
     on_notice: OnNotice,
 ) -> TrainResult:
     """Start or resume the training on its workers, and wait for its end. Raises TrainingStopped or TrainingError."""
-    output_uri, end_run = record.output_uri, partial(_end_run, run_request, on_notice)
-    with open_desk(on_progress, on_notice, on_stop=lambda: end_run("KILLED")) as desk:
+    output_uri, run = record.output_uri, DriverRun(run_request, record.output_uri, on_notice)
+    run.begin()
+    with open_desk(on_progress, on_notice, on_stop=run.mark_killed) as desk:
         inputs = {**record.identity.inputs, **_inputs(dataset_uri, config.validation_sources(dataset_uri))}
         task = TrainTask(
             config=config, dataset_uri=dataset_uri, inputs=inputs, output_uri=output_uri, run_request=run_request, desk=desk
@@ -146,13 +153,18 @@ def _train(
         try:
             figures = _figures(_fit(task))
         except BaseException as error:
-            end_run("KILLED" if isinstance(error, TrainingStopped) else end_status(error))
+            run.end("KILLED" if isinstance(error, TrainingStopped) else end_status(error))
             raise
     figures["startup_seconds"] = figures.pop("started_at") - start
-    record = record.finish({**figures, "seconds": time.time() - start})
-    result = _to_result(record, was_done=False)
-    end_run("FINISHED", result)
-    return result
+    result = _to_result(record.finish({**figures, "seconds": time.time() - start}), was_done=False)
+    return replace(result, unsent=run.send(*_last_entries(result)))
+
+
+def _last_entries(result: TrainResult) -> list[Entry]:
+    """What MLflow is told of a finished training."""
+    names = ("loss_start", "loss_end", "startup_seconds", "seconds")
+    metrics = {name: getattr(result, name) for name in names}
+    return [Entry("metrics", metrics, result.num_steps), Entry("tables", result.inputs), Entry("end", "FINISHED")]
 
 
 def check_tables(dataset_uri: str, config: TrainConfig) -> None:
@@ -178,22 +190,6 @@ def _figures(ended: Result) -> dict[str, Any]:
     if "error" in figures:
         raise (TrainingInputError if figures["wrong_input"] else TrainingError)(figures["error"])
     return figures
-
-
-def _end_run(run_request: RunRequest | None, on_notice: OnNotice, status: RunEnd, result: TrainResult | None = None) -> None:
-    """End the MLflow run with the training's status and result; if MLflow cannot be reached, say so by `on_notice`."""
-    if run_request is None:
-        return
-
-    def end(run: TrackedRun) -> None:
-        if result is not None:
-            names = ("loss_start", "loss_end", "startup_seconds", "seconds")
-            run.log_metrics({name: getattr(result, name) for name in names}, result.num_steps)
-            run.tag_tables(result.inputs)
-        run.end(status)
-
-    if (problem := run_request.try_to(end)) is not None:
-        on_notice(f"MLflow at {run_request.uri} cannot be reached, its run stays open: {problem}")
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:

@@ -3,12 +3,14 @@
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
-from jobs import sample
+from jobs import sample, train
 from jobs.common import job as job_module
 from jobs.common.config import parse_config
 from jobs.common.exit_codes import ExitCode
@@ -16,7 +18,12 @@ from jobs.sample import SampleJob
 from jobs.train import TrainJob
 from pipelines.draw.sample import read_prompts
 from pipelines.storage.home import expand_home
+from pipelines.tracking.stores import make_database
+from pipelines.tracking.unsent import UNSENT, Entry, write_unsent
+from pipelines.train.record import TrainingRecord
+from pipelines.train.run import train_identity
 from sana_model.pipeline import TextToImage
+from tests.support.training_world import CLIP, PATH, make_shards, make_table
 
 TRAIN = """dataset_uri: ~/data
 tracking:
@@ -222,3 +229,67 @@ def test_exit_codes_of_drawing_tell_the_truth(
     errors = [line for line in told.splitlines() if line.startswith("error:")]
     assert message in told and "Traceback" not in told and len(errors) == (code != ExitCode.DONE), told
     assert ("1 of 1 prompts are longer than the pipeline's max_tokens" in shown) == (code == ExitCode.DONE)
+
+
+@dataclass(frozen=True)
+class TrainWorld:
+    """A dataset, and the command line of a training on it."""
+
+    folder: Path
+    arguments: list[str]
+
+    def train(self, *options: str) -> int:
+        return train.main([*self.arguments, *options])
+
+
+@pytest.fixture
+def training(tmp_path: Path, pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> TrainWorld:
+    """Without Ray: what is tried here ends before a worker starts."""
+    monkeypatch.setattr(job_module, "start_ray", lambda config: nullcontext())
+    make_table(tmp_path / "data", make_shards([8]))
+    settings = {"latents": PATH, "init": pipeline, "num_steps": 4, "micro_batch_size": 4, "global_batch_size": 4}
+    settings |= {"data.captioners": "[a, b]", "data.clip": CLIP}
+    options = [word for name, value in settings.items() for word in (f"--train.{name}", str(value))]
+    return TrainWorld(tmp_path, ["--dataset_uri", str(tmp_path / "data"), *options])
+
+
+def test_a_training_whose_figures_mlflow_would_never_take_does_not_begin(
+    training: TrainWorld, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "mlruns")
+    assert training.train() == ExitCode.WRONG_INPUT
+    assert "error: MLFLOW_TRACKING_URI=mlruns is a folder" in capsys.readouterr().err
+    uri = f"sqlite:///{training.folder}/mlflow.db"
+    make_database(uri)
+    client = MlflowClient(uri)
+    client.delete_experiment(client.create_experiment("sana"))
+    assert training.train("--tracking.uri", uri) == ExitCode.WRONG_INPUT
+    told = capsys.readouterr().err
+    assert "'sana' of MLflow at" in told and "give tracking.experiment another name" in told and "Traceback" not in told
+    assert not (training.folder / "data" / "train" / "checkpoints").exists()
+
+
+def test_a_finished_training_says_what_mlflow_still_lacks(
+    training: TrainWorld, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """MLflow was away at the end: the same command ends with the code of a fault until it has sent everything."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    output = training.folder / "data" / "train"
+    parsed = parse_config(TrainJob, training.arguments, prog="test", description="")
+    result = {"checkpoint": "c", "loss_start": 2.0, "loss_end": 1.0, "losses": [[4, 1.0]], "samples_per_second": 1.0}
+    identity = train_identity(parsed.dataset_uri, parsed.train)
+    TrainingRecord.claim(str(output), identity).finish(result | {"startup_seconds": 1.0, "seconds": 2.0})
+    (output / "pipeline").mkdir()
+    (output / "pipeline" / "pipeline.json").touch()
+    write_unsent(str(output), [Entry("metrics", {"loss": 1.0}, 4), Entry("end", "FINISHED")])
+    for _ in range(2):
+        assert training.train("--tracking.uri", "http://127.0.0.1:9") == ExitCode.FAULT
+        shown, told = capsys.readouterr()
+        assert "all there already" in shown and "Traceback" not in told
+        assert "the training is finished, but 2 entries could not be sent to MLflow at http://127.0.0.1:9" in told
+        assert f"they wait in {output}/{UNSENT}; the same command sends them, once MLflow answers" in told
+    for _ in range(2):
+        assert training.train() == ExitCode.DONE
+    client = MlflowClient(f"sqlite:///{training.folder}/data/mlflow.db")
+    (run,) = client.search_runs(["1"])
+    assert run.info.status == "FINISHED" and run.data.metrics == {"loss": 1.0} and not (output / UNSENT).exists()

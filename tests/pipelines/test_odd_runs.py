@@ -24,12 +24,18 @@ from pipelines.tables.errors import WrongInputError
 from pipelines.tables.identity import Identity
 from pipelines.tables.schema import SAMPLES, samples_path
 from pipelines.tables.table import Table
+from pipelines.tracking import patient_run
 from pipelines.tracking.config import TrackingConfig
+from pipelines.tracking.runs import RunRequest
+from pipelines.tracking.unsent import UNSENT, Entry, read_unsent, write_unsent
 from pipelines.train.config import GridConfig
+from pipelines.train.outputs import TrainOutputs
+from pipelines.train.task import TrainTask
 from pipelines.workers.images import to_png
 from pipelines.workers.models import FoundModel
 from sana_model.files.models import load_autoencoder, save_autoencoder
 from sana_model.pipeline import TextToImage
+from tests.support.one_worker import one_worker
 from tests.support.training_ranks import tiny_config, train_on_ranks
 from tests.support.training_world import make_pipeline, make_shards, make_table
 
@@ -143,3 +149,44 @@ def test_guidance_of_a_grid_must_be_finite() -> None:
     for config in (GridConfig, DrawConfig):
         with pytest.raises(ValueError, match="guidance_scale=nan must be a finite number"):
             config(guidance_scale=float("nan"))
+
+
+def test_what_mlflow_did_not_get_is_kept_beside_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start that MLflow never answers, then one from the checkpoint of step 10, whose steps after 10 are made again."""
+    monkeypatch.setattr(patient_run, "CLOSE_SECONDS", 0.5)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+
+    def outputs(tracking_uri: str) -> TrainOutputs:
+        tracking = TrackingConfig(uri=tracking_uri)
+        request = RunRequest.make("train", {}, tracking=tracking, output_dir=tmp_path, key="a")
+        task = {"config": tiny_config("init"), "dataset_uri": "d", "inputs": {"latents/x": "beef"}}
+        return TrainOutputs(TrainTask(**task, output_uri=str(tmp_path / "out"), run_request=request), rank=0)
+
+    with one_worker():
+        first = outputs("http://127.0.0.1:9")
+        first.begin(0, [])
+        for step in (10, 20):
+            first.log_metrics(step, {"loss": 30.0 / step})
+            first.show_picture(step, Image.new("RGB", (4, 4)))
+        waiting = [(10, {"loss": 3.0})]  # as the checkpoint of step 10 has it
+        first.close()
+        kept = read_unsent(str(tmp_path / "out"))
+        assert [(entry.kind, entry.step) for entry in kept if entry.step] == [
+            *(("metrics", 10), ("image", 10), ("metrics", 20), ("image", 20))
+        ]
+        write_unsent(str(tmp_path / "out"), [*kept, Entry("end", "FAILED")])
+        second = outputs(uri)
+        second.begin(10, waiting)
+        second.log_metrics(20, {"loss": 1.25})
+        second.close()
+    assert not (tmp_path / "out" / UNSENT).exists()
+    client = mlflow.MlflowClient(uri)
+    (run,) = client.search_runs(["1"])
+    assert [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, "loss")] == [
+        (10, 3.0),
+        (20, 1.25),
+    ]
+    assert run.info.status == "RUNNING" and [entry.dataset.digest for entry in run.inputs.dataset_inputs] == ["beef"]
+    pictures = [Path(one.path).name for one in client.list_artifacts(run.info.run_id, "images") if one.path.endswith(".png")]
+    assert len(pictures) == 1 and "step%10" in pictures[0].replace("+", "%")

@@ -16,6 +16,7 @@ from pipelines.tracking import patient_run
 from pipelines.tracking.config import TrackingConfig
 from pipelines.tracking.patient_run import PatientRun
 from pipelines.tracking.runs import RunRequest
+from pipelines.tracking.unsent import Entry
 
 
 def make_request(folder: Path, uri: str) -> RunRequest:
@@ -44,18 +45,18 @@ def test_figures_wait_and_are_sent_by_the_next_start(tmp_path: Path, monkeypatch
     run.set_tags({"a": "b"})
     waiting = run.waiting()
     assert waiting == [(10, {"loss": 3.0}), (20, {"loss": 2.0})]
-    run.close()
-    assert f"MLflow at {nowhere.uri} cannot be reached, figures wait and are sent later" in notices[0]
-    assert notices[1:] == [f"3 entries could not be sent to MLflow at {nowhere.uri}"]
+    assert [(entry.kind, entry.step) for entry in run.close()] == [("metrics", 10), ("metrics", 20), ("tags", None)]
+    (notice,) = notices
+    assert f"MLflow at {nowhere.uri} cannot be reached, figures wait and are sent later" in notice
     assert nowhere.try_to(lambda _: None) is not None
 
     there = make_request(tmp_path, f"sqlite:///{tmp_path}/mlflow.db")
     for loss in (1.0, 0.5):  # two starts from one checkpoint: the second one's steps are known already
-        again = PatientRun(there, say=notices.append, waiting=waiting)
+        again = PatientRun(there, say=notices.append, waiting=[Entry("metrics", metrics, step) for step, metrics in waiting])
         again.log_metrics({"loss": loss}, 30)
-        again.close()
+        assert again.close() == []
     assert history(there) == [(10, 3.0), (20, 2.0), (30, 1.0)]
-    assert len(notices) == 2
+    assert len(notices) == 1
 
 
 def test_the_machine_is_watched_again_after_an_answer_that_failed(tmp_path: Path) -> None:
