@@ -1,4 +1,4 @@
-"""Solvers of the rectified-flow ODE dx/dsigma = velocity, as pure functions, and classifier-free guidance.
+"""Solvers of the rectified-flow ODE dx/dsigma = velocity, as pure functions, the sampler of Sana-Sprint, and guidance.
 
 A solver takes (predict_velocity, latents, sigmas) and integrates `latents` along the decreasing grid `sigmas`. It sets no
 autograd mode: call it under `torch.inference_mode()` to draw pictures. Keep grids on the CPU: then the coefficients of a step
@@ -184,8 +184,49 @@ def classifier_free_guidance(
     return predict_velocity
 
 
+def scm_sigmas(num_steps: int) -> Tensor:
+    """Make the grid of `scm`: (num_steps + 1,) float32, decreasing to 0.
+
+    Sana-Sprint (arXiv 2503.09641) counts time as the angle t of TrigFlow, from 1.57080, just above pi / 2, to 0; with two steps
+    it passes 1.3, with others the angles are equally far apart. The noise level is sigma = sin t / (cos t + sin t).
+
+    Raises:
+        ValueError: num_steps < 1.
+    """
+    _check_num_steps(num_steps)
+    angles = torch.tensor([1.57080, 1.3, 0.0]) if num_steps == 2 else torch.linspace(1.57080, 0, num_steps + 1)
+    return angles.sin() / (angles.cos() + angles.sin())
+
+
+def scm(
+    predict_velocity: PredictVelocity,
+    latents: Tensor,
+    sigmas: Tensor,
+    *,
+    draw_noise: Callable[[], Tensor],
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Draw with a consistency model (sCM, arXiv 2410.11081): `latents` (B, C, H, W) at sigmas[0] -> latents at sigmas[-1] = 0.
+
+    Each step predicts x_0 = x - sigma velocity, and noises it anew to the next level. This is NVlabs' SCMScheduler: the flow's
+    (1 - sigma) x_0 + sigma eps is TrigFlow's cos t x_0 + sin t eps, divided by cos t + sin t. Sana-Sprint takes one to four
+    steps; the usual grid is `scm_sigmas`.
+
+    Args:
+        latents, sigmas: as in `flow_dpm_solver`.
+        draw_noise: returns new standard normal noise of the shape of `latents`, for every step but the last.
+    """
+    latents = _at_least_float32(latents)
+    for i in range(len(sigmas) - 1):
+        x0 = latents - sigmas[i] * predict_velocity(latents, sigmas[i]).to(latents.dtype)
+        latents = x0 if sigmas[i + 1] == 0 else (1 - sigmas[i + 1]) * x0 + sigmas[i + 1] * draw_noise()
+        if on_step is not None:
+            on_step(i, latents)
+    return latents
+
+
 class Solver(Protocol):
-    """The signature that `flow_dpm_solver` and `flow_euler` share."""
+    """The signature that the solvers of `SOLVERS` share."""
 
     def __call__(
         self, predict_velocity: PredictVelocity, latents: Tensor, sigmas: Tensor, *, on_step: OnStep | None = None
@@ -196,7 +237,7 @@ SOLVERS: dict[str, tuple[Solver, Callable[[int, float], Tensor]]] = {
     "flow_dpm_solver": (flow_dpm_solver, sampling_sigmas),
     "flow_euler": (flow_euler, euler_sigmas),
 }
-"""A solver's name in a configuration -> (solver, its grid: (num_steps, shift) -> sigmas)."""
+"""A solver's name in a configuration -> (solver, its grid: (num_steps, shift) -> sigmas). Besides there is "scm"."""
 
 
 def _check_num_steps(num_steps: int) -> None:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sana_model.nn.config import AutoencoderConfig, SanaConfig
+
 KeyMap = dict[str, str]
 
 TRANSFORMER_NVLABS: KeyMap = {
@@ -18,6 +20,8 @@ TRANSFORMER_NVLABS: KeyMap = {
     "time_embed.linear_1": "t_embedder.mlp.0",
     "time_embed.linear_2": "t_embedder.mlp.2",
     "time_embed.modulation": "t_block.1",
+    "time_embed.guidance_1": "cfg_embedder.mlp.0",
+    "time_embed.guidance_2": "cfg_embedder.mlp.2",
     "caption_proj.linear_1": "y_embedder.y_proj.fc1",
     "caption_proj.linear_2": "y_embedder.y_proj.fc2",
     "caption_proj.norm": "attention_y_norm",
@@ -63,6 +67,15 @@ TRANSFORMER_DIFFUSERS: KeyMap = {
     "head": "proj_out",
 }
 
+# The same for Sana-Sprint, whose time embedding is another class there.
+TRANSFORMER_DIFFUSERS_SPRINT: KeyMap = {
+    **TRANSFORMER_DIFFUSERS,
+    "time_embed.linear_1": "time_embed.timestep_embedder.linear_1",
+    "time_embed.linear_2": "time_embed.timestep_embedder.linear_2",
+    "time_embed.guidance_1": "time_embed.guidance_embedder.linear_1",
+    "time_embed.guidance_2": "time_embed.guidance_embedder.linear_2",
+}
+
 AUTOENCODER_DIFFUSERS: KeyMap = {
     "encoder.stages": "encoder.down_blocks",
     "decoder.stages": "decoder.up_blocks",
@@ -101,6 +114,9 @@ AUTOENCODER_NVLABS: KeyMap = {
     "decoder.conv_out.conv": "decoder.project_out.op_list.2.conv.conv",
 }
 
+# The same for encoders that resample by a strided convolution, which efficientvit wraps once less than other convolutions.
+AUTOENCODER_NVLABS_STRIDED: KeyMap = {**AUTOENCODER_NVLABS}
+
 NVLABS_POSITIONS = "pos_embed"  # a buffer in a transformer's `.pth` that we compute from the config
 
 # What a transformer's `.pth` holds besides its weights, by the name that a model keeps it under: the null caption, and a head
@@ -110,6 +126,16 @@ KEPT_NVLABS: KeyMap = {
     "logvar_weight": "logvar_linear.weight",
     "logvar_bias": "logvar_linear.bias",
 }
+
+
+def diffusers_names(config: SanaConfig) -> KeyMap:
+    """The names that diffusers has for the tensors of such a transformer."""
+    return TRANSFORMER_DIFFUSERS_SPRINT if config.guidance_embeds else TRANSFORMER_DIFFUSERS
+
+
+def efficientvit_names(config: AutoencoderConfig) -> KeyMap:
+    """The names that efficientvit has for the tensors of such an autoencoder."""
+    return AUTOENCODER_NVLABS_STRIDED if config.variant == "sana" else AUTOENCODER_NVLABS
 
 
 class Foreign(NamedTuple):
@@ -125,7 +151,9 @@ def translate(key: str, key_map: KeyMap) -> Foreign:
     """Translate the name of our tensor `key`. Names that the map does not mention stay as they are."""
     pieces = "|".join(re.escape(piece) for piece in sorted(key_map, key=len, reverse=True))
     name = re.sub(rf"(?:^|(?<=\.))(?:{pieces})(?=\.|$)", lambda match: key_map[match.group()], key)
-    if key_map is AUTOENCODER_NVLABS:
+    if key_map is AUTOENCODER_NVLABS_STRIDED and key.startswith("encoder.stages."):
+        name = name.replace("main.conv.conv", "main.conv")
+    if key_map is AUTOENCODER_NVLABS or key_map is AUTOENCODER_NVLABS_STRIDED:
         name = re.sub(r"\.stages\.(\d+)\.", r".stages.\1.op_list.", name)
     is_1x1 = "@1x1" in name and key.endswith(".weight")
     name = name.replace("@1x1", "")

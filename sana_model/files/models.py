@@ -72,8 +72,8 @@ def load_transformer(
     if settings.get("model_type") == "sana_transformer":
         config = config_from_json(SanaConfig, settings, source)
     elif settings.get("_class_name") == "SanaTransformer2DModel":
-        key_map = key_maps.TRANSFORMER_DIFFUSERS
         config = transformer_config_from_diffusers(settings, state, source)
+        key_map = key_maps.diffusers_names(config)
         if (source / BESIDE_DIFFUSERS).exists():
             state |= read_safetensors(source / BESIDE_DIFFUSERS)
     elif not settings and found.told.get("model_type", "sana_transformer") == "sana_transformer":
@@ -119,8 +119,8 @@ def save_transformer(
     elif layout == "sana":
         write_folder(path, "model", state | kept, told)
     else:
-        weights = export(state, key_maps.TRANSFORMER_DIFFUSERS)
-        write_folder(path, "diffusion_pytorch_model", weights, diffusers_transformer_config(config))
+        settings = diffusers_transformer_config(config)
+        write_folder(path, "diffusion_pytorch_model", export(state, key_maps.diffusers_names(config)), settings)
         if kept:
             write_safetensors(path / BESIDE_DIFFUSERS, kept)
 
@@ -149,8 +149,10 @@ def load_autoencoder(
         key_map = key_maps.AUTOENCODER_DIFFUSERS
         config = autoencoder_config_from_diffusers(settings, source)
     elif any(".op_list." in name for name in state) or not (settings or found.told):
-        key_map = key_maps.AUTOENCODER_NVLABS
         config = autoencoder_config_from_nvlabs(settings, found.told, state, source, scaling_factor)
+        key_map = key_maps.efficientvit_names(config)
+        if any(name.startswith("encoder.stages.") and ".main.conv.conv." in name for name in state):
+            key_map = key_maps.AUTOENCODER_NVLABS  # an earlier version of ours wrapped the strided convolution too
     else:
         raise ValueError(f"{source} is not a DC-AE that is known here: {class_of(settings, found.told)}")
     with torch.device("meta"):
@@ -169,7 +171,7 @@ def save_autoencoder(model: DCAutoencoder, path: str | Path, *, layout: str = "s
     path, state = local_target(path), model.state_dict()
     told = {"model_type": "dc_autoencoder", **asdict(model.config)}
     if check_layout(layout) == "nvlabs":
-        write_weights_file(path, export(state, key_maps.AUTOENCODER_NVLABS), told)
+        write_weights_file(path, export(state, key_maps.efficientvit_names(model.config)), told)
     elif layout == "sana":
         write_folder(path, "model", state, told)
     else:

@@ -19,7 +19,7 @@ from sana_model.nn.config import (
     TimeInput,
     Variant,
 )
-from sana_model.nn.embeddings import sincos_position_embedding
+from sana_model.nn.embeddings import GUIDANCE_FACTOR, sincos_position_embedding
 
 DIFFUSERS_VERSION = "0.42.1"  # the version whose layout we write
 PUBLISHED_CROSS_HEADS = {1152: 16, 2240: 20}  # by width: tensors do not show the number of cross-attention heads
@@ -35,8 +35,11 @@ def transformer_config_from_diffusers(settings: dict[str, Any], state: dict[str,
     The inputs are what diffusers' pipelines give to the weights, unless an earlier save of ours wrote there what they were
     trained to see.
     """
-    if settings.get("guidance_embeds"):
-        raise ValueError(f"{source}: guidance_embeds (Sana-Sprint) is not supported")
+    guided, guidance_factor = bool(settings.get("guidance_embeds")), settings.get("guidance_embeds_scale", GUIDANCE_FACTOR)
+    if guided and guidance_factor != GUIDANCE_FACTOR:
+        raise ValueError(
+            f"{source}: guidance_embeds_scale={guidance_factor} is not supported, Sana-Sprint's is {GUIDANCE_FACTOR}"
+        )
     scale = settings.get("timestep_scale", 1.0)
     if scale not in (1.0, UNIT_SCALE):
         raise ValueError(f"{source}: timestep_scale={scale} is not supported: published are 1.0 and {UNIT_SCALE}")
@@ -47,7 +50,8 @@ def transformer_config_from_diffusers(settings: dict[str, Any], state: dict[str,
         num_cross_heads=settings["num_cross_attention_heads"],
         position_scale=settings.get("interpolation_scale"),
         base_size=settings["sample_size"] // settings["patch_size"],
-        time_input=settings.get("_time_input", "unit" if scale == UNIT_SCALE else "whole"),
+        guidance_embeds=guided,
+        time_input=settings.get("_time_input", "unit" if guided or scale == UNIT_SCALE else "whole"),
         null_caption=settings.get("_null_caption", "own_mask"),
     )
 
@@ -74,14 +78,22 @@ def transformer_config_from_nvlabs(
             f"{source} has width {shape['dim']}, which is not a published one ({PUBLISHED_CROSS_HEADS}): "
             "weights do not show the number of cross-attention heads, pass num_cross_heads="
         )
-    time_input: TimeInput = "whole"
-    if shape["qk_norm"] and "time_input" not in overrides:
+    guided = "cfg_embedder.mlp.0.weight" in state
+    time_input: TimeInput = "unit" if guided else "whole"
+    if shape["qk_norm"] and not guided and "time_input" not in overrides:
         raise ValueError(
             f"{source} may hold Sana 1.5 or a teacher of Sana-Sprint, whose tensors look the same: pass time_input='whole' "
             "for Sana 1.5, time_input='unit' for the teacher"
         )
     positions = _positions_from_nvlabs(state.get(NVLABS_POSITIONS))
-    return SanaConfig(**shape, **positions, num_cross_heads=heads, time_input=time_input, null_caption="caption_mask")
+    return SanaConfig(
+        **shape,
+        **positions,
+        num_cross_heads=heads,
+        guidance_embeds=guided,
+        time_input=time_input,
+        null_caption="caption_mask",
+    )
 
 
 def _shape_from_weights(state: dict[str, Tensor], key_map: KeyMap, source: Path) -> dict[str, Any]:
@@ -110,6 +122,7 @@ def _shape_from_weights(state: dict[str, Tensor], key_map: KeyMap, source: Path)
         "depth": depth,
         "qk_norm": their_name("blocks.0.attention.query_norm.weight") in state,
         "cross_qk_norm": their_name("blocks.0.cross_attention.query_norm.weight") in state,
+        "caption_norm": their_name("caption_proj.norm.weight") in state,
     }
 
 
@@ -141,7 +154,18 @@ def diffusers_transformer_config(config: SanaConfig) -> dict[str, Any]:
 
     diffusers gives all weights whole timesteps, or sigma itself, and the null caption's own mask. What ours were trained to see
     is written beside that, and only we read it.
+
+    Raises ValueError for a transformer that diffusers has no form of.
     """
+    if not config.caption_norm:
+        raise ValueError(
+            "diffusers normalizes every caption, and this transformer has caption_norm=False: choose another layout"
+        )
+    if config.qk_norm != config.cross_qk_norm:
+        raise ValueError(
+            f"diffusers has norms of queries and keys in both attentions or in none, and this transformer has "
+            f"qk_norm={config.qk_norm} and cross_qk_norm={config.cross_qk_norm}: choose another layout"
+        )
     mlp_ratio = config.ffn_dim / config.dim
     if int(mlp_ratio * config.dim) < config.ffn_dim:  # diffusers truncates the product
         mlp_ratio = math.nextafter(mlp_ratio, math.inf)
@@ -165,7 +189,9 @@ def diffusers_transformer_config(config: SanaConfig) -> dict[str, Any]:
         "norm_eps": 1e-6,
         "interpolation_scale": config.position_scale,
         "qk_norm": "rms_norm_across_heads" if config.qk_norm else None,
-        "timestep_scale": UNIT_SCALE if config.time_input == "unit" else 1.0,
+        "guidance_embeds": config.guidance_embeds,
+        "guidance_embeds_scale": GUIDANCE_FACTOR,
+        "timestep_scale": UNIT_SCALE if config.time_input == "unit" and not config.guidance_embeds else 1.0,
         "_time_input": config.time_input,  # diffusers ignores names that begin with an underscore
         "_null_caption": config.null_caption,
     }
@@ -174,6 +200,7 @@ def diffusers_transformer_config(config: SanaConfig) -> dict[str, Any]:
 def autoencoder_config_from_diffusers(settings: dict[str, Any], folder: Path) -> AutoencoderConfig:
     """Configuration from diffusers' config.json. Raises ValueError that names a setting which no published family has."""
     variant: Variant = "in" if settings["downsample_block_type"] == "pixel_unshuffle" else "sana"
+    is_lite = variant == "sana" and settings["upsample_block_type"] == "pixel_shuffle"
     config = AutoencoderConfig(
         latent_channels=settings["latent_channels"],
         widths=tuple(settings["encoder_block_out_channels"]),
@@ -181,10 +208,13 @@ def autoencoder_config_from_diffusers(settings: dict[str, Any], folder: Path) ->
         decoder_depths=tuple(settings["decoder_layers_per_block"]),
         variant=variant,
         scaling_factor=settings["scaling_factor"],
+        decoder_variant="lite" if is_lite else None,
     )
     expected = diffusers_autoencoder_config(config)
-    # Published Sana configurations write "Conv" for "conv"; diffusers, too, only checks for pixel_unshuffle.
-    for name in set(expected) & set(settings) - {"_diffusers_version", "downsample_block_type"}:
+    # Published Sana configurations write "Conv" for "conv"; diffusers, too, only checks for pixel_unshuffle. Residual blocks do
+    # not look at the scales of attention.
+    unread = {"_diffusers_version", "downsample_block_type", *(["decoder_qkv_multiscales"] if is_lite else [])}
+    for name in set(expected) & set(settings) - unread:
         came, wanted = _spread(settings[name], len(config.widths)), _spread(expected[name], len(config.widths))
         if came != wanted:
             raise ValueError(f"{folder}: {name}={settings[name]} is of no published DC-AE family, which have {expected[name]}")
@@ -202,9 +232,10 @@ def _spread(value: Any, count: int) -> Any:
 
 def diffusers_autoencoder_config(config: AutoencoderConfig) -> dict[str, Any]:
     """Make the config.json of an `AutoencoderDC`."""
-    count, shuffles = len(config.widths), config.variant == "in"
+    count, family, decoder = len(config.widths), config.variant, config.decoder
     blocks = ["ResBlock" if index < 3 else "EfficientViTBlock" for index in range(count)]
-    multiscales = [[] if index < 3 or shuffles else [5] for index in range(count)]
+    multiscales = [[] if index < 3 or family == "in" else [5] for index in range(count)]
+    old_norms = [decoder == "in" and index < 3 for index in range(count)]
     return {
         "_class_name": "AutoencoderDC",
         "_diffusers_version": DIFFUSERS_VERSION,
@@ -212,20 +243,20 @@ def diffusers_autoencoder_config(config: AutoencoderConfig) -> dict[str, Any]:
         "latent_channels": config.latent_channels,
         "attention_head_dim": ATTENTION_HEAD_DIM,
         "encoder_block_types": blocks,
-        "decoder_block_types": blocks,
+        "decoder_block_types": ["ResBlock"] * count if decoder == "lite" else blocks,
         "encoder_block_out_channels": list(config.widths),
         "decoder_block_out_channels": list(config.widths),
         "encoder_layers_per_block": list(config.encoder_depths),
         "decoder_layers_per_block": list(config.decoder_depths),
         "encoder_qkv_multiscales": multiscales,
         "decoder_qkv_multiscales": multiscales,
-        "upsample_block_type": "pixel_shuffle" if shuffles else "interpolate",
-        "downsample_block_type": "pixel_unshuffle" if shuffles else "conv",
-        "decoder_norm_types": ["batch_norm" if shuffles and index < 3 else "rms_norm" for index in range(count)],
-        "decoder_act_fns": ["relu" if shuffles and index < 3 else "silu" for index in range(count)],
+        "upsample_block_type": "interpolate" if decoder == "sana" else "pixel_shuffle",
+        "downsample_block_type": "conv" if family == "sana" else "pixel_unshuffle",
+        "decoder_norm_types": ["batch_norm" if old else "rms_norm" for old in old_norms],
+        "decoder_act_fns": ["relu" if old else "silu" for old in old_norms],
         "encoder_out_shortcut": True,
         "decoder_in_shortcut": True,
-        "decoder_conv_act_fn": "relu",
+        "decoder_conv_act_fn": "silu" if decoder == "lite" else "relu",
         "scaling_factor": config.scaling_factor,
     }
 
@@ -277,6 +308,7 @@ def _autoencoder_shape_from_weights(state: dict[str, Tensor], source: Path) -> A
             prefix = f"encoder.stages.{stage}.op_list.0."
             norm = "main.conv2.norm.weight" if stage < 3 else "context_module.main.proj.norm.weight"
             widths.append(len(state[prefix + norm]) if depths["encoder"][stage] else 0)
+        has_attention = any(name.startswith("decoder.") and ".context_module." in name for name in state)
         latent_channels = len(state["encoder.project_out.main.op_list.0.conv.bias"])
     except (KeyError, ValueError) as error:
         raise ValueError(f"{source} is no checkpoint of a DC-AE: {error} is not in it") from error
@@ -289,4 +321,5 @@ def _autoencoder_shape_from_weights(state: dict[str, Tensor], source: Path) -> A
         decoder_depths=tuple(depths["decoder"]),
         variant="in" if shuffles else "sana",
         scaling_factor=1.0,
+        decoder_variant=None if has_attention else "lite",
     )

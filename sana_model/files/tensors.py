@@ -5,11 +5,15 @@ Reading never runs code that a file holds. A file that is written appears whole 
 
 import json
 import pickle
+import pickletools
+import re
 import struct
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -166,12 +170,14 @@ def read_model_file(path: Path, *, use_ema: bool = False) -> tuple[dict[str, Ten
 def _read_pth(path: Path, *, is_zip: bool, use_ema: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the state dict of an NVlabs `.pth`: its entry `state_dict` (or `state_dict_ema`), or the whole file without one.
 
-    Reads with `weights_only=True`, which refuses a pickle that would run code. Raises ValueError as `read_model_file` does.
+    Reads with `weights_only=True`, which refuses a pickle that would run code; besides tensors and plain values it may hold
+    numpy arrays, as the `rng_state` of NVlabs' training does. Raises ValueError as `read_model_file` does.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)  # only the zip format can be mapped
+        with torch.serialization.safe_globals(PLAIN_ARRAYS):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)  # only a zip can be mapped
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} is refused: damaged, or more than tensors in it that could run code ({error})") from error
+        raise ValueError(f"{path} is refused: {_found_in_pickle(path, error)}") from None
     except (RuntimeError, EOFError, OSError, UnicodeDecodeError, struct.error, LookupError) as error:
         raise ValueError(f"{path} cannot be read ({error}): the file is damaged or incomplete") from error
     key = "state_dict_ema" if use_ema else "state_dict"
@@ -185,6 +191,48 @@ def _read_pth(path: Path, *, is_zip: bool, use_ema: bool) -> tuple[dict[str, Ten
         raise ValueError(f"{path}: these entries are not tensors: {', '.join(not_tensors[:5])}")
     told = content.get(CONFIG_ENTRY) if isinstance(content, dict) else None
     return state, told if isinstance(told, dict) else {}
+
+
+PLAIN_ARRAYS: list[Any] = [
+    np.ndarray,
+    np.dtype,
+    *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"},
+    *((np.empty(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+]
+"""What a pickle of a numeric numpy array names, in numpy 1 and 2. None of it runs anything that the file chooses."""
+
+
+def _found_in_pickle(path: Path, error: pickle.UnpicklingError) -> str:
+    """What torch did not accept in a file, in one line; torch's own message advises to accept it."""
+    named = re.search(r"GLOBAL (\S+)", str(error))
+    name = named.group(1) if named else _first_global(path)
+    if name is None:
+        return "it is damaged, or it is no file of tensors"
+    shown = name.encode("unicode_escape").decode()[:80]
+    return f"it asks for {shown}, which could run code; only tensors, numbers, texts and arrays of numbers are read from it"
+
+
+def _first_global(path: Path) -> str | None:
+    """The first function or class that a file asks for and torch does not know, without running it; None if there is none."""
+    if zipfile.is_zipfile(path):
+        try:
+            with torch.serialization.safe_globals(PLAIN_ARRAYS):
+                return next(iter(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))), None)
+        except (pickle.UnpicklingError, RuntimeError, LookupError, ValueError):  # damaged
+            return None
+    texts: list[str] = []
+    with path.open("rb") as file:
+        try:
+            for operation, argument, _ in pickletools.genops(file):
+                if operation.name == "GLOBAL":
+                    return str(argument).replace(" ", ".")
+                if operation.name == "STACK_GLOBAL":
+                    return ".".join(texts[-2:])
+                if isinstance(argument, str):
+                    texts.append(argument)
+        except ValueError:  # no pickle from here on
+            pass
+    return None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

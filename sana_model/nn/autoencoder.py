@@ -16,7 +16,8 @@ from sana_model.nn.autoencoder_blocks import (
     Upsample,
     average_channels,
     duplicate_channels,
-    make_stage,
+    make_decoder_stage,
+    make_encoder_stage,
 )
 from sana_model.nn.config import AUTOENCODER_PRESETS, AutoencoderConfig
 
@@ -34,7 +35,7 @@ class Encoder(nn.Module):
             self.conv_in = Downsample(3, widths[1], variant, shortcut=False)
         self.stages = nn.ModuleList()
         for index, (width, depth) in enumerate(zip(widths, depths, strict=True)):
-            blocks = make_stage(index, width, depth, variant, decoder=False)
+            blocks = make_encoder_stage(index, width, depth, variant)
             if depth > 0 and index + 1 < len(widths):
                 blocks.append(Downsample(width, widths[index + 1], variant))
             self.stages.append(nn.Sequential(*blocks))
@@ -52,16 +53,17 @@ class Decoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
-        widths, depths, variant = config.widths, config.decoder_depths, config.variant
+        widths, depths, variant = config.widths, config.decoder_depths, config.decoder
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
         self.stages = nn.ModuleList()
         for index, (width, depth) in enumerate(zip(widths, depths, strict=True)):
-            blocks = make_stage(index, width, depth, variant, decoder=True)
+            blocks = make_decoder_stage(index, width, depth, variant)
             if depth > 0 and index + 1 < len(widths):
                 blocks.insert(0, Upsample(widths[index + 1], width, variant))
             self.stages.append(nn.Sequential(*blocks))
         last_width = widths[0] if depths[0] > 0 else widths[1]
         self.norm_out = ChannelRMSNorm(last_width)
+        self.activation_out = F.silu if variant == "lite" else F.relu
         if depths[0] > 0:
             self.conv_out: nn.Module = nn.Conv2d(last_width, 3, 3, padding=1)
         else:
@@ -72,7 +74,7 @@ class Decoder(nn.Module):
         x = self.conv_in(latents) + duplicate_channels(latents, self.conv_in.out_channels)
         for stage in reversed(self.stages):
             x = stage(x)
-        return self.conv_out(F.relu(self.norm_out(x)))
+        return self.conv_out(self.activation_out(self.norm_out(x)))
 
 
 class DCAutoencoder(nn.Module):

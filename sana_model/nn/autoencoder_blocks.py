@@ -8,7 +8,7 @@ from sana_model.kernels import reuse
 from sana_model.kernels.linear import Linear
 from sana_model.kernels.linear_attention import relu_linear_attention
 from sana_model.kernels.upsample_conv import upsample_conv
-from sana_model.nn.config import ATTENTION_HEAD_DIM, Variant
+from sana_model.nn.config import ATTENTION_HEAD_DIM, DecoderVariant, Variant
 from sana_model.nn.transformer_blocks import MixFFN
 
 FFN_EXPANSION = 4
@@ -106,13 +106,13 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Double height and width, with the shortcut without parameters of DC-AE section 3.2."""
 
-    def __init__(self, in_channels: int, out_channels: int, variant: Variant, *, shortcut: bool = True):
+    def __init__(self, in_channels: int, out_channels: int, variant: DecoderVariant, *, shortcut: bool = True):
         super().__init__()
-        self.out_channels, self.variant, self.shortcut = out_channels, variant, shortcut
-        self.conv = nn.Conv2d(in_channels, out_channels * (4 if variant == "in" else 1), 3, padding=1)
+        self.out_channels, self.shuffles, self.shortcut = out_channels, variant != "sana", shortcut
+        self.conv = nn.Conv2d(in_channels, out_channels * (4 if self.shuffles else 1), 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.variant == "in":
+        if self.shuffles:
             up = F.pixel_shuffle(self.conv(x), 2)
         else:
             up = upsample_conv(x, self.conv.weight, self.conv.bias)
@@ -151,8 +151,15 @@ def duplicate_channels(x: Tensor, channels: int) -> Tensor:
     return x.repeat_interleave(channels // x.shape[1], dim=1)
 
 
-def make_stage(index: int, channels: int, depth: int, variant: Variant, *, decoder: bool) -> list[nn.Module]:
+def make_encoder_stage(index: int, channels: int, depth: int, variant: Variant) -> list[nn.Module]:
     """Make the blocks of one resolution: residual blocks in the first three stages, EfficientViT blocks in the later ones."""
     if index < 3:
-        return [ResBlock(channels, batch_norm=decoder and variant == "in") for _ in range(depth)]
+        return [ResBlock(channels, batch_norm=False) for _ in range(depth)]
+    return [EfficientViTBlock(channels, multiscale=variant == "sana") for _ in range(depth)]
+
+
+def make_decoder_stage(index: int, channels: int, depth: int, variant: DecoderVariant) -> list[nn.Module]:
+    """Make the blocks of one resolution: as the encoder has them, or residual blocks in all stages ("lite")."""
+    if index < 3 or variant == "lite":
+        return [ResBlock(channels, batch_norm=variant == "in") for _ in range(depth)]
     return [EfficientViTBlock(channels, multiscale=variant == "sana") for _ in range(depth)]

@@ -35,7 +35,9 @@ class SanaConfig:
 
     dim: width of a token. ffn_dim: width of the Mix-FFN, 2.5 dim in all published models. in_channels: of the latents.
     patch_size: side of the square of latents that makes one token. caption_dim: width of the text encoder.
-    qk_norm, cross_qk_norm: RMSNorm on queries and keys of self- and cross-attention (Sana 1.5).
+    qk_norm, cross_qk_norm: RMSNorm on queries and keys of self- and cross-attention (Sana 1.5, Sana-Sprint).
+    caption_norm: RMSNorm on the projected caption, which all published models have.
+    guidance_embeds: the guidance scale is an input too (Sana-Sprint).
 
     Raises ValueError if dim does not divide into the heads, or, with a positional embedding, by 4; or for an unknown input.
     """
@@ -49,6 +51,8 @@ class SanaConfig:
     caption_dim: int = 2304
     qk_norm: bool = False
     cross_qk_norm: bool = False
+    caption_norm: bool = True
+    guidance_embeds: bool = False
     position_scale: float | None = None
     """Interpolation scale of the sine-cosine positional embedding. None: no positional embedding, as at 512 and 1024 px."""
     base_size: int = 32
@@ -98,6 +102,12 @@ Variant = Literal["in", "sana"]
 strided convolution and interpolation, and has multi-scale attention with a 5x5 kernel.
 """
 
+DecoderVariant = Literal["in", "sana", "lite"]
+"""The published families of DC-AE's decoders: those of the autoencoders, and "lite".
+
+"lite" (DC-AE-Lite) has residual blocks in all stages and moves channels to pixels. It decodes what encoders of "sana" encode.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
@@ -115,6 +125,8 @@ class AutoencoderConfig:
     decoder_depths: tuple[int, ...]
     variant: Variant
     scaling_factor: float
+    decoder_variant: DecoderVariant | None = None
+    """None: that of `variant`."""
 
     def __post_init__(self) -> None:
         if not len(self.widths) == len(self.encoder_depths) == len(self.decoder_depths) > 1:
@@ -128,6 +140,11 @@ class AutoencoderConfig:
         for width in self.widths[3:]:
             if width % ATTENTION_HEAD_DIM:
                 raise ValueError(f"widths {self.widths}: from the fourth on they must divide by {ATTENTION_HEAD_DIM}")
+
+    @property
+    def decoder(self) -> DecoderVariant:
+        """The family of the decoder."""
+        return self.decoder_variant or self.variant
 
     @property
     def compression(self) -> int:
@@ -172,6 +189,7 @@ AUTOENCODER_PRESETS: dict[str, AutoencoderConfig] = {
     "dc-ae-f32c32-mix-1.0": replace(_IN_F32, scaling_factor=0.4552),
     "dc-ae-f32c32-sana-1.0": _SANA,
     "dc-ae-f32c32-sana-1.1": _SANA,
+    "dc-ae-lite-f32c32-sana-1.1": replace(_SANA, decoder_depths=(0, 3, 5, 4, 4, 4), decoder_variant="lite"),
     "dc-ae-f64c128-in-1.0": _IN_F64,
     "dc-ae-f64c128-mix-1.0": replace(_IN_F64, scaling_factor=0.4538),
     "dc-ae-f128c512-in-1.0": _IN_F128,

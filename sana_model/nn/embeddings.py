@@ -10,6 +10,8 @@ from sana_model.kernels.linear import Linear
 from sana_model.nn.config import NUM_TRAIN_TIMESTEPS, TimeInput
 
 TIMESTEP_FREQUENCIES = 256
+GUIDANCE_FACTOR = 0.1
+"""The guidance scale is multiplied by it before it is embedded."""
 
 
 class PatchEmbed(nn.Module):
@@ -44,19 +46,28 @@ def to_time_input(timestep: Tensor, time_input: TimeInput) -> Tensor:
 
 
 class TimestepEmbedding(nn.Module):
-    """Timestep (B,) to its embedding (B, D) and the shared adaLN-single modulation (B, 6, D) (PixArt-alpha, section 2.3)."""
+    """Timestep (B,) to its embedding (B, D) and the shared adaLN-single modulation (B, 6, D) (PixArt-alpha, section 2.3).
 
-    def __init__(self, dim: int, time_input: TimeInput):
+    With `guidance`, the embedding of the guidance scale (B,) is added to that of the timestep (Sana-Sprint, arXiv 2503.09641).
+    """
+
+    def __init__(self, dim: int, time_input: TimeInput, *, guidance: bool):
         super().__init__()
         self.time_input = time_input
         self.linear_1 = Linear(TIMESTEP_FREQUENCIES, dim)
         self.linear_2 = Linear(dim, dim)
         self.modulation = Linear(dim, 6 * dim)
+        if guidance:
+            self.guidance_1 = Linear(TIMESTEP_FREQUENCIES, dim)
+            self.guidance_2 = Linear(dim, dim)
 
-    def forward(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, timestep: Tensor, guidance_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         time = to_time_input(timestep, self.time_input)
         frequencies = sinusoidal_embedding(time, TIMESTEP_FREQUENCIES).to(self.linear_1.weight.dtype)
         embedding = self.linear_2(F.silu(self.linear_1(frequencies)))
+        if guidance_scale is not None:
+            frequencies = sinusoidal_embedding(guidance_scale * GUIDANCE_FACTOR, TIMESTEP_FREQUENCIES).to(frequencies.dtype)
+            embedding = embedding + self.guidance_2(F.silu(self.guidance_1(frequencies)))
         return embedding, self.modulation(F.silu(embedding)).unflatten(-1, (6, -1))
 
 
@@ -64,14 +75,14 @@ class CaptionProjection(nn.Module):
     """Project captions (..., caption_dim) to (..., D): an MLP, then an RMSNorm, as in the published code.
 
     The norm's weight starts at 0.01, because the embeddings of a decoder-only LLM are orders of magnitude larger than T5's and
-    would make training diverge (Sana section 2.3).
+    would make training diverge (Sana section 2.3). Without `norm` there is none.
     """
 
-    def __init__(self, caption_dim: int, dim: int):
+    def __init__(self, caption_dim: int, dim: int, *, norm: bool):
         super().__init__()
         self.linear_1 = Linear(caption_dim, dim)
         self.linear_2 = Linear(dim, dim)
-        self.norm = nn.RMSNorm(dim, eps=1e-5)
+        self.norm = nn.RMSNorm(dim, eps=1e-5) if norm else nn.Identity()
 
     def forward(self, caption_embeds: Tensor) -> Tensor:
         return self.norm(self.linear_2(F.gelu(self.linear_1(caption_embeds), approximate="tanh")))

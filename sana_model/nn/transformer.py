@@ -44,8 +44,8 @@ class SanaTransformer(nn.Module):
         self.config = config
         dim = config.dim
         self.patch_embed = PatchEmbed(config.in_channels, dim, config.patch_size)
-        self.time_embed = TimestepEmbedding(dim, config.time_input)
-        self.caption_proj = CaptionProjection(config.caption_dim, dim)
+        self.time_embed = TimestepEmbedding(dim, config.time_input, guidance=config.guidance_embeds)
+        self.caption_proj = CaptionProjection(config.caption_dim, dim, norm=config.caption_norm)
         self.blocks = nn.ModuleList(
             SanaBlock(
                 dim,
@@ -109,6 +109,7 @@ class SanaTransformer(nn.Module):
         timestep: Tensor,
         caption_embeds: Tensor | CaptionState | CaptionTokens,
         caption_mask: Tensor | None = None,
+        guidance_scale: Tensor | None = None,
     ) -> Tensor:
         """Predict velocity, (B, C, H, W), the shape of `latents`.
 
@@ -118,10 +119,11 @@ class SanaTransformer(nn.Module):
             caption_embeds: the text encoder's output (B, L, caption_dim); or what `encode_captions` made of it; or its real
                 tokens, already projected to the model's width.
             caption_mask: (B, L), nonzero at real tokens; None: all are real.
+            guidance_scale: (B,), for models with `config.guidance_embeds`, and for no others.
 
-        Raises ValueError if a shape does not fit.
+        Raises ValueError if a shape does not fit, or if guidance_scale is missing or too much.
         """
-        batch_size, channels, height, width = self._check_latents(latents, timestep)
+        batch_size, channels, height, width = self._check_latents(latents, timestep, guidance_scale)
         patch = self.config.patch_size
         size = (height // patch, width // patch)
         caption: CaptionState | CaptionTokens
@@ -133,7 +135,7 @@ class SanaTransformer(nn.Module):
             raise ValueError(f"{caption.batch_size} captions came with {batch_size} latents: give one to each")
 
         tokens = self._add_positions(self.patch_embed(latents), size)  # (B, H*W, D)
-        time_embedding, modulation = self.time_embed(timestep)  # (B, D), (B, 6, D)
+        time_embedding, modulation = self.time_embed(timestep, guidance_scale)  # (B, D), (B, 6, D)
         for index, (block, block_caption) in enumerate(zip(self.blocks, self._per_block(caption), strict=True)):
             arguments = (tokens, modulation, block_caption, caption.attention_mask, size)
             if self.training and self.checkpoint_every and index % self.checkpoint_every == 0:
@@ -159,7 +161,7 @@ class SanaTransformer(nn.Module):
         memories = [block.cross_attention.remember(caption, single) for block in self._blocks()]
         return CaptionState(len(real), num_single, memories, caption.attention_mask if caption else None)
 
-    def _check_latents(self, latents: Tensor, timestep: Tensor) -> torch.Size:
+    def _check_latents(self, latents: Tensor, timestep: Tensor, guidance_scale: Tensor | None) -> torch.Size:
         channels, patch = self.config.in_channels, self.config.patch_size
         if latents.ndim != 4 or latents.shape[1] != channels:
             raise ValueError(f"latents have shape {tuple(latents.shape)}: this model takes (B, {channels}, H, W)")
@@ -167,6 +169,11 @@ class SanaTransformer(nn.Module):
             raise ValueError(f"latents of {latents.shape[2]}x{latents.shape[3]} must divide by patch_size={patch}")
         if timestep.shape != latents.shape[:1]:
             raise ValueError(f"timestep has shape {tuple(timestep.shape)}: give ({latents.shape[0]},), one per image")
+        if (guidance_scale is not None) != self.config.guidance_embeds:
+            takes = "takes guidance_scale=, (B,)" if self.config.guidance_embeds else "takes no guidance_scale"
+            raise ValueError(f"this model {takes}: its config has guidance_embeds={self.config.guidance_embeds}")
+        if guidance_scale is not None and guidance_scale.shape != latents.shape[:1]:
+            raise ValueError(f"guidance_scale has shape {tuple(guidance_scale.shape)}: give ({latents.shape[0]},)")
         return latents.shape
 
     def _check_captions(self, caption_embeds: Tensor, caption_mask: Tensor | None) -> Tensor:
@@ -209,7 +216,10 @@ class SanaTransformer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise as published: Xavier for linear layers, N(0, 0.02^2) for the time and caption MLPs; no layer is zero."""
+        """Initialise as published: Xavier for linear layers, N(0, 0.02^2) for the time and caption MLPs.
+
+        No layer is zero, but the last one of the guidance scale.
+        """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d | nn.RMSNorm):
                 module.reset_parameters()
@@ -226,6 +236,10 @@ class SanaTransformer(nn.Module):
             self.caption_proj.linear_2,
         ):
             nn.init.normal_(linear.weight, std=0.02)
-        nn.init.constant_(self.caption_proj.norm.weight, 0.01)
+        if self.config.caption_norm:
+            nn.init.constant_(cast(nn.RMSNorm, self.caption_proj.norm).weight, 0.01)
+        if self.config.guidance_embeds:
+            nn.init.normal_(self.time_embed.guidance_1.weight, std=0.02)
+            nn.init.zeros_(self.time_embed.guidance_2.weight)
         for table in (*(block.modulation for block in self._blocks()), self.final_modulation):
             nn.init.normal_(table, std=self.config.dim**-0.5)

@@ -1,6 +1,7 @@
 """Against values that NVlabs' own code computed: the loader's own settings, nothing told by hand."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,23 +10,29 @@ from torch import Tensor
 
 from sana_model.files.checkpoint import export
 from sana_model.files.key_maps import TRANSFORMER_NVLABS
-from sana_model.flow import flow_loss, whole_sigmas
-from sana_model.nn.config import SanaConfig
+from sana_model.flow import flow_loss, sigma_to_timestep, whole_sigmas
+from sana_model.nn.autoencoder import DCAutoencoder
+from sana_model.nn.config import AUTOENCODER_PRESETS, SanaConfig
 from sana_model.nn.transformer import SanaTransformer
 from sana_model.pipeline import Caption, guided_velocity
-from sana_model.solver import SOLVERS
+from sana_model.solver import SOLVERS, scm, scm_sigmas
 from tests.support.golden import (
     FLOW_SHIFT,
     GUIDANCE_SCALE,
     PLAIN,
+    SPRINT,
     WITH_POSITIONS,
     Inputs,
+    autoencoder_weights,
+    digest,
+    efficientvit_shapes,
     golden,
     inputs,
     nvlabs_weights,
+    seeded,
     summary,
 )
-from tests.support.peers import assert_close
+from tests.support.peers import FAMILIES, assert_close
 
 Load = Callable[[SanaConfig, str], SanaTransformer]
 
@@ -81,6 +88,49 @@ def test_loss_and_gradients_with_a_dropped_caption(load: Load) -> None:
     assert found.shape == wanted.shape
     worst = ((found - wanted).abs() / wanted[:, :1]).max()
     assert worst < 1e-4, f"a gradient differs by {worst:.1e} of its norm"
+
+
+@torch.inference_mode()
+def test_sprint(load: Load) -> None:
+    """Its forward on TrigFlow, with the guidance scale embedded, and its sampler for one and two steps."""
+    model, sample = load(SPRINT, "s.pth"), inputs()
+    assert model.config.time_input == "unit"
+    captions = model.encode_captions(sample.caption_embeds, sample.caption_mask)
+    guidance_scale = torch.full((2,), GUIDANCE_SCALE)
+
+    def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
+        return model(latents, sigma_to_timestep(sigma).expand(2), captions, guidance_scale=guidance_scale)
+
+    angle = torch.tensor([1.2, 0.7])
+    sigma = (angle.sin() / (angle.cos() + angle.sin()))[:, None, None, None]
+    noisy = sample.latents * (1 - 2 * sigma + 2 * sigma**2).sqrt()
+    target = (1 - 2 * sigma) * noisy + (1 - 2 * sigma + 2 * sigma**2) * velocity(noisy, sigma.flatten())
+    assert_close(target / (1 - 2 * sigma + 2 * sigma**2).sqrt(), golden("forward.sprint"))
+    for num_steps in (1, 2, 4):
+        again = iter([seeded(f"noise {k}", *sample.noise.shape) for k in range(4)])
+        found = scm(velocity, sample.noise, scm_sigmas(num_steps), draw_noise=again.__next__)
+        assert_close(found, golden(f"scm.{num_steps}"))
+    kept = nvlabs_weights(SPRINT)["logvar_linear.weight"]
+    assert model.logvar_weight is not None and torch.equal(model.logvar_weight, kept)
+
+
+@pytest.mark.parametrize("name", [name for name in AUTOENCODER_PRESETS if name != "tiny"])
+def test_names_and_shapes_of_a_published_autoencoder(name: str) -> None:
+    assert torch.equal(digest(efficientvit_shapes(AUTOENCODER_PRESETS[name])), golden(f"names.{name}"))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_autoencoder(tmp_path: Path, name: str) -> None:
+    config = FAMILIES[name]
+    torch.save({"state_dict": autoencoder_weights(config)}, tmp_path / "x.pth")
+    model = DCAutoencoder.from_pretrained(tmp_path / "x.pth", scaling_factor=1.0)
+    assert model.config == replace(config, scaling_factor=1.0)
+    side = 2 * config.compression
+    assert_close(model.encode(seeded("image", 1, 3, side, side)), golden(f"encode.{name}"))
+    image = model.decode(seeded("decoded", 1, config.latent_channels, 2, 2))
+    pixels = slice(None, None, config.compression // 4)
+    assert_close(image[:, :, pixels, pixels], golden(f"decode.{name}"))
 
 
 @torch.inference_mode()

@@ -4,6 +4,7 @@ The values were computed once, in float32 on a CPU, by the code of the repositor
 code is here. Whoever computes them again needs the same weights and inputs, which this file makes.
 """
 
+import hashlib
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +13,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from sana_model.files.checkpoint import export
+from sana_model.files.key_maps import efficientvit_names
 from sana_model.files.published_configs import positions_for_nvlabs
-from sana_model.nn.config import SanaConfig
+from sana_model.nn.autoencoder import DCAutoencoder
+from sana_model.nn.config import AutoencoderConfig, SanaConfig
 from tests.support.peers import nvlabs_shapes
 
 NVLABS_VALUES = Path(__file__).parents[1] / "sana_model" / "golden" / "nvlabs.safetensors"
@@ -58,6 +62,34 @@ def inputs(config: SanaConfig = PLAIN) -> Inputs:
     )
 
 
+def autoencoder_weights(config: AutoencoderConfig) -> dict[str, Tensor]:
+    """A state dict with efficientvit's names, all values far from their defaults."""
+    state: dict[str, Tensor] = {}
+    for name, shape in efficientvit_shapes(config).items():
+        if name.endswith("num_batches_tracked"):
+            state[name] = torch.tensor(1)
+        elif name.endswith("running_var"):
+            state[name] = seeded(name, *shape).abs() + 0.5
+        else:
+            fan_in = torch.Size(shape[1:]).numel() if len(shape) > 1 else 4
+            offset = 1.0 if len(shape) == 1 and name.endswith("weight") else 0.0
+            state[name] = seeded(name, *shape) / fan_in**0.5 + offset
+    return state
+
+
+def efficientvit_shapes(config: AutoencoderConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of an autoencoder's tensors as we write them for efficientvit."""
+    with torch.device("meta"):
+        state = DCAutoencoder(config).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in export(state, efficientvit_names(config)).items()}
+
+
+def digest(shapes: dict[str, tuple[int, ...]]) -> Tensor:
+    """32 bytes that any other name or shape would change."""
+    text = "".join(f"{name} {tuple(shape)}\n" for name, shape in sorted(shapes.items()))
+    return torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
+
+
 def summary(gradients: dict[str, Tensor]) -> Tensor:
     """(tensors, 5): of each gradient, in the order of names, its norm and its first four values."""
     return torch.stack([torch.cat([one.norm()[None], one.flatten()[:4]]) for _, one in sorted(gradients.items())])
@@ -68,5 +100,6 @@ def golden(name: str) -> Tensor:
         return file.get_tensor(name)
 
 
+SPRINT = replace(PLAIN, qk_norm=True, cross_qk_norm=True, guidance_embeds=True)
 WITH_POSITIONS = replace(PLAIN, position_scale=1.0)
 SANA_1_5 = replace(PLAIN, qk_norm=True, cross_qk_norm=True)

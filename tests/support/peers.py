@@ -39,6 +39,7 @@ def diffusers_transformer(config: SanaConfig, seed: int = 0) -> SanaTransformer2
         patch_size=config.patch_size,
         interpolation_scale=config.position_scale,
         qk_norm="rms_norm_across_heads" if config.qk_norm else None,
+        guidance_embeds=config.guidance_embeds,
     )
     return scramble(model, seed)
 
@@ -60,17 +61,18 @@ def shrink(config: AutoencoderConfig, channels: int = 16) -> AutoencoderConfig:
 
 
 FAMILIES = {name: shrink(AUTOENCODER_PRESETS[name]) for name in AUTOENCODER_PRESETS if name.endswith(("in-1.0", "sana-1.1"))}
+LITE = "dc-ae-lite-f32c32-sana-1.1"
 
 
 def diffusers_autoencoder(config: AutoencoderConfig, seed: int = 0) -> AutoencoderDC:
     """Write out what `diffusers` documents of each published family, without our own config translation."""
-    stages, family_in = len(config.widths), config.variant == "in"
+    stages, family_in, lite = len(config.widths), config.variant == "in", config.decoder_variant == "lite"
     late = stages - 3
     scales = ((),) * stages if family_in else ((),) * 3 + ((5,),) * late
     model = AutoencoderDC(
         latent_channels=config.latent_channels,
         encoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * late,
-        decoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * late,
+        decoder_block_types="ResBlock" if lite else ("ResBlock",) * 3 + ("EfficientViTBlock",) * late,
         encoder_block_out_channels=config.widths,
         decoder_block_out_channels=config.widths,
         encoder_layers_per_block=config.encoder_depths,
@@ -78,9 +80,10 @@ def diffusers_autoencoder(config: AutoencoderConfig, seed: int = 0) -> Autoencod
         encoder_qkv_multiscales=scales,
         decoder_qkv_multiscales=scales,
         downsample_block_type="pixel_unshuffle" if family_in else "conv",
-        upsample_block_type="pixel_shuffle" if family_in else "interpolate",
+        upsample_block_type="pixel_shuffle" if family_in or lite else "interpolate",
         decoder_norm_types=("batch_norm",) * 3 + ("rms_norm",) * late if family_in else "rms_norm",
         decoder_act_fns=("relu",) * 3 + ("silu",) * late if family_in else "silu",
+        decoder_conv_act_fn="silu" if lite else "relu",
         scaling_factor=config.scaling_factor,
     )
     return scramble(model, seed)
@@ -122,6 +125,11 @@ def nvlabs_shapes(config: SanaConfig) -> dict[str, tuple[int, ...]]:
         if config.qk_norm:
             norms = (f"{block}.{part}.{name}_norm.weight" for part in ("attn", "cross_attn") for name in "qk")
             shapes |= {name: (dim,) for name in norms}
+    if config.guidance_embeds:
+        shapes |= linear("cfg_embedder.mlp.0", dim, 256) | linear("cfg_embedder.mlp.2", dim, dim)
+        shapes |= linear("logvar_linear", 1, dim)
+    if not config.caption_norm:
+        del shapes["attention_y_norm.weight"]
     return shapes
 
 

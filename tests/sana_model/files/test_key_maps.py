@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from sana_model.nn.autoencoder import DCAutoencoder
 from sana_model.nn.transformer import SanaTransformer
-from tests.support.peers import FAMILIES, TINY, assert_same_tensors, diffusers_autoencoder, nvlabs_state, scramble
+from tests.support.peers import FAMILIES, LITE, TINY, assert_same_tensors, diffusers_autoencoder, nvlabs_state, scramble
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -61,7 +61,8 @@ def test_autoencoder_layouts_round_trip_bit_for_bit(name, tmp_path):
     first.save_pretrained(tmp_path / "ours")
     DCAutoencoder.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "published.pth", layout="nvlabs")
     published = torch.load(tmp_path / "published.pth", weights_only=True)["state_dict"]
-    assert_same_tensors(convert_autoencoder_dc_checkpoint_to_diffusers(dict(published)), theirs.state_dict())
+    if name != LITE:  # whose last convolution diffusers' converter does not know
+        assert_same_tensors(convert_autoencoder_dc_checkpoint_to_diffusers(dict(published)), theirs.state_dict())
     last = DCAutoencoder.from_pretrained(tmp_path / "published.pth", scaling_factor=0.5)
     assert last.config == replace(FAMILIES[name], scaling_factor=0.5)
     last.save_pretrained(tmp_path / "back", layout="diffusers")

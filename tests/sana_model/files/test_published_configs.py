@@ -50,8 +50,8 @@ def test_published_autoencoder_weights_need_the_scale_that_they_do_not_hold(tmp_
 def test_unsupported_siblings_are_refused_by_name(tmp_path):
     diffusers_transformer(TINY).save_pretrained(tmp_path / "dit")
     config = json.loads((tmp_path / "dit" / "config.json").read_text())
-    (tmp_path / "dit" / "config.json").write_text(json.dumps(config | {"guidance_embeds": True}))
-    with pytest.raises(ValueError, match="guidance_embeds"):
+    (tmp_path / "dit" / "config.json").write_text(json.dumps(config | {"guidance_embeds": True, "guidance_embeds_scale": 0.2}))
+    with pytest.raises(ValueError, match=r"guidance_embeds_scale=0\.2"):
         SanaTransformer.from_pretrained(tmp_path / "dit")
     (tmp_path / "dit" / "config.json").write_text(json.dumps(config | {"timestep_scale": 0.5}))
     with pytest.raises(ValueError, match=r"timestep_scale=0\.5"):

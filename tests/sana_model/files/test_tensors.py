@@ -2,13 +2,18 @@
 
 import os
 import pickle
+import random
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from sana_model.files import tensors
 from sana_model.nn.transformer import SanaTransformer
 from tests.support.peers import TINY, assert_same_tensors, diffusers_transformer, nvlabs_state, scramble
+
+PUBLISHED_WIDTH = replace(TINY, dim=1152, depth=1, num_cross_heads=16, ffn_dim=96)
 
 
 @pytest.mark.parametrize("variant", [None, "bf16"])
@@ -33,10 +38,46 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": {"x": Evil()}}, tmp_path / "evil.pth")
     (tmp_path / "raw.pth").write_bytes(pickle.dumps(Evil()))
-    for name in ("evil.pth", "raw.pth"):
-        with pytest.raises(ValueError, match=f"{name} is refused"):
+    state = nvlabs_state(PUBLISHED_WIDTH)
+    planted = np.array([Evil()], dtype=object)  # an array of numbers is allowed there, one of anything else is not
+    for name, rng_state in (("call.pth", {"numpy": Evil()}), ("array.pth", {"numpy": ("MT19937", planted)})):
+        torch.save({"state_dict": state, "rng_state": rng_state}, tmp_path / name)
+    for name in ("evil.pth", "raw.pth", "call.pth", "array.pth"):
+        with pytest.raises(ValueError, match=rf"{name} is refused: it asks for posix\.mkdir, which could run code") as error:
             SanaTransformer.from_pretrained(tmp_path / name)
+        assert "\x1b" not in str(error.value) and "weights_only" not in str(error.value)
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_name_in_a_pickle_cannot_write_to_the_terminal(tmp_path):
+    (tmp_path / "x.pth").write_bytes(b"\x80\x02cos\nsystem\x1b[2Jx\n.")
+    with pytest.raises(ValueError, match=r"x\.pth is refused") as error:
+        SanaTransformer.from_pretrained(tmp_path / "x.pth")
+    assert "\x1b" not in str(error.value) and "\\x1b[2J" in str(error.value)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model.diffusion_model."])
+def test_a_checkpoint_of_nvlabs_training_loads_with_and_without_its_average(prefix, tmp_path):
+    """As its save_checkpoint writes it under DDP: the state of random generators holds a numpy array."""
+    state = {prefix + name: tensor for name, tensor in nvlabs_state(PUBLISHED_WIDTH).items()}
+    moved = {name: tensor + (0 if "pos_embed" in name else 1) for name, tensor in state.items()}
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))])
+    rng_state = {
+        "torch": torch.get_rng_state(), "torch_cuda": [], "numpy": np.random.get_state(), "python": random.getstate(),
+        "generator": torch.Generator().get_state(),
+    }  # fmt: skip
+    content = {"state_dict": state, "state_dict_ema": moved, "optimizer": optimizer.state_dict(), "epoch": 1, "step": 7}
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.save(content | {"scheduler": {"last_epoch": 7}, "rng_state": rng_state}, folder / "epoch_1_step_7.pth")
+    plain = SanaTransformer.from_pretrained(folder / "epoch_1_step_7.pth")
+    average = SanaTransformer.from_pretrained(tmp_path / "run", use_ema=True)  # a folder that holds only this file
+    assert torch.equal(average.head.bias, plain.head.bias + 1)
+    (folder / "epoch_2.pth").write_bytes((folder / "epoch_1_step_7.pth").read_bytes())
+    with pytest.raises(ValueError, match=r"holds epoch_1_step_7\.pth, epoch_2\.pth: name the one to load"):
+        SanaTransformer.from_pretrained(tmp_path / "run")
+    (folder / "latest.pth").symlink_to("epoch_1_step_7.pth")
+    assert torch.equal(SanaTransformer.from_pretrained(tmp_path / "run").head.bias, plain.head.bias)
 
 
 def test_damaged_files_are_named(tmp_path):

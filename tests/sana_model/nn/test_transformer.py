@@ -32,7 +32,7 @@ def make_inputs(config: SanaConfig, size: tuple[int, int], batch_size: int = 3, 
 def load_pair(config: SanaConfig, folder) -> tuple[SanaTransformer, torch.nn.Module]:
     theirs = diffusers_transformer(config)
     theirs.save_pretrained(folder)
-    return SanaTransformer.from_pretrained(folder).eval(), theirs
+    return SanaTransformer.from_pretrained(folder, time_input="continuous").eval(), theirs  # as their model itself does
 
 
 def run_theirs(theirs, latents, timestep, caption_embeds, caption_mask):
