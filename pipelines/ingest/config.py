@@ -91,6 +91,8 @@ class IngestConfig:
             be fetched into new shards by `retry_rejects`.
         max_text_bytes: of a file beside an image, and of the caption, the URL and the metadata in a row; larger ones are left
             out, and counted.
+        text_encoding: of captions that are no UTF-8 and have no byte order mark, such as cp1252 or gb18030. Unless given, those
+            whose encoding is not certain are left out, and counted.
         max_reject_share: the job fails if a larger share of the images is refused.
         resources: of the actors that decode.
     """
@@ -112,10 +114,17 @@ class IngestConfig:
     bytes_per_shard: int = 256 * 2**20
     max_shard_bytes: int = MAX_SHARD_BYTES
     max_text_bytes: int = MAX_TEXT_BYTES
+    text_encoding: str | None = None
     max_reject_share: float = 0.5
     resources: Resources = field(default_factory=Resources)
 
     def __post_init__(self) -> None:
+        try:
+            "".encode(self.text_encoding or "utf-8")
+        except LookupError as error:
+            raise ValueError(
+                f"text_encoding={self.text_encoding!r} is none that Python knows: give cp1252, gb18030 and the like"
+            ) from error
         if min(self.rows_per_shard, self.bytes_per_shard, self.max_shard_bytes, self.max_text_bytes) < 1:
             raise ValueError(
                 f"rows_per_shard={self.rows_per_shard}, bytes_per_shard={self.bytes_per_shard}, "

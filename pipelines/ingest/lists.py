@@ -185,18 +185,19 @@ def _read_list(source: Source, path: str) -> Iterator[Row]:
             names += [name for name in (url_column, caption_column) if name and name not in names]
             records = ((row, errors) for _, row, errors in table.iter_rows(names, 0, None, batch=ROW_GROUP))
         else:
-            rows = read_table(file, without_query(path))
+            rows = read_table(file, without_query(path), source.text_encoding)
             first = list(islice(rows, ROW_GROUP))
             if not first:
                 return
             url_column, caption_column = _find_columns(_schema_of(first), source, path)
             records = ((row, row.pop(VALUE_ERRORS, {})) for row in chain(first, rows))
         for record, errors in records:
-            yield _read_record(record, errors, url_column, caption_column, source.max_text_bytes)
+            yield _read_record(source, record, errors, url_column, caption_column)
 
 
-def _read_record(record: Row, errors: ValueErrors, url_column: str, caption_column: str | None, max_bytes: int) -> Row:
+def _read_record(source: Source, record: Row, errors: ValueErrors, url_column: str, caption_column: str | None) -> Row:
     """A row of LIST_ROWS from a row of a list, and the errors of its values."""
+    max_bytes = source.max_text_bytes
     urls = record.pop(url_column, None)
     urls = urls if isinstance(urls, list) else [urls]
     if len(urls) > 1:
@@ -205,7 +206,7 @@ def _read_record(record: Row, errors: ValueErrors, url_column: str, caption_colu
     if url and len(url) > (limit := MAX_LINE if url[: len(DATA)].lower() == DATA else max_bytes):
         errors = errors | {url_column: f"{len(url)} characters, over {limit}"}
         url = None
-    found = take_caption(record, caption_column, max_bytes)
+    found = take_caption(record, caption_column, max_bytes, source.text_encoding)
     not_taken = found["not_taken"]
     for column in errors.keys() - {url_column, LIST_ERROR}:
         not_taken[UNKNOWN_ENCODING if column == caption_column else BAD_VALUE] += 1

@@ -15,6 +15,7 @@ AMONG_FILES = "num_files_not_taken/"
 """Begins the figures of `images` that count the files of the source that are not taken, by kind."""
 
 UNKNOWN_ENCODING = "captions in an unknown encoding"
+ODD_CAPTION = "captions that are neither a text nor texts"
 UNCERTAIN_PAIR = "captions that may belong to several images"
 BAD_VALUE = "values that cannot be read"
 BAD_SIDE_FILE = "side files that cannot be read"

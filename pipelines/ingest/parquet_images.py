@@ -64,7 +64,7 @@ def _read_cells(source: Source, part: Part) -> Iterator[tuple[bytes | str | RowR
         not_taken = Counter({BINARY_COLUMN: bytes_beside} if bytes_beside and part.start == 0 else {})
         for index, row, errors in table.iter_rows(columns, part.start, part.stop, batch=BATCH):
             content = _content_of(row.pop(image_column), errors.get(image_column), source.max_bytes)
-            found = take_caption(row, caption_column, source.max_text_bytes)
+            found = take_caption(row, caption_column, source.max_text_bytes, source.text_encoding)
             not_taken.update(found["not_taken"])
             for column in errors.keys() - {image_column}:
                 not_taken[UNKNOWN_ENCODING if column == caption_column else BAD_VALUE] += 1

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from pipelines.ingest.columns import unique_schema
 from pipelines.storage.errors import StorageError
-from pipelines.tables.encodings import decode_text
+from pipelines.tables.encodings import decode_caption
 from pipelines.tables.rejects import RowRefused
 from pipelines.tables.schema import Row
 
@@ -176,7 +176,7 @@ def _read_value(scalar: pa.Scalar, problems: list[str]) -> Any:
         return [_read_value(value, problems) for value in scalar.values]
     if isinstance(scalar, pa.StringScalar):  # large strings and string views too
         try:
-            return decode_text(scalar.as_buffer().to_pybytes())
+            return decode_caption(scalar.as_buffer().to_pybytes(), None)
         except RowRefused as refused:
             problem = refused.detail
     elif isinstance(number := getattr(scalar, "value", None), int):

@@ -148,7 +148,15 @@ def _read_image_file(source: Source, part: Part) -> Row:
     for path in part.sidecars:
         if split := split_sidecar(path):
             beside[split[1]] = read_key(source.uri_of(path), source.max_text_bytes, is_literal=True)
-    return {"image_bytes": content, "source_uri": uri, **read_sidecars(beside, source.caption_keys, source.max_text_bytes)}
+    return {
+        "image_bytes": content,
+        "source_uri": uri,
+        **read_sidecars(beside, source.caption_keys, source.max_text_bytes, source.text_encoding),
+    }
+
+
+def _read_beside(source: Source, beside: dict[str, bytes | RowRefused]) -> Row:
+    return read_sidecars(beside, source.caption_keys, source.max_text_bytes, source.text_encoding)
 
 
 def _read_tar(source: Source, part: Part) -> Iterator[Row]:
@@ -184,4 +192,8 @@ def _read_tar_image(source: Source, part: Part, reader: TarReader, image: TarIma
         if ending in small:
             content = contents[ending]
             beside[ending] = RowRefused("unreadable", str(content)) if isinstance(content, Exception) else content
-    return {"image_bytes": image_bytes, "source_uri": uri, **read_sidecars(beside, source.caption_keys, source.max_text_bytes)}
+    return {
+        "image_bytes": image_bytes,
+        "source_uri": uri,
+        **read_sidecars(beside, source.caption_keys, source.max_text_bytes, source.text_encoding),
+    }

@@ -38,6 +38,8 @@ from pipelines.workers.images import ImageLimits, open_image, perceptual_hash, t
 
 STAGE = "ingest"
 DUPLICATE = "duplicate"
+DEFAULTS = {"caption_keys": CAPTION_KEYS, "max_text_bytes": MAX_TEXT_BYTES, "text_encoding": None}
+"""Settings that came later, and that are no part of the fingerprint where they are as they were before."""
 
 
 def run_ingest(
@@ -195,7 +197,7 @@ def _identity(config: IngestConfig, source: Source, plan: Plan) -> Identity:
     """Everything that the images depend on. The sizes of shards count too: all other tables are aligned to these shards."""
     settings = value_settings(config)
     settings |= settings.pop("download")
-    for name, default in (("caption_keys", CAPTION_KEYS), ("max_text_bytes", MAX_TEXT_BYTES)):
+    for name, default in DEFAULTS.items():
         if getattr(config, name) == default:  # as in the tables that were made before it could be chosen
             del settings[name]
     settings |= {"source": source.uri, "source_kind": source.kind, "first_listing": plan.first_listing}
@@ -221,6 +223,7 @@ def _plan_sources(images: Table, config: IngestConfig, ticket: Ticket) -> tuple[
         max_bytes=config.limits.max_bytes,
         max_shard_bytes=config.max_shard_bytes,
         max_text_bytes=config.max_text_bytes,
+        text_encoding=config.text_encoding,
         download=config.download,
         exclude=exclude,
     )

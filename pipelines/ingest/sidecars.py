@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from posixpath import splitext
 from typing import Any
 
-from pipelines.ingest.not_taken import BAD_SIDE_FILE, LARGE_SIDE_FILE, LARGE_TEXT, UNKNOWN_ENCODING
+from pipelines.ingest.not_taken import BAD_SIDE_FILE, LARGE_SIDE_FILE, LARGE_TEXT, ODD_CAPTION, UNKNOWN_ENCODING
 from pipelines.tables import encodings
-from pipelines.tables.encodings import decode_text
+from pipelines.tables.encodings import decode_caption, decode_text
 from pipelines.tables.rejects import RowRefused
 from pipelines.tables.schema import Row
 from pipelines.tables.text import clean, first_caption
@@ -24,11 +24,13 @@ LEFT_OUT_BYTES = 40  # of the text that stands for a value
 SIDECAR_ERROR = "sidecar_error"  # key in the metadata of an image whose side files could not be read
 
 
-def read_sidecars(sidecars: Mapping[str, bytes | RowRefused], caption_keys: Sequence[str], max_bytes: int) -> Row:
+def read_sidecars(
+    sidecars: Mapping[str, bytes | RowRefused], caption_keys: Sequence[str], max_bytes: int, encoding: str | None
+) -> Row:
     """Read `caption`, `caption_key`, `metadata` and `not_taken` from an image's side files by their ending, in lower case.
 
     The first of .txt, .caption and .json that has a caption gives it. What else is in these files goes into the metadata, which
-    has at most `max_bytes`.
+    has at most `max_bytes`. `encoding`: as in `decode_caption`.
     """
     not_taken: Counter[str] = Counter()
     problems: list[str] = []
@@ -39,7 +41,7 @@ def read_sidecars(sidecars: Mapping[str, bytes | RowRefused], caption_keys: Sequ
             if isinstance(content, RowRefused):
                 raise content
             if ending in TEXT_FILES:
-                if text := clean(decode_text(content)):
+                if text := clean(decode_caption(content, encoding)):
                     texts[ending] = text
             else:
                 metadata = _read_object(content)
@@ -55,7 +57,7 @@ def read_sidecars(sidecars: Mapping[str, bytes | RowRefused], caption_keys: Sequ
         else:
             found = {"caption": texts[ending], "caption_key": ending}
     if not found["caption"]:
-        found = take_caption(metadata, find_caption(metadata, caption_keys), max_bytes)
+        found = take_caption(metadata, find_caption(metadata, caption_keys), max_bytes, encoding)
         not_taken += found["not_taken"]
     if problems:
         metadata[SIDECAR_ERROR] = "; ".join(problems)
@@ -128,7 +130,7 @@ def _holds_captions(value: object) -> bool:
     return all(isinstance(text, str) for text in texts)
 
 
-def take_caption(row: Row, key: str | None, max_bytes: int) -> Row:
+def take_caption(row: Row, key: str | None, max_bytes: int, encoding: str | None) -> Row:
     """Take the caption out of a row, as `caption` and `caption_key`. Of a list of captions it is the first; the list stays.
 
     Texts as bytes are decoded. One in an unknown encoding, or a larger one, is none, and counted in `not_taken`.
@@ -136,8 +138,12 @@ def take_caption(row: Row, key: str | None, max_bytes: int) -> Row:
     Args:
         key: where the caption is; None: the row has none.
         max_bytes: of a text.
+        encoding: as in `decode_caption`.
     """
     value = row.pop(key, None) if key else None
+    if key and value is not None and not isinstance(value, str | bytes | list):
+        row[key] = value
+        return {"caption": None, "caption_key": None, "not_taken": Counter([ODD_CAPTION])}
     texts: list[Any] = []
     not_taken: Counter[str] = Counter()
     for text in value if isinstance(value, list) else [value]:
@@ -145,7 +151,9 @@ def take_caption(row: Row, key: str | None, max_bytes: int) -> Row:
             not_taken[LARGE_TEXT] += 1
             continue
         try:
-            texts.append(decode_text(text) if isinstance(text, bytes) else text)
+            if isinstance(text, str) and "\ufffd" in text:
+                raise RowRefused(encodings.UNKNOWN_ENCODING, "characters of it were lost before")
+            texts.append(decode_caption(text, encoding) if isinstance(text, bytes) else text)
         except RowRefused:
             not_taken[UNKNOWN_ENCODING] += 1
     if key and isinstance(value, list):

@@ -67,6 +67,7 @@ class Source:
         max_bytes: size of the largest image that is read.
         max_shard_bytes: of images that are read for one shard, all together.
         max_text_bytes: of a side file, and of the caption, the URL and the metadata in a row.
+        text_encoding: of captions that are no UTF-8; None: only those count whose encoding is certain.
     """
 
     root: str
@@ -81,6 +82,7 @@ class Source:
     max_bytes: int = ImageLimits().max_bytes
     max_shard_bytes: int = MAX_SHARD_BYTES
     max_text_bytes: int = MAX_TEXT_BYTES
+    text_encoding: str | None = None
     download: DownloadConfig = field(default_factory=DownloadConfig)
 
     @property
@@ -112,6 +114,7 @@ def find_source(
     max_bytes: int = ImageLimits().max_bytes,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     max_text_bytes: int = MAX_TEXT_BYTES,
+    text_encoding: str | None = None,
     download: DownloadConfig | None = None,
     exclude: str | None = None,
 ) -> Source:
@@ -138,6 +141,7 @@ def find_source(
         max_bytes=max_bytes,
         max_shard_bytes=max_shard_bytes,
         max_text_bytes=max_text_bytes,
+        text_encoding=text_encoding,
         download=download or DownloadConfig(),
     )
 

@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 from pipelines.ingest.columns import unique_names
 from pipelines.ingest.sidecars import load_json
-from pipelines.tables.encodings import MARKS, decode_text
+from pipelines.tables.encodings import MARKS, decode_caption, decode_text
 from pipelines.tables.rejects import RowRefused
 from pipelines.tables.schema import Row
 
@@ -24,10 +24,13 @@ _ESCAPE = re.compile(r'\\(["\\])')
 _URL = re.compile(r' *"?[a-z][a-z0-9+.-]*://', re.IGNORECASE)  # a line that begins so is a row of its own
 
 
-def read_table(file: BinaryIO, path: str) -> Iterator[Row]:
+def read_table(file: BinaryIO, path: str, text_encoding: str | None = None) -> Iterator[Row]:
     """The rows of a text file: CSV, TSV or JSON lines, by the ending of its path. A byte order mark tells its encoding.
 
     A row that cannot be parsed has LIST_ERROR alone. A value that cannot be read is None, and is in VALUE_ERRORS.
+
+    Args:
+        text_encoding: of values that are no UTF-8, as in `decode_caption`.
     """
     head = file.read(4)
     file.seek(0)
@@ -35,7 +38,7 @@ def read_table(file: BinaryIO, path: str) -> Iterator[Row]:
     text = io.TextIOWrapper(file, encoding, errors="surrogateescape" if encoding == "utf-8" else "replace", newline="")
     lines, lower = _iter_lines(text), path.lower()
     if lower.endswith((".csv", ".tsv")):
-        return map(_decode_values, read_csv(lines, is_tsv=lower.endswith(".tsv")))
+        return (_decode_values(row, text_encoding) for row in read_csv(lines, is_tsv=lower.endswith(".tsv")))
     return read_json_lines(lines)
 
 
@@ -53,7 +56,7 @@ def _iter_lines(text: io.TextIOWrapper) -> Iterator[str | None]:
         yield None
 
 
-def _decode_values(row: Row) -> Row:
+def _decode_values(row: Row, text_encoding: str | None) -> Row:
     """Decode the values whose bytes are no UTF-8, which were read as surrogates."""
     errors: dict[str, str] = {}
     for name, value in row.items():
@@ -62,7 +65,7 @@ def _decode_values(row: Row) -> Row:
                 value.encode()
             except UnicodeEncodeError:
                 try:
-                    row[name] = decode_text(value.encode("utf-8", "surrogateescape"))
+                    row[name] = decode_caption(value.encode("utf-8", "surrogateescape"), text_encoding)
                 except RowRefused as refused:
                     row[name], errors[name] = None, refused.detail
     return row | {VALUE_ERRORS: row.get(VALUE_ERRORS, {}) | errors} if errors else row

@@ -21,9 +21,7 @@ def clean(caption: str | None) -> str | None:
 
 def _is_visible(character: str) -> bool:
     """Whether it is a letter, digit, punctuation mark or symbol that shows something by itself."""
-    return (character.isascii() and character.isprintable()) or (
-        unicodedata.category(character)[0] in "LNPS" and character not in BLANKS
-    )
+    return unicodedata.category(character)[0] in "LNPS" and character not in BLANKS
 
 
 def first_caption(value: Any) -> str | None:

@@ -500,6 +500,84 @@ def test_one_bad_value_costs_that_value_or_row(name: str, tmp_path: Path) -> Non
     check(BAD_VALUES[name], make(BAD_VALUES[name], tmp_path))
 
 
+CHINESE, JAPANESE = "一只白色的猫坐在红色的沙发上，看着窗外的鸟。", "赤いソファの上に白い猫が座って、窓の外の鳥を見ている。"
+KOREAN = "하얀 고양이가 빨간 소파에 앉아 창밖의 새를 바라보고 있는 모습을 찍은 따뜻한 오후의 사진"
+RUSSIAN, FRENCH, GERMAN = "Белая кошка сидит на красном диване", "Une fenêtre près de la mère", "Ein schönes, grünes Mädchen"
+UNKNOWN = {"captions in an unknown encoding": 1}
+TEXTS: dict[str, tuple[bytes, str | None, str | None]] = {
+    "UTF-8 with a mark": (("\ufeff" + FRENCH).encode(), FRENCH, None),
+    "UTF-16 with a mark": (RUSSIAN.encode("utf-16"), RUSSIAN, None),
+    "UTF-16, the other end first": (b"\xfe\xff" + RUSSIAN.encode("utf-16-be"), RUSSIAN, None),
+    "UTF-32 with a mark": (FRENCH.encode("utf-32"), FRENCH, None),
+    "UTF-16 without a mark": ("a plain caption".encode("utf-16-le"), "a plain caption", None),
+    "UTF-16 cut off": (RUSSIAN.encode("utf-16")[:-1], None, None),
+    "zero bytes": (b"\0\x01caption\0", None, None),
+    "GBK": (CHINESE.encode("gbk"), CHINESE, None),
+    "Big5": ("一隻白色的貓坐在紅色的沙發上看著窗外的鳥".encode("big5"), "一隻白色的貓坐在紅色的沙發上看著窗外的鳥", None),
+    "Shift-JIS": (JAPANESE.encode("shift_jis"), JAPANESE, None),
+    "EUC-KR": (KOREAN.encode("euc_kr"), KOREAN, None),
+    "ISO-2022-JP": (JAPANESE.encode("iso2022_jp"), JAPANESE, None),
+    "GBK, too short to be sure": ("白猫".encode("gbk"), None, None),
+    "Latin-1 that reads alike in all Latin encodings": (GERMAN.encode("latin-1"), GERMAN, None),
+    "Latin-1 that does not": (FRENCH.encode("latin-1"), None, None),
+    "Latin-1, as the configuration says": (FRENCH.encode("latin-1"), FRENCH, "cp1252"),
+    "KOI8-R": (RUSSIAN.encode("koi8-r"), None, None),
+    "Windows-1251": (RUSSIAN.encode("cp1251"), None, None),
+    "lost before": ("caf\ufffd".encode(), None, None),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_texts_in_other_encodings_are_right_or_none(name: str, tmp_path: Path) -> None:
+    content, caption, encoding = TEXTS[name]
+    told = {} if caption else UNKNOWN
+    options = {"text_encoding": encoding}
+    for ending in ("txt", "caption"):
+        case = Case(beside(content, ending), [(None, caption)], told, options)
+        check(case, make(case, tmp_path / ending))
+    case = Case(parquet(image=[b"1"], text=pa.array([content], pa.binary())), [(None, caption)], told, options)
+    check(case, make(case, tmp_path / "parquet"))
+
+
+def test_lists_in_other_encodings(tmp_path: Path) -> None:
+    lines = f"url,text\n1.jpg,{CHINESE}\n2.jpg,plain\n"
+    for encoding in ("utf-8-sig", "utf-16", "gbk"):
+        case = Case(
+            lambda folder, encoding=encoding: write_list(folder, lines.encode(encoding)),
+            [(None, CHINESE), (None, "plain")],
+            UNLISTED,
+            LIST,
+        )
+        check(case, make(case, tmp_path / encoding))
+
+
+def write_list(folder: Path, content: bytes) -> None:
+    text_list("csv", "")(folder)
+    (folder / "list.csv").write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "text", ["\u200b\ufeff", "\u2060\u00ad", "\u3164", "\u2800 \u2800", "\ufe0f", "\u0301", "\x07\x1b", "\u202e"]
+)
+def test_a_caption_of_invisible_characters_is_none(text: str, tmp_path: Path) -> None:
+    case = Case(beside(text.encode(), "txt"), [(None, None)])
+    check(case, make(case, tmp_path))
+
+
+def test_captions_that_are_no_texts_stay_in_the_metadata(tmp_path: Path) -> None:
+    content = '{"url": "1.jpg", "text": "one"}\n{"url": "2.jpg", "text": {"en": "two"}}\n'
+    told = UNLISTED | {"captions that are neither a text nor texts": 1}
+    kept = {"text": {"en": "two"}}
+    case = Case(
+        text_list("jsonl", content),
+        [(None, "one"), (None, None)],
+        told,
+        LIST,
+        lambda rows: json.loads(rows[1]["metadata"]) == kept,
+    )
+    check(case, make(case, tmp_path))
+
+
 @pytest.mark.parametrize("name", NOTHING_VANISHES)
 def test_nothing_vanishes(name: str, tmp_path: Path) -> None:
     check(NOTHING_VANISHES[name], make(NOTHING_VANISHES[name], tmp_path))
@@ -656,7 +734,7 @@ def png(shade: int) -> bytes:
 
 def make(case: Case, folder: Path) -> Path:
     source = folder / "source"
-    source.mkdir()
+    source.mkdir(parents=True)
     case.make(source)
     return source
 
