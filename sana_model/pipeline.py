@@ -1,7 +1,8 @@
 """Text to image: text encoder, linear DiT, solver and DC-AE put together."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from sana_model.nn.finite import NotFiniteError, check_finite, name_dtype
 from sana_model.nn.text_encoder import TextEncoder
 from sana_model.nn.transformer import CaptionState, SanaTransformer
 from sana_model.pictures import Pictures, StartPictures, decode_pictures, redraw
-from sana_model.solver import SOLVERS, OnStep, PredictVelocity, classifier_free_guidance
+from sana_model.solver import SOLVERS, OnStep, PredictVelocity, Solver, classifier_free_guidance, scm, scm_sigmas
+
+SCM = "scm"
+"""Name of the sampler of Sana-Sprint."""
 
 Caption = tuple[Tensor, Tensor]
 """caption_embeds (B, L, D) and caption_mask (B, L), as the text encoder returns them."""
@@ -69,6 +73,19 @@ def _null_then_captions(captions: Caption, null: Caption, dtype: torch.dtype) ->
     caption_embeds[:count, : null_mask.shape[1]], caption_mask[:count, : null_mask.shape[1]] = null_embeds, null_mask
     caption_embeds[count:, : mask.shape[1]], caption_mask[count:, : mask.shape[1]] = embeds, mask
     return caption_embeds, caption_mask
+
+
+def embedded_guidance_velocity(transformer: SanaTransformer, captions: Caption, guidance_scale: float) -> PredictVelocity:
+    """The velocity of a model that takes the guidance scale as an input (Sana-Sprint): one forward a step, no null caption."""
+    dtype = transformer.head.weight.dtype
+    state = transformer.encode_captions(captions[0].to(dtype), captions[1])
+
+    def predict_velocity(latents: Tensor, sigma: Tensor) -> Tensor:
+        scale = torch.full((len(latents),), guidance_scale, device=latents.device)
+        timestep = sigma_to_timestep(sigma).to(latents.device).expand(len(latents))
+        return transformer(latents.to(dtype), timestep, state, guidance_scale=scale)
+
+    return predict_velocity
 
 
 class TextToImage(nn.Module):
@@ -164,13 +181,13 @@ class TextToImage(nn.Module):
         strength: float | None = None,
         mask: Pictures | None = None,
         num_images_per_prompt: int = 1,
-        num_steps: int = 20,
+        num_steps: int | None = None,
         guidance_scale: float = 4.5,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         negative_prompt: str | None = "",
         seed: int | Sequence[int] | None = None,
         generator: torch.Generator | None = None,
-        solver: str = "flow_dpm_solver",
+        solver: str | None = None,
         on_step: OnStep | None = None,
     ) -> list[Image.Image]:
         """Draw images for prompts: those of the first prompt, then those of the second, and so on.
@@ -187,7 +204,7 @@ class TextToImage(nn.Module):
                 share of the steps is done. None: 0.6, or 1 with a mask.
             mask: of the size of `image` (inpainting): only what is white is drawn anew; gray blends, black stays as it is.
             num_images_per_prompt: images of each prompt; image k of a prompt has the prompt's seed + k.
-            num_steps: number of velocity predictions, each for the whole batch.
+            num_steps: number of velocity predictions, each for the whole batch; None: 20, or 2 for Sana-Sprint.
             guidance_scale: weight of classifier-free guidance; 1 turns it off and halves the cost.
             guidance_interval: (lo, hi) in sigma; guidance acts only there (see `classifier_free_guidance`).
             negative_prompt: text to guide away from, for all images; encoded without the instruction, as published. Weights
@@ -195,7 +212,8 @@ class TextToImage(nn.Module):
             seed: of the noise. A number: of every prompt, so that an image does not depend on its batch. A sequence: one seed
                 per prompt. None: new seeds every time.
             generator: draws the noise of the whole batch at once, as diffusers does; in place of `seed`.
-            solver: "flow_dpm_solver" (14 to 20 steps) or "flow_euler" (28 to 50).
+            solver: "flow_dpm_solver" (14 to 20 steps) or "flow_euler" (28 to 50); Sana-Sprint has "scm" (1 to 4), which takes
+                the guidance scale as an input, and no negative prompt. None: the model's own.
             on_step: called after each step with (index, latents), e.g. for a progress bar.
 
         Warns of prompts that the text encoder cuts. Raises TypeError unless prompts are a list of str. Raises ValueError for no
@@ -204,29 +222,36 @@ class TextToImage(nn.Module):
         number and is none, and for pictures as `StartPictures.check` says. Raises NotFiniteError, a ValueError, if a model
         gives values that are not finite.
         """
-        if solver not in SOLVERS:
-            raise ValueError(f"unknown solver {solver!r}: choose one of {', '.join(SOLVERS)}")
+        sprints = self.transformer.config.guidance_embeds
+        solver = solver or (SCM if sprints else "flow_dpm_solver")
+        num_steps = (2 if sprints else 20) if num_steps is None else num_steps
+        if solver not in ((SCM,) if sprints else SOLVERS):
+            choices = "its own is scm" if sprints else f"choose one of {', '.join(SOLVERS)}"
+            raise ValueError(f"unknown solver {solver!r} for this model: {choices}")
+        if sprints and (negative_prompt or tuple(guidance_interval) != (0.0, 1.0)):
+            raise ValueError("Sana-Sprint guides within the model: it takes neither a negative_prompt nor a guidance_interval")
         num_images_per_prompt = whole_number("num_images_per_prompt", num_images_per_prompt)
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt={num_images_per_prompt} must be at least 1")
         num_steps, guidance_scale = whole_number("num_steps", num_steps), real_number("guidance_scale", guidance_scale)
         negative_prompt = text("negative_prompt", negative_prompt)
-        solve, make_grid = SOLVERS[solver]
         start = StartPictures.check(image, mask, strength, len(prompts))
         height, width = self.image_size(height, width, start)
         seeds = image_seeds(seed, generator, len(prompts), num_images_per_prompt)
         captions, null = self._encode(prompts, negative_prompt, num_images_per_prompt)
         if (cut := self.describe_cut(prompts)) is not None:
             warnings.warn(cut, stacklevel=2)
-        predict_velocity = guided_velocity(
-            self.transformer,
-            captions,
-            null,
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-        )
-        noise = self._draw_noise(len(prompts) * num_images_per_prompt, height, width, seeds, generator)
-        sigmas = make_grid(num_steps, self.flow_shift)
+        draw_noise = self._noise_source(len(prompts) * num_images_per_prompt, height, width, seeds, generator)
+        noise = draw_noise()
+        solve: Solver
+        if sprints:
+            predict_velocity = embedded_guidance_velocity(self.transformer, captions, guidance_scale)
+            solve, sigmas = partial(scm, draw_noise=draw_noise), scm_sigmas(num_steps)
+        else:
+            predict_velocity = guided_velocity(
+                self.transformer, captions, null, guidance_scale=guidance_scale, guidance_interval=guidance_interval
+            )
+            solve, sigmas = SOLVERS[solver][0], SOLVERS[solver][1](num_steps, self.flow_shift)
 
         def draw(predict: PredictVelocity, latents: Tensor, grid: Tensor) -> Tensor:
             drawn = solve(predict, latents, grid, on_step=on_step)
@@ -283,17 +308,20 @@ class TextToImage(nn.Module):
                 raise ValueError(f"{name}={size} must be a positive multiple of {unit}; the nearest is {_nearest(size, unit)}")
         return height, width
 
-    def _draw_noise(
+    def _noise_source(
         self, count: int, height: int, width: int, seeds: list[int] | None, generator: torch.Generator | None
-    ) -> Tensor:
-        """Draw (B, C, h, w) float32; from seeds on the CPU, so that a seed gives the same image on every device."""
+    ) -> Callable[[], Tensor]:
+        """Make a function that draws new noise (B, C, h, w) float32 at each call.
+
+        From seeds on the CPU, one for each image, so that a seed gives the same image in every batch and on every device.
+        """
         factor = self.autoencoder.compression
         shape = (self.transformer.config.in_channels, height // factor, width // factor)
         if seeds is None:
             assert generator is not None
-            return torch.randn((count, *shape), generator=generator, device=generator.device).to(self.device)
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(noise).to(self.device)
+            return lambda: torch.randn((count, *shape), generator=generator, device=generator.device).to(self.device)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return lambda: torch.stack([torch.randn(shape, generator=one) for one in generators]).to(self.device)
 
 
 def _nearest(size: int, unit: int) -> int:

@@ -17,7 +17,7 @@ class DrawConfig:
         width: as height.
         num_steps: steps of the solver.
         guidance_scale: classifier-free guidance weight; 1 turns guidance off.
-        solver: "flow_dpm_solver" (14 to 20 steps) or "flow_euler" (28 to 50).
+        solver: "flow_dpm_solver" (14 to 20 steps), "flow_euler" (28 to 50), or "scm" (Sana-Sprint, 1 to 4).
         seed: picture i is drawn from seed + i, whatever its batch.
         negative_prompt: text to guide away from, for all pictures.
         guidance_interval: noise levels between which guidance acts, from 0 (clean) to 1 (noise).
@@ -35,7 +35,7 @@ class DrawConfig:
     width: int | None = None
     num_steps: int = 20
     guidance_scale: float = 4.5
-    solver: Literal["flow_dpm_solver", "flow_euler"] = "flow_dpm_solver"
+    solver: Literal["flow_dpm_solver", "flow_euler", "scm"] = "flow_dpm_solver"
     seed: int = 0
     negative_prompt: str = ""
     guidance_interval: tuple[float, float] = (0.0, 1.0)

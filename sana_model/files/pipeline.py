@@ -181,18 +181,22 @@ def _save_diffusers_companions(parts: PipelineParts, folder: Path) -> None:
     model, tokenizer = parts.text_encoder.model, parts.text_encoder.tokenizer
     model.save_pretrained(folder / "text_encoder")
     tokenizer.save_pretrained(folder / "tokenizer")
-    scheduler = {
-        "_class_name": "DPMSolverMultistepScheduler",
+    sprints = parts.transformer.config.guidance_embeds
+    scheduler_class = "SCMScheduler" if sprints else "DPMSolverMultistepScheduler"
+    scheduler: dict[str, Any] = {
+        "_class_name": scheduler_class,
         "_diffusers_version": DIFFUSERS_VERSION,
         "prediction_type": "flow_prediction",
         "use_flow_sigmas": True,
         "flow_shift": parts.flow_shift,
     }
+    if sprints:
+        scheduler = {"_class_name": scheduler_class, "_diffusers_version": DIFFUSERS_VERSION, "sigma_data": 0.5}
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     index = {
-        "_class_name": "SanaPipeline",
+        "_class_name": "SanaSprintPipeline" if sprints else "SanaPipeline",
         "_diffusers_version": DIFFUSERS_VERSION,
-        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+        "scheduler": ["diffusers", scheduler_class],
         "text_encoder": ["transformers", type(model).__name__],
         "tokenizer": ["transformers", type(tokenizer).__name__],
         "transformer": ["diffusers", "SanaTransformer2DModel"],
