@@ -49,7 +49,8 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None = None, *, pr
 @cache
 def _import_nothing() -> None:
     """Keep jsonargparse from importing, or calling, what a value names as its `class_path`: a YAML file may be a stranger's."""
-    set_parsing_settings(import_path_denylist=["*"], instantiate_subclass_spec_in_any=False)
+    own = ["jobs", "pipelines", "sana_model"]  # it names these configurations itself, those in lists and those that may be null
+    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=own, instantiate_subclass_spec_in_any=False)
 
 
 def _make_parser(config_class: type, prog: str, description: str) -> ArgumentParser:
