@@ -69,9 +69,9 @@ class IngestConfig:
     """Which images become the dataset.
 
     Args:
-        source: a folder of images with captions beside them (.txt, or .json with one of `caption_keys`), of WebDataset tars, of
-            Parquet files, or of lists of URLs or keys (csv, tsv, jsonl, parquet), at any depth, or one such file; a path or an
-            fsspec URI. What img2dataset writes is read as it is.
+        source: a folder of images with captions beside them (.txt, .caption, or .json with one of `caption_keys`), of
+            WebDataset tars, of Parquet files, or of lists of URLs or keys (csv, tsv, jsonl, parquet), at any depth, or one such
+            file; a path or an fsspec URI. What img2dataset writes is read as it is.
         source_kind: which files to take where there are several kinds; auto: the kind that is there.
         image_column: of Parquet files; found by its name unless given.
         caption_column: of Parquet files and lists; found by its name, one of `caption_keys`, unless given.

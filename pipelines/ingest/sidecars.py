@@ -59,6 +59,9 @@ def read_sidecars(
     if not found["caption"]:
         found = take_caption(metadata, find_caption(metadata, caption_keys), max_bytes, encoding)
         not_taken += found["not_taken"]
+        named = {name.lower() for name, value in metadata.items() if isinstance(value, dict | list) and value}
+        if found["caption_key"] is None and not found["not_taken"] and named & {key.lower() for key in caption_keys}:
+            not_taken[ODD_CAPTION] += 1
     if problems:
         metadata[SIDECAR_ERROR] = "; ".join(problems)
     return found | {"metadata": to_json(metadata, max_bytes), "not_taken": not_taken}

@@ -379,6 +379,11 @@ NOTHING_VANISHES = {
         [(None, None), (None, "a photo")],
         {"files without an ending": 1, "files with other endings": 1},
     ),
+    "a caption of JSON that is no text": Case(
+        beside(b'{"caption": {"en": "one"}, "captions": [{"raw": "two"}]}'),
+        [(None, None)],
+        {"captions that are neither a text nor texts": 1},
+    ),
     "archives beside images": Case(
         files(**{"a.jpg": IMAGE, "more.zip": b"PK", "b.rar": b"Rar!", "c.7z": b"7z"}),
         [(None, None)],
