@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.common.exit_codes import ExitCode
@@ -63,7 +64,23 @@ def measure(config: MeasureConfig) -> ExitCode:
     return ExitCode.WRONG_INPUT if missed else ExitCode.DONE
 
 
+@dataclass(frozen=True, kw_only=True)
+class PublishedConfig:
+    """Settings of the list of published models: there are none."""
+
+
+def list_published(config: PublishedConfig) -> None:
+    """Print every published model: its short name, id, kind, and what its weights were trained to see."""
+    from sana_model.zoo.published import PUBLISHED
+
+    for model in PUBLISHED:
+        inputs = f"{model.config.time_input}, {model.config.null_caption}" if model.config else model.note
+        size = f"{model.resolution} px" if model.resolution else ""
+        print(f"{model.short:<38} {model.id:<68} {model.kind:<12} {size:<8} {model.dtype:<9} {model.flow_shift:g}  {inputs}")
+
+
 PARTS = {
+    "published": Subcommand(line="List the published models by name.", config_class=PublishedConfig, run=list_published),
     "clip": Subcommand(
         line="Train the tiny CLIP, which scores captions and judges pictures.",
         config_class=TinyClipConfig,

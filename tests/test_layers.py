@@ -15,6 +15,7 @@ PACKAGES = ("sana_model", "pipelines", "jobs")
 ROOMS = (
     "sana_model/kernels",
     "sana_model/nn",
+    "sana_model/zoo",
     "sana_model/flow",
     "sana_model/solver",
     "sana_model/files",

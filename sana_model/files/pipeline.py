@@ -27,6 +27,7 @@ from sana_model.nn.autoencoder import DCAutoencoder
 from sana_model.nn.config import DEFAULT_AUTOENCODER, DEFAULT_TEXT_ENCODER, DIFFUSERS_PROMPTS, NVLABS_PROMPTS, TextEncoderConfig
 from sana_model.nn.text_encoder import TextEncoder
 from sana_model.nn.transformer import SanaTransformer
+from sana_model.zoo.published import find_published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +62,12 @@ def find_companions(path: Path | None) -> Companions:
     Raises ValueError if `path` is a folder but no pipeline, or if its index is damaged; FileNotFoundError if a diffusers folder
     has no scheduler.
     """
-    if path is None or path.is_file():
+    if path is None:
         return Companions()
+    known = find_published(path)
+    shift = DEFAULT_FLOW_SHIFT if known is None else known.flow_shift
+    if path.is_file():
+        return Companions(flow_shift=shift)
     if (path / "pipeline.json").exists():
         settings = read_json(path / "pipeline.json")
         try:
@@ -87,7 +92,7 @@ def find_companions(path: Path | None) -> Companions:
             flow_shift=scheduler.get("flow_shift", scheduler.get("shift", DEFAULT_FLOW_SHIFT)),
         )
     if not (path / "config.json").exists() and find_pth(path) is not None:
-        return Companions()
+        return Companions(flow_shift=shift)
     raise ValueError(f"{path} is no pipeline: it has neither pipeline.json (ours) nor model_index.json (diffusers)")
 
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from sana_model.files.filesystems import open_filesystem
 from sana_model.files.inside import check_inside, path_inside
 from sana_model.files.retry import call_patiently
+from sana_model.zoo.published import find_published
 
 ZOO_DIR = Path(__file__).parents[1] / "zoo"
 CACHE_DIR = Path(os.environ.get("SANA_CACHE", Path.home() / ".cache" / "sana_model"))  # of files copied from fsspec URIs
@@ -38,6 +39,10 @@ def resolve(path: str | Path) -> Path:
     """
     text = str(path)
     if "://" not in text:
+        if not Path(text).exists():
+            published = find_published(text)
+            if published is not None and text == published.short:
+                return resolve(f"hf://{published.id}")
         if not (local := Path(text).expanduser()).exists():
             raise FileNotFoundError(f"no file or folder {text!r}; a model on the Hugging Face hub is written hf://owner/name")
         return local

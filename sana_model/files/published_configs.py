@@ -20,6 +20,7 @@ from sana_model.nn.config import (
     Variant,
 )
 from sana_model.nn.embeddings import GUIDANCE_FACTOR, sincos_position_embedding
+from sana_model.zoo.published import find_published
 
 DIFFUSERS_VERSION = "0.42.1"  # the version whose layout we write
 PUBLISHED_CROSS_HEADS = {1152: 16, 2240: 20}  # by width: tensors do not show the number of cross-attention heads
@@ -80,7 +81,10 @@ def transformer_config_from_nvlabs(
         )
     guided = "cfg_embedder.mlp.0.weight" in state
     time_input: TimeInput = "unit" if guided else "whole"
-    if shape["qk_norm"] and not guided and "time_input" not in overrides:
+    known = find_published(source)
+    if known is not None and known.config is not None:
+        time_input = known.config.time_input
+    elif shape["qk_norm"] and not guided and "time_input" not in overrides:
         raise ValueError(
             f"{source} may hold Sana 1.5 or a teacher of Sana-Sprint, whose tensors look the same: pass time_input='whole' "
             "for Sana 1.5, time_input='unit' for the teacher"
