@@ -1,8 +1,8 @@
 """Sana in plain torch: linear DiT, DC-AE, text encoder, rectified flow and Flow-DPM-Solver.
 
 The folder needs nothing else of this repository; it needs torch, transformers, safetensors, numpy, pillow, fsspec, filelock,
-huggingface_hub, tenacity and tqdm. `import sana_model` alone imports none of them: a module is imported when its names are
-asked for.
+huggingface_hub, tenacity and tqdm, and OpenCV for two kinds of control pictures. `import sana_model` alone imports none of
+them: a module is imported when its names are asked for.
 """
 # ruff: noqa: F401  the imports below are for type checkers and editors
 
@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sana_model.controls import CannyDetector, DepthDetector, OutlineDetector
     from sana_model.files.png import read_facts, save_picture
     from sana_model.flow import (
         add_noise,
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
         sigma_to_timestep,
         velocity_target,
     )
+    from sana_model.guidance import guided_velocity
     from sana_model.nn.autoencoder import DCAutoencoder
-    from sana_model.nn.config import AutoencoderConfig, SanaConfig, TextEncoderConfig
+    from sana_model.nn.config import AutoencoderConfig, ControlNetConfig, SanaConfig, TextEncoderConfig
+    from sana_model.nn.controlnet import SanaControlNet
     from sana_model.nn.text_encoder import TextEncoder
     from sana_model.nn.transformer import SanaTransformer
-    from sana_model.pipeline import TextToImage, guided_velocity
+    from sana_model.pipeline import TextToImage
     from sana_model.solver import (
         classifier_free_guidance,
         cut_sigmas,
@@ -37,8 +40,13 @@ if TYPE_CHECKING:
 
 _MODULE_OF = {
     "AutoencoderConfig": "nn.config",
+    "CannyDetector": "controls",
+    "ControlNetConfig": "nn.config",
     "DCAutoencoder": "nn.autoencoder",
+    "DepthDetector": "controls",
+    "OutlineDetector": "controls",
     "SanaConfig": "nn.config",
+    "SanaControlNet": "nn.controlnet",
     "SanaTransformer": "nn.transformer",
     "TextEncoder": "nn.text_encoder",
     "TextEncoderConfig": "nn.config",
@@ -50,7 +58,7 @@ _MODULE_OF = {
     "flow_dpm_solver": "solver",
     "flow_euler": "solver",
     "flow_loss": "flow",
-    "guided_velocity": "pipeline",
+    "guided_velocity": "guidance",
     "keep_known": "solver",
     "loss_by_sigma": "flow",
     "read_facts": "files.png",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sana_model.flow import add_noise
 from sana_model.nn.autoencoder import DCAutoencoder
+from sana_model.nn.controlnet import SanaControlNet
 from sana_model.nn.finite import check_finite
 from sana_model.solver import PredictVelocity, cut_sigmas, keep_known
 
@@ -22,6 +23,9 @@ DECODE_TILE = 1024
 
 Pictures = Image.Image | Sequence[Image.Image]
 """One picture for all prompts, or one for each."""
+
+ControlPictures = Pictures | Tensor
+"""Control pictures, or their latents (1 or B, C, h, w) as the autoencoder encodes them."""
 
 DEFAULT_STRENGTH = 0.6
 """Share of the way that is drawn anew if a picture comes with neither a strength nor a mask."""
@@ -63,11 +67,7 @@ class StartPictures:
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the pictures, in pixels. Raises ValueError if they differ."""
-        sizes = {image.size: None for image in self.images}
-        if len(sizes) > 1:
-            several = ", ".join(f"{width}x{height}" for width, height in sizes)
-            raise ValueError(f"the pictures have several sizes ({several}): give height and width")
-        return self.images[0].height, self.images[0].width
+        return _common_size(self.images)
 
     def resized(self, height: int, width: int) -> "StartPictures":
         """Scale every picture to cover the size, and cut out its middle; its mask likewise."""
@@ -90,6 +90,55 @@ class StartPictures:
         each = len(drawn) // len(self.images)
         pairs = [(image, mask) for image, mask in zip(self.images, self.masks, strict=True) for _ in range(each)]
         return [Image.composite(new, image, mask) for new, (image, mask) in zip(drawn, pairs, strict=True)]
+
+
+@dataclass(frozen=True)
+class GuidePictures:
+    """Control pictures, one for all prompts or one for each: upright RGB images, or their latents."""
+
+    pictures: list[Image.Image] | Tensor
+    autoencoder: DCAutoencoder
+
+    @classmethod
+    def check(
+        cls, given: ControlPictures | None, num_prompts: int, autoencoder: DCAutoencoder, controlnet: SanaControlNet | None
+    ) -> "GuidePictures | None":
+        """Check the argument of `TextToImage`; None if there is no control picture.
+
+        Raises ValueError without a ControlNet, and for another number of pictures than of prompts.
+        """
+        if given is None:
+            return None
+        if controlnet is None:
+            raise ValueError("a control picture came, and the pipeline has no ControlNet: load it with controlnet=")
+        if not isinstance(given, Tensor):
+            images = [_upright(one).convert("RGB") for one in _listed("control pictures", given, num_prompts)]
+            return cls(images, autoencoder)
+        channels = autoencoder.config.latent_channels
+        if given.ndim != 4 or len(given) not in (1, num_prompts) or given.shape[1] != channels:
+            raise ValueError(f"control latents have shape {tuple(given.shape)}: give (1 or {num_prompts}, {channels}, h, w)")
+        return cls(given, autoencoder)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels. Raises ValueError if pictures have several sizes."""
+        if isinstance(self.pictures, Tensor):
+            factor = self.autoencoder.compression
+            return self.pictures.shape[2] * factor, self.pictures.shape[3] * factor
+        return _common_size(self.pictures)
+
+    def encode(self, height: int, width: int) -> Tensor:
+        """Latents (1 or B, C, h, w), on the autoencoder's device. Pictures are scaled to cover the size, and cut to it.
+
+        Raises ValueError if latents were given, of another size.
+        """
+        if not isinstance(self.pictures, Tensor):
+            fitted = [ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC) for image in self.pictures]
+            return encode_pictures(self.autoencoder, fitted)
+        if self.size != (height, width):
+            given = f"{self.size[0]}x{self.size[1]}"
+            raise ValueError(f"control latents are of pictures of {given} px, and {height}x{width} is to be drawn")
+        return self.pictures.to(self.autoencoder.decoder.conv_in.weight.device)
 
 
 def redraw(
@@ -157,6 +206,14 @@ def _listed(name: str, pictures: Pictures, num_prompts: int) -> list[Image.Image
     if len(listed) not in (1, num_prompts) or not listed:
         raise ValueError(f"{len(listed)} {name} came with {num_prompts} prompts: give one for all, or one to each")
     return listed
+
+
+def _common_size(images: list[Image.Image]) -> tuple[int, int]:
+    sizes = {image.size: None for image in images}
+    if len(sizes) > 1:
+        several = ", ".join(f"{width}x{height}" for width, height in sizes)
+        raise ValueError(f"the pictures have several sizes ({several}): give height and width")
+    return images[0].height, images[0].width
 
 
 def _pair(masks: list[Image.Image], images: list[Image.Image]) -> tuple[list[Image.Image], list[Image.Image]]:

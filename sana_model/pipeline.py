@@ -13,79 +13,18 @@ from torch import Tensor, nn
 from sana_model.arguments import describe_cut, image_seeds, real_number, text, whole_number
 from sana_model.files.pipeline import PipelineParts, load_parts, save_parts
 from sana_model.files.png import set_facts
-from sana_model.flow import DEFAULT_FLOW_SHIFT, sigma_to_timestep
+from sana_model.flow import DEFAULT_FLOW_SHIFT
+from sana_model.guidance import Caption, embedded_guidance_velocity, guided_velocity
 from sana_model.nn.autoencoder import DCAutoencoder
+from sana_model.nn.controlnet import Control, SanaControlNet
 from sana_model.nn.finite import NotFiniteError, check_finite, name_dtype
 from sana_model.nn.text_encoder import TextEncoder
-from sana_model.nn.transformer import CaptionState, SanaTransformer
-from sana_model.pictures import Pictures, StartPictures, decode_pictures, redraw
-from sana_model.solver import SOLVERS, OnStep, PredictVelocity, Solver, classifier_free_guidance, scm, scm_sigmas
+from sana_model.nn.transformer import SanaTransformer
+from sana_model.pictures import ControlPictures, GuidePictures, Pictures, StartPictures, decode_pictures, redraw
+from sana_model.solver import SOLVERS, OnStep, PredictVelocity, Solver, scm, scm_sigmas
 
 SCM = "scm"
 """Name of the sampler of Sana-Sprint."""
-
-Caption = tuple[Tensor, Tensor]
-"""caption_embeds (B, L, D) and caption_mask (B, L), as the text encoder returns them."""
-
-
-def guided_velocity(
-    transformer: SanaTransformer,
-    captions: Caption,
-    null: Caption,
-    *,
-    guidance_scale: float,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
-) -> PredictVelocity:
-    """Make the function that a solver integrates: guided velocity of latents (B, C, h, w) at a sigma.
-
-    The captions' keys and values are computed here, once for all steps.
-
-    Args:
-        captions: B captions. null: one null (or negative) caption, or one for each caption (`TextEncoder.encode_null`).
-        guidance_scale, guidance_interval: as in `TextToImage.forward`.
-
-    Raises ValueError if guidance_interval is not 0 <= lo < hi <= 1.
-    """
-    dtype = transformer.head.weight.dtype
-    both = transformer.encode_captions(*_null_then_captions(captions, null, dtype))
-    conditional = both.without_first(len(captions[0]))
-
-    def predict(latents: Tensor, sigma: Tensor, state: CaptionState) -> Tensor:
-        timestep = sigma_to_timestep(sigma).to(latents.device).expand(len(latents))
-        return transformer(latents.to(dtype), timestep, state)
-
-    def predict_both(latents: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        null_velocity, velocity = predict(torch.cat([latents, latents]), sigma, both).chunk(2)
-        return null_velocity, velocity
-
-    def predict_conditional(latents: Tensor, sigma: Tensor) -> Tensor:
-        return predict(latents, sigma, conditional)
-
-    return classifier_free_guidance(predict_both, predict_conditional, guidance_scale, guidance_interval)
-
-
-def _null_then_captions(captions: Caption, null: Caption, dtype: torch.dtype) -> Caption:
-    """Make a doubled batch: the null captions, one per caption, then the captions."""
-    (embeds, mask), (null_embeds, null_mask) = captions, null
-    count, length = len(embeds), max(mask.shape[1], null_mask.shape[1])
-    caption_embeds = embeds.new_zeros(2 * count, length, embeds.shape[-1], dtype=dtype)
-    caption_mask = mask.new_zeros(2 * count, length)
-    caption_embeds[:count, : null_mask.shape[1]], caption_mask[:count, : null_mask.shape[1]] = null_embeds, null_mask
-    caption_embeds[count:, : mask.shape[1]], caption_mask[count:, : mask.shape[1]] = embeds, mask
-    return caption_embeds, caption_mask
-
-
-def embedded_guidance_velocity(transformer: SanaTransformer, captions: Caption, guidance_scale: float) -> PredictVelocity:
-    """The velocity of a model that takes the guidance scale as an input (Sana-Sprint): one forward a step, no null caption."""
-    dtype = transformer.head.weight.dtype
-    state = transformer.encode_captions(captions[0].to(dtype), captions[1])
-
-    def predict_velocity(latents: Tensor, sigma: Tensor) -> Tensor:
-        scale = torch.full((len(latents),), guidance_scale, device=latents.device)
-        timestep = sigma_to_timestep(sigma).to(latents.device).expand(len(latents))
-        return transformer(latents.to(dtype), timestep, state, guidance_scale=scale)
-
-    return predict_velocity
 
 
 class TextToImage(nn.Module):
@@ -94,6 +33,7 @@ class TextToImage(nn.Module):
     Args:
         flow_shift: shift of the sampling grid. Published: 3.0; 4.0 for 0.6B at 1024 px; 6.0 at 4096 px.
         name: what the pictures' facts call the model; `from_pretrained` puts its path there.
+        controlnet: steers the transformer where `forward` gets a control picture; of the transformer's dtype.
 
     Raises ValueError if the transformer's latent channels or caption width are not those of the other models.
     """
@@ -106,6 +46,7 @@ class TextToImage(nn.Module):
         *,
         flow_shift: float = DEFAULT_FLOW_SHIFT,
         name: str | None = None,
+        controlnet: SanaControlNet | None = None,
     ):
         super().__init__()
         if transformer.config.in_channels != autoencoder.config.latent_channels:
@@ -121,6 +62,7 @@ class TextToImage(nn.Module):
         self.transformer = transformer.eval()
         self.autoencoder = autoencoder.eval()
         self.text_encoder = text_encoder
+        self.controlnet = None if controlnet is None else controlnet.eval()
         self.flow_shift = flow_shift
         self.name = name
 
@@ -135,11 +77,16 @@ class TextToImage(nn.Module):
         text_encoder: str | Path | None = None,
         flow_shift: float | None = None,
         variant: str | None = None,
+        controlnet: str | Path | SanaControlNet | None = None,
         **overrides: Any,
     ) -> "TextToImage":
         """Load our own pipeline folder, diffusers' `SanaPipeline` folder or an NVlabs `.pth`.
 
         Arguments, and errors raised, are those of `files.pipeline.load_parts`.
+
+        Args:
+            controlnet: a ControlNet, or the path of one (`SanaControlNet.from_pretrained`). None: the pipeline's own, if it has
+                one.
         """
         parts = load_parts(
             path,
@@ -149,9 +96,17 @@ class TextToImage(nn.Module):
             text_encoder=text_encoder,
             flow_shift=flow_shift,
             variant=variant,
+            controlnet=controlnet,
             **overrides,
         )
-        return cls(parts.transformer, parts.autoencoder, parts.text_encoder, flow_shift=parts.flow_shift, name=str(path))
+        return cls(
+            parts.transformer,
+            parts.autoencoder,
+            parts.text_encoder,
+            flow_shift=parts.flow_shift,
+            name=str(path),
+            controlnet=parts.controlnet,
+        )
 
     def save_pretrained(self, path: str | Path, *, layout: str = "sana") -> None:
         """Write a folder with all models ("sana", "diffusers"), or a `.pth` file with the transformer alone ("nvlabs").
@@ -163,6 +118,7 @@ class TextToImage(nn.Module):
             autoencoder=self.autoencoder,
             text_encoder=self.text_encoder,
             flow_shift=self.flow_shift,
+            controlnet=self.controlnet,
         )
         save_parts(parts, path, layout=layout)
 
@@ -180,6 +136,8 @@ class TextToImage(nn.Module):
         image: Pictures | None = None,
         strength: float | None = None,
         mask: Pictures | None = None,
+        control_image: ControlPictures | None = None,
+        control_scale: float = 1.0,
         num_images_per_prompt: int = 1,
         num_steps: int | None = None,
         guidance_scale: float = 4.5,
@@ -203,6 +161,9 @@ class TextToImage(nn.Module):
             strength: how much of `image` is drawn anew. 0 returns it, 1 draws as if it were not there, and between them that
                 share of the steps is done. None: 0.6, or 1 with a mask.
             mask: of the size of `image` (inpainting): only what is white is drawn anew; gray blends, black stays as it is.
+            control_image: what the ControlNet sees (edges, depth, ...), one for all prompts or one for each, sized
+                like `image`; or the latents of such pictures, (1 or B, C, h, w).
+            control_scale: how strongly the ControlNet steers; 0: not at all.
             num_images_per_prompt: images of each prompt; image k of a prompt has the prompt's seed + k.
             num_steps: number of velocity predictions, each for the whole batch; None: 20, or 2 for Sana-Sprint.
             guidance_scale: weight of classifier-free guidance; 1 turns it off and halves the cost.
@@ -234,22 +195,29 @@ class TextToImage(nn.Module):
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt={num_images_per_prompt} must be at least 1")
         num_steps, guidance_scale = whole_number("num_steps", num_steps), real_number("guidance_scale", guidance_scale)
-        negative_prompt = text("negative_prompt", negative_prompt)
+        control_scale, negative_prompt = real_number("control_scale", control_scale), text("negative_prompt", negative_prompt)
         start = StartPictures.check(image, mask, strength, len(prompts))
-        height, width = self.image_size(height, width, start)
+        guide = GuidePictures.check(control_image, len(prompts), self.autoencoder, self.controlnet)
+        height, width = self.image_size(height, width, start or guide)
         seeds = image_seeds(seed, generator, len(prompts), num_images_per_prompt)
         captions, null = self._encode(prompts, negative_prompt, num_images_per_prompt)
         if (cut := self.describe_cut(prompts)) is not None:
             warnings.warn(cut, stacklevel=2)
+        control = self._control(guide, height, width, len(prompts) * num_images_per_prompt, control_scale)
         draw_noise = self._noise_source(len(prompts) * num_images_per_prompt, height, width, seeds, generator)
         noise = draw_noise()
         solve: Solver
         if sprints:
-            predict_velocity = embedded_guidance_velocity(self.transformer, captions, guidance_scale)
+            predict_velocity = embedded_guidance_velocity(self.transformer, captions, guidance_scale, control)
             solve, sigmas = partial(scm, draw_noise=draw_noise), scm_sigmas(num_steps)
         else:
             predict_velocity = guided_velocity(
-                self.transformer, captions, null, guidance_scale=guidance_scale, guidance_interval=guidance_interval
+                self.transformer,
+                captions,
+                null,
+                guidance_scale=guidance_scale,
+                guidance_interval=guidance_interval,
+                control=control,
             )
             solve, sigmas = SOLVERS[solver][0], SOLVERS[solver][1](num_steps, self.flow_shift)
 
@@ -265,7 +233,7 @@ class TextToImage(nn.Module):
         settings = {
             "height": height, "width": width, "num_steps": num_steps, "guidance_scale": guidance_scale,
             "guidance_interval": list(guidance_interval), "negative_prompt": negative_prompt, "solver": solver,
-            "strength": start.strength if start else None,
+            "strength": start.strength if start else None, "control_scale": control_scale if guide else None,
         }  # fmt: skip
         dtype = str(self.transformer.head.weight.dtype).removeprefix("torch.")
         for index, drawn in enumerate(images):
@@ -294,12 +262,24 @@ class TextToImage(nn.Module):
                 )
         return (embeds, mask), null
 
-    def image_size(self, height: int | None, width: int | None, start: StartPictures | None = None) -> tuple[int, int]:
-        """Return the size to draw at, as `forward` takes it. Raises ValueError for a size that does not divide."""
+    def _control(self, guide: GuidePictures | None, height: int, width: int, count: int, scale: float) -> Control | None:
+        """The ControlNet with the latents of its pictures, for `count` images. Raises ValueError if they have another size."""
+        if guide is None or self.controlnet is None:
+            return None
+        latents = guide.encode(height, width)
+        return Control(self.controlnet, latents.repeat_interleave(count // len(latents), 0), scale)
+
+    def image_size(
+        self, height: int | None, width: int | None, given: StartPictures | GuidePictures | None = None
+    ) -> tuple[int, int]:
+        """Return the size to draw at, as `forward` takes it; by default that of the `given` pictures, or the model's.
+
+        Raises ValueError for a size that does not divide, or if the given pictures have several.
+        """
         config, factor = self.transformer.config, self.autoencoder.compression
         unit = factor * config.patch_size
         if height is None or width is None:
-            own = (config.base_size * unit,) * 2 if start is None else start.size
+            own = (config.base_size * unit,) * 2 if given is None else given.size
             height = _nearest(own[0], unit) if height is None else height
             width = _nearest(own[1], unit) if width is None else width
         height, width = whole_number("height", height), whole_number("width", width)

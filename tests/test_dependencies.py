@@ -11,7 +11,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("sana_model", "pipelines", "jobs")
-INSTALLED = packages_distributions()
+INSTALLED = {"cv2": ["opencv-python-headless"]} | packages_distributions()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 LOADED_BY_NAME = {
@@ -19,7 +19,7 @@ LOADED_BY_NAME = {
 }
 """Declared, and imported by another library."""
 
-WITH_EXTRAS = {"jobs/benchmark/": "dev", "pipelines/caption/vllm": "vllm"}
+WITH_EXTRAS = {"jobs/benchmark/": "dev", "pipelines/caption/vllm": "vllm", "sana_model/controls": "controls"}
 """Files that begin so may import what an extra of pyproject.toml declares."""
 
 

@@ -13,11 +13,11 @@ from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
 
 from jobs.benchmark.config import ModelConfig
 from jobs.benchmark.timing import Entry, format_timings, time_entry
+from sana_model.guidance import guided_velocity
 from sana_model.nn.autoencoder import DCAutoencoder
 from sana_model.nn.config import PRESETS, TextEncoderConfig
 from sana_model.nn.text_encoder import TextEncoder
 from sana_model.nn.transformer import SanaTransformer
-from sana_model.pipeline import guided_velocity
 from sana_model.solver import flow_dpm_solver, sampling_sigmas
 
 CAPTION_TOKENS, PADDED_TOKENS = 60, 300

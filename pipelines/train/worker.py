@@ -33,8 +33,8 @@ from pipelines.train.stream.validation import ValidationSet
 from pipelines.train.task import TrainTask
 from pipelines.train.trained_pipeline import TrainedPipeline
 from sana_model.flow import flow_loss
+from sana_model.guidance import Caption
 from sana_model.nn.transformer import SanaTransformer
-from sana_model.pipeline import Caption
 
 
 def train_worker(task: TrainTask) -> dict[str, Any]:

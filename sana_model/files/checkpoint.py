@@ -94,7 +94,11 @@ def find_pth(folder: Path) -> Path | None:
 
 COMPILED = "_orig_mod."
 """What torch.compile puts into a tensor's name, in front of it or of a compiled part."""
-PARTS = {"transformer": ("model.diffusion_model.",), "autoencoder": ("first_stage_model.", "vae.")}
+PARTS = {
+    "transformer": ("model.diffusion_model.",),
+    "controlnet": ("model.diffusion_model.",),
+    "autoencoder": ("first_stage_model.", "vae."),
+}
 """What is in front of the names of a part's tensors in a file that holds several models, as ComfyUI's checkpoints do."""
 
 

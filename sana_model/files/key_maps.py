@@ -117,6 +117,12 @@ AUTOENCODER_NVLABS: KeyMap = {
 # The same for encoders that resample by a strided convolution, which efficientvit wraps once less than other convolutions.
 AUTOENCODER_NVLABS_STRIDED: KeyMap = {**AUTOENCODER_NVLABS}
 
+CONTROLNET_PREFIX = "controlnet."  # of NVlabs' names, which stand in one file with those of the transformer
+
+CONTROLNET_NVLABS: KeyMap = TRANSFORMER_NVLABS | {"control_proj": "controlnet.0.before_proj"}
+
+CONTROLNET_DIFFUSERS: KeyMap = TRANSFORMER_DIFFUSERS | {"control_proj": "input_block", "outputs": "controlnet_blocks"}
+
 NVLABS_POSITIONS = "pos_embed"  # a buffer in a transformer's `.pth` that we compute from the config
 
 # What a transformer's `.pth` holds besides its weights, by the name that a model keeps it under: the null caption, and a head
@@ -155,6 +161,9 @@ def translate(key: str, key_map: KeyMap) -> Foreign:
         name = name.replace("main.conv.conv", "main.conv")
     if key_map is AUTOENCODER_NVLABS or key_map is AUTOENCODER_NVLABS_STRIDED:
         name = re.sub(r"\.stages\.(\d+)\.", r".stages.\1.op_list.", name)
+    if key_map is CONTROLNET_NVLABS:
+        name = re.sub(r"^blocks\.(\d+)\.", r"controlnet.\1.copied_block.", name)
+        name = re.sub(r"^outputs\.(\d+)\.", r"controlnet.\1.after_proj.", name)
     is_1x1 = "@1x1" in name and key.endswith(".weight")
     name = name.replace("@1x1", "")
     match = re.search(r"\{(.*)\}", name)

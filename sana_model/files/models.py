@@ -78,9 +78,12 @@ def load_transformer(
             state |= read_safetensors(source / BESIDE_DIFFUSERS)
     elif not settings and found.told.get("model_type", "sana_transformer") == "sana_transformer":
         key_map = key_maps.TRANSFORMER_NVLABS
-        config = transformer_config_from_nvlabs(state, found.told, source, overrides)
+        told = {name: value for name, value in found.told.items() if name != "controlnet"}
+        config = transformer_config_from_nvlabs(state, told, source, overrides)
     else:
         raise ValueError(f"{source} is not a linear DiT that is known here: {class_of(settings, found.told)}")
+    if key_map is key_maps.TRANSFORMER_NVLABS:  # what else is in the file is read by `load_controlnet`
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(key_maps.CONTROLNET_PREFIX)}
     kept = {name: state.pop(theirs) for name, theirs in _kept_names(key_map).items() if theirs in state}
     state.pop(key_maps.NVLABS_POSITIONS, None)
     with torch.device("meta"):
@@ -106,23 +109,34 @@ def save_transformer(
 
     Raises ValueError for another layout, a URI, or the folder of a whole pipeline.
     """
-    path, state, config = local_target(path), model.state_dict(), model.config
-    told = {"model_type": "sana_transformer", **asdict(config)}
-    kept = {name: tensor for name in key_maps.KEPT_NVLABS if (tensor := getattr(model, name)) is not None}
-    if null_caption_embeds is not None:
-        kept.setdefault("null_caption_embeds", null_caption_embeds)
+    path, state = local_target(path), model.state_dict()
+    kept = _kept_tensors(model, null_caption_embeds)
     if check_layout(layout) == "nvlabs":
-        weights = export(state, key_maps.TRANSFORMER_NVLABS)
-        weights[key_maps.NVLABS_POSITIONS] = positions_for_nvlabs(config, model.head.weight.dtype)
-        weights |= {key_maps.KEPT_NVLABS[name]: tensor for name, tensor in kept.items()}
-        write_weights_file(path, weights, told)
+        write_weights_file(path, *nvlabs_transformer(model, null_caption_embeds))
     elif layout == "sana":
-        write_folder(path, "model", state | kept, told)
+        write_folder(path, "model", state | kept, {"model_type": "sana_transformer", **asdict(model.config)})
     else:
-        settings = diffusers_transformer_config(config)
-        write_folder(path, "diffusion_pytorch_model", export(state, key_maps.diffusers_names(config)), settings)
+        settings = diffusers_transformer_config(model.config)
+        write_folder(path, "diffusion_pytorch_model", export(state, key_maps.diffusers_names(model.config)), settings)
         if kept:
             write_safetensors(path / BESIDE_DIFFUSERS, kept)
+
+
+def nvlabs_transformer(
+    model: SanaTransformer, null_caption_embeds: Tensor | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of NVlabs' weights file, by their names, and the configuration that we put into it."""
+    weights = export(model.state_dict(), key_maps.TRANSFORMER_NVLABS)
+    weights[key_maps.NVLABS_POSITIONS] = positions_for_nvlabs(model.config, model.head.weight.dtype)
+    kept = _kept_tensors(model, null_caption_embeds)
+    weights |= {key_maps.KEPT_NVLABS[name]: tensor for name, tensor in kept.items()}
+    return weights, {"model_type": "sana_transformer", **asdict(model.config)}
+
+
+def _kept_tensors(model: SanaTransformer, null_caption_embeds: Tensor | None) -> dict[str, Tensor]:
+    """What a model keeps for its files, by our names, and the null caption if it has none of its own."""
+    kept = {name: tensor for name in key_maps.KEPT_NVLABS if (tensor := getattr(model, name)) is not None}
+    return kept if null_caption_embeds is None else {"null_caption_embeds": null_caption_embeds} | kept
 
 
 def load_autoencoder(

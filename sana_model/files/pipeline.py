@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from sana_model.files.checkpoint import PIPELINE_INDEXES, check_layout, find_pth
+from sana_model.files.controlnet import holds_controlnet, load_controlnet, save_controlnet
 from sana_model.files.models import (
     load_autoencoder,
     load_text_encoder,
@@ -25,6 +26,7 @@ from sana_model.files.tensors import find_variant, read_json, write_json
 from sana_model.flow import DEFAULT_FLOW_SHIFT
 from sana_model.nn.autoencoder import DCAutoencoder
 from sana_model.nn.config import DEFAULT_AUTOENCODER, DEFAULT_TEXT_ENCODER, DIFFUSERS_PROMPTS, NVLABS_PROMPTS, TextEncoderConfig
+from sana_model.nn.controlnet import SanaControlNet
 from sana_model.nn.text_encoder import TextEncoder
 from sana_model.nn.transformer import SanaTransformer
 from sana_model.zoo.published import find_published
@@ -40,6 +42,7 @@ class Companions:
     """None: it lies with the text encoder."""
     prompts: TextEncoderConfig = NVLABS_PROMPTS
     flow_shift: float = DEFAULT_FLOW_SHIFT
+    controlnet: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,7 @@ class PipelineParts:
     autoencoder: DCAutoencoder
     text_encoder: TextEncoder
     flow_shift: float
+    controlnet: SanaControlNet | None = None
 
 
 def find_companions(path: Path | None) -> Companions:
@@ -81,6 +85,7 @@ def find_companions(path: Path | None) -> Companions:
             text_encoder=str(path / "text_encoder"),
             prompts=prompts,
             flow_shift=flow_shift,
+            controlnet=_controlnet_of(path),
         )
     if (path / "model_index.json").exists():
         scheduler = read_json(path / "scheduler" / "scheduler_config.json")
@@ -90,10 +95,17 @@ def find_companions(path: Path | None) -> Companions:
             tokenizer=str(path / "tokenizer"),
             prompts=DIFFUSERS_PROMPTS,
             flow_shift=scheduler.get("flow_shift", scheduler.get("shift", DEFAULT_FLOW_SHIFT)),
+            controlnet=_controlnet_of(path),
         )
     if not (path / "config.json").exists() and find_pth(path) is not None:
         return Companions(flow_shift=shift)
     raise ValueError(f"{path} is no pipeline: it has neither pipeline.json (ours) nor model_index.json (diffusers)")
+
+
+def _controlnet_of(path: Path) -> str | None:
+    """The ControlNet's folder in a pipeline's; None if it has none."""
+    folder = path / "controlnet"
+    return str(folder) if (folder / "config.json").exists() else None
 
 
 def load_parts(
@@ -105,6 +117,7 @@ def load_parts(
     text_encoder: str | Path | None = None,
     flow_shift: float | None = None,
     variant: str | None = None,
+    controlnet: str | Path | SanaControlNet | None = None,
     **overrides: Any,
 ) -> PipelineParts:
     """Load every model of a pipeline, in eval mode.
@@ -117,6 +130,8 @@ def load_parts(
             taken unless these are given.
         flow_shift: replaces the pipeline's.
         variant: the one in the names of the weights' files ("bf16"); None: the plain one, or the one that fits `dtype`.
+        controlnet: a ControlNet, or the path of one; None: the one that the folder or the `.pth` holds, if it holds one. It
+            gets the transformer's dtype.
         use_ema, overrides: those of `load_transformer`.
 
     A diffusers folder is prompted as `SanaPipeline` does it, everything else as our folder says or as NVlabs does.
@@ -128,12 +143,19 @@ def load_parts(
     text_source, tokenizer = companions.text_encoder, companions.tokenizer
     if text_encoder is not None:
         text_source, tokenizer = str(text_encoder), None
+    transformer = load_transformer(local, use_ema=use_ema, dtype=dtype, variant=variant, **overrides)
+    if controlnet is None:
+        controlnet = companions.controlnet or _in_one_file(local)
+    if controlnet is not None and not isinstance(controlnet, SanaControlNet):
+        heads = transformer.config.num_cross_heads
+        controlnet = load_controlnet(controlnet, dtype=dtype, num_cross_heads=heads, variant=variant)
     autoencoder = str(autoencoder or companions.autoencoder)
     _check_parts(local, [autoencoder, text_source, tokenizer])
     text_dtype = torch.bfloat16 if dtype is torch.float16 else dtype
     text_folder = Path(text_source)
     return PipelineParts(
-        transformer=load_transformer(local, use_ema=use_ema, dtype=dtype, variant=variant, **overrides),
+        transformer=transformer,
+        controlnet=None if controlnet is None else controlnet.to(transformer.head.weight.dtype),
         autoencoder=load_autoencoder(autoencoder, dtype=dtype, variant=variant),
         text_encoder=load_text_encoder(
             text_source,
@@ -144,6 +166,14 @@ def load_parts(
         ),
         flow_shift=companions.flow_shift if flow_shift is None else flow_shift,
     )
+
+
+def _in_one_file(path: Path) -> Path | None:
+    """The file of NVlabs, `path` or the only one in it, that holds a ControlNet with its transformer; None if there is none."""
+    file = path if path.is_file() else None
+    if path.is_dir() and not any((path / name).exists() for name in (*PIPELINE_INDEXES, "config.json")):
+        file = find_pth(path)
+    return file if file is not None and holds_controlnet(file) else None
 
 
 def _check_parts(folder: Path, parts: Iterable[str | None]) -> None:
@@ -165,11 +195,20 @@ def save_parts(parts: PipelineParts, path: str | Path, *, layout: str = "sana") 
     folder = local_target(path)
     if check_layout(layout) == "nvlabs":
         null_caption = parts.text_encoder.encode_padded("", parts.text_encoder.config.max_tokens)
-        save_transformer(parts.transformer, folder, layout=layout, null_caption_embeds=null_caption)
+        if parts.controlnet is None:
+            save_transformer(parts.transformer, folder, layout=layout, null_caption_embeds=null_caption)
+        else:
+            save_controlnet(
+                parts.controlnet, folder, layout=layout, transformer=parts.transformer, null_caption_embeds=null_caption
+            )
         return
     for index in PIPELINE_INDEXES:  # written last: a save that is cut short, or in another layout, leaves no old pipeline
         (folder / index).unlink(missing_ok=True)
     save_transformer(parts.transformer, folder / "transformer", layout=layout)
+    if parts.controlnet is not None:
+        save_controlnet(parts.controlnet, folder / "controlnet", layout=layout)
+    else:  # of another pipeline that was saved here before
+        (folder / "controlnet" / "config.json").unlink(missing_ok=True)
     if layout == "diffusers":
         _save_diffusers_companions(parts, folder)
         return
@@ -207,4 +246,6 @@ def _save_diffusers_companions(parts: PipelineParts, folder: Path) -> None:
         "transformer": ["diffusers", "SanaTransformer2DModel"],
         "vae": ["diffusers", "AutoencoderDC"],
     }
+    if parts.controlnet is not None:
+        index |= {"_class_name": "SanaControlNetPipeline", "controlnet": ["diffusers", "SanaControlNetModel"]}
     write_json(folder / "model_index.json", index)

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from sana_model.files.checkpoint import config_from_json
-from sana_model.files.key_maps import NVLABS_POSITIONS, TRANSFORMER_DIFFUSERS, TRANSFORMER_NVLABS, KeyMap, translate
+from sana_model.files.key_maps import (
+    NVLABS_POSITIONS,
+    TRANSFORMER_DIFFUSERS,
+    TRANSFORMER_NVLABS,
+    KeyMap,
+    translate,
+)
 from sana_model.nn.config import (
     ATTENTION_HEAD_DIM,
     AUTOENCODER_PRESETS,
@@ -47,7 +53,7 @@ def transformer_config_from_diffusers(settings: dict[str, Any], state: dict[str,
     if settings["attention_head_dim"] != LINEAR_HEAD_DIM:
         raise ValueError(f"{source}: attention_head_dim={settings['attention_head_dim']}, Sana's is {LINEAR_HEAD_DIM}")
     return SanaConfig(
-        **_shape_from_weights(state, TRANSFORMER_DIFFUSERS, source),
+        **shape_from_weights(state, TRANSFORMER_DIFFUSERS, source),
         num_cross_heads=settings["num_cross_attention_heads"],
         position_scale=settings.get("interpolation_scale"),
         base_size=settings["sample_size"] // settings["patch_size"],
@@ -72,13 +78,8 @@ def transformer_config_from_nvlabs(
     """
     if told:
         return config_from_json(SanaConfig, told, source)
-    shape = _shape_from_weights(state, TRANSFORMER_NVLABS, source)
-    heads = overrides.get("num_cross_heads") or PUBLISHED_CROSS_HEADS.get(shape["dim"])
-    if heads is None:
-        raise ValueError(
-            f"{source} has width {shape['dim']}, which is not a published one ({PUBLISHED_CROSS_HEADS}): "
-            "weights do not show the number of cross-attention heads, pass num_cross_heads="
-        )
+    shape = shape_from_weights(state, TRANSFORMER_NVLABS, source)
+    heads = cross_heads(shape["dim"], overrides.get("num_cross_heads"), source)
     guided = "cfg_embedder.mlp.0.weight" in state
     time_input: TimeInput = "unit" if guided else "whole"
     known = find_published(source)
@@ -89,7 +90,7 @@ def transformer_config_from_nvlabs(
             f"{source} may hold Sana 1.5 or a teacher of Sana-Sprint, whose tensors look the same: pass time_input='whole' "
             "for Sana 1.5, time_input='unit' for the teacher"
         )
-    positions = _positions_from_nvlabs(state.get(NVLABS_POSITIONS))
+    positions = positions_from_nvlabs(state.get(NVLABS_POSITIONS))
     return SanaConfig(
         **shape,
         **positions,
@@ -100,7 +101,21 @@ def transformer_config_from_nvlabs(
     )
 
 
-def _shape_from_weights(state: dict[str, Tensor], key_map: KeyMap, source: Path) -> dict[str, Any]:
+def cross_heads(dim: int, given: int | None, source: Path) -> int:
+    """The number of cross-attention heads: the given one, or that of the published model of this width.
+
+    Raises ValueError if it is neither given nor known.
+    """
+    heads = given or PUBLISHED_CROSS_HEADS.get(dim)
+    if heads is None:
+        raise ValueError(
+            f"{source} has width {dim}, which is not a published one ({PUBLISHED_CROSS_HEADS}): "
+            "weights do not show the number of cross-attention heads, pass num_cross_heads="
+        )
+    return heads
+
+
+def shape_from_weights(state: dict[str, Tensor], key_map: KeyMap, source: Path) -> dict[str, Any]:
     """The fields of `SanaConfig` that the shapes and names of tensors show. Raises ValueError if they are of another model."""
 
     def their_name(key: str) -> str:
@@ -130,7 +145,7 @@ def _shape_from_weights(state: dict[str, Tensor], key_map: KeyMap, source: Path)
     }
 
 
-def _positions_from_nvlabs(pos_embed: Tensor | None) -> dict[str, Any]:
+def positions_from_nvlabs(pos_embed: Tensor | None) -> dict[str, Any]:
     """`base_size` and `position_scale` from NVlabs' `pos_embed` (1, base_size^2, D).
 
     It is all zeros if the model has no positional embedding. Else the scale is read from the first value of the second column:

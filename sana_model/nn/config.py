@@ -95,6 +95,26 @@ PRESETS: dict[str, SanaConfig] = {
 """Transformers by name. "shapes" is the one in `zoo/pipeline`, "tiny" is for tests."""
 
 
+ControlForm = Literal["nvlabs", "diffusers"]
+"""Which of two functions a ControlNet computes, see `nn.controlnet`: each is to be used with weights trained with it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlNetConfig(SanaConfig):
+    """Shape of a ControlNet: that of the transformer whose first `depth` blocks it has copies of.
+
+    Raises ValueError as `SanaConfig`, and for an unknown form.
+    """
+
+    depth: int = 7
+    form: ControlForm
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.form not in get_args(ControlForm):
+            raise ValueError(f"form={self.form!r} must be one of {', '.join(get_args(ControlForm))}")
+
+
 Variant = Literal["in", "sana"]
 """The two published families of DC-AE.
 

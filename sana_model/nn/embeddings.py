@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sana_model.kernels.linear import Linear
-from sana_model.nn.config import NUM_TRAIN_TIMESTEPS, TimeInput
+from sana_model.nn.config import NUM_TRAIN_TIMESTEPS, SanaConfig, TimeInput
 
 TIMESTEP_FREQUENCIES = 256
 GUIDANCE_FACTOR = 0.1
@@ -97,6 +97,14 @@ def sincos_position_embedding(dim: int, height: int, width: int, base_size: int,
     rows, columns = (_sincos_positions(dim // 2, size, base_size, interpolation_scale) for size in (height, width))
     by_column, by_row = columns[None].expand(height, -1, -1), rows[:, None].expand(-1, width, -1)
     return torch.cat([by_column, by_row], dim=-1).flatten(0, 1)
+
+
+def add_positions(tokens: Tensor, size: tuple[int, int], config: SanaConfig) -> Tensor:
+    """Add the positional embedding to tokens (B, H*W, D) of a grid of `size`, if the model has one."""
+    if config.position_scale is None:
+        return tokens
+    positions = sincos_position_embedding(config.dim, *size, config.base_size, config.position_scale)
+    return tokens + positions.to(tokens.device, tokens.dtype)
 
 
 def _sincos_positions(dim: int, size: int, base_size: int, interpolation_scale: float) -> Tensor:

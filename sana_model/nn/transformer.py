@@ -1,7 +1,7 @@
 """The linear DiT of Sana (arXiv 2410.10629) and Sana 1.5 (2501.18427)."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,30 +10,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sana_model.kernels.linear import Linear
+from sana_model.nn.captions import CaptionState, check_captions, encode_captions, project_captions
 from sana_model.nn.config import PRESETS, SanaConfig
-from sana_model.nn.embeddings import CaptionProjection, PatchEmbed, TimestepEmbedding, sincos_position_embedding
+from sana_model.nn.embeddings import CaptionProjection, PatchEmbed, TimestepEmbedding, add_positions
 from sana_model.nn.transformer_blocks import CaptionMemory, CaptionTokens, SanaBlock, modulate
 
-
-@dataclass(frozen=True)
-class CaptionState:
-    """A batch of captions as the blocks use it, computed once by `SanaTransformer.encode_captions`."""
-
-    batch_size: int
-    num_single: int
-    """Number of captions at the front of the batch that have one token, as the null caption does."""
-    memories: list[CaptionMemory]
-    """One per block."""
-    attention_mask: Tensor | None
-    """(B - num_single, 1, 1, L), False at padding; None where no caption is padded."""
-
-    def without_first(self, count: int) -> "CaptionState":
-        """The state of the captions after the first `count`."""
-        dropped_single = min(count, self.num_single)
-        dropped_others = count - dropped_single
-        memories = [memory.drop(dropped_single, dropped_others) for memory in self.memories]
-        mask = None if self.attention_mask is None else self.attention_mask[dropped_others:]
-        return CaptionState(self.batch_size - count, self.num_single - dropped_single, memories, mask)
+AfterBlock = Callable[[int, Tensor, Tensor], Tensor]
+"""(index of a block, its tokens (B, N, D), modulation (B, 6, D)) -> the tokens that go on."""
 
 
 class SanaTransformer(nn.Module):
@@ -110,6 +93,8 @@ class SanaTransformer(nn.Module):
         caption_embeds: Tensor | CaptionState | CaptionTokens,
         caption_mask: Tensor | None = None,
         guidance_scale: Tensor | None = None,
+        *,
+        after_block: AfterBlock | None = None,
     ) -> Tensor:
         """Predict velocity, (B, C, H, W), the shape of `latents`.
 
@@ -120,6 +105,7 @@ class SanaTransformer(nn.Module):
                 tokens, already projected to the model's width.
             caption_mask: (B, L), nonzero at real tokens; None: all are real.
             guidance_scale: (B,), for models with `config.guidance_embeds`, and for no others.
+            after_block: may change the tokens after each block, as a ControlNet does.
 
         Raises ValueError if a shape does not fit, or if guidance_scale is missing or too much.
         """
@@ -130,11 +116,12 @@ class SanaTransformer(nn.Module):
         if isinstance(caption_embeds, CaptionState | CaptionTokens):
             caption = caption_embeds
         else:
-            caption = self._project_captions(caption_embeds, self._check_captions(caption_embeds, caption_mask))
+            real = check_captions(caption_embeds, caption_mask, self.config.caption_dim)
+            caption = project_captions(self.caption_proj, caption_embeds, real)
         if caption.batch_size != batch_size:
             raise ValueError(f"{caption.batch_size} captions came with {batch_size} latents: give one to each")
 
-        tokens = self._add_positions(self.patch_embed(latents), size)  # (B, H*W, D)
+        tokens = add_positions(self.patch_embed(latents), size, self.config)  # (B, H*W, D)
         time_embedding, modulation = self.time_embed(timestep, guidance_scale)  # (B, D), (B, 6, D)
         for index, (block, block_caption) in enumerate(zip(self.blocks, self._per_block(caption), strict=True)):
             arguments = (tokens, modulation, block_caption, caption.attention_mask, size)
@@ -142,6 +129,8 @@ class SanaTransformer(nn.Module):
                 tokens = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 tokens = block(*arguments)
+            if after_block is not None:
+                tokens = after_block(index, tokens, modulation)
 
         shift, scale = (time_embedding[:, None] + self.final_modulation).chunk(2, dim=1)
         patches = self.head(modulate(tokens, shift, scale))  # (B, H*W, p*p*C)
@@ -154,12 +143,7 @@ class SanaTransformer(nn.Module):
         Takes (B, L, caption_dim) and (B, L) as `forward` does, and raises the same errors. Captions of one token, such as the
         null caption, cost next to nothing if they come first in the batch.
         """
-        real = self._check_captions(caption_embeds, caption_mask)
-        num_single = int((real.sum(dim=1) == 1).int().cumprod(dim=0).sum())
-        single = self._project_captions(caption_embeds[:num_single], real[:num_single]) if num_single else None
-        caption = self._project_captions(caption_embeds[num_single:], real[num_single:]) if num_single < len(real) else None
-        memories = [block.cross_attention.remember(caption, single) for block in self._blocks()]
-        return CaptionState(len(real), num_single, memories, caption.attention_mask if caption else None)
+        return encode_captions(self.caption_proj, self._blocks(), caption_embeds, caption_mask)
 
     def _check_latents(self, latents: Tensor, timestep: Tensor, guidance_scale: Tensor | None) -> torch.Size:
         channels, patch = self.config.in_channels, self.config.patch_size
@@ -176,43 +160,11 @@ class SanaTransformer(nn.Module):
             raise ValueError(f"guidance_scale has shape {tuple(guidance_scale.shape)}: give ({latents.shape[0]},)")
         return latents.shape
 
-    def _check_captions(self, caption_embeds: Tensor, caption_mask: Tensor | None) -> Tensor:
-        """Check shapes and return the mask as bool (B, L)."""
-        if caption_embeds.ndim != 3 or caption_embeds.shape[-1] != self.config.caption_dim:
-            raise ValueError(
-                f"caption_embeds have shape {tuple(caption_embeds.shape)}: this model takes (B, L, {self.config.caption_dim})"
-            )
-        shape = caption_embeds.shape[:2]
-        if caption_mask is None:
-            return torch.ones(shape, dtype=torch.bool, device=caption_embeds.device)
-        if caption_mask.shape != shape:
-            raise ValueError(f"caption_mask has shape {tuple(caption_mask.shape)}, caption_embeds {tuple(shape)}")
-        real = caption_mask != 0
-        if not real.any(dim=1).all():
-            raise ValueError("caption_mask masks every token of a caption: the null caption too has one (the BOS token)")
-        return real
-
-    def _project_captions(self, caption_embeds: Tensor, real: Tensor) -> CaptionTokens:
-        """Project captions (B, L, caption_dim) to the model's width, real tokens only."""
-        last = int(real.any(dim=0).nonzero().max()) + 1  # a column that is padding in every caption is dropped
-        real, caption_embeds = real[:, :last], caption_embeds[:, :last]
-        positions = real.flatten().nonzero().squeeze(1)
-        packed = self.caption_proj(caption_embeds.flatten(0, 1).index_select(0, positions))
-        attention_mask = None if len(positions) == real.numel() else real[:, None, None]
-        return CaptionTokens(packed, positions, attention_mask, len(real), last)
-
     def _per_block(self, caption: CaptionTokens | CaptionState) -> Iterable[CaptionTokens | CaptionMemory]:
         return caption.memories if isinstance(caption, CaptionState) else [caption] * len(self.blocks)
 
     def _blocks(self) -> Iterable[SanaBlock]:
         return cast(Iterable[SanaBlock], self.blocks)
-
-    def _add_positions(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
-        config = self.config
-        if config.position_scale is None:
-            return tokens
-        positions = sincos_position_embedding(config.dim, *size, config.base_size, config.position_scale)
-        return tokens + positions.to(tokens.device, tokens.dtype)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

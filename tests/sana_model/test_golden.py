@@ -11,10 +11,10 @@ from torch import Tensor
 from sana_model.files.checkpoint import export
 from sana_model.files.key_maps import TRANSFORMER_NVLABS
 from sana_model.flow import flow_loss, sigma_to_timestep, whole_sigmas
+from sana_model.guidance import Caption, guided_velocity
 from sana_model.nn.autoencoder import DCAutoencoder
 from sana_model.nn.config import AUTOENCODER_PRESETS, SanaConfig
 from sana_model.nn.transformer import SanaTransformer
-from sana_model.pipeline import Caption, guided_velocity
 from sana_model.solver import SOLVERS, scm, scm_sigmas
 from tests.support.golden import (
     FLOW_SHIFT,

@@ -11,8 +11,9 @@ from PIL import Image
 
 from sana_model.files.png import KEYWORD, read_facts, save_picture, to_png
 from sana_model.flow import add_noise
+from sana_model.guidance import guided_velocity
 from sana_model.pictures import StartPictures, decode_pictures, encode_pictures
-from sana_model.pipeline import TextToImage, guided_velocity
+from sana_model.pipeline import TextToImage
 from sana_model.solver import SOLVERS
 
 PROMPTS = ["a large red circle on a white background", "a small blue square on a black background"]

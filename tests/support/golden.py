@@ -21,6 +21,7 @@ from sana_model.nn.config import AutoencoderConfig, SanaConfig
 from tests.support.peers import nvlabs_shapes
 
 NVLABS_VALUES = Path(__file__).parents[1] / "sana_model" / "golden" / "nvlabs.safetensors"
+CONTROLNET_VALUES = NVLABS_VALUES.with_name("controlnet.safetensors")
 PLAIN = SanaConfig(dim=1152, depth=2, num_cross_heads=16, ffn_dim=96, in_channels=8, caption_dim=48, base_size=8)
 """Of a published width, so that a file tells all that is to be known."""
 GUIDANCE_SCALE = 4.5
@@ -95,11 +96,34 @@ def summary(gradients: dict[str, Tensor]) -> Tensor:
     return torch.stack([torch.cat([one.norm()[None], one.flatten()[:4]]) for _, one in sorted(gradients.items())])
 
 
-def golden(name: str) -> Tensor:
-    with safe_open(NVLABS_VALUES, "pt") as file:
+def golden(name: str, path: Path = NVLABS_VALUES) -> Tensor:
+    with safe_open(path, "pt") as file:
         return file.get_tensor(name)
 
 
 SPRINT = replace(PLAIN, qk_norm=True, cross_qk_norm=True, guidance_embeds=True)
 WITH_POSITIONS = replace(PLAIN, position_scale=1.0)
 SANA_1_5 = replace(PLAIN, qk_norm=True, cross_qk_norm=True)
+
+CONTROLLED = replace(PLAIN, depth=4)
+CONTROL_BLOCKS = 2
+
+
+def nvlabs_controlnet_weights(config: SanaConfig) -> dict[str, Tensor]:
+    """A state dict of NVlabs' transformer with its ControlNet, whose blocks differ from those that they were copied from."""
+    state = nvlabs_weights(config)
+    for block in range(CONTROL_BLOCKS):
+        prefix = f"blocks.{block}."
+        shapes = {name.removeprefix(prefix): tensor.shape for name, tensor in state.items() if name.startswith(prefix)}
+        for name, shape in shapes.items():
+            fan_in = torch.Size(shape[1:]).numel() if len(shape) > 1 else 4
+            copied = f"controlnet.{block}.copied_block.{name}"
+            state[copied] = seeded(copied, *shape) / fan_in**0.5
+    for name in ("0.before_proj", *(f"{block}.after_proj" for block in range(CONTROL_BLOCKS))):
+        state[f"controlnet.{name}.weight"] = seeded(name, config.dim, config.dim) / config.dim**0.5
+        state[f"controlnet.{name}.bias"] = seeded(f"{name}.bias", config.dim) / 2
+    return state
+
+
+def control_latents(config: SanaConfig = CONTROLLED) -> Tensor:
+    return seeded("control", 2, config.in_channels, 4, 6)

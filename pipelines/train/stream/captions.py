@@ -18,9 +18,9 @@ from pipelines.tables.captions import captions_table
 from pipelines.tables.identity import Identity, describe_differences
 from pipelines.train.stream.mixture import Source
 from pipelines.workers.models import model_version
+from sana_model.guidance import Caption
 from sana_model.nn.config import NullCaption, TextEncoderConfig
 from sana_model.nn.text_encoder import TextEncoder
-from sana_model.pipeline import Caption
 
 ROWS_AT_ONCE = 64
 """Embeddings decoded at a time while a shard is read; bounds memory."""

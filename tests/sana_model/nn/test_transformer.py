@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sana_model.nn.captions import project_captions
 from sana_model.nn.config import SanaConfig
 from sana_model.nn.transformer import SanaTransformer
 from sana_model.nn.transformer_blocks import SanaBlock
@@ -177,7 +178,7 @@ def test_reset_parameters_leaves_nothing_as_it_was():
 def test_block_compiles_without_graph_breaks():
     model = scramble(SanaTransformer(TINY))
     latents, timestep, caption_embeds, caption_mask = make_inputs(TINY, (4, 4))
-    caption = model._project_captions(caption_embeds, caption_mask)
+    caption = project_captions(model.caption_proj, caption_embeds, caption_mask)
     memory = model.encode_captions(caption_embeds, caption_mask).memories[0]
     tokens = model.patch_embed(latents)
     _, modulation = model.time_embed(timestep)

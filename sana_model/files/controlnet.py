@@ -1,0 +1,149 @@
+"""Load and save a ControlNet: in our own layout, diffusers' or NVlabs', whose `.pth` holds it together with the transformer."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sana_model.files import key_maps
+from sana_model.files.checkpoint import (
+    check_layout,
+    class_of,
+    config_from_json,
+    export,
+    fill,
+    open_checkpoint,
+    write_folder,
+    write_weights_file,
+)
+from sana_model.files.key_maps import CONTROLNET_PREFIX, KeyMap
+from sana_model.files.models import nvlabs_transformer
+from sana_model.files.places import local_target
+from sana_model.files.published_configs import (
+    cross_heads,
+    diffusers_transformer_config,
+    positions_from_nvlabs,
+    shape_from_weights,
+    transformer_config_from_diffusers,
+)
+from sana_model.nn.config import ControlForm, ControlNetConfig
+from sana_model.nn.controlnet import SanaControlNet
+from sana_model.nn.transformer import SanaTransformer
+
+OWN_EMBEDDINGS = ("patch_embed.", "time_embed.", "caption_projection.", "caption_norm.")
+"""Tensors that diffusers' layout has and the form "nvlabs" does not use: there they are copies of the transformer's."""
+
+
+def load_controlnet(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    form: ControlForm | None = None,
+    num_cross_heads: int | None = None,
+    variant: str | None = None,
+) -> SanaControlNet:
+    """Load a ControlNet, in eval mode. The layout is recognised by the content.
+
+    Args:
+        path: a folder (ours or diffusers'; of a pipeline, its ControlNet), or NVlabs' `.pth` of a transformer with its
+            ControlNet; local, or an hf://, zoo:// or fsspec URI.
+        dtype: None keeps that of the file.
+        form: the function that the weights were trained with. None: that of the layout. "nvlabs" for weights of NVlabs that
+            were converted to diffusers' layout.
+        num_cross_heads: of a `.pth` whose width is no published one.
+        variant: as in `load_transformer`.
+
+    Raises FileNotFoundError if nothing is there. Raises ValueError if the weights are another model's, if a file is damaged, or
+    if tensors are missing, extra or misshapen; the message names them.
+    """
+    found = open_checkpoint(path, ("controlnet",), variant=variant, dtype=dtype)
+    source, settings, state = found.source, found.settings, found.state
+    key_map: KeyMap = {}
+    if settings.get("model_type") == "sana_controlnet":
+        config = config_from_json(ControlNetConfig, settings, source)
+        if form not in (None, config.form):
+            raise ValueError(f"{source} is a ControlNet of form {config.form!r}: form={form!r} would be another function")
+    elif settings.get("_class_name") == "SanaControlNetModel":
+        key_map = key_maps.CONTROLNET_DIFFUSERS
+        config = replace(_config_from_diffusers(settings, state, source), form=form or "diffusers")
+        if config.form == "nvlabs":
+            state = {name: tensor for name, tensor in state.items() if not name.startswith(OWN_EMBEDDINGS)}
+    elif not settings and any(name.startswith(CONTROLNET_PREFIX) for name in state):
+        key_map = key_maps.CONTROLNET_NVLABS
+        if form == "diffusers":
+            raise ValueError(f"{source} is NVlabs': its weights were trained with the form 'nvlabs', not {form!r}")
+        config = _config_from_nvlabs(state, found.told.get("controlnet", {}), source, num_cross_heads)
+        state = {name: tensor for name, tensor in state.items() if name.startswith(CONTROLNET_PREFIX)}
+    else:
+        raise ValueError(f"{source} is not a ControlNet that is known here: {class_of(settings, found.told)}")
+    with torch.device("meta"):
+        model = SanaControlNet(config)
+    fill(model, state, key_map, source, dtype)
+    return model
+
+
+def save_controlnet(
+    model: SanaControlNet,
+    path: str | Path,
+    *,
+    layout: str = "sana",
+    transformer: SanaTransformer | None = None,
+    null_caption_embeds: Tensor | None = None,
+) -> None:
+    """Write a folder ("sana", "diffusers"), or a weights file with the transformer too ("nvlabs"); files whole or not at all.
+
+    `null_caption_embeds`: as in `save_transformer`.
+
+    Raises ValueError for another layout, a URI, the folder of a whole pipeline, a layout whose code computes another function
+    than the model's form, or "nvlabs" without a transformer.
+    """
+    path, config = local_target(path), model.config
+    if check_layout(layout) == "sana":
+        write_folder(path, "model", model.state_dict(), {"model_type": "sana_controlnet", **asdict(config)})
+        return
+    if layout != config.form:
+        raise ValueError(
+            f"layout={layout!r}: its code would compute another function with the weights of this ControlNet, whose form is "
+            f"{config.form!r}: save it as 'sana' or {config.form!r}"
+        )
+    if layout == "diffusers":
+        weights = export(model.state_dict(), key_maps.CONTROLNET_DIFFUSERS)
+        write_folder(path, "diffusion_pytorch_model", weights, _diffusers_config(config))
+        return
+    if transformer is None:
+        raise ValueError("layout='nvlabs' holds a ControlNet together with its transformer: give it too")
+    weights, told = nvlabs_transformer(transformer, null_caption_embeds)
+    weights |= export(model.state_dict(), key_maps.CONTROLNET_NVLABS)
+    write_weights_file(path, weights, told | {"controlnet": asdict(config)})
+
+
+def holds_controlnet(path: Path) -> bool:
+    """Whether NVlabs' weights file `path` has a ControlNet besides its transformer. Raises ValueError if it is damaged."""
+    return any(name.startswith(CONTROLNET_PREFIX) for name in open_checkpoint(path, ("controlnet",)).state)
+
+
+def _config_from_diffusers(settings: dict[str, Any], state: dict[str, Tensor], source: Path) -> ControlNetConfig:
+    """Configuration of a `SanaControlNetModel`, as `transformer_config_from_diffusers`."""
+    return ControlNetConfig(**asdict(transformer_config_from_diffusers(settings, state, source)), form="diffusers")
+
+
+def _config_from_nvlabs(
+    state: dict[str, Tensor], told: dict[str, Any], source: Path, num_cross_heads: int | None
+) -> ControlNetConfig:
+    """Configuration of the ControlNet in a file with NVlabs' names. Arguments are those of `transformer_config_from_nvlabs`."""
+    if told:
+        return config_from_json(ControlNetConfig, told, source)
+    shape = shape_from_weights(state, key_maps.CONTROLNET_NVLABS, source)
+    positions = positions_from_nvlabs(state.get(key_maps.NVLABS_POSITIONS))
+    heads = cross_heads(shape["dim"], num_cross_heads, source)
+    return ControlNetConfig(
+        **shape, **positions, num_cross_heads=heads, time_input="whole", null_caption="caption_mask", form="nvlabs"
+    )
+
+
+def _diffusers_config(config: ControlNetConfig) -> dict[str, Any]:
+    """Make the config.json of a `SanaControlNetModel`."""
+    settings = diffusers_transformer_config(config) | {"_class_name": "SanaControlNetModel"}
+    return {name: value for name, value in settings.items() if name not in ("qk_norm", "timestep_scale")}
