@@ -85,7 +85,7 @@ def run(job: TrainJob) -> "TrainResult":
     if not result.was_done:
         html = make_report(job, result)
         write_file(f"{output_uri}/{REPORT}", html.encode())
-        unsent = send_or_keep(run_request, output_uri, [Entry("html", [REPORT, html])])
+        unsent = send_or_keep(run_request, output_uri, [Entry("html", [REPORT, html])], say=line.say)
         result = replace(result, unsent=unsent)
     line.clear()
     print(describe_result(job.name, result), flush=True)

@@ -41,14 +41,24 @@ def is_passing(error: BaseException) -> bool:
     if isinstance(error, StorageError):
         return True
     if isinstance(error, MlflowException):
-        status = error.get_http_status_code()
-        certificate = "certificate verify failed" in str(error).lower()
-        return (status >= SERVER_ERROR or status in TRANSIENT_STATUS) and not certificate
+        status, told = error.get_http_status_code(), str(error).lower()
+        if status not in TRANSIENT_STATUS and status < SERVER_ERROR:
+            return False
+        # MLflow gives nearly everything that fails in this process the code of a server's error.
+        return "certificate verify failed" not in told and ("api request to" in told or any(word in told for word in BUSY))
     if isinstance(error, (OperationalError, InterfaceError, sqlite3.OperationalError)):
         told = str(error).lower()
         is_file = "sqlite3" in told or isinstance(error, sqlite3.Error)
         return not is_file or any(word in told for word in BUSY)
     return is_transient(error)
+
+
+def is_refused(error: BaseException) -> bool:
+    """Whether MLflow takes other things, but never what was logged: it has a name or a value that is not allowed."""
+    if isinstance(error, MlflowException):
+        known = error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INTERNAL_ERROR")
+        return known and not is_passing(error) and "must be in the" not in str(error)  # a run that was deleted
+    return isinstance(error, (ValueError, TypeError)) and not isinstance(error, TrackingError)
 
 
 def first_line(error: BaseException) -> str:

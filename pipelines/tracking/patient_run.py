@@ -5,13 +5,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
-from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, ErrorCode
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from PIL import Image
 from tenacity import RetryCallState, Retrying
 
-from pipelines.tracking.faults import first_line, is_passing
+from pipelines.tracking.faults import first_line, is_passing, is_refused
 from pipelines.tracking.runs import RunRequest, TrackedRun
 from pipelines.tracking.unsent import Entry
 from sana_model.files.retry import Backoff
@@ -127,11 +125,11 @@ class PatientRun:
             return
         try:
             entry.send(self._run)
-        except MlflowException as error:
+        except Exception as error:
+            if is_refused(error):
+                self._say(entry.describe_refusal(self._request.uri, error))
+                return
             if not is_passing(error):
-                if _is_refused(error):
-                    self._say(f"MLflow at {self._request.uri} refuses an entry, which is left out: {first_line(error)}")
-                    return
                 self._run = None  # deleted, for example: the next attempt finds or makes another one
             raise
         if self._said:
@@ -151,8 +149,3 @@ class PatientRun:
             return
         self._monitor = SystemMetricsMonitor(run.run_id, resume_logging=True, tracking_uri=run.uri)
         self._monitor.start()
-
-
-def _is_refused(error: MlflowException) -> bool:
-    """Whether MLflow refuses the entry itself, and not the run, which may have been deleted."""
-    return error.error_code == ErrorCode.Name(INVALID_PARAMETER_VALUE) and "must be in the" not in str(error)

@@ -114,8 +114,7 @@ class RunRequest:
         """Make or find the run. Raises TrackingError, and MLflow's own errors: `faults.is_passing` tells them apart."""
         for name, value in {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}.items():
             os.environ.setdefault(name, value)  # our callers try again by themselves
-        make_database(self.uri)
-        follow_the_folder(self.uri, self.artifacts)
+        self._prepare()
         experiment_id = find_experiment(self.uri, self.experiment, self.artifacts)
         client = client_of(self.uri)
         if (found := self.find()) is not None:
@@ -129,8 +128,14 @@ class RunRequest:
         client.log_text(run_id, yaml.safe_dump(dict(self.config), sort_keys=False), "config.yaml")
         return TrackedRun(run_id, self.uri)
 
+    def _prepare(self) -> None:
+        """Make a SQLite file that is missing, and let one that was moved know where it is."""
+        make_database(self.uri)
+        follow_the_folder(self.uri, self.artifacts)
+
     def find(self) -> "TrackedRun | None":
         """Return the run, or None if it was not made yet. Raises MLflow's own errors."""
+        self._prepare()
         client = client_of(self.uri)
         experiment = client.get_experiment_by_name(self.experiment)
         if self.key is None or experiment is None:

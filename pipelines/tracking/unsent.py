@@ -3,15 +3,16 @@
 import base64
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from typing import Any, Literal
 
 from PIL import Image
 
+from pipelines.storage.errors import StorageError
 from pipelines.storage.files import read_file, remove_file, write_file
-from pipelines.tracking.faults import first_line
+from pipelines.tracking.faults import first_line, is_refused
 from pipelines.tracking.runs import RunRequest, TrackedRun
 
 UNSENT = "mlflow_unsent.jsonl"
@@ -61,14 +62,22 @@ class Entry:
             case "end":
                 run.end(content)
 
+    def describe_refusal(self, uri: str, error: Exception) -> str:
+        """Say that MLflow refuses this entry."""
+        step = "" if self.step is None else f" of step {self.step}"
+        return f"MLflow at {uri} refuses {self.kind}{step}, which are left out: {first_line(error)}"
+
 
 def read_unsent(folder_uri: str) -> list[Entry]:
-    """Read the entries that wait in an output folder, oldest first. Raises StorageError."""
+    """Read the entries that wait in an output folder, oldest first. Raises StorageError, also if the file is damaged."""
     try:
-        lines = read_file(f"{folder_uri}/{UNSENT}").decode().splitlines()
+        content = read_file(f"{folder_uri}/{UNSENT}")
     except FileNotFoundError:
         return []
-    return [Entry(**json.loads(line)) for line in lines]
+    try:
+        return [Entry(**json.loads(line)) for line in content.decode().splitlines()]
+    except (ValueError, TypeError) as error:
+        raise StorageError(f"{folder_uri}/{UNSENT} is damaged ({error}): move it away") from error
 
 
 def write_unsent(folder_uri: str, entries: Sequence[Entry]) -> None:
@@ -80,8 +89,10 @@ def write_unsent(folder_uri: str, entries: Sequence[Entry]) -> None:
         remove_file(f"{folder_uri}/{UNSENT}")
 
 
-def send_or_keep(request: RunRequest, folder_uri: str, entries: Iterable[Entry] = ()) -> str | None:
-    """Send what waits in an output folder and then `entries`; what cannot be sent waits there.
+def send_or_keep(
+    request: RunRequest, folder_uri: str, entries: Iterable[Entry] = (), *, say: Callable[[str], None]
+) -> str | None:
+    """Send what waits in an output folder and then `entries`; what cannot be sent waits there. `say` is told what is refused.
 
     Returns None if all was sent, or else a line that says why not, and where it waits. Raises StorageError.
     """
@@ -91,7 +102,12 @@ def send_or_keep(request: RunRequest, folder_uri: str, entries: Iterable[Entry] 
         run = (request.find() or request.connect()) if waiting else None
         for entry in waiting:
             assert run is not None
-            entry.send(run)
+            try:
+                entry.send(run)
+            except Exception as error:
+                if not is_refused(error):
+                    raise
+                say(entry.describe_refusal(request.uri, error))
             sent += 1
     except Exception as error:  # of MLflow, its server, its database, the network
         write_unsent(folder_uri, waiting[sent:])

@@ -52,6 +52,6 @@ class DriverRun:
         if self.request is None:
             return None
         try:
-            return send_or_keep(self.request, self.output_uri, entries)
+            return send_or_keep(self.request, self.output_uri, entries, say=self.say)
         except StorageError as error:  # nothing of a training is undone for it
             return f"entries for MLflow at {self.request.uri} are lost: {error}"

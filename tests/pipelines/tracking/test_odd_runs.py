@@ -26,6 +26,8 @@ from pipelines.tracking.unsent import UNSENT, Entry, read_unsent, send_or_keep, 
 from tests.support.http_server import Handler, Server
 
 NOWHERE = "http://127.0.0.1:9"
+BAD = Entry("html", ["../../outside.html", "<p>"])
+"""An entry that MLflow never takes, with the code of an internal error."""
 
 
 @pytest.fixture(autouse=True)
@@ -323,15 +325,17 @@ def test_what_could_not_be_sent_is_sent_by_the_next_start(tmp_path: Path, monkey
     write_unsent(folder, run.close())
     nowhere = make_request(tmp_path, NOWHERE)
     last = [Entry("metrics", {"loss_end": 0.5}, 10), Entry("tables", {"latents/a": "beef"}), Entry("end", "FINISHED")]
-    problem = send_or_keep(nowhere, folder, last)
+    problem = send_or_keep(nowhere, folder, last, say=notices.append)
     told = rf"7 entries could not be sent to MLflow at {NOWHERE} .*: they wait in {folder}/{UNSENT}"
     assert problem is not None and re.match(told, problem)
     kept = read_unsent(folder)
     assert [entry.kind for entry in kept] == ["inputs", "metrics", "image", "tags", "metrics", "tables", "end"]
 
     there = make_request(tmp_path)
-    assert send_or_keep(there, folder, [Entry("html", ["report.html", "<p>"])]) is None
-    assert not (tmp_path / "out" / UNSENT).exists() and send_or_keep(nowhere, folder) is None  # nothing waits: nothing is asked
+    assert send_or_keep(there, folder, [BAD, Entry("html", ["report.html", "<p>"])], say=notices.append) is None
+    assert (
+        not (tmp_path / "out" / UNSENT).exists() and send_or_keep(nowhere, folder, say=notices.append) is None
+    )  # nothing waits: nothing is asked
     (found,) = runs_in(tmp_path)
     assert found.info.status == "FINISHED" and found.data.metrics == {"loss": 3.0, "loss_end": 0.5}
     assert found.data.tags["checkpoint"] == "c" and found.data.tags["table.latents/a"] == "beef"
@@ -339,6 +343,13 @@ def test_what_could_not_be_sent_is_sent_by_the_next_start(tmp_path: Path, monkey
     client = client_of(there.uri)
     assert [point.timestamp for point in client.get_metric_history(found.info.run_id, "loss")] == [int(1000 * kept[1].at)]
     assert {artifact.path for artifact in client.list_artifacts(found.info.run_id)} == {"config.yaml", "images", "report.html"}
+
+
+def test_a_damaged_file_of_entries_is_named(tmp_path: Path) -> None:
+    for content in ("{", '{"what": 1}\n', "[]\n"):
+        (tmp_path / UNSENT).write_text(content)
+        with pytest.raises(StorageError, match=f"{UNSENT} is damaged"):
+            read_unsent(str(tmp_path))
 
 
 def test_a_run_that_is_deleted_meanwhile_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,11 +369,12 @@ def test_a_run_that_is_deleted_meanwhile_is_made_anew(tmp_path: Path, monkeypatc
     assert found.info.run_id != first.run_id and [(point.step, point.value) for point in history] == [(2, 2.0), (3, 1.0)]
 
 
-def test_an_entry_that_mlflow_never_takes_holds_up_no_other(tmp_path: Path) -> None:
+@pytest.mark.parametrize("entry", [BAD, Entry("metrics", {"loss": 1.0}, 2**70), Entry("metrics", {"loss": "x"}, 1)])
+def test_an_entry_that_mlflow_never_takes_holds_up_no_other(entry: Entry, tmp_path: Path) -> None:
     notices: list[str] = []
     run = PatientRun(make_request(tmp_path), say=notices.append)
-    run._put(Entry("html", ["../../outside.html", "<p>"]))
-    run.log_metrics({"loss": 1.0}, 1)
+    run._put(entry)
+    run.log_metrics({"loss": 1.0}, 2)
     assert run.close() == []
     assert runs_in(tmp_path)[0].data.metrics["loss"] == 1.0
-    assert len(notices) == 1 and "refuses an entry, which is left out" in notices[0]
+    assert len(notices) == 1 and re.search(rf"refuses {entry.kind}.*, which are left out: ", notices[0])
