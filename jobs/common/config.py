@@ -3,7 +3,7 @@
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from typing import Any, TypeVar
 
@@ -49,7 +49,9 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None = None, *, pr
 @cache
 def _import_nothing() -> None:
     """Keep jsonargparse from importing, or calling, what a value names as its `class_path`: a YAML file may be a stranger's."""
-    own = ["jobs", "pipelines", "sana_model"]  # it names these configurations itself, those in lists and those that may be null
+    # It names these configurations itself, those in lists and those that may be null; `python -m jobs.x` is __main__.
+    main = [f"__main__.{name}" for name, value in vars(sys.modules["__main__"]).items() if is_dataclass(value)]
+    own = ["jobs", "pipelines", "sana_model", *main]
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=own, instantiate_subclass_spec_in_any=False)
 
 
