@@ -78,7 +78,8 @@ class IngestConfig:
         caption_keys: names, in any case, of JSON keys and columns that hold captions; the first that is there is used. Where it
             holds a list of texts, the first text is the caption, and the metadata keeps the whole list.
         url_column: of lists; found by its name unless given. Columns beside these become the images' metadata.
-        base_uri: what the keys of a list are relative to; the folder of the list unless given.
+        base_uri: what the keys of a list are relative to; the folder of the list unless given. A list may name any file below
+            these two folders, and no other of this machine.
         download: how URLs are fetched.
         retry_rejects: try again to download what finished shards could not, if the reason may have passed. The images go into
             new shards, since finished shards must stay as they are.

@@ -1,4 +1,4 @@
-"""How much the images that one reading task fetches may take in memory, on their way and together."""
+"""How much memory the images of one shard may take while they are read, on their way and all together."""
 
 import asyncio
 

@@ -17,6 +17,7 @@ from typing import Any
 from pipelines.ingest.config import Kind
 from pipelines.ingest.download import retryable_reasons
 from pipelines.ingest.lists import slice_lists
+from pipelines.ingest.memory import SHARD_FULL
 from pipelines.ingest.not_taken import NO_IMAGE
 from pipelines.ingest.readers import NUM_THREADS, count_samples
 from pipelines.ingest.sources import Part, Source, find_parts
@@ -111,21 +112,25 @@ def extend_plan(plan: Plan | None, source: Source, size: ShardSize, exclude: str
 def plan_retries(plan: Plan, source: Source, images: Table, size: ShardSize) -> Plan:
     """Append shards for the images that finished shards could not download, for reasons that may have passed.
 
-    Existing shards stay as they are, and so do the tables that are aligned to them.
+    Existing shards stay as they are, and so do the tables that are aligned to them. Where a shard was full, the new ones are
+    planned with as many rows as it had room for.
     """
     done = [shard for shard in images.list_shards() if shard in plan.shards and shard not in plan.retried]
     reasons = retryable_reasons(source.download)
+    rows_per_shard = size.rows
     refused: dict[Part, set[str]] = {}
     for shard in done:
         rejects = images.rejects().read_shard(shard, ["source_uri", "reject_reason"]).to_pylist()
         if uris := {row["source_uri"] for row in rejects if row["reject_reason"] in reasons}:
             refused |= dict.fromkeys(plan.shards[shard], uris)
+        if any(row["reject_reason"] == SHARD_FULL for row in rejects):
+            rows_per_shard = min(rows_per_shard, max(images.read_facts(shard).num_rows, 1))
     failed = [
         replace(part, start=index, stop=index + 1)
         for part, index, row in slice_lists(source, refused)
         if row["url"] and source.resolve(part.path, row["url"]) in refused[part]
     ]
-    packed = [failed[start : start + size.rows] for start in range(0, len(failed), size.rows)]
+    packed = [failed[start : start + rows_per_shard] for start in range(0, len(failed), rows_per_shard)]
     return replace(_append(plan, packed), retried=(*plan.retried, *done))
 
 

@@ -19,6 +19,7 @@ import ray
 from ray.actor import ActorHandle
 
 from pipelines.ingest.config import CAPTION_KEYS, MAX_TEXT_BYTES, IngestConfig
+from pipelines.ingest.decoder import Decoder
 from pipelines.ingest.ledger import UNSEEN, claim, skipping, start_ledger, to_digests
 from pipelines.ingest.lists import COPIES, copy_again
 from pipelines.ingest.not_taken import AMONG_FILES, IN_SHARDS, figures_of
@@ -34,12 +35,14 @@ from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.schema import IMAGES, IMAGES_PATH, Row
 from pipelines.tables.table import Table, absolute_uri
-from pipelines.workers.images import ImageLimits, open_image, perceptual_hash, to_rgb
+from pipelines.workers.images import ImageLimits
 
 STAGE = "ingest"
 DUPLICATE = "duplicate"
 DEFAULTS = {"caption_keys": CAPTION_KEYS, "max_text_bytes": MAX_TEXT_BYTES, "text_encoding": None}
 """Settings that came later, and that are no part of the fingerprint where they are as they were before."""
+KEPT = ("id", "image_bytes", "caption", "source_uri", "metadata")
+"""Columns of SOURCE_ROWS, and the id, that the images keep."""
 
 
 def run_ingest(
@@ -96,7 +99,7 @@ class IngestWorker:
     """Rows of a source -> rows of `images`. Each image is decoded once to see whether it is whole."""
 
     def __init__(self, limits: ImageLimits):
-        self.limits = limits
+        self.decoder = Decoder(limits)
 
     def process(self, table: pa.Table) -> ShardOutput:
         """Turn the table that `ShardReader` reads for a shard into IMAGES rows and rejects.
@@ -105,29 +108,26 @@ class IngestWorker:
         """
         rows: list[Row] = []
         rejects: list[Row] = []
-        seen: dict[str, str] = {}
+        read = table.to_pylist()
+        first = {row["id"]: row for row in reversed(read) if not row["error"]}
+        whole = [row for row in read if not row["error"] and first[row["id"]] is row]
+        described = self.decoder.describe([row["image_bytes"] for row in whole])
         keys: Counter[str] = Counter()
         not_taken: Counter[str] = Counter()
-        for row in table.to_pylist():
+        for row in read:
             not_taken.update(dict(row["not_taken"] or ()))
             if row["error"]:
-                rejects.append(reject(row, RowRefused(row["error"], row["detail"])))
-            elif row["id"] in seen:
-                rejects.append(reject(row, RowRefused(DUPLICATE, _same_as(seen[row["id"]]))))
+                found: Row | RowRefused = RowRefused(row["error"], row["detail"])
+            elif first[row["id"]] is not row:
+                found = RowRefused(DUPLICATE, _same_as(first[row["id"]]["source_uri"]))
             else:
-                seen[row["id"]] = row["source_uri"]
-                try:
-                    rows.append(self._describe(row))
-                    keys.update([row["caption_key"]] if row["caption_key"] else [])
-                except RowRefused as error:
-                    rejects.append(reject(row, error))
+                found = next(described)
+            if isinstance(found, RowRefused):
+                rejects.append(reject(row, found))
+            else:
+                rows.append({name: row[name] for name in KEPT} | found)
+                keys.update([row["caption_key"]] if row["caption_key"] else [])
         return ShardOutput(rows, rejects, figures_of(keys, CAPTION_COUNTS) | figures_of(not_taken, IN_SHARDS))
-
-    def _describe(self, row: Row) -> Row:
-        opened = open_image(row["image_bytes"], self.limits)
-        image = to_rgb(opened)
-        found = {"format": opened.format, "width": image.width, "height": image.height, "phash": perceptual_hash(image)}
-        return {name: row[name] for name in ("id", "image_bytes", "caption", "source_uri", "metadata")} | found
 
 
 def image_id(image_bytes: bytes) -> str:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
@@ -28,6 +29,10 @@ PILLOW_MAX_PIXELS = 2 * 89_478_485
 """Pillow refuses larger images by itself."""
 MAX_JPEG_SCANS = 200
 """A progressive JPEG has about ten; each costs a pass over the whole image, and a few hundred KB can hold thousands."""
+USUAL_JPEG_SCANS = 20
+MAX_SCANNED_PIXELS = 2_000_000_000
+"""Scans times pixels of a JPEG that has more than USUAL_JPEG_SCANS: about 5 seconds."""
+MIN_DECODE_BYTES = 2**26
 # By their first bytes, at an offset: formats that people have, and that are not decoded.
 SIGNATURES = (
     (4, b"ftyphei", "HEIC"),
@@ -69,12 +74,18 @@ class ImageLimits:
         max_bytes: of the file; larger ones are not even fetched where their size is known before.
         max_pixels: width times height; a decoded pixel takes 3 to 4 bytes. At most 178956970.
         max_aspect_ratio: longer by shorter side. The widest bucket has 4: what is longer loses its ends.
+        decode_seconds: CPU seconds that decoding may take, before the image is refused as made to be slow.
+        decode_bytes: of memory that decoding may take.
     """
+
+    NO_VALUE: ClassVar = ("decode_seconds", "decode_bytes")
 
     min_size: int = 16
     max_bytes: int = 64 * 2**20
     max_pixels: int = 80_000_000
     max_aspect_ratio: float = 6.0
+    decode_seconds: float = 30.0
+    decode_bytes: int = 3 * 2**30
 
     def __post_init__(self) -> None:
         if not 0 < self.max_pixels <= PILLOW_MAX_PIXELS:
@@ -85,6 +96,12 @@ class ImageLimits:
             raise ValueError(f"min_size={self.min_size}, max_bytes={self.max_bytes}: both must be at least 1")
         if self.max_aspect_ratio < 1:
             raise ValueError(f"max_aspect_ratio={self.max_aspect_ratio} must be at least 1 (it is longer by shorter side)")
+        least = MIN_DECODE_BYTES + 2 * self.max_bytes
+        if self.decode_seconds <= 0 or self.decode_bytes < least:
+            raise ValueError(
+                f"decode_seconds={self.decode_seconds} must be positive, decode_bytes={self.decode_bytes} at least {least} "
+                f"for max_bytes={self.max_bytes}"
+            )
 
 
 def decode(image_bytes: bytes, limits: ImageLimits | None = None) -> Image.Image:
@@ -114,9 +131,14 @@ def open_image(image_bytes: bytes, limits: ImageLimits | None = None) -> Image.I
         raise _unidentified(image_bytes) from error
     if limits is not None:
         _check_limits(*image.size, limits)
-    if image.format in ("JPEG", "MPO") and (scans := image_bytes.count(b"\xff\xda")) > MAX_JPEG_SCANS:
-        raise RowRefused("too_large", f"{scans} scans: a JPEG made to be slow, over {MAX_JPEG_SCANS}")
+    if image.format in ("JPEG", "MPO"):
+        _check_scans(image_bytes.count(b"\xff\xda"), image.width * image.height)
     return image
+
+
+def _check_scans(scans: int, pixels: int) -> None:
+    if scans > MAX_JPEG_SCANS or (scans > USUAL_JPEG_SCANS and scans * pixels > MAX_SCANNED_PIXELS):
+        raise RowRefused("too_large", f"{scans} scans over {pixels} pixels: a JPEG made to be slow")
 
 
 def too_many_bytes(size: int, max_bytes: int) -> RowRefused:

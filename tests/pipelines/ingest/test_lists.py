@@ -287,3 +287,24 @@ def test_failed_downloads_are_tried_again_in_new_shards(tmp_path: Path, server: 
     ]
     assert run_ingest(dataset, replace(config, retry_rejects=True)).was_done
     assert server.answers["/good/none.png"] == 1 and server.answers["/flaky/1.png"] == 2
+
+
+def test_what_a_shard_had_no_room_for_and_what_was_not_allowed(tmp_path: Path, server: ImageServer, local_ray: None) -> None:
+    """Both are told, and come into new shards later."""
+    images = [encode(noise(64, 64 + number), "PNG") for number in range(6)]
+    write_files(tmp_path, {f"{number}.png": content for number, content in enumerate(images)})
+    names = [f"{number}.png" for number in range(6)]
+    (tmp_path / "list.csv").write_text("url\n" + "\n".join([f"{server.url}/good/7.png", *names]) + "\n")
+    config = IngestConfig(
+        source=str(tmp_path / "list.csv"),
+        max_shard_bytes=5 * len(images[0]) // 2,
+        max_reject_share=1,
+        download=replace(FAST, allow_private=False),
+    )
+    dataset = str(tmp_path / "dataset")
+    result = run_ingest(dataset, config)
+    assert (result.num_rows, result.rejects_by_reason) == (2, {"shard_full": 4, "private_address": 1})
+    again = run_ingest(dataset, replace(config, retry_rejects=True))
+    assert (again.num_shards, again.num_rows) == (3, 6), "as many rows in each new shard as the full one had room for"
+    allowed = run_ingest(dataset, replace(config, retry_rejects=True, download=FAST))
+    assert (allowed.num_shards, allowed.num_rows) == (3, 6), "what finished shards were asked for once is not asked again"

@@ -53,12 +53,19 @@ def test_memory_stays_bounded(corpus: tuple[Path, dict[str, Hostile]]) -> None:
     source = find_source(str(folder), "auto", max_bytes=LIMITS.max_bytes)
     table = ShardReader(source, lambda shard: list_parts(source))("00000")
     worker, process, done = IngestWorker(LIMITS), psutil.Process(), threading.Event()
-    before = peak = process.memory_info().rss
+    list(worker.decoder.describe([b""]))  # starts the process that decodes
+    assert worker.decoder.child is not None
+    decoding = psutil.Process(worker.decoder.child.pid)
+
+    def used() -> int:
+        return process.memory_info().rss + decoding.memory_info().rss
+
+    before = peak = used()
 
     def watch() -> None:
         nonlocal peak
         while not done.wait(0.002):
-            peak = max(peak, process.memory_info().rss)
+            peak = max(peak, used())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -69,6 +76,7 @@ def test_memory_stays_bounded(corpus: tuple[Path, dict[str, Hostile]]) -> None:
         watcher.join()
     assert isinstance(rows, list)
     check(cases, rows, rejects)
+    assert decoding.is_running(), "an image ended the process"
     assert peak - before < MAX_GROWTH, f"{(peak - before) / 2**20:.0f} MiB"
 
 
