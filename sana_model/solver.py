@@ -160,8 +160,9 @@ def classifier_free_guidance(
 ) -> PredictVelocity:
     """Guide: v_null + guidance_scale (v_cond - v_null), in the dtype of the latents (Ho and Salimans, arXiv 2207.12598).
 
-    Guidance acts where lo <= sigma <= hi (Kynkäänniemi et al., arXiv 2404.07724). At other noise levels, and at every level if
-    guidance_scale is 1, only `predict_conditional` is called, at half the cost.
+    Guidance acts where lo < sigma < hi (Kynkäänniemi et al., arXiv 2404.07724), strictly inside as in NVlabs' code; with the
+    interval (0, 1), the default, everywhere. At other noise levels, and at every level if guidance_scale is 1, only
+    `predict_conditional` is called, at half the cost.
 
     Args:
         predict_both: (latents, sigma) -> (v_null, v_cond), from one doubled batch.
@@ -176,7 +177,8 @@ def classifier_free_guidance(
         raise ValueError(f"guidance interval {interval} must be (lo, hi) in sigma with 0 <= lo < hi <= 1")
 
     def predict_velocity(latents: Tensor, sigma: Tensor) -> Tensor:
-        if guidance_scale == 1 or sigma < lo or sigma > hi:
+        inside = (lo, hi) == (0, 1) or lo < sigma < hi
+        if guidance_scale == 1 or not inside:
             return predict_conditional(latents, sigma)
         null, conditional = (velocity.to(latents.dtype) for velocity in predict_both(latents, sigma))
         return null + guidance_scale * (conditional - null)

@@ -1,6 +1,7 @@
 """Aspect-ratio buckets: the sizes to which images are cropped, so that a batch holds images of one size."""
 
 import math
+from typing import Literal
 
 Bucket = tuple[int, int]
 """(height, width), pixels."""
@@ -21,9 +22,18 @@ SIXTEENTHS_2048 = (
 # fmt: on
 PUBLISHED = {512: SIXTEENTHS_512, 1024: SIXTEENTHS_512, 2048: SIXTEENTHS_2048, 4096: SIXTEENTHS_2048}
 MAX_ASPECT_RATIO = 4
+MAX_AREA_FACTOR = 1.15
+"""Of generated sizes that are more than one for each shorter side: how far their area may be from the square's."""
+
+BucketTable = Literal["diffusers", "nvlabs"]
+"""Whose table of sizes.
+
+"diffusers": 33 sizes at 512 and 1024 px, with which NVlabs tests and diffusers draws. "nvlabs": the 40 sizes that NVlabs trains
+with at every resolution; where none are published or they do not divide, more sizes than the other table has.
+"""
 
 
-def buckets_for(resolution: int, unit: int) -> list[Bucket]:
+def buckets_for(resolution: int, unit: int, table: BucketTable = "diffusers") -> list[Bucket]:
     """The buckets of a resolution, from the widest to the tallest, the square one among them.
 
     For 512, 1024, 2048 and 4096 px the published ones; else sizes of about resolution^2 pixels and ratios from 1/4 to 4.
@@ -32,6 +42,7 @@ def buckets_for(resolution: int, unit: int) -> list[Bucket]:
     Args:
         resolution: side of the square bucket, pixels.
         unit: what every side must divide by: the DC-AE's factor times the transformer's patch size.
+        table: whose sizes.
 
     Raises:
         ValueError: a side does not divide by the unit.
@@ -43,8 +54,9 @@ def buckets_for(resolution: int, unit: int) -> list[Bucket]:
             f"transformer's patches divide it; the nearest is {nearest}"
         )
     if resolution not in PUBLISHED:
-        return _generate(resolution, unit)
-    buckets = [(height * resolution // 16, width * resolution // 16) for height, width in PUBLISHED[resolution]]
+        return _generate(resolution, unit) if table == "diffusers" else _generate_all(resolution, unit)
+    sixteenths = PUBLISHED[resolution] if table == "diffusers" else SIXTEENTHS_2048
+    buckets = [(height * resolution // 16, width * resolution // 16) for height, width in sixteenths]
     check_unit(buckets, unit)
     return buckets
 
@@ -80,3 +92,16 @@ def _generate(resolution: int, unit: int) -> list[Bucket]:
     wide = [(short, round(side * side / short)) for short in range(shortest, side)]
     tall = [(long, short) for short, long in reversed(wide)]
     return [(height * unit, width * unit) for height, width in [*wide, (side, side), *tall]]
+
+
+def _generate_all(resolution: int, unit: int) -> list[Bucket]:
+    """Every size whose sides divide, with ratios up to 4, and an area within MAX_AREA_FACTOR of the square's."""
+    side = resolution // unit
+    sizes = [
+        (height, width)
+        for height in range(1, 2 * side + 1)
+        for width in range(1, 2 * side + 1)
+        if max(height, width) <= MAX_ASPECT_RATIO * min(height, width)
+        and 1 / MAX_AREA_FACTOR <= height * width / side**2 <= MAX_AREA_FACTOR
+    ]
+    return [(height * unit, width * unit) for height, width in sorted(sizes, key=lambda size: (size[0] / size[1], size[0]))]

@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 
 from PIL import Image
 
+from pipelines.extract.buckets import BucketTable
 from pipelines.score.config import check_captioners
 from pipelines.stages.contract import Resources
 from pipelines.tables.schema import check_folder_name, latents_path
@@ -24,6 +25,8 @@ class ExtractConfig:
         name: of the autoencoder in the table's path, latents/<name>-<resolution>.
         autoencoder: a local folder, or a zoo://, hf:// or fsspec URI; ours, diffusers' or efficientvit's.
         resolution: pixels; an image goes to the bucket of about resolution^2 pixels whose shape is nearest.
+        buckets: whose table of bucket sizes. diffusers: 33 sizes at 512 and 1024 px. nvlabs: the 40 that Sana was trained on,
+            which cut away less of an image.
         dtype: of the stored latents.
         compute_dtype: of the autoencoder's weights and activations.
         interpolation: of the resize before the middle is cropped out; None: as published (bicubic; Lanczos at 2048 px).
@@ -42,10 +45,12 @@ class ExtractConfig:
         *("name", "check_rows", "batch_size", "prepare_threads", "device", "resources", "max_reject_share"),
         "autoencoder",  # the hash of its encoder stands for it
     )
+    SINCE: ClassVar = ("buckets",)
 
     name: str
     autoencoder: str
     resolution: int
+    buckets: BucketTable = "diffusers"
     dtype: Dtype = "float16"
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     interpolation: Interpolation | None = None

@@ -70,7 +70,8 @@ class LatentEncoder:
         self.device = pick_device(config.device)
         self.dtype = getattr(torch, config.compute_dtype)
         self.autoencoder = DCAutoencoder.from_pretrained(config.autoencoder, dtype=self.dtype).to(self.device).eval()
-        self.buckets = {resolution: buckets_for(resolution, self.autoencoder.compression) for resolution in self.configs}
+        factor = self.autoencoder.compression
+        self.buckets = {resolution: buckets_for(resolution, factor, config.buckets) for resolution in self.configs}
 
     def process(self, table: pa.Table) -> ShardOutput:
         """A row of latents for each image, or a reject."""

@@ -3,7 +3,8 @@
 The momentum is nearly all of the memory that CAME takes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -22,8 +23,44 @@ class PublishedCAME(CAME):
     The authors also factor the 3x3 kernels of depth-wise convolutions, whose first updates are then tens of times too large.
     """
 
+    factor_1x1 = False
+    """Whether 1x1 convolutions are factored too, as the matrices that they are."""
+
     def _get_options(self, param_shape: torch.Size) -> bool:
         return len(param_shape) == 2
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = closure() if closure is not None else None
+        with self._as_matrices():
+            super().step()
+        return loss
+
+    @contextmanager
+    def _as_matrices(self) -> Iterator[None]:
+        """Show 1x1 convolutions (out, in, 1, 1) that have a gradient as matrices (out, in) meanwhile, if they are factored."""
+        weights = [weight for group in self.param_groups for weight in group["params"] if weight.grad is not None]
+        seen = [(weight, weight.shape) for weight in weights if self.factor_1x1 and is_1x1(weight)]
+        try:
+            for weight, _ in seen:
+                _reshape(weight, weight.shape[:2])
+            yield
+        finally:
+            for weight, shape in seen:
+                _reshape(weight, shape)
+
+
+def is_1x1(weight: Tensor) -> bool:
+    """Whether a weight is that of a 1x1 convolution."""
+    return weight.ndim == 4 and weight.shape[2:] == (1, 1)
+
+
+def _reshape(weight: Tensor, shape: torch.Size) -> None:
+    """Give a weight and its gradient another shape, without a copy."""
+    gradient = weight.grad
+    assert gradient is not None
+    weight.grad = None
+    weight.data = weight.data.view(shape)
+    weight.grad = gradient.view(shape)
 
 
 class Came8bit(PublishedCAME):

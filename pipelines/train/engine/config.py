@@ -123,10 +123,15 @@ class CameConfig:
     Args:
         betas: decay of the momentum, of the squared gradients, and of the instability.
         eps: added to the squared gradients, and to the instability.
+        factor_1x1: factor 1x1 convolutions like the matrices that they are, as NVlabs' code does. Of the transformer this is
+            the patch embedding alone. False: as trainings here were before; their checkpoints have other states for it.
     """
+
+    SINCE: ClassVar = ("factor_1x1",)
 
     betas: tuple[float, float, float] = (0.9, 0.999, 0.9999)
     eps: tuple[float, float] = (1e-30, 1e-16)
+    factor_1x1: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

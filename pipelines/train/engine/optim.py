@@ -16,7 +16,9 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
         from pipelines.train.engine.came import Came8bit, PublishedCAME
 
         make, came = Came8bit if config.optimizer == "came_8bit" else PublishedCAME, config.came
-        return make(trained, lr=config.lr, betas=came.betas, eps=came.eps, weight_decay=config.weight_decay)
+        made = make(trained, lr=config.lr, betas=came.betas, eps=came.eps, weight_decay=config.weight_decay)
+        made.factor_1x1 = came.factor_1x1
+        return made
     betas, eps, weight_decay = config.betas, config.eps, config.weight_decay
     if config.optimizer == "adamw_8bit":
         from bitsandbytes.optim import AdamW8bit

@@ -23,6 +23,34 @@ def test_published_tables(resolution, module):
     assert len(table) == (33 if resolution <= 1024 else 40)
 
 
+MISSING_AT_1024 = {(512, 1920), (512, 1984), (1664, 576), (1792, 576), (1856, 512), (1920, 512), (1984, 512)}
+"""Sizes that NVlabs trains with at 1024 px, and diffusers' table of 33 lacks (height, width)."""
+
+
+@pytest.mark.parametrize("resolution", [512, 1024])
+def test_the_tables_that_train_have_seven_sizes_more(resolution):
+    trained, tested = set(buckets_for(resolution, 32, "nvlabs")), set(buckets_for(resolution, 32))
+    scale = 1024 // resolution
+    assert len(trained) == 40 and tested < trained
+    assert trained - tested == {(height // scale, width // scale) for height, width in MISSING_AT_1024}
+
+
+@pytest.mark.parametrize(("resolution", "largest"), [(256, 0.04), (512, 0.025), (1024, 0.025), (2048, 0.025)])
+def test_the_tables_that_train_cut_less_away(resolution, largest):
+    """The mean share of an image that is cut away, over ratios from 1/4.2 to 4.2."""
+    ratios = np.exp(np.random.default_rng(0).uniform(-np.log(4.2), np.log(4.2), 2000))
+
+    def mean_cut(buckets) -> float:
+        chosen = [nearest_bucket(ratio, 1, buckets) for ratio in ratios]
+        quotients = [height / width / ratio for (height, width), ratio in zip(chosen, ratios, strict=True)]
+        return float(np.mean([1 - min(quotient, 1 / quotient) for quotient in quotients]))
+
+    trained, other = buckets_for(resolution, 32, "nvlabs"), buckets_for(resolution, 32)
+    assert mean_cut(trained) <= min(mean_cut(other), largest)
+    assert all(height % 32 == width % 32 == 0 and 1 / 4 <= height / width <= 4 for height, width in trained)
+    assert (resolution, resolution) in trained and len(set(trained)) == len(trained) > 20
+
+
 @pytest.mark.parametrize(
     ("resolution", "unit"), [(64, 8), (64, 32), (32, 32), (128, 32), (256, 32), (256, 8), (768, 32), (640, 64)]
 )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.train.config import TrainConfig
-from pipelines.train.engine.config import EngineConfig, OptimConfig
+from pipelines.train.engine.config import CameConfig, EngineConfig, OptimConfig
 from pipelines.train.engine.deepspeed import Engine
 from pipelines.train.engine.optim import learning_rate, make_optimizer
 from sana_model.flow import flow_loss
@@ -170,6 +170,27 @@ def test_came_does_not_factor_the_kernels_of_depthwise_convolutions() -> None:
         optimizer.step()
     assert set(optimizer.state[kernel]) == {"step", "exp_avg", "exp_avg_sq", "RMS"}
     assert (kernel.detach() - before).square().mean().sqrt() < 0.5  # factored: about 8
+
+
+@pytest.mark.parametrize("name", ["came", "came_8bit"])
+def test_came_takes_1x1_convolutions_for_the_matrices_that_they_are(name: Any) -> None:
+    """As NVlabs' code does, where the configuration says so: bit for bit what the matrix gets."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(96, 80, generator=generator)
+    gradients = [torch.randn(96, 80, generator=generator) for _ in range(4)]
+    ends = {}
+    for factor in (True, False):
+        settings = OptimConfig(optimizer=name, lr=1e-2, came=CameConfig(factor_1x1=factor))
+        for shape in ((96, 80), (96, 80, 1, 1)):
+            weight = nn.Parameter(start.clone().view(shape))
+            optimizer = make_optimizer([weight], settings)
+            for gradient in gradients:
+                weight.grad = gradient.clone().view(shape)
+                optimizer.step()
+            assert weight.shape == weight.grad.shape == shape  # type: ignore[union-attr]
+            ends[factor, len(shape)] = weight.detach().view(96, 80)
+    assert torch.equal(ends[True, 4], ends[True, 2]) and torch.equal(ends[False, 2], ends[True, 2])
+    assert not torch.equal(ends[False, 4], ends[True, 4])
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
