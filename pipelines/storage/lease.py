@@ -4,9 +4,10 @@ A thread of the holder renews the lease. If the holder is killed, the lease expi
 that, or takes over at once if it can tell that the holder is gone (its process on this host has ended) or is the same owner
 (the job was restarted). The clocks of all hosts must agree to within half of `seconds`.
 
-A holder that finds its lease lost stops. The tasks that write its shards check the lease before each shard. So only one write
-can still come too late: one that was under way while its holder slept for longer than the lease. It writes a whole shard, of
-the same content unless the table was rebuilt with other settings in that moment; `jobs.verify` would show that.
+A holder that finds its lease lost stops. Whatever writes into the table (a shard, the manifest, a plan) looks at the lease
+right before, when all is ready to be written. So only one write can still come too late: one whose bytes were on their way to
+the storage while its holder slept for longer than the lease. It is a whole file, of the same content unless the table was
+rebuilt with other settings in that moment; `jobs.verify` would show that.
 """
 
 import json
