@@ -36,6 +36,12 @@ def foreign_names(tree: ast.AST) -> set[str]:
     return {alias.asname or alias.name for node in froms if node.module.split(".")[0] in FOREIGN for alias in node.names}  # type: ignore[union-attr]
 
 
+def safe_loaders(tree: ast.AST) -> set[str]:
+    """Names of YAML loaders that make nothing but plain values."""
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and "SafeLoader" in ast.unparse(node)}
+    return {"yaml.SafeLoader", "yaml.CSafeLoader", *own}
+
+
 def faults(path: str, source: str) -> list[str]:
     """Calls in a file that might run foreign code, or ask whether they may."""
     tree, found = ast.parse(source), []
@@ -53,7 +59,8 @@ def faults(path: str, source: str) -> list[str]:
             found.append(f"{path}:{call.lineno} torch.load does not say weights_only=True")
         if method in UNSAFE and (base or name in ("exec", "eval")) and not (method == "eval" and base):
             found.append(f"{path}:{call.lineno} {name}")
-        if "allow_pickle" in keywords or name == "yaml.load":
+        loader = ast.unparse(keywords["Loader"]) if "Loader" in keywords else ""
+        if "allow_pickle" in keywords or (name == "yaml.load" and loader not in safe_loaders(tree)):
             found.append(f"{path}:{call.lineno} {name}")
     return found
 
@@ -81,6 +88,8 @@ def test_every_call_that_loads_a_model_says_that_it_runs_no_code(package: str) -
         ("import torch\ntorch.load('x', weights_only=True)", False),
         ("import numpy as np\nnp.load('x', allow_pickle=True)", True),
         ("import yaml\nyaml.unsafe_load('x')", True),
+        ("import yaml\nyaml.load('x', Loader=yaml.Loader)", True),
+        ("import yaml\nyaml.load('x', Loader=yaml.SafeLoader)", False),
         ("model.eval()", False),
         ("eval('1')", True),
     ],

@@ -4,15 +4,17 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
-from functools import cache
 from typing import Any, TypeVar
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
 
-from jobs.common.config_faults import check_command_line, check_numbers, check_required, name_section
-from jobs.common.config_fields import required_fields
+from jobs.common.config_faults import check_command_line, check_numbers, check_required, check_sizes, name_section
+from jobs.common.config_fields import OFTEN_SECRET, required_fields
 from jobs.common.config_values import ConfigFault, rewrite_arguments
 from jobs.common.pipes import outlive_readers
+from jobs.common.yaml_text import check_yaml
+from sana_model.files.redact import redact, redact_values, secrets_in
 
 T = TypeVar("T")
 EPILOG = "Where a text says None, type null, in YAML and on the command line."
@@ -42,21 +44,30 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None = None, *, pr
         check_numbers(config)
         return config
     except (ArgumentError, ValueError) as error:
-        print(f"error: {_one_line(error, parser)}", f"({prog} --help explains every setting)", file=sys.stderr)
+        print(f"error: {redact(_one_line(error, parser))}", f"({prog} --help explains every setting)", file=sys.stderr)
         sys.exit(2)
 
 
-@cache
-def _import_nothing() -> None:
-    """Keep jsonargparse from importing, or calling, what a value names as its `class_path`: a YAML file may be a stranger's."""
-    # It names these configurations itself, those in lists and those that may be null; `python -m jobs.x` is __main__.
+def _trust_nothing(config_class: type) -> None:
+    """A YAML file may be a stranger's: jsonargparse imports and calls nothing that a value names, and unfolds no small file
+    into a huge configuration. (It names our own configurations itself, where a section may be absent, or stands in a list.)"""
     main = [f"__main__.{name}" for name, value in vars(sys.modules["__main__"]).items() if is_dataclass(value)]
-    own = ["jobs", "pipelines", "sana_model", *main]
+    module = [config_class.__module__] if config_class.__module__ != "__main__" else []  # `python -m jobs.x` is __main__
+    own = ["jobs", "pipelines", "sana_model", *main, *module]
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=own, instantiate_subclass_spec_in_any=False)
+    set_loader("yaml", _load_yaml, exceptions=(yaml.YAMLError,))
+
+
+USUAL_LOADER = get_loader("yaml")
+
+
+def _load_yaml(text: str) -> Any:
+    check_yaml(text)
+    return USUAL_LOADER(text)
 
 
 def _make_parser(config_class: type, prog: str, description: str) -> ArgumentParser:
-    _import_nothing()
+    _trust_nothing(config_class)
     parser = ArgumentParser(prog=prog, description=description, epilog=EPILOG, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", action="config", help="a YAML file; overrides come after it, such as --part.field value")
     parser.add_class_arguments(config_class, as_group=False)
@@ -68,6 +79,7 @@ def _make_parser(config_class: type, prog: str, description: str) -> ArgumentPar
 
 def _parse(parser: ArgumentParser, config_class: type, arguments: list[str]) -> Namespace:
     """What jsonargparse makes of the command line. Where it fails, the error says what is wrong in the user's words."""
+    check_sizes(arguments)
     try:
         return parser.parse_args(rewrite_arguments(config_class, arguments))
     except ConfigFault:
@@ -75,6 +87,8 @@ def _parse(parser: ArgumentParser, config_class: type, arguments: list[str]) -> 
     except (ArgumentError, ValueError, OSError) as error:
         check_command_line(config_class, arguments, parser.prog)
         raise ValueError(str(error)) from error
+    except RecursionError as error:
+        raise ValueError("a value is nested too deeply") from error
 
 
 def _one_line(error: Exception, parser: ArgumentParser) -> str:
@@ -142,7 +156,7 @@ def _last_config(arguments: list[str]) -> int:
 
 def from_dict(config_class: type[T], values: Mapping[str, Any]) -> T:
     """The configuration that `to_dict` was called with, from its result. Raises ValueError with the key that does not fit."""
-    _import_nothing()
+    _trust_nothing(config_class)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(config_class, as_group=False)
     try:
@@ -152,8 +166,13 @@ def from_dict(config_class: type[T], values: Mapping[str, Any]) -> T:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as plain dicts, lists and values, for YAML and MLflow."""
-    return _plain(asdict(config))
+    """A configuration as plain dicts, lists and values, for YAML, MLflow and pages. Secrets are hidden."""
+    return redact_values(_plain(asdict(config)), wholly=OFTEN_SECRET)
+
+
+def secrets_of(config: Any) -> set[str]:
+    """Passwords and keys in a configuration, as far as its names and URIs tell."""
+    return secrets_in(_plain(asdict(config)), wholly=OFTEN_SECRET)
 
 
 def _plain(value: Any) -> Any:

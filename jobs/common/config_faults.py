@@ -7,8 +7,11 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+import yaml
+
 from jobs.common.config_fields import (
     MOVED,
+    OFTEN_SECRET,
     describe,
     field_types,
     fits,
@@ -20,7 +23,9 @@ from jobs.common.config_fields import (
     suggest,
 )
 from jobs.common.config_values import ConfigFault, is_blank, read_mapping, takes_whole_numbers, whole_number
+from jobs.common.yaml_text import OversizedYAMLError, check_yaml
 from pipelines.storage.home import expand_home
+from sana_model.files.redact import HIDDEN, is_secret_name
 
 NO_FIELDS = ("config", "print_config", "help")
 ONE_SLASH = re.compile(r"([a-z][a-z0-9+.-]+):/(?!/)(.*)", re.DOTALL)
@@ -33,6 +38,17 @@ def check_command_line(config_class: type, arguments: Sequence[str], prog: str) 
             _check_file(config_class, value, prog)
         elif name not in NO_FIELDS and not name.endswith(".help"):
             _check_option(config_class, name, value)
+
+
+def check_sizes(arguments: Sequence[str]) -> None:
+    """Raise ConfigFault for a value on the command line that unfolds into too much."""
+    for name, value in _options(arguments):
+        try:
+            check_yaml(value or "")
+        except OversizedYAMLError as error:
+            raise ConfigFault(f"--{name}: {error}") from error
+        except yaml.YAMLError:
+            continue  # it may be a text
 
 
 def check_required(config_class: type, value_of: Callable[[str], Any]) -> None:
@@ -81,7 +97,7 @@ def _check_option(config_class: type, name: str, value: str | None) -> None:
     if section_of(hint) and load(value) is not None:
         _check_section_text(hint, name, value)
     elif not fits(hint, value) and not (get_origin(hint) is list and section_of(get_args(hint)[0])):
-        raise ConfigFault(f"--{name} takes {describe(hint)}, not {short(value)}")
+        raise ConfigFault(f"--{name} takes {describe(hint)}, not {_shown(name, value)}")
 
 
 def _check_section_text(hint: Any, name: str, value: str) -> None:
@@ -91,7 +107,7 @@ def _check_section_text(hint: Any, name: str, value: str) -> None:
     if isinstance(content := load(value), dict):
         _check_mapping(section, content, f"--{name}", f"{name}.", section)
     elif not Path(value).is_file():
-        raise ConfigFault(f"--{name} takes {describe(hint)}, or a YAML file with them; there is no file {short(value)}")
+        raise ConfigFault(f"--{name} takes {describe(hint)}, or a YAML file with them; there is no file {_shown(name, value)}")
     else:
         _check_mapping(section, read_mapping(value), value, f"{name}.", section)
 
@@ -139,8 +155,10 @@ def _check_value(hint: Any, value: Any, origin: str, name: str, root: type) -> N
     if is_blank(hint, value) or (takes_whole_numbers(hint) and whole_number(value) is not None):
         return None
     if not fits(hint, value):
-        quote = f" (write it in quotes: '{value}')" if hint is str and isinstance(value, (bool, int, float)) else ""
-        raise ConfigFault(f"{origin}: {name} takes {describe(hint)}, not {short(value)}{quote}")
+        quote = (
+            f" (write it in quotes: '{_shown(name, value)}')" if hint is str and isinstance(value, (bool, int, float)) else ""
+        )
+        raise ConfigFault(f"{origin}: {name} takes {describe(hint)}, not {_shown(name, value)}{quote}")
     if get_origin(hint) is list and (element := section_of(get_args(hint)[0])) and isinstance(value, list):
         for place, each in enumerate(value):
             _check_value(element, each, origin, f"{name}[{place}]", root)
@@ -198,3 +216,9 @@ def _agree(section: Any, values: Any) -> bool:
     """Whether a section's object was made of these values, as far as its texts and numbers say."""
     simple = (str, int, float, bool)
     return all(values.get(name) == value for name, value in vars(section).items() if isinstance(value, simple))
+
+
+def _shown(name: str, value: Any) -> str:
+    """A setting's value, hidden if it may be a password."""
+    parts = name.split(".")
+    return HIDDEN if is_secret_name(parts[-1]) or {*parts} & {*OFTEN_SECRET} else short(value)

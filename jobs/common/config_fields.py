@@ -9,9 +9,13 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from jobs.common.yaml_text import check_yaml
+
 WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 LONGEST_VALUE = 60
 SCALARS = (bool, int, float, NoneType, list, dict)
+OFTEN_SECRET = ("env", "extra")
+"""Settings whose texts may be passwords or keys, whatever their names are."""
 
 
 def field_types(section: type) -> dict[str, Any]:
@@ -125,6 +129,7 @@ def is_number(value: Any) -> bool:
 def load(text: str) -> Any:
     """The value that a text on the command line stands for; the text itself if it is no YAML."""
     try:
+        check_yaml(text)
         return yaml.safe_load(text)
     except yaml.YAMLError:
         return text

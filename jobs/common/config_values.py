@@ -12,6 +12,7 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from jobs.common.config_fields import hint_of, load, members, section_of, short
+from jobs.common.yaml_text import OversizedYAMLError, check_yaml
 from pipelines.storage.home import expand_home
 from pipelines.tables.text import read_text
 
@@ -154,12 +155,16 @@ def read_mapping(file: str) -> dict[Any, Any]:
     if path.is_dir():
         raise ConfigFault(f"{file} is a folder: --config takes a YAML file")
     try:
-        content = yaml.load(read_text(file), Loader=_Loader)
+        text = read_text(file)
+        check_yaml(text)
+        content = yaml.load(text, Loader=_Loader)
     except OSError as error:
         raise ConfigFault(f"{file} cannot be read: {error.strerror}") from error
     except yaml.MarkedYAMLError as error:
         where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigFault(f"{file}{where}: this is no YAML: {error.problem or error.context}") from error
+    except OversizedYAMLError as error:
+        raise ConfigFault(f"{file} holds too much: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigFault(f"{file} is no YAML file: {str(error).splitlines()[0]}") from error
     except RecursionError as error:

@@ -7,13 +7,15 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 from jobs.common.commands import COMMANDS, program
-from jobs.common.config import parse_config
+from jobs.common.config import parse_config, secrets_of
 from jobs.common.exit_codes import ExitCode, exit_code, is_expected
+from jobs.common.output import hiding
 from jobs.common.ray import JobStopped, RayConfig, start_ray, stop_on_sigterm
 from jobs.common.resources import check_local, on_cluster
 from pipelines.storage.lease import LeaseConfig
 from pipelines.tables.table import absolute_uri
 from pipelines.tracking.config import TrackingConfig
+from sana_model.files.redact import redact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,16 +70,17 @@ def run_job(
     """
     job = parse_command(job_class, argv, name=name)
     job = replace(job, dataset_uri=absolute_uri(job.dataset_uri))
-    try:
-        if not look_first(job):
-            with start_ray(job.ray) if isinstance(job, JobConfig) else stop_on_sigterm():
-                if isinstance(job, JobConfig) and not on_cluster():
-                    check_local(job)
-                run(job)
-    except JobStopped:
-        return ExitCode.STOPPED
-    except Exception as error:
-        return report_error(error, expected=is_expected(error))
+    with hiding(secrets_of(job)):
+        try:
+            if not look_first(job):
+                with start_ray(job.ray) if isinstance(job, JobConfig) else stop_on_sigterm():
+                    if isinstance(job, JobConfig) and not on_cluster():
+                        check_local(job)
+                    run(job)
+        except JobStopped:
+            return ExitCode.STOPPED
+        except Exception as error:
+            return report_error(error, expected=is_expected(error))
     return ExitCode.DONE
 
 
@@ -86,10 +89,11 @@ def run_command(
 ) -> int:
     """Parse the command line and run a command that needs no Ray; returns the exit code, which is `run`'s if it returns one."""
     config = parse_command(config_class, argv, name=name)
-    try:
-        return run(config) or ExitCode.DONE
-    except Exception as error:
-        return report_error(error, expected=is_expected(error) or isinstance(error, OSError))
+    with hiding(secrets_of(config)):
+        try:
+            return run(config) or ExitCode.DONE
+        except Exception as error:
+            return report_error(error, expected=is_expected(error) or isinstance(error, OSError))
 
 
 def parse_command(config_class: type[Config], argv: Sequence[str] | None, *, name: str) -> Config:
@@ -100,7 +104,7 @@ def parse_command(config_class: type[Config], argv: Sequence[str] | None, *, nam
 def report_error(error: Exception, *, expected: bool) -> ExitCode:
     """Print why a command failed, with a traceback unless the error is expected."""
     if not expected:
-        traceback.print_exc()
+        print(redact(traceback.format_exc()), file=sys.stderr)
         return ExitCode.FAULT
-    print(f"error: {error}", file=sys.stderr)
+    print(redact(f"error: {error}"), file=sys.stderr)
     return exit_code(error)

@@ -10,13 +10,14 @@ from ray.util.metrics import Counter as PrometheusCounter
 from ray.util.metrics import Gauge
 
 from pipelines.stages.contract import Progress
+from sana_model.files.redact import redact
 
 
 class StageMetrics:
     """Rows, rejects, shards and speed of one stage. Rows and rejects of earlier runs are not counted again."""
 
     def __init__(self, dataset_uri: str, stage: str):
-        tags = {"dataset": dataset_uri, "stage": stage}
+        tags = {"dataset": redact(dataset_uri), "stage": stage}
         keys = tuple(tags)
         self._rows = PrometheusCounter("sana_stage_rows", "Output rows of the stage", keys).set_default_tags(tags)
         self._rejects = PrometheusCounter(
@@ -44,7 +45,7 @@ class TrainMetrics:
     """Loss, speed and waiting of a training, and the times of its last report and checkpoint."""
 
     def __init__(self, dataset_uri: str):
-        self._tags = {"dataset": dataset_uri}
+        self._tags = {"dataset": redact(dataset_uri)}
         self._step = self._gauge("step", "Optimizer steps that are done")
         self._num_steps = self._gauge("num_steps", "Optimizer steps of the whole training")
         self._loss = self._gauge("loss", "Mean loss since the last report")

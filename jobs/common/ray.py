@@ -5,14 +5,17 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, ClassVar
 
+from jobs.common.local_ray import isolated
 from jobs.common.resources import on_cluster
 from pipelines.storage.errors import ErrorKind
 
+MOST_CPUS = 128
+"""Logical CPUs of a local Ray, on a machine with few cores; else 8 for each core."""
 STOPPED = b"\nstopped: all shards and checkpoints written so far stay; run the same command again to go on from there\n"
 
 
@@ -38,26 +41,42 @@ class RayConfig:
     num_cpus: int | None = None
     num_gpus: int | None = None
 
+    def __post_init__(self) -> None:
+        most = max(MOST_CPUS, 8 * (os.cpu_count() or 1))
+        if self.num_cpus is not None and not 1 <= self.num_cpus <= most:
+            raise ValueError(f"num_cpus={self.num_cpus} must be from 1 to {most}: Ray starts a process for each")
+        if self.num_gpus is not None and not 0 <= self.num_gpus <= MOST_CPUS:
+            raise ValueError(f"num_gpus={self.num_gpus} must be from 0 to {MOST_CPUS}")
+
 
 @contextmanager
 def start_ray(config: RayConfig) -> Iterator[None]:
-    """Connect to the cluster, or start a local Ray and stop it at the end. A Ray that this process has is used, and left."""
+    """Connect to the cluster, or start a local Ray and stop it at the end. A Ray that this process has is used, and left.
+
+    A local Ray is for this job alone, see `isolated`.
+    """
     import ray
     import ray.data  # sets up its loggers
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     was_there = ray.is_initialized()
-    if not was_there:
-        _init_ray(config)
-    _quiet_libraries()
-    before = signal.signal(signal.SIGTERM, _stop)  # after ray.init, which sets a handler of its own
-    try:
-        yield
-    finally:
-        if was_there:
-            signal.signal(signal.SIGTERM, before)
-        else:
-            ray.shutdown()
+    with nullcontext(_ignore) if was_there or on_cluster() else isolated() as tell_started:
+        if not was_there:
+            _init_ray(config)
+            tell_started()
+        _quiet_libraries()
+        before = signal.signal(signal.SIGTERM, _stop)  # after ray.init, which sets a handler of its own
+        try:
+            yield
+        finally:
+            if was_there:
+                signal.signal(signal.SIGTERM, before)
+            else:
+                ray.shutdown()
+
+
+def _ignore() -> None:
+    """Nobody waits for the start."""
 
 
 def _init_ray(config: RayConfig) -> None:
@@ -67,7 +86,8 @@ def _init_ray(config: RayConfig) -> None:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ side writes to this process's own stderr
     options: dict[str, Any] = {}
     if not on_cluster():
-        options = {"num_cpus": config.num_cpus, "num_gpus": config.num_gpus, "include_dashboard": False}
+        # "local": a Ray that runs here already may be another user's.
+        options = {"address": "local", "num_cpus": config.num_cpus, "num_gpus": config.num_gpus, "include_dashboard": False}
     for attempts_left in (1, 0):
         try:
             ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)

@@ -23,6 +23,7 @@ from pipelines.tables.identity import Manifest, software_versions
 from pipelines.tables.sampling import spread
 from pipelines.tables.schema import IMAGES, IMAGES_PATH
 from pipelines.tables.table import Table
+from sana_model.files.redact import redact
 
 LINEAGE_VERSION = 1  # of the schema of lineage.json
 JSON_FILE, MARKDOWN_FILE = "lineage.json", "lineage.md"
@@ -61,8 +62,8 @@ def write_lineage(dataset_uri: str, *, max_shards: int) -> Lineage:
     """Make the card and write both its files to the dataset's folder. Raises ValueError if there is no dataset."""
     lineage = make_lineage(dataset_uri, max_shards=max_shards)
     content = json.dumps({"version": LINEAGE_VERSION, **asdict(lineage)}, indent=2, ensure_ascii=False) + "\n"
-    write_file(f"{dataset_uri}/{JSON_FILE}", content.encode())
-    write_file(f"{dataset_uri}/{MARKDOWN_FILE}", to_markdown(lineage).encode())
+    write_file(f"{dataset_uri}/{JSON_FILE}", redact(content).encode())
+    write_file(f"{dataset_uri}/{MARKDOWN_FILE}", redact(to_markdown(lineage)).encode())
     return lineage
 
 

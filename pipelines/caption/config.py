@@ -1,5 +1,6 @@
 """Configuration of captioners: a VLM, its prompt, its sampling, the engine that runs it, and checks of its captions."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -112,6 +113,8 @@ class HttpConfig:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_variable):
+            raise ValueError("http.api_key_variable must be the name of an environment variable: the key itself stands there")
         if not self.base_url.startswith(("http://", "https://")):
             raise ValueError(f"http.base_url={self.base_url!r} must be a URL such as http://localhost:8000/v1")
         if (

@@ -33,6 +33,7 @@ from pipelines.tables.chance import row_seed
 from pipelines.tables.errors import StageError
 from pipelines.tables.rejects import RowRefused
 from pipelines.tables.schema import Row
+from sana_model.files.redact import SHORTEST_SECRET, redact, texts_in
 from sana_model.files.retry import TRANSIENT_STATUS, Backoff, parse_retry_after
 
 ROW_STATUS = {400, 413, 415, 422}
@@ -66,6 +67,10 @@ class HttpCaptioner:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.client = httpx.Client(headers=headers, limits=limits, timeout=self.options.timeout)
         self.url = f"{self.options.base_url.rstrip('/')}/chat/completions"
+        self.shown_url = redact(self.url)
+        # Servers quote the request in their complaints. Short texts are words such as "low", which messages have anyway.
+        given = {key or "", *texts_in(self.options.extra)}
+        self.secrets = {secret for secret in given if len(secret) >= SHORTEST_SECRET}
         self.judge = CaptionJudge(config)
 
     def process(self, table: pa.Table) -> ShardOutput:
@@ -86,7 +91,7 @@ class HttpCaptioner:
 
     def answer(self, question: Question) -> Outcome:
         """Ask, again and again where it helps. Raises StageError if no other row would fare better."""
-        limits = _Limits(self.url, self.options)
+        limits = _Limits(self.shown_url, self.options)
         told = Retrying(
             retry=retry_if_result(lambda told: isinstance(told, Trouble)),
             stop=limits.are_reached,
@@ -100,11 +105,11 @@ class HttpCaptioner:
     def _give_up(self, told: Trouble) -> RowRefused:
         """Refuse the row if the server answers something else. Raises StageError if it does not, or is busy."""
         if told.is_busy:
-            raise StageError(f"{self.url} is busy for {self.options.patience:g} s: {told.detail}. {AGAIN}")
+            raise StageError(f"{self.shown_url} is busy for {self.options.patience:g} s: {told.detail}. {AGAIN}")
         trial = Question("trial", Image.new("RGB", (SIZE_OF_TRIAL, SIZE_OF_TRIAL), "white"), "Describe the image.")
         if isinstance(self._ask(self._body(trial) | {"max_tokens": 1}), Trouble):
             attempts = f"{self.options.max_attempts} attempts at a request"
-            raise StageError(f"{self.url} gave up after {attempts}: {told.detail}. {AGAIN}")
+            raise StageError(f"{self.shown_url} gave up after {attempts}: {told.detail}. {AGAIN}")
         return RowRefused("server_error", f"the server answers others, but not this row: {told.detail}"[:500])
 
     def _ask(self, body: Row) -> Outcome | Trouble:
@@ -112,19 +117,26 @@ class HttpCaptioner:
         try:
             response = self.client.post(self.url, json=body)
         except httpx.RequestError as error:
-            return Trouble(f"{type(error).__name__}: {error}")
+            return Trouble(self._hide(f"{type(error).__name__}: {error}"))
         status = response.status_code
         if status in ROW_STATUS:
-            return refusal_of(f"{status}: {_complaint(response)}")
+            return refusal_of(f"{status}: {self._complaint(response)}")
         if status in BUSY_STATUS or status >= 500:
             return Trouble(
-                f"{status}: {_complaint(response)}",
+                f"{status}: {self._complaint(response)}",
                 status in BUSY_STATUS,
                 parse_retry_after(response.headers.get("retry-after")),
             )
         if status != 200:
-            raise StageError(f"{self.url} answers {status}: {_complaint(response)}. Look at http.base_url, model and the key")
+            told = f"{status}: {self._complaint(response)}"
+            raise StageError(f"{self.shown_url} answers {told}. Look at http.base_url, model and the key")
         return self._read(response)
+
+    def _complaint(self, response: httpx.Response) -> str:
+        return self._hide(read_complaint(response))[:400]
+
+    def _hide(self, text: str) -> str:
+        return redact(text, self.secrets)
 
     def _read(self, response: httpx.Response) -> Outcome | Trouble:
         """The body of an answer that says 200, which may be an error all the same."""
@@ -132,15 +144,17 @@ class HttpCaptioner:
             content = response.json()
             if content.get("error"):
                 code = content["error"].get("code") if isinstance(content["error"], dict) else None
-                complaint = f"200 with an error: {_complaint(response)}"
+                complaint = f"200 with an error: {self._complaint(response)}"
                 return refusal_of(complaint) if code in ROW_STATUS else Trouble(complaint, code in BUSY_STATUS)
             choice = content["choices"][0]
             caption, reason = choice["message"].get("content"), choice.get("finish_reason") or "stop"
             used = (content.get("usage") or {}).get("completion_tokens")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            return Trouble(f"200 with what is no chat completion ({type(error).__name__}): {response.text[:200]!r}")
+            told = self._hide(response.text)[:200]
+            return Trouble(f"200 with what is no chat completion ({type(error).__name__}): {told!r}")
         if reason == "content_filter" or choice["message"].get("refusal"):
-            return RowRefused("refusal", f"the server refused: {choice['message'].get('refusal') or reason}"[:500])
+            told = self._hide(str(choice["message"].get("refusal") or reason))
+            return RowRefused("refusal", f"the server refused: {told}"[:500])
         caption = caption if isinstance(caption, str) else ""
         ended = reason != "length"
         # The token that ends a caption is counted by servers; one that counts none is helped out by words.
@@ -188,12 +202,12 @@ def _trouble(state: RetryCallState) -> Trouble:
     return state.outcome.result()
 
 
-def _complaint(response: httpx.Response) -> str:
-    """What an error's body says, shortened."""
+def read_complaint(response: httpx.Response) -> str:
+    """What an error's body says, on one line."""
     try:
         content = response.json()
         error = content.get("error", content.get("detail", content))
         text = error.get("message") or json.dumps(error) if isinstance(error, dict) else str(error)
     except (ValueError, AttributeError):
         text = response.text
-    return " ".join(text.split())[:400] or response.reason_phrase
+    return " ".join(text.split()) or response.reason_phrase

@@ -15,6 +15,7 @@ from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.schema import CAPTIONS, IMAGES, IMAGES_PATH, captions_path
 from pipelines.tables.table import Table
 from pipelines.workers.models import find_model
+from sana_model.files.redact import redact_link
 
 WORKERS: dict[str, Callable[[CaptionerConfig], ShardWorker]] = {"transformers": TransformersCaptioner, "http": HttpCaptioner}
 
@@ -61,7 +62,7 @@ def find_models(config: CaptionerConfig) -> tuple[CaptionerConfig, dict[str, str
     """
     pinned, versions = config, {}
     if config.engine == "http":
-        versions[config.name] = f"{config.model}@{config.revision or 'served'}"
+        versions[config.name] = f"{redact_link(config.model)}@{config.revision or 'served'}"
     else:
         model = find_model(config.model, config.revision)
         pinned = replace(config, model=model.path, revision=model.revision)

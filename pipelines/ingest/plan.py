@@ -23,6 +23,7 @@ from pipelines.ingest.readers import NUM_THREADS, count_samples
 from pipelines.ingest.sources import Part, Source, find_parts
 from pipelines.storage.lease import Ticket
 from pipelines.tables.table import Table
+from sana_model.files.redact import redact_uri
 
 PLAN = "_sources.json"
 MAX_SHARDS = 100_000  # names have five digits
@@ -128,7 +129,7 @@ def plan_retries(plan: Plan, source: Source, images: Table, size: ShardSize) -> 
     failed = [
         replace(part, start=index, stop=index + 1)
         for part, index, row in slice_lists(source, refused)
-        if row["url"] and source.resolve(part.path, row["url"]) in refused[part]
+        if row["url"] and redact_uri(source.resolve(part.path, row["url"])) in refused[part]
     ]
     packed = [failed[start : start + rows_per_shard] for start in range(0, len(failed), rows_per_shard)]
     return replace(_append(plan, packed), retried=(*plan.retried, *done))

@@ -25,6 +25,7 @@ from pipelines.storage.lease import Ticket
 from pipelines.tables.rejects import RowRefused
 from pipelines.tables.schema import Row
 from pipelines.workers.images import too_many_bytes
+from sana_model.files.redact import redact_uri
 from sana_model.files.retry import is_transient
 
 SOURCE_ROWS = pa.schema(
@@ -81,7 +82,7 @@ def read_parts(source: Source, parts: list[Part]) -> pa.Table:
     rows = []
     for row in _read_rows(source, parts):
         for name in {"source_uri", "detail"} & row.keys():  # names may be no UTF-8, and errors name them
-            row[name] = row[name].encode(errors="backslashreplace").decode()
+            row[name] = redact_uri(row[name]).encode(errors="backslashreplace").decode()
         refused = bounds.refuse(row)
         rows.append(row | ({"image_bytes": None, "error": refused.reason, "detail": refused.detail} if refused else {}))
     return pa.Table.from_pylist(rows, SOURCE_ROWS)

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from pipelines.storage.errors import NotAFolderError, StorageError
 from sana_model.files import retry
+from sana_model.files.redact import redact
 from sana_model.files.retry import causes, describe, is_transient
 
 ADVICE = {
@@ -43,7 +44,7 @@ def call(operation: Callable[[], T], action: str, uri: str) -> T:
     except FileNotFoundError:
         raise
     except NotADirectoryError as error:
-        raise NotAFolderError(f"{_find_file(uri)} is a file: give the folder of a dataset or of a training") from error
+        raise NotAFolderError(f"{redact(_find_file(uri))} is a file: give the folder of a dataset or of a training") from error
     except Exception as error:
         if is_transient(error):
             reason = f"gave up after {retry.STORAGE_ATTEMPTS} attempts, at last {describe(error)}"
@@ -51,7 +52,7 @@ def call(operation: Callable[[], T], action: str, uri: str) -> T:
             reason = f"{advice} ({describe(error)})"
         else:
             raise
-        raise StorageError(f"cannot {action} {uri}: {reason}") from error
+        raise StorageError(f"cannot {action} {redact(uri)}: {reason}") from error
 
 
 def _find_file(uri: str) -> str:

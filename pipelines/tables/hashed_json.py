@@ -32,11 +32,14 @@ def to_hashed_json(content: Mapping[str, Any], *, indent: int | None = None) -> 
 
 
 def from_hashed_json(content: bytes) -> Any:
-    """The content of a JSON file, without its checksums. Raises ValueError if it is not what was written."""
+    """The content of a JSON file, without its checksums. Raises ValueError if it is not what was written, or no JSON."""
     end = _find_end(content)
     if end is not None and _fill_in(content, end) != content:
         raise ValueError("its content is not that of its checksum: it was damaged or edited")
-    fields = json.loads(content)
+    try:
+        fields = json.loads(content)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     named = fields.items() if isinstance(fields, dict) else ()
     if end is None and (KEYS.search(content) or any(_is_checksum(name, value) for name, value in named)):
         raise ValueError("its checksum was damaged or edited")

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pipelines.tables.schema import form_of
+from sana_model.files.redact import redact_values
 
 MANIFEST = "_manifest.json"
 PACKAGES = ("sana-on-ray", "ray", "torch", "transformers", "diffusers", "deepspeed", "vllm", "pyarrow", "pillow")
@@ -91,6 +92,8 @@ def to_manifest(content: Any) -> Manifest:
 def value_settings(config: Any) -> dict[str, Any]:
     """The settings of a configuration (a dataclass) that can change a value in a table, in JSON's types, for an `Identity`.
 
+    Passwords and keys are hidden: they are in no manifest, and another password makes no other table.
+
     Every field counts, except those that its class names in `NO_VALUE`, a tuple: table names, batch sizes, resources and so
     on. Fields that it names in `SINCE` were added after tables were made without them: they count only where they are not
     their default, which must mean what was done before. Nested configurations have a `NO_VALUE` and a `SINCE` of their own.
@@ -100,7 +103,8 @@ def value_settings(config: Any) -> dict[str, Any]:
     unknown = {*no_value, *since} - known.keys()
     assert not unknown, f"{type(config).__name__}.NO_VALUE or SINCE names no field: {unknown}"
     values = {name: getattr(config, name) for name in known if name not in no_value}
-    return {name: _plain(value) for name, value in values.items() if name not in since or value != _default(known[name])}
+    kept = {name: value for name, value in values.items() if name not in since or value != _default(known[name])}
+    return redact_values({name: _plain(value) for name, value in kept.items()})
 
 
 def _default(of: Field[Any]) -> Any:

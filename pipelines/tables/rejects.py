@@ -1,6 +1,7 @@
 """A row that a stage refuses: the reason that a worker raises or returns, and the row of the rejects table that it becomes."""
 
 from pipelines.tables.schema import Row
+from sana_model.files.redact import redact, redact_uri
 
 
 class RowRefused(Exception):
@@ -24,6 +25,13 @@ class RowRefused(Exception):
 
 
 def reject(row: Row, refused: RowRefused) -> Row:
-    """The row of the rejects table for a refused row, which may have an id, a source_uri, or both."""
-    detail = refused.detail.encode(errors="backslashreplace").decode()  # what a server or a file name says may be no Unicode
-    return {"id": row.get("id"), "source_uri": row.get("source_uri"), "reject_reason": refused.reason, "detail": detail}
+    """The row of the rejects table for a refused row, which may have an id, a source_uri, or both. Secrets are hidden."""
+    # What a server or a file name says may be no Unicode.
+    detail = redact(refused.detail).encode(errors="backslashreplace").decode()
+    source_uri = row.get("source_uri")
+    return {
+        "id": row.get("id"),
+        "source_uri": redact_uri(source_uri) if source_uri else source_uri,
+        "reject_reason": refused.reason,
+        "detail": detail,
+    }

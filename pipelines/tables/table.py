@@ -27,6 +27,7 @@ from pipelines.tables.identity import MANIFEST, Identity, Manifest, _now, descri
 from pipelines.tables.schema import MADE_BY, READ_WHOLE, REJECTS, form_of
 from pipelines.tables.sealed import TAIL_BYTES, SealedFile, write_sealed
 from sana_model.files.inside import check_inside
+from sana_model.files.redact import redact_uri
 
 REBUILD = "_rebuild.json"  # exists while the table is being deleted to be rebuilt
 REPORT = "report.html"
@@ -86,7 +87,7 @@ class Table:
 
     def name_in(self, dataset_uri: str) -> str:
         """Its path, or its URI if the table is in another dataset."""
-        return self.path if self.dataset_uri.rstrip("/") == dataset_uri.rstrip("/") else self.uri
+        return self.path if self.dataset_uri.rstrip("/") == dataset_uri.rstrip("/") else redact_uri(self.uri)
 
     def rejects(self) -> "Table":
         """The table of the refused rows, with the same shard names."""

@@ -9,6 +9,7 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 
 from pipelines.storage.errors import ErrorKind, StorageError
+from sana_model.files.redact import redact
 from sana_model.files.retry import TRANSIENT_STATUS, is_transient
 
 SERVER_ERROR = 500
@@ -63,14 +64,14 @@ def is_refused(error: BaseException) -> bool:
 
 def first_line(error: BaseException) -> str:
     """The beginning of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return redact((str(error).strip() or type(error).__name__).splitlines()[0])[:200]
 
 
 def describe(error: BaseException, uri: str) -> Exception:
     """The error for people: a TrackingError that says what to do, or a StorageError if it may pass."""
     if isinstance(error, (TrackingError, StorageError)):
         return error
-    reason = first_line(error)
+    reason, uri = first_line(error), redact(uri)
     if is_passing(error):
         return StorageError(f"MLflow cannot keep its runs in {uri}: {reason}. What was finished stays; try again later")
     fix = next((fix for part, fix in FIXES if part in reason.lower()), ANY_FIX)

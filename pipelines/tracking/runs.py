@@ -34,6 +34,7 @@ from pipelines.tracking.stores import (
     make_database,
     tracking_uri,
 )
+from sana_model.files.redact import redact, redact_uri
 
 RunEnd = Literal["FINISHED", "FAILED", "KILLED"]
 VERSIONS = ("torch", "ray", "deepspeed", "transformers", "mlflow")
@@ -107,7 +108,7 @@ class RunRequest:
             experiment=tracking.experiment,
             artifacts=artifacts_uri(uri, output_dir),
             tags=registry.resolve_tags(code_tags()),
-            key=key,
+            key=None if key is None else redact_uri(key),
         )
 
     def connect(self) -> "TrackedRun":
@@ -122,10 +123,10 @@ class RunRequest:
             return found
         tags = {"stage": self.name, **({"run_key": self.key} if self.key is not None else {}), **self.tags}
         run_id = client.create_run(experiment_id, tags=tags, run_name=self.name).info.run_id
-        params = [Param(safe_name(key), str(value)[:MAX_VALUE]) for key, value in flatten(self.config).items()]
+        params = [Param(safe_name(key), redact(str(value))[:MAX_VALUE]) for key, value in flatten(self.config).items()]
         for start in range(0, len(params), MAX_BATCH):
             client.log_batch(run_id, params=params[start : start + MAX_BATCH])
-        client.log_text(run_id, yaml.safe_dump(dict(self.config), sort_keys=False), "config.yaml")
+        client.log_text(run_id, redact(yaml.safe_dump(dict(self.config), sort_keys=False)), "config.yaml")
         return TrackedRun(run_id, self.uri)
 
     def _prepare(self) -> None:
@@ -193,7 +194,9 @@ class TrackedRun:
         return {point.key: point.step for point in client_of(self.uri).get_run(self.run_id).data._metric_objs}
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        client_of(self.uri).log_batch(self.run_id, tags=[RunTag(safe_name(name), value[:5000]) for name, value in tags.items()])
+        client_of(self.uri).log_batch(
+            self.run_id, tags=[RunTag(safe_name(name), redact(value)[:5000]) for name, value in tags.items()]
+        )
 
     def end(self, status: RunEnd) -> None:
         client_of(self.uri).set_terminated(self.run_id, status)
@@ -202,14 +205,14 @@ class TrackedRun:
         client_of(self.uri).log_image(self.run_id, image, key=key, step=step, synchronous=True)
 
     def log_html(self, html: str, name: str) -> None:
-        client_of(self.uri).log_text(self.run_id, html, name)
+        client_of(self.uri).log_text(self.run_id, redact(html), name)
 
     def log_inputs(self, dataset_uri: str, fingerprints: Mapping[str, str], context: str) -> None:
         """Record the tables (name: fingerprint) that this run read as MLflow's datasets, and what for (`context`)."""
         inputs = []
         for name, fingerprint in fingerprints.items():
             called = name if len(name) <= MAX_NAME else safe_name(name)
-            source = table_uri(dataset_uri, name)
+            source = redact(table_uri(dataset_uri, name))
             dataset = Dataset(name=called, digest=fingerprint[:32], source_type="table", source=source)
             inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", context)]))
         client_of(self.uri).log_inputs(self.run_id, inputs)

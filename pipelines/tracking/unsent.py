@@ -14,6 +14,7 @@ from pipelines.storage.errors import StorageError
 from pipelines.storage.files import read_file, remove_file, write_file
 from pipelines.tracking.faults import first_line, is_refused
 from pipelines.tracking.runs import RunRequest, TrackedRun
+from sana_model.files.redact import redact, redact_uri
 
 UNSENT = "mlflow_unsent.jsonl"
 """The file of entries that could not be sent, in the output folder of a training; there is none if all were."""
@@ -83,7 +84,7 @@ def read_unsent(folder_uri: str) -> list[Entry]:
 def write_unsent(folder_uri: str, entries: Sequence[Entry]) -> None:
     """Let these entries, and no others, wait in an output folder. Raises StorageError."""
     if entries:
-        content = "".join(f"{json.dumps(asdict(entry))}\n" for entry in entries)
+        content = redact_uri("".join(f"{json.dumps(asdict(entry))}\n" for entry in entries))
         write_file(f"{folder_uri}/{UNSENT}", content.encode())
     elif read_unsent(folder_uri):
         remove_file(f"{folder_uri}/{UNSENT}")
@@ -112,8 +113,8 @@ def send_or_keep(
     except Exception as error:  # of MLflow, its server, its database, the network
         write_unsent(folder_uri, waiting[sent:])
         return (
-            f"{len(waiting) - sent} entries could not be sent to MLflow at {request.uri} ({first_line(error)}): they wait in "
-            f"{folder_uri}/{UNSENT}"
+            f"{len(waiting) - sent} entries could not be sent to MLflow at {redact(request.uri)} ({first_line(error)}): they "
+            f"wait in {redact(folder_uri)}/{UNSENT}"
         )
     write_unsent(folder_uri, [])
     return None

@@ -8,6 +8,8 @@ from typing import Any
 from pipelines.storage.files import list_folder, read_file, write_file
 from pipelines.tables.errors import StaleTableError
 from pipelines.tables.identity import Identity, describe_differences
+from sana_model.files.redact import redact_values
+from sana_model.files.tensors import parse_json
 
 RECORD = "training.json"
 CONFIG = "train_config.json"
@@ -57,7 +59,7 @@ class TrainingRecord:
     def read(cls, output_uri: str) -> "TrainingRecord | None":
         """Read the record of an output folder; None if there is none."""
         try:
-            content = json.loads(read_file(f"{output_uri}/{RECORD}"))
+            content = parse_json(read_file(f"{output_uri}/{RECORD}"), f"{output_uri}/{RECORD}")
         except FileNotFoundError:
             return None
         identity = Identity(*(content[name] for name in ("stage", "config", "models", "inputs")))
@@ -74,10 +76,14 @@ def _last_checkpoint(output_uri: str) -> str:
 
 
 def write_config(output_uri: str, config: Any) -> None:
-    """Write a training's whole configuration, with its paths, into the output folder, for commands that read checkpoints."""
-    write_file(f"{output_uri}/{CONFIG}", (json.dumps(asdict(config), indent=2) + "\n").encode())
+    """Write a training's whole configuration, with its paths, into the output folder, for commands that read checkpoints.
+
+    Passwords in it are hidden: who needs them later gives the address again.
+    """
+    content = redact_values(asdict(config))
+    write_file(f"{output_uri}/{CONFIG}", (json.dumps(content, indent=2) + "\n").encode())
 
 
 def read_config(output_uri: str) -> dict[str, Any]:
     """Return what `write_config` wrote. Raises FileNotFoundError if it does not exist."""
-    return json.loads(read_file(f"{output_uri}/{CONFIG}"))
+    return parse_json(read_file(f"{output_uri}/{CONFIG}"), f"{output_uri}/{CONFIG}")

@@ -18,6 +18,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 
 from sana_model.files.places import resolve
+from sana_model.files.transformers_folder import check_folder
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -91,7 +92,10 @@ def pretrained(address: str, revision: str | None = None) -> tuple[str, dict[str
         return name, {"revision": commit}
     if is_hub_id(address):
         return address, {"revision": revision} if revision else {}
-    return str(resolve(address)), {}
+    place = resolve(address)
+    if place.is_dir():
+        check_folder(place)
+    return str(place), {}
 
 
 def pick_device(device: str | None) -> torch.device:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from sana_model.files.filesystems import open_filesystem
 from sana_model.files.inside import check_inside, path_inside
+from sana_model.files.redact import HIDDEN, redact
 from sana_model.files.retry import call_patiently
 from sana_model.zoo.published import find_published
 
@@ -91,6 +92,8 @@ def _from_uri(uri: str) -> Path:
 
     Of several processes of a host one copies, and the others wait for it.
     """
+    if f"{HIDDEN}@" in uri:
+        raise ValueError(f"the password of {uri} was hidden when it was written down: give the whole address again")
     filesystem, root = open_filesystem(uri)
     found = [
         name
@@ -98,11 +101,11 @@ def _from_uri(uri: str) -> Path:
         if not name.endswith("/")  # an object store's mark of a folder
     ]
     if not found:
-        raise FileNotFoundError(f"nothing at {uri!r}")
+        raise FileNotFoundError(f"nothing at {redact(uri)!r}")
     try:
         relative = {name: check_inside(_relative(name, root)) for name in found}
     except ValueError as error:
-        raise ValueError(f"{uri} cannot be copied to this machine: {error}") from error
+        raise ValueError(f"{redact(uri)} cannot be copied to this machine: {error}") from error
     stamps = sorted((name, *_stamp(call_patiently(partial(filesystem.info, name), f"read {name}"))) for name in found)
     key = hashlib.sha256(repr((uri, stamps)).encode()).hexdigest()[:24]
     is_file = call_patiently(lambda: filesystem.isfile(root), f"read {uri}")
@@ -121,12 +124,12 @@ def _fetch(filesystem: AbstractFileSystem, files: Mapping[str, str], target: Pat
     """
     partial_copy = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}."))
     try:
-        for name, relative in tqdm(files.items(), desc=f"fetching {uri}", unit="file", leave=False, disable=None):
+        for name, relative in tqdm(files.items(), desc=f"fetching {redact(uri)}", unit="file", leave=False, disable=None):
             path = path_inside(partial_copy, relative)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
             except (FileExistsError, NotADirectoryError) as error:
-                raise ValueError(f"{uri} cannot be copied to this machine: it holds {name!r} beside a file {error}") from error
+                raise ValueError(f"{redact(uri)} cannot be copied: it holds {name!r} beside a file of that name") from error
             call_patiently(partial(filesystem.get_file, name, str(path)), f"read {name}")
         shutil.rmtree(target, ignore_errors=True)
         partial_copy.rename(target)

@@ -8,14 +8,15 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from sana_model.files.atomic import write_atomically
+from sana_model.files.redact import redact_values
 
 KEYWORD = "sana"
 """Of the text chunk; also the key in `Image.info`."""
 
 
 def set_facts(image: Image.Image, facts: dict[str, Any]) -> None:
-    """Note in `image.info` how a picture was drawn. `facts` is a JSON object."""
-    image.info[KEYWORD] = json.dumps(facts, ensure_ascii=False)
+    """Note in `image.info` how a picture was drawn. `facts` is a JSON object; passwords of URIs in it are hidden."""
+    image.info[KEYWORD] = json.dumps(redact_values(facts), ensure_ascii=False)
 
 
 def read_facts(picture: Image.Image | str | Path | bytes) -> dict[str, Any]:

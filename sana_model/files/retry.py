@@ -16,6 +16,8 @@ from typing import TypeVar
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 from tenacity.wait import wait_base
 
+from sana_model.files.redact import redact
+
 TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504, *range(520, 531)})
 """HTTP: the same request may succeed later. 520 to 530 say so at Cloudflare and others: the server behind does not answer."""
 TRANSIENT_CODES = {"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "Throttling", "ThrottlingException"}
@@ -80,7 +82,7 @@ def call_patiently(operation: Callable[[], T], action: str) -> T:
         assert state.outcome is not None and state.next_action is not None
         error = describe(state.outcome.exception())
         attempt = f"attempt {state.attempt_number} of {STORAGE_ATTEMPTS}"
-        logger.warning("cannot %s (%s): %s, again in %.1f s", action, error, attempt, state.next_action.sleep)
+        logger.warning("cannot %s (%s): %s, again in %.1f s", redact(action), error, attempt, state.next_action.sleep)
 
     return Retrying(
         retry=retry_if_exception(is_transient),
@@ -119,8 +121,8 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def describe(error: BaseException | None) -> str:
-    """Type and message on one line of a log, shortened."""
-    return f"{type(error).__name__}: {error}".strip().rstrip(":")[:300]
+    """Type and message on one line of a log, shortened and without secrets."""
+    return redact(f"{type(error).__name__}: {error}".strip().rstrip(":"))[:300]
 
 
 def parse_retry_after(value: str | None) -> float | None:

@@ -27,15 +27,25 @@ WEIGHT_STEMS = ("model", "diffusion_pytorch_model")
 
 CONFIG_ENTRY = "sana_config"
 """A weights file that we write holds the model's configuration under this name: beside `state_dict`, or in the header."""
+MOST_TENSORS = 100_000
+"""In one file; the largest language models have as many in all their files together."""
+
+
+def parse_json(text: str | bytes, name: str | Path) -> Any:
+    """Parse the JSON of the file `name`. Raises ValueError that names the file, also if it is nested too deeply."""
+    try:
+        return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{name} is not valid JSON ({error}): the file is damaged or incomplete") from error
+    except RecursionError as error:
+        raise ValueError(f"{name} is nested too deeply to be what it should be: its JSON has hundreds of levels") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises ValueError that names the file if it is damaged or holds something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        what = find_stand_in(path) or f"not valid JSON ({error}): the file is damaged or incomplete"
-        raise ValueError(f"{path} is {what}") from error
+    if stand_in := find_stand_in(path):
+        raise ValueError(f"{path} is {stand_in}")
+    content = parse_json(path.read_bytes(), path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not an object")
     return content
@@ -132,12 +142,27 @@ def find_stand_in(path: Path) -> str | None:
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Read the tensors of one file. Raises ValueError that names the file if it is damaged or incomplete."""
+    check_count(path)
     try:
         return load_file(path)
     except SafetensorError as error:
         if stand_in := find_stand_in(path):
             raise ValueError(f"{path} is {stand_in}") from error
         raise ValueError(f"{path} cannot be read ({error}): the file is damaged or incomplete, fetch it again") from error
+
+
+def check_count(path: Path) -> None:
+    """Raise ValueError if a safetensors file holds more tensors than any model, which would take minutes to read one by one.
+
+    A file that is damaged passes: who reads it says so.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            count = len(file.keys())
+    except (SafetensorError, OSError):
+        return
+    if count > MOST_TENSORS:
+        raise ValueError(f"{path} holds {count} tensors, more than any model has ({MOST_TENSORS})")
 
 
 def read_weights_file(path: Path) -> dict[str, Tensor]:
@@ -164,7 +189,7 @@ def read_model_file(path: Path, *, use_ema: bool = False) -> tuple[dict[str, Ten
     state = read_safetensors(path)
     with safe_open(path, "pt") as file:
         told = (file.metadata() or {}).get(CONFIG_ENTRY)
-    return state, json.loads(told) if told else {}
+    return state, parse_json(told, path) if told else {}
 
 
 def _read_pth(path: Path, *, is_zip: bool, use_ema: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:

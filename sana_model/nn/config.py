@@ -29,6 +29,17 @@ ATTENTION_HEAD_DIM = 32
 """Width of a head of the autoencoder's linear attention."""
 
 
+MOST_LAYERS = 1000
+LARGEST_SIZE = 2**20
+
+
+def check_sizes(*, least: int = 1, most: int, **sizes: int) -> None:
+    """Raise ValueError for a size that no model has: building one would take hours, or more memory than there is."""
+    for name, size in sizes.items():
+        if type(size) is not int or not least <= size <= most:
+            raise ValueError(f"{name}={size!r} must be a whole number from {least} to {most}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SanaConfig:
     """Shape of a linear DiT. The defaults are those of Sana-0.6B.
@@ -63,6 +74,9 @@ class SanaConfig:
     """What the weights were trained to see for a dropped caption."""
 
     def __post_init__(self) -> None:
+        check_sizes(depth=self.depth, most=MOST_LAYERS)
+        names = ("dim", "num_cross_heads", "ffn_dim", "in_channels", "patch_size", "caption_dim", "base_size")
+        check_sizes(**{name: getattr(self, name) for name in names}, most=LARGEST_SIZE)
         for name, choices in (("time_input", get_args(TimeInput)), ("null_caption", get_args(NullCaption))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}")
@@ -149,6 +163,10 @@ class AutoencoderConfig:
     """None: that of `variant`."""
 
     def __post_init__(self) -> None:
+        for index, (width, *depths) in enumerate(zip(self.widths, self.encoder_depths, self.decoder_depths, strict=False)):
+            check_sizes(**{f"widths[{index}]": width}, latent_channels=self.latent_channels, most=LARGEST_SIZE)
+            named = zip(("encoder", "decoder"), depths, strict=True)
+            check_sizes(**{f"{name}_depths[{index}]": depth for name, depth in named}, least=0, most=MOST_LAYERS)
         if not len(self.widths) == len(self.encoder_depths) == len(self.decoder_depths) > 1:
             raise ValueError(
                 f"widths {self.widths}, encoder_depths {self.encoder_depths} and decoder_depths {self.decoder_depths} "

@@ -21,6 +21,7 @@ from pipelines.storage.files import NUM_THREADS
 from pipelines.tables.schema import Row
 from pipelines.tables.table import Table
 from pipelines.tables.text import clean
+from sana_model.files.redact import redact_uri
 
 CACHE_KIB = 256 * 1024
 BATCH = 10_000
@@ -186,4 +187,5 @@ class CaptionIndex:
 
 
 def _hash(form: Form) -> bytes:
-    return blake2b(f"{form.kind}\0{form.text}".encode(errors="surrogatepass"), digest_size=16).digest()
+    text = redact_uri(form.text)  # as `images` has it
+    return blake2b(f"{form.kind}\0{text}".encode(errors="surrogatepass"), digest_size=16).digest()

@@ -31,6 +31,7 @@ from pipelines.tables.identity import MANIFEST, Identity, value_settings
 from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.schema import CAPTIONS, IMAGES, IMAGES_PATH, SCORES, Row, captions_path, scores_path
 from pipelines.tables.table import Table, absolute_uri, count_reasons
+from sana_model.files.redact import redact_uri
 
 STAGE = "import_captions"
 COUNTS = "_import.json"
@@ -176,7 +177,7 @@ class CaptionImport:
 
     def _write_counts(self, index: CaptionIndex, ticket: Ticket) -> None:
         counts = vars(index.counts) | {"files": len(self.found.files), "other_files": self.found.others}
-        lines = [json.dumps(row) + "\n" for row in index.tell()]
+        lines = [redact_uri(json.dumps(row)) + "\n" for row in index.tell()]
         self.captions.write_file(NOT_IMPORTED, "".join(lines).encode(), ticket=ticket)
         self.captions.write_json(COUNTS, counts, ticket=ticket)
 

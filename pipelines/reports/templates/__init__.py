@@ -7,10 +7,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from sana_model.files.redact import redact
+
 
 def render(template: str, **values: Any) -> Markup:
-    """Render a template of this folder. Raises jinja2.UndefinedError if a value that it uses is missing."""
-    return Markup(_environment().get_template(template).render(**values))
+    """Render a template of this folder, without secrets. Raises jinja2.UndefinedError if a value that it uses is missing."""
+    return Markup(redact(_environment().get_template(template).render(**values)))
 
 
 @cache

@@ -28,9 +28,11 @@ from pipelines.train.engine.deepspeed import WHOLE, Engine
 from pipelines.train.engine.ema import EMA
 from sana_model.files.filesystems import open_filesystem
 from sana_model.files.inside import path_inside
+from sana_model.files.tensors import parse_json
 
 WEIGHTS, AVERAGE, MOMENTS = "weights", "average", "moments"
 OPTIMIZER = "optimizer.pt"
+MOST_RANKS = 100_000  # their names have five digits
 
 
 class BadCheckpointError(ValueError):
@@ -167,11 +169,13 @@ class Checkpoint:
         found = find_files(uri)
         if f"{part_name(0)}.json" not in found:
             raise UnfinishedCheckpointError(f"{uri} is not whole: {part_name(0)}.json is missing, it was never finished")
-        first = json.loads(read_file(f"{uri}/{part_name(0)}.json"))
+        first = _read_part(f"{uri}/{part_name(0)}.json")
+        if first["world_size"] > MOST_RANKS:
+            raise BadCheckpointError(f"{uri} says that it is of {first['world_size']} workers, over {MOST_RANKS}")
         names = [f"{part_name(rank)}.json" for rank in range(first["world_size"])]
         if missing := [name for name in names if name not in found]:
             raise UnfinishedCheckpointError(f"{uri} is not whole: {missing[0]} is missing, it was never finished")
-        parts = [first, *(json.loads(read_file(f"{uri}/{name}")) for name in names[1:])]
+        parts = [first, *(_read_part(f"{uri}/{name}") for name in names[1:])]
         for part in parts:
             for name, file in part["files"].items():
                 if found.get(name) != file["size"]:
@@ -208,6 +212,18 @@ class Checkpoint:
             for rank, part in enumerate(self.parts)
             if any(name in pieces and _overlap(pieces[name], piece) for name, piece in part["pieces"].items())
         ]
+
+
+def _read_part(uri: str) -> dict[str, Any]:
+    """The content of a rank's JSON file. Raises BadCheckpointError if it is none."""
+    try:
+        part = parse_json(read_file(uri), uri)
+    except ValueError as error:
+        raise BadCheckpointError(str(error)) from error
+    names = {"step", "rank", "world_size", "layout", "pieces", "shapes", "moments", "state", "files"}
+    if missing := names - (part.keys() if isinstance(part, dict) else set()):
+        raise BadCheckpointError(f"{uri} is no part of a checkpoint: it lacks {', '.join(sorted(missing))}")
+    return part
 
 
 def _get(uri: str, scratch: Path) -> Path:

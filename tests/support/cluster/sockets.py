@@ -1,19 +1,15 @@
 """Find what listens on a host, and whether it demands the cluster's token."""
 
 import http.client
-import re
-import socket
-import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import grpc
 import psutil
 
 from infra.local.cluster import Cluster
+from tests.support.sockets import listening
 
-LISTEN = "0A"
 READY_SECONDS = 5.0  # until a gRPC server greets
 WILDCARDS = ("0.0.0.0", "::")
 METHODS = (
@@ -39,25 +35,8 @@ class Listener:
 
 def listeners(cluster: Cluster, host: int) -> Iterator[Listener]:
     """Read a host's listening sockets from the kernel."""
-    family = cluster.hosts[host].family()
-    owners = {inode: name for process in family for inode, name in _sockets_of(process)}
-    for version, kind in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
-        for line in Path(f"/proc/{family[0].pid}/net/{version}").read_text().splitlines()[1:]:
-            _, local, _, state, _, _, _, _, _, inode, *_ = line.split()
-            if state == LISTEN:
-                address, port = local.split(":")
-                words = struct.pack(f"={len(address) // 8}I", *(int(word, 16) for word in re.findall(".{8}", address)))
-                yield Listener(host, socket.inet_ntop(kind, words), int(port, 16), owners.get(inode, ""))
-
-
-def _sockets_of(process: psutil.Process) -> Iterator[tuple[str, str]]:
-    try:
-        name = " ".join(process.cmdline()).strip()  # Ray pads the titles of its processes
-        for file in Path(f"/proc/{process.pid}/fd").iterdir():
-            if found := re.fullmatch(r"socket:\[(\d+)\]", str(file.readlink())):
-                yield found[1], name
-    except (OSError, psutil.Error):  # it has ended
-        return
+    for address, port, owner in listening(cluster.hosts[host].family()):
+        yield Listener(host, address, port, owner or "")
 
 
 def server_listeners(cluster: Cluster) -> dict[str, list[str]]:
