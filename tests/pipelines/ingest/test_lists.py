@@ -191,6 +191,7 @@ def test_slices_of_long_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_copy_that_is_gone_is_made_again_from_the_same_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lists, "PIECE_ROWS", 10)
+    monkeypatch.setattr(lists, "ROW_GROUP", 5)
     write_files(tmp_path, {f"{number}.png": bytes([number]) for number in range(25)})
     content = "path\n" + "\n".join(f"{number}.png" for number in range(25))
     (tmp_path / "list.csv").write_text(content)

@@ -241,7 +241,7 @@ def test_a_plan_that_lost_a_shard_is_not_extended(tmp_path):
     images, config = images_of(tmp_path / "data"), IngestConfig(source=str(tmp_path / "raw"), rows_per_shard=2)
     with Leases() as leases:
         ticket = leases.take(images.uri).ticket
-        _, plan = _plan_sources(images, config, ticket)
+        _, plan, _ = _plan_sources(images, config, ticket)
         for shard in plan.shards:
             images.write_shard(shard, pa.Table.from_pylist([], IMAGES), ticket=ticket)
         kept, lost = plan.shards.items()

@@ -72,7 +72,7 @@ def waiting_in(stream: TrainingStream) -> list[Key]:
 
 @pytest.mark.parametrize("weight", [0.1, 1.0, 2.5, 1 / 3])
 def test_a_weight_is_draws_of_each_sample_in_an_epoch(weight: float) -> None:
-    source = make_source(Table("", "", None), weight)
+    source = make_source(Table("", "latents/x", None), weight)
     totals = []
     for index in range(400):
         epochs = [source.draws(f"{index:064x}", epoch=epoch, seed=0) for epoch in range(30)]
