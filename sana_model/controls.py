@@ -57,8 +57,8 @@ class DepthDetector:
     ):
         place = resolve(model) if "://" in str(model) else model
         pinned = {"revision": revision} if revision else {}
-        self.processor = AutoProcessor.from_pretrained(place, **pinned)
-        self.model = AutoModelForDepthEstimation.from_pretrained(place, **pinned).to(device).eval()
+        self.processor = AutoProcessor.from_pretrained(place, trust_remote_code=False, **pinned)
+        self.model = AutoModelForDepthEstimation.from_pretrained(place, trust_remote_code=False, **pinned).to(device).eval()
         self.gives_distance, self.device = gives_distance, torch.device(device)
 
     @torch.inference_mode()

@@ -16,7 +16,7 @@ from pipelines.tables.rejects import RowRefused
 from pipelines.tables.schema import Row
 
 ROWS_PER_BYTE = 8  # of a file: a footer that claims more rows is wrong, or made to do harm
-BATCH_BYTES = 2**28  # of a column, decoded at once
+BATCH_BYTES = 2**26  # of a column, decoded at once
 PROBE_ROWS = 2**16
 
 ValueErrors = dict[str, str]

@@ -119,7 +119,11 @@ REFUSED: dict[str, tuple[str | bytes, list[str], str]] = {
     "1e-4 steps": (TRAIN, ["--train.num_steps", "1e-4"], "--train.num_steps takes a whole number, not '1e-4'"),
     "a required field left blank": (TRAIN.replace("~/data", ""), [], "required: --dataset_uri"),
     "Latin-1": (TRAIN.encode() + "name: Jörg\n".encode("latin-1"), [], "train.yaml is no text in UTF-8: "),
-    "anchors in anchors": ("a: &a [x, x]\n" + ANCHORS, [], "train.yaml holds too much: with its aliases written out it has more than"),
+    "anchors in anchors": (
+        "a: &a [x, x]\n" + ANCHORS,
+        [],
+        "train.yaml holds too much: with its aliases written out it has more than",
+    ),
     "nested without end": ("a: " + "[" * 20_000, [], "train.yaml, line 1: this is no YAML: exceeded maximum nesting depth"),
 }
 

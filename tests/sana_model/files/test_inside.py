@@ -72,7 +72,7 @@ MEMBERS = {
     "/evil": "absolute",
     "..\\..\\evil": "leads out of its folder",
     "e\x1bvil": "control characters",
-    "config.json/evil": "File exists|Not a directory",
+    "config.json/evil": "beside a file of that name",
     "x" * 300: "longer than 255 bytes",
 }
 
@@ -85,7 +85,7 @@ def test_a_model_in_a_zip_writes_nothing_outside_the_cache(
     archive = tmp_path / "deep" / "model.zip"
     archive.parent.mkdir()
     archive.write_bytes(zip_of(["config.json", member]))
-    with pytest.raises(ValueError, match=f"zip://.*cannot be copied to this machine.*({told})"):
+    with pytest.raises(ValueError, match=f"zip://.*cannot be copied.*({told})"):
         places.resolve(f"zip://::{archive}")
     left = [path.name for path in tmp_path.rglob("*") if path.is_file() and path != archive]
     assert [name for name in left if not name.endswith(".lock")] == []
