@@ -78,7 +78,7 @@ def take_from_picture(arguments: list[str]) -> list[str]:
     """
     addresses = [
         argument.partition("=")[2] or following
-        for argument, following in zip(arguments, [*arguments[1:], ""], strict=True)
+        for argument, following in zip(arguments, [*arguments[1:], ""], strict=False)
         if argument.partition("=")[0] == FROM_PICTURE
     ]
     if not addresses:
