@@ -89,7 +89,9 @@ class IngestConfig:
         bytes_per_shard: of image files, at most. Each actor holds several times as much in memory. The sizes of a list's images
             are unknown: only `rows_per_shard` counts there.
         max_shard_bytes: of images that are read for one shard, at most; more are refused as "shard_full". Those of a list can
-            be fetched into new shards by `retry_rejects`.
+            be fetched into new shards by `retry_rejects`. This bounds a job's memory: each actor, with the tasks that
+            read and write for it, holds at most about 11 times as much (usually 11 times `bytes_per_shard`), besides twice
+            `download.bytes_in_flight` and once `limits.decode_bytes`.
         max_text_bytes: of a file beside an image, and of the caption, the URL and the metadata in a row; larger ones are left
             out, and counted.
         text_encoding: of captions that are no UTF-8 and have no byte order mark, such as cp1252 or gb18030. Unless given, those
