@@ -120,14 +120,13 @@ def test_a_ray_that_does_not_start_is_told_in_a_line(
     assert "error: the Ray cluster at RAY_ADDRESS=10.0.0.1:6379 does not answer" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["plan --help", "status --dataset_uri {folder}", "", "nothing"])
-def test_a_pipe_whose_reader_leaves_is_no_error(command: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["plan --help", "plan --images 1000", "", "nothing"])
+def test_a_pipe_whose_reader_leaves_is_no_error(command: str) -> None:
     """As with `| head -1`: here the reader has gone before the first line."""
-    (tmp_path / "images").mkdir()
-    words = command.format(folder=tmp_path).split()
     reader, writer = os.pipe()
     os.close(reader)
-    ran = subprocess.run([sys.executable, "-m", "jobs", *words], stdout=writer, stderr=subprocess.PIPE, text=True)
+    words = [sys.executable, "-m", "jobs", *command.split()]
+    ran = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     expected = ExitCode.USAGE if command == "nothing" else ExitCode.DONE
     assert ran.returncode == expected and "BrokenPipe" not in ran.stderr and "Traceback" not in ran.stderr, ran.stderr
