@@ -60,7 +60,7 @@ def load_controlnet(
     """
     found = open_checkpoint(path, ("controlnet",), variant=variant, dtype=dtype)
     source, settings, state = found.source, found.settings, found.state
-    key_map: KeyMap = {}
+    key_map = KeyMap()
     if settings.get("model_type") == "sana_controlnet":
         config = config_from_json(ControlNetConfig, settings, source)
         if form not in (None, config.form):

@@ -68,7 +68,7 @@ def load_transformer(
     """
     found = open_checkpoint(path, ("transformer",), use_ema=use_ema, variant=variant, dtype=dtype)
     source, settings, state = found.source, found.settings, found.state
-    key_map: KeyMap = {}
+    key_map = KeyMap()
     if settings.get("model_type") == "sana_transformer":
         config = config_from_json(SanaConfig, settings, source)
     elif settings.get("_class_name") == "SanaTransformer2DModel":
@@ -156,7 +156,7 @@ def load_autoencoder(
     """
     found = open_checkpoint(path, ("autoencoder", "vae"), variant=variant, dtype=dtype)
     source, settings, state = found.source, found.settings, found.state
-    key_map: KeyMap = {}
+    key_map = KeyMap()
     if settings.get("model_type") == "dc_autoencoder":
         config = config_from_json(AutoencoderConfig, settings, source)
     elif settings.get("_class_name") == "AutoencoderDC":
