@@ -65,17 +65,7 @@ class SanaControlNet(nn.Module):
             self.time_embed = TimestepEmbedding(dim, config.time_input, guidance=False)
             self.caption_proj = CaptionProjection(config.caption_dim, dim, norm=config.caption_norm)
         self.control_proj = Linear(dim, dim)
-        self.blocks = nn.ModuleList(
-            SanaBlock(
-                dim,
-                num_heads=config.num_heads,
-                num_cross_heads=config.num_cross_heads,
-                ffn_dim=config.ffn_dim,
-                qk_norm=config.qk_norm,
-                cross_qk_norm=config.cross_qk_norm,
-            )
-            for _ in range(config.depth)
-        )
+        self.blocks = nn.ModuleList(SanaBlock(config) for _ in range(config.depth))
         self.outputs = nn.ModuleList(Linear(dim, dim) for _ in range(config.depth))
 
     @classmethod

@@ -29,17 +29,7 @@ class SanaTransformer(nn.Module):
         self.patch_embed = PatchEmbed(config.in_channels, dim, config.patch_size)
         self.time_embed = TimestepEmbedding(dim, config.time_input, guidance=config.guidance_embeds)
         self.caption_proj = CaptionProjection(config.caption_dim, dim, norm=config.caption_norm)
-        self.blocks = nn.ModuleList(
-            SanaBlock(
-                dim,
-                num_heads=config.num_heads,
-                num_cross_heads=config.num_cross_heads,
-                ffn_dim=config.ffn_dim,
-                qk_norm=config.qk_norm,
-                cross_qk_norm=config.cross_qk_norm,
-            )
-            for _ in range(config.depth)
-        )
+        self.blocks = nn.ModuleList(SanaBlock(config) for _ in range(config.depth))
         self.final_modulation = nn.Parameter(torch.empty(2, dim))
         self.head = Linear(dim, config.patch_size**2 * config.in_channels)
         self.checkpoint_every = 0

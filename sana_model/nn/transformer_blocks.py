@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from sana_model.kernels import reuse
 from sana_model.kernels.linear import Linear
 from sana_model.kernels.linear_attention import relu_linear_attention
+from sana_model.nn.config import SanaConfig
 
 
 class LinearAttention(nn.Module):
@@ -131,12 +132,12 @@ class MixFFN(nn.Module):
 class SanaBlock(nn.Module):
     """A block of the linear DiT: linear attention, cross-attention, Mix-FFN. adaLN-single modulates the first and the last."""
 
-    def __init__(self, dim: int, *, num_heads: int, num_cross_heads: int, ffn_dim: int, qk_norm: bool, cross_qk_norm: bool):
+    def __init__(self, config: SanaConfig):
         super().__init__()
-        self.attention = LinearAttention(dim, num_heads, qk_norm)
-        self.cross_attention = CrossAttention(dim, num_cross_heads, cross_qk_norm)
-        self.ffn = MixFFN(dim, ffn_dim)
-        self.modulation = nn.Parameter(torch.empty(6, dim))
+        self.attention = LinearAttention(config.dim, config.num_heads, config.qk_norm)
+        self.cross_attention = CrossAttention(config.dim, config.num_cross_heads, config.cross_qk_norm)
+        self.ffn = MixFFN(config.dim, config.ffn_dim)
+        self.modulation = nn.Parameter(torch.empty(6, config.dim))
 
     def forward(
         self,
