@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sana_model.nn.config import AUTOENCODER_PRESETS, DEFAULT_AUTOENCODER, DEFAULT_TEXT_ENCODER, PRESETS, SanaConfig
+from sana_model.nn.config import AUTOENCODER_PRESETS, DEFAULT_TEXT_ENCODER, PRESETS, SanaConfig
 
 DIFFUSERS = "_diffusers"
 
@@ -14,7 +14,8 @@ class PublishedModel:
     """A model on the Hugging Face hub.
 
     id: owner/name. short: the name under which `TextToImage.from_pretrained` knows it; "" if it has none.
-    kind: "transformer" (a file of NVlabs), "pipeline" (a folder of diffusers), "autoencoder", "text encoder", or "not read".
+    kind: "transformer" (a file of NVlabs), "pipeline" (a folder of diffusers), "controlnet", "autoencoder", "text encoder", or
+        "not read".
     resolution: pixels along a side; 0 if it has none. dtype: of the published weights.
     config: shape and inputs of the transformer; None if it has none that is known here.
     flow_shift: shift of the sampling grid. note: what else is to be known, or why it is not read.
@@ -27,42 +28,41 @@ class PublishedModel:
     dtype: str = "float32"
     config: SanaConfig | None = None
     flow_shift: float = 3.0
-    autoencoder: str = DEFAULT_AUTOENCODER
-    text_encoder: str = DEFAULT_TEXT_ENCODER
     note: str = ""
+
+
+SMALL, LARGE = PRESETS["sana-0.6b"], PRESETS["sana-1.6b"]
+NORMED: dict[str, Any] = {"qk_norm": True, "cross_qk_norm": True}
+SPRINT: dict[str, Any] = {**NORMED, "guidance_embeds": True, "time_input": "unit"}
+TEACHER: dict[str, Any] = {**NORMED, "time_input": "unit"}
+AT_512, AT_1024 = {"base_size": 16}, {"base_size": 32}
+TRANSFORMERS: list[tuple[str, str, str, SanaConfig, dict[str, Any], int, str, float]] = [
+    ("Sana_600M_512px", "", "sana-0.6b-512", SMALL, AT_512, 512, "float16", 3.0),
+    ("Sana_600M_1024px", "", "sana-0.6b-1024", SMALL, AT_1024, 1024, "float16", 4.0),
+    ("Sana_1600M_512px", "", "sana-1.6b-512-english", LARGE, AT_512, 512, "float16", 3.0),
+    ("Sana_1600M_512px_MultiLing", "", "sana-1.6b-512", LARGE, AT_512, 512, "float16", 3.0),
+    ("Sana_1600M_1024px", "", "sana-1.6b-1024-english", LARGE, AT_1024, 1024, "float16", 3.0),
+    ("Sana_1600M_1024px_MultiLing", "", "sana-1.6b-1024-multilingual", LARGE, AT_1024, 1024, "float16", 3.0),
+    ("Sana_1600M_1024px_BF16", "", "sana-1.6b-1024", LARGE, AT_1024, 1024, "bfloat16", 3.0),
+    ("Sana_1600M_2Kpx_BF16", "", "sana-1.6b-2k", PRESETS["sana-1.6b-2k"], {}, 2048, "bfloat16", 3.0),
+    ("Sana_1600M_4Kpx_BF16", "", "sana-1.6b-4k", PRESETS["sana-1.6b-4k"], {}, 4096, "bfloat16", 6.0),
+    ("SANA1.5_1.6B_1024px", "", "sana-1.5-1.6b", LARGE, NORMED, 1024, "bfloat16", 3.0),
+    ("SANA1.5_4.8B_1024px", "", "sana-1.5-4.8b", PRESETS["sana-4.8b"], {}, 1024, "bfloat16", 3.0),
+    ("Sana_Sprint_0.6B_1024px", "", "sana-sprint-0.6b", SMALL, SPRINT, 1024, "bfloat16", 3.0),
+    ("Sana_Sprint_1.6B_1024px", "", "sana-sprint-1.6b", LARGE, SPRINT, 1024, "bfloat16", 3.0),
+    ("Sana_Sprint_0.6B_1024px_teacher", "", "sana-sprint-0.6b-teacher", SMALL, TEACHER, 1024, "bfloat16", 3.0),
+    (
+        *("Sana_Sprint_1.6B_1024px_teacher", "SANA_Sprint_1.6B_1024px_teacher_diffusers", "sana-sprint-1.6b-teacher"),
+        *(LARGE, TEACHER, 1024, "bfloat16", 3.0),
+    ),
+]
+"""NVlabs' name, diffusers' name ("": the same and "_diffusers"), short name, base, fields, pixels, dtype, shift."""
 
 
 def _transformers() -> list[PublishedModel]:
     """Every transformer in both layouts, which differ in the null caption."""
-    small, large = PRESETS["sana-0.6b"], PRESETS["sana-1.6b"]
-    normed: dict[str, Any] = {"qk_norm": True, "cross_qk_norm": True}
-    sprint: dict[str, Any] = {**normed, "guidance_embeds": True, "time_input": "unit"}
-    teacher: dict[str, Any] = {**normed, "time_input": "unit"}
-    at_512, at_1024 = {"base_size": 16}, {"base_size": 32}
-    rows: list[
-        tuple[str, str, str, SanaConfig, dict[str, Any], int, str, float]
-    ] = [  # NVlabs' name, diffusers' name, short name, base, fields, pixels, dtype, shift
-        ("Sana_600M_512px", "", "sana-0.6b-512", small, at_512, 512, "float16", 3.0),
-        ("Sana_600M_1024px", "", "sana-0.6b-1024", small, at_1024, 1024, "float16", 4.0),
-        ("Sana_1600M_512px", "", "sana-1.6b-512-english", large, at_512, 512, "float16", 3.0),
-        ("Sana_1600M_512px_MultiLing", "", "sana-1.6b-512", large, at_512, 512, "float16", 3.0),
-        ("Sana_1600M_1024px", "", "sana-1.6b-1024-english", large, at_1024, 1024, "float16", 3.0),
-        ("Sana_1600M_1024px_MultiLing", "", "sana-1.6b-1024-multilingual", large, at_1024, 1024, "float16", 3.0),
-        ("Sana_1600M_1024px_BF16", "", "sana-1.6b-1024", large, at_1024, 1024, "bfloat16", 3.0),
-        ("Sana_1600M_2Kpx_BF16", "", "sana-1.6b-2k", PRESETS["sana-1.6b-2k"], {}, 2048, "bfloat16", 3.0),
-        ("Sana_1600M_4Kpx_BF16", "", "sana-1.6b-4k", PRESETS["sana-1.6b-4k"], {}, 4096, "bfloat16", 6.0),
-        ("SANA1.5_1.6B_1024px", "", "sana-1.5-1.6b", large, normed, 1024, "bfloat16", 3.0),
-        ("SANA1.5_4.8B_1024px", "", "sana-1.5-4.8b", PRESETS["sana-4.8b"], {}, 1024, "bfloat16", 3.0),
-        ("Sana_Sprint_0.6B_1024px", "", "sana-sprint-0.6b", small, sprint, 1024, "bfloat16", 3.0),
-        ("Sana_Sprint_1.6B_1024px", "", "sana-sprint-1.6b", large, sprint, 1024, "bfloat16", 3.0),
-        ("Sana_Sprint_0.6B_1024px_teacher", "", "sana-sprint-0.6b-teacher", small, teacher, 1024, "bfloat16", 3.0),
-        (
-            *("Sana_Sprint_1.6B_1024px_teacher", "SANA_Sprint_1.6B_1024px_teacher_diffusers", "sana-sprint-1.6b-teacher"),
-            *(large, teacher, 1024, "bfloat16", 3.0),
-        ),
-    ]
     found = []
-    for name, theirs, short, base, fields, pixels, dtype, shift in rows:
+    for name, theirs, short, base, fields, pixels, dtype, shift in TRANSFORMERS:
         config = replace(base, **{"time_input": "whole", "null_caption": "caption_mask", **fields})
         owner = "Efficient-Large-Model"
         found += [
