@@ -6,6 +6,7 @@ x_t = (1 - sigma) x_0 + sigma eps: sigma 0 is clean, sigma 1 is pure noise, and 
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -75,8 +76,9 @@ def sample_sigmas(
     return shift_sigmas(sigmas, shift).clamp(eps, 1 - eps).to(device or generator.device)
 
 
+@cache  # a training asks for them at every step
 def whole_sigmas(shift: float) -> Tensor:
-    """The noise levels that NVlabs' code trains at: (1000,) float32, increasing from 0.
+    """The noise levels that NVlabs' code trains at: (1000,) float32, increasing from 0. Not to be changed in place.
 
     Level i is i / 1000, shifted, and its time input is 1000 sigma without the fraction. NVlabs computes both in float64, where
     some products lie just beside a whole number; a level that float32 would round across it is moved back by the smallest step.

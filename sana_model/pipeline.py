@@ -183,43 +183,34 @@ class TextToImage(nn.Module):
         number and is none, and for pictures as `StartPictures.check` says. Raises NotFiniteError, a ValueError, if a model
         gives values that are not finite.
         """
-        sprints = self.transformer.config.guidance_embeds
-        solver = solver or (SCM if sprints else "flow_dpm_solver")
-        num_steps = (2 if sprints else 20) if num_steps is None else num_steps
-        if solver not in ((SCM,) if sprints else SOLVERS):
-            choices = "its own is scm" if sprints else f"choose one of {', '.join(SOLVERS)}"
-            raise ValueError(f"unknown solver {solver!r} for this model: {choices}")
-        if sprints and (negative_prompt or tuple(guidance_interval) != (0.0, 1.0)):
-            raise ValueError("Sana-Sprint guides within the model: it takes neither a negative_prompt nor a guidance_interval")
+        solver, num_steps = self._choose_solver(solver, num_steps, negative_prompt, guidance_interval)
         num_images_per_prompt = whole_number("num_images_per_prompt", num_images_per_prompt)
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt={num_images_per_prompt} must be at least 1")
-        num_steps, guidance_scale = whole_number("num_steps", num_steps), real_number("guidance_scale", guidance_scale)
+        guidance_scale = real_number("guidance_scale", guidance_scale)
         control_scale, negative_prompt = real_number("control_scale", control_scale), text("negative_prompt", negative_prompt)
         start = StartPictures.check(image, mask, strength, len(prompts))
         guide = GuidePictures.check(control_image, len(prompts), self.autoencoder, self.controlnet)
         height, width = self.image_size(height, width, start or guide)
         seeds = image_seeds(seed, generator, len(prompts), num_images_per_prompt)
-        captions, null = self._encode(prompts, negative_prompt, num_images_per_prompt)
+        captions = self._encode(prompts, num_images_per_prompt)
         if (cut := self.describe_cut(prompts)) is not None:
             warnings.warn(cut, stacklevel=2)
         control = self._control(guide, height, width, len(prompts) * num_images_per_prompt, control_scale)
         draw_noise = self._noise_source(len(prompts) * num_images_per_prompt, height, width, seeds, generator)
         noise = draw_noise()
-        solve: Solver
-        if sprints:
+        if self.transformer.config.guidance_embeds:
             predict_velocity = embedded_guidance_velocity(self.transformer, captions, guidance_scale, control)
-            solve, sigmas = partial(scm, draw_noise=draw_noise), scm_sigmas(num_steps)
         else:
             predict_velocity = guided_velocity(
                 self.transformer,
                 captions,
-                null,
+                self._encode_null(captions, negative_prompt),
                 guidance_scale=guidance_scale,
                 guidance_interval=guidance_interval,
                 control=control,
             )
-            solve, sigmas = SOLVERS[solver][0], SOLVERS[solver][1](num_steps, self.flow_shift)
+        solve, sigmas = self._make_solver(solver, num_steps, draw_noise)
 
         def draw(predict: PredictVelocity, latents: Tensor, grid: Tensor) -> Tensor:
             drawn = solve(predict, latents, grid, on_step=on_step)
@@ -235,32 +226,63 @@ class TextToImage(nn.Module):
             "guidance_interval": list(guidance_interval), "negative_prompt": negative_prompt, "solver": solver,
             "strength": start.strength if start else None, "control_scale": control_scale if guide else None,
         }  # fmt: skip
-        dtype = str(self.transformer.head.weight.dtype).removeprefix("torch.")
-        for index, drawn in enumerate(images):
-            facts = {"prompt": prompts[index // num_images_per_prompt], "seed": seeds[index] if seeds else None}
-            set_facts(drawn, facts | {"model": self.name, "dtype": dtype, "flow_shift": self.flow_shift, "settings": settings})
+        self._note(images, prompts, seeds, settings)
         return images
+
+    def _choose_solver(
+        self, solver: str | None, num_steps: int | None, negative_prompt: str | None, guidance_interval: tuple[float, float]
+    ) -> tuple[str, int]:
+        """The solver and its number of steps; None stands for the model's own. Raises ValueError for what it cannot take."""
+        sprints = self.transformer.config.guidance_embeds
+        solver = solver or (SCM if sprints else "flow_dpm_solver")
+        num_steps = (2 if sprints else 20) if num_steps is None else num_steps
+        if solver not in ((SCM,) if sprints else SOLVERS):
+            choices = "its own is scm" if sprints else f"choose one of {', '.join(SOLVERS)}"
+            raise ValueError(f"unknown solver {solver!r} for this model: {choices}")
+        if sprints and (negative_prompt or tuple(guidance_interval) != (0.0, 1.0)):
+            raise ValueError("Sana-Sprint guides within the model: it takes neither a negative_prompt nor a guidance_interval")
+        return solver, whole_number("num_steps", num_steps)
+
+    def _make_solver(self, name: str, num_steps: int, draw_noise: Callable[[], Tensor]) -> tuple[Solver, Tensor]:
+        """A solver and its grid. `draw_noise`: as `scm` takes it."""
+        if name == SCM:
+            return partial(scm, draw_noise=draw_noise), scm_sigmas(num_steps)
+        solve, make_grid = SOLVERS[name]
+        return solve, make_grid(num_steps, self.flow_shift)
+
+    def _note(self, images: list[Image.Image], prompts: list[str], seeds: list[int] | None, settings: dict[str, Any]) -> None:
+        """Note in each image how it was drawn; those of a prompt follow each other."""
+        each = len(images) // len(prompts)
+        facts = {"model": self.name, "dtype": name_dtype(self.transformer.head.weight.dtype), "flow_shift": self.flow_shift}
+        for index, image in enumerate(images):
+            own = {"prompt": prompts[index // each], "seed": seeds[index] if seeds else None}
+            set_facts(image, own | facts | {"settings": settings})
 
     def describe_cut(self, prompts: list[str]) -> str | None:
         """Say which prompts are too long for the text encoder, which cuts them; None if none is."""
         return describe_cut(prompts, self.text_encoder.count_tokens(prompts), self.text_encoder.config.max_tokens)
 
-    def _encode(self, prompts: list[str], negative_prompt: str, num_each: int) -> tuple[Caption, Caption]:
-        """Encode prompts, each `num_each` times, and what guidance leads away from.
-
-        Raises NotFiniteError if a result is not finite, in the dtype of the transformer too.
-        """
+    def _encode(self, prompts: list[str], num_each: int) -> Caption:
+        """Encode prompts, each `num_each` times. Raises NotFiniteError."""
         embeds, mask = (each.repeat_interleave(num_each, 0) for each in self.text_encoder.encode(prompts))
-        null = self.text_encoder.encode_null(mask, self.transformer.config.null_caption, negative_prompt)
+        self._check_states(embeds)
+        return embeds, mask
+
+    def _encode_null(self, captions: Caption, negative_prompt: str) -> Caption:
+        """Encode what guidance leads away from. Raises NotFiniteError."""
+        null = self.text_encoder.encode_null(captions[1], self.transformer.config.null_caption, negative_prompt)
+        self._check_states(null[0])
+        return null
+
+    def _check_states(self, states: Tensor) -> None:
+        """Raise NotFiniteError if what the text encoder gave is not finite, in the dtype of the transformer too."""
+        check_finite(states, self.text_encoder, "text encoder", dtype=self.text_encoder.dtype)
         dtype = self.transformer.head.weight.dtype
-        for states in (embeds, null[0]):
-            check_finite(states, self.text_encoder, "text encoder", dtype=self.text_encoder.dtype)
-            if not bool(torch.isfinite(states.to(dtype)).all()):
-                raise NotFiniteError(
-                    f"the text encoder gives values of up to {states.abs().max():.3g}, too large for the transformer in "
-                    f"{name_dtype(dtype)}: take bfloat16 or float32 for the transformer"
-                )
-        return (embeds, mask), null
+        if not bool(torch.isfinite(states.to(dtype)).all()):
+            raise NotFiniteError(
+                f"the text encoder gives values of up to {states.abs().max():.3g}, too large for the transformer in "
+                f"{name_dtype(dtype)}: take bfloat16 or float32 for the transformer"
+            )
 
     def _control(self, guide: GuidePictures | None, height: int, width: int, count: int, scale: float) -> Control | None:
         """The ControlNet with the latents of its pictures, for `count` images. Raises ValueError if they have another size."""
