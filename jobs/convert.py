@@ -58,7 +58,7 @@ def convert(config: ConvertConfig) -> str:
     """
     import torch
 
-    from sana_model.files.checkpoint import PIPELINE_INDEXES
+    from sana_model.files.checkpoint import PIPELINE_INDEXES, OtherModelError
     from sana_model.files.places import resolve
     from sana_model.nn.autoencoder import DCAutoencoder
     from sana_model.nn.transformer import SanaTransformer
@@ -71,9 +71,7 @@ def convert(config: ConvertConfig) -> str:
         return "a pipeline"
     try:
         transformer = SanaTransformer.from_pretrained(local, use_ema=config.ema, dtype=dtype, **config.overrides)
-    except ValueError as no_transformer:
-        if "linear DiT" not in str(no_transformer):
-            raise
+    except OtherModelError as no_transformer:
         try:
             autoencoder = DCAutoencoder.from_pretrained(local, dtype=dtype)
         except ValueError as no_autoencoder:

@@ -26,6 +26,10 @@ PIPELINE_INDEXES = ("pipeline.json", "model_index.json")  # of a whole pipeline'
 BESIDE_DIFFUSERS = "null_caption_embeds.safetensors"  # what a transformer keeps and diffusers' layout has no place for
 
 
+class OtherModelError(ValueError):
+    """A checkpoint holds another model than the one that is asked for."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """One model's weights as they were found."""

@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 from sana_model.files import key_maps
 from sana_model.files.checkpoint import (
     BESIDE_DIFFUSERS,
+    OtherModelError,
     check_layout,
     class_of,
     config_from_json,
@@ -81,7 +82,7 @@ def load_transformer(
         told = {name: value for name, value in found.told.items() if name != "controlnet"}
         config = transformer_config_from_nvlabs(state, told, source, overrides)
     else:
-        raise ValueError(f"{source} is not a linear DiT that is known here: {class_of(settings, found.told)}")
+        raise OtherModelError(f"{source} is not a linear DiT that is known here: {class_of(settings, found.told)}")
     if key_map is key_maps.TRANSFORMER_NVLABS:  # what else is in the file is read by `load_controlnet`
         state = {name: tensor for name, tensor in state.items() if not name.startswith(key_maps.CONTROLNET_PREFIX)}
     kept = {name: state.pop(theirs) for name, theirs in _kept_names(key_map).items() if theirs in state}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sana_model.files.checkpoint import config_from_json
+from sana_model.files.checkpoint import OtherModelError, config_from_json
 from sana_model.files.key_maps import (
     NVLABS_POSITIONS,
     TRANSFORMER_DIFFUSERS,
@@ -116,7 +116,10 @@ def cross_heads(dim: int, given: int | None, source: Path) -> int:
 
 
 def shape_from_weights(state: dict[str, Tensor], key_map: KeyMap, source: Path) -> dict[str, Any]:
-    """The fields of `SanaConfig` that the shapes and names of tensors show. Raises ValueError if they are of another model."""
+    """The fields of `SanaConfig` that the shapes and names of tensors show.
+
+    Raises OtherModelError if they are of another model, ValueError for a bad shape.
+    """
 
     def their_name(key: str) -> str:
         return translate(key, key_map).names[0]
@@ -125,7 +128,7 @@ def shape_from_weights(state: dict[str, Tensor], key_map: KeyMap, source: Path) 
     for key, ndim in dimensions.items():
         name = their_name(key)
         if name not in state:
-            raise ValueError(f"{source} is no checkpoint of a linear DiT: it has no {name}")
+            raise OtherModelError(f"{source} is no checkpoint of a linear DiT: it has no {name}")
         if state[name].ndim != ndim:
             raise ValueError(f"{source}: misshapen {name}: {tuple(state[name].shape)}, expected {ndim} dimensions")
     patch_embed, ffn_project, caption = (state[their_name(key)].shape for key in dimensions)
