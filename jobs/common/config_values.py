@@ -17,8 +17,6 @@ from pipelines.storage.home import expand_home
 from pipelines.tables.text import read_text
 
 COUNT = re.compile(r"[+-]?\d[\d_]*(\.\d*)?([eE]\+?\d{1,3})?")
-MAX_VALUES = 100_000
-"""A configuration that holds more, which anchors in anchors can do in a few lines, is refused."""
 
 
 class ConfigFault(ValueError):
@@ -72,44 +70,35 @@ def _rewrite(config_class: type, name: str, text: str) -> str:
         return str(number)
     file = Path(expand_home(text))
     if section_of(hint) and (_is_file(file) or (name == "config" and not isinstance(load(text), dict))):
-        return dump(_Normalizer().normalize(hint, read_mapping(str(file)), file.parent))
+        return dump(_normalize(hint, read_mapping(str(file)), file.parent))
     kinds = {get_origin(member) or member for member in members(hint)}
     content, takes_mapping = load(text), dict in kinds or section_of(hint) is not None
     if (isinstance(content, list) and kinds & {list, tuple}) or (isinstance(content, dict) and takes_mapping):
-        return dump(_Normalizer().normalize(hint, content, Path()))
+        return dump(_normalize(hint, content, Path()))
     return expand_home(text)
 
 
-class _Normalizer:
-    """Brings the values of one file into the form that the parser takes."""
+def _normalize(hint: Any, value: Any, folder: Path) -> Any:
+    """Bring a value of this type, and all that is in it, into the form that the parser takes.
 
-    def __init__(self) -> None:
-        self.num_values = 0
-
-    def normalize(self, hint: Any, value: Any, folder: Path) -> Any:
-        """Bring a value of this type, and all that is in it, into the form that the parser takes.
-
-        Args:
-            hint: None: any.
-            folder: of the file that it stands in: a section may be the name of another file, which is read too.
-        """
-        self.num_values += 1
-        if self.num_values > MAX_VALUES:
-            raise ConfigFault(f"the configuration holds more than {MAX_VALUES:,} values: anchors in anchors?")
-        section = section_of(hint)
-        if section and isinstance(value, str) and _is_file(file := folder / expand_home(value)):
-            value, folder = read_mapping(str(file)), file.parent
-        if isinstance(value, dict):
-            hints = {key: hint_of(section, str(key)) if section else None for key in value}
-            entries = [(key, inner) for key, inner in value.items() if not is_blank(hints[key], inner)]
-            return {key: self.normalize(hints[key], inner, folder) for key, inner in entries}
-        if isinstance(value, list):
-            lists = (member for member in members(hint) if get_origin(member) in (list, tuple))
-            element = next((get_args(member)[0] for member in lists if get_args(member)), None)
-            return [self.normalize(element, inner, folder) for inner in value]
-        if takes_whole_numbers(hint) and (number := whole_number(value)) is not None:
-            return number
-        return expand_home(value) if isinstance(value, str) else value
+    Args:
+        hint: None: any.
+        folder: of the file that it stands in: a section may be the name of another file, which is read too.
+    """
+    section = section_of(hint)
+    if section and isinstance(value, str) and _is_file(file := folder / expand_home(value)):
+        value, folder = read_mapping(str(file)), file.parent
+    if isinstance(value, dict):
+        hints = {key: hint_of(section, str(key)) if section else None for key in value}
+        entries = [(key, inner) for key, inner in value.items() if not is_blank(hints[key], inner)]
+        return {key: _normalize(hints[key], inner, folder) for key, inner in entries}
+    if isinstance(value, list):
+        lists = (member for member in members(hint) if get_origin(member) in (list, tuple))
+        element = next((get_args(member)[0] for member in lists if get_args(member)), None)
+        return [_normalize(element, inner, folder) for inner in value]
+    if takes_whole_numbers(hint) and (number := whole_number(value)) is not None:
+        return number
+    return expand_home(value) if isinstance(value, str) else value
 
 
 def _is_file(path: Path) -> bool:
@@ -167,8 +156,6 @@ def read_mapping(file: str) -> dict[Any, Any]:
         raise ConfigFault(f"{file} holds too much: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigFault(f"{file} is no YAML file: {str(error).splitlines()[0]}") from error
-    except RecursionError as error:
-        raise ConfigFault(f"{file} is nested too deep for a configuration") from error
     except ValueError as error:
         raise ConfigFault(str(error)) from error
     if content is None:

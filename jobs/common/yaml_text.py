@@ -4,7 +4,7 @@ from typing import Any
 
 import yaml
 
-MOST_VALUES = 200_000  # of a file, when all its aliases are written out
+MOST_VALUES = 100_000  # of a file, when all its aliases are written out
 MOST_LEVELS = 100
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
