@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from pipelines.draw.config import StartConfig
 from pipelines.storage.files import read_file
@@ -17,7 +18,7 @@ class PictureFile:
     uri: str
     content: bytes
 
-    @property
+    @cached_property
     def size(self) -> tuple[int, int]:
         """(width, height) in pixels, upright. Raises ValueError if it is no picture."""
         try:
