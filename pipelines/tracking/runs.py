@@ -118,7 +118,7 @@ class RunRequest:
         self._prepare()
         experiment_id = find_experiment(self.uri, self.experiment, self.artifacts)
         client = client_of(self.uri)
-        if (found := self.find()) is not None:
+        if (found := self._find_in(experiment_id)) is not None:
             client.update_run(found.run_id, status="RUNNING")
             return found
         tags = {"stage": self.name, **({"run_key": self.key} if self.key is not None else {}), **self.tags}
@@ -137,15 +137,18 @@ class RunRequest:
     def find(self) -> "TrackedRun | None":
         """Return the run, or None if it was not made yet. Raises MLflow's own errors."""
         self._prepare()
-        client = client_of(self.uri)
-        experiment = client.get_experiment_by_name(self.experiment)
-        if self.key is None or experiment is None:
+        experiment = client_of(self.uri).get_experiment_by_name(self.experiment)
+        return None if experiment is None else self._find_in(experiment.experiment_id)
+
+    def _find_in(self, experiment_id: str) -> "TrackedRun | None":
+        """Return the run that has this key in an experiment, or None. Raises MLflow's own errors."""
+        if self.key is None:
             return None
         quote = "'" if "'" not in self.key else '"'
         wanted = f"tags.run_key = {quote}{self.key}{quote}"
         if quote in self.key:  # MLflow's filters have no escapes
             wanted = f"tags.stage = '{self.name}'"
-        found = client.search_runs([experiment.experiment_id], wanted)
+        found = client_of(self.uri).search_runs([experiment_id], wanted)
         runs = (run.info.run_id for run in found if run.data.tags.get("run_key") == self.key)
         return next((TrackedRun(run_id, self.uri) for run_id in runs), None)
 
