@@ -16,7 +16,7 @@ from pipelines.ingest.plan import read_plan
 from pipelines.storage.files import NUM_THREADS, list_folder, read_file
 from pipelines.storage.lease import read_lease
 from pipelines.tables.errors import DamagedFileError
-from pipelines.tables.identity import Manifest
+from pipelines.tables.identity import LaterVersionError, Manifest
 from pipelines.tables.schema import IMAGES_PATH, NESTED, TABLE_SCHEMAS, form_of, schema_of
 from pipelines.tables.table import REBUILD, Table, is_elsewhere
 from pipelines.train.record import RECORD
@@ -133,7 +133,8 @@ def find_table(dataset_uri: str, path: str) -> FoundTable | None:
     try:
         manifest = table.read_manifest()
     except DamagedFileError as error:
-        return FoundTable(table=table, manifest=None, problem=str(error), is_later="unexpected keyword" in str(error))
+        is_later = isinstance(error.__cause__, LaterVersionError)
+        return FoundTable(table=table, manifest=None, problem=str(error), is_later=is_later)
     if manifest is not None:
         table = Table(dataset_uri, path, schema_of(path, manifest.config))
     if manifest is None and not table.list_shards() and REBUILD not in list_folder(table.uri):

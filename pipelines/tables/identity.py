@@ -80,8 +80,17 @@ class Manifest:
         return self.schema_version != form_of(self.stage)
 
 
+class LaterVersionError(ValueError):
+    """A manifest has fields that this version does not know."""
+
+
 def to_manifest(content: Any) -> Manifest:
-    """The manifest from the content of its file. Raises TypeError or ValueError if it is none of this version."""
+    """The manifest from the content of its file.
+
+    Raises LaterVersionError; TypeError or another ValueError if it is no manifest.
+    """
+    if isinstance(content, dict) and (unknown := content.keys() - {one.name for one in fields(Manifest)}):
+        raise LaterVersionError(f"a later version wrote it: it has {', '.join(sorted(unknown))}")
     manifest = Manifest(**content)
     for name in ("config", "models", "inputs", "rejects_by_reason", "figures"):
         if not isinstance(value := getattr(manifest, name), dict):
