@@ -71,8 +71,10 @@ class TrainingRecord:
 
 
 def _last_checkpoint(output_uri: str) -> str:
+    from pipelines.train.engine.checkpoints import list_checkpoints  # imports torch, which other readers do without
+
     folder = f"{output_uri}/{CHECKPOINTS_DIR}"
-    return f"{folder}/{max(list_folder(folder), default='step-...')}"
+    return next(iter(list_checkpoints(folder)), f"{folder}/step-...")
 
 
 def write_config(output_uri: str, config: Any) -> None:
