@@ -25,7 +25,8 @@ def read_picture(address: str) -> bytes:
     uri, _, wanted = address.partition("#")
     if not wanted:
         return read_file(address)
-    dataset_uri, group, name = _split_table(absolute_uri(uri))
+    folder, name = posixpath.split(absolute_uri(uri))
+    dataset_uri, group = posixpath.split(folder)
     if group != "samples":
         raise ValueError(f"{address} is no picture of a samples table: write <dataset>/samples/<name>#<id>")
     table = Table(dataset_uri, samples_path(name), SAMPLES)
@@ -74,10 +75,3 @@ def settings_of(address: str) -> dict[str, Any]:
         found |= {"sample.start.strength": drawn["strength"]}
         found |= {f"sample.start.{name}": facts[name] for name in ("image", "mask") if name in facts}
     return {name: value for name, value in found.items() if value is not None}
-
-
-def _split_table(uri: str) -> tuple[str, str, str]:
-    """A table's URI as dataset, kind of table, and name."""
-    folder, name = posixpath.split(uri.rstrip("/"))
-    dataset_uri, group = posixpath.split(folder)
-    return dataset_uri, group, name
