@@ -205,11 +205,10 @@ def _find_parts(metadata: pq.FileMetaData) -> list[Part]:
             chunk = row_group.column(index)
             name = chunk.path_in_schema.split(".")[0]
             start = chunk.dictionary_page_offset or chunk.data_page_offset
+            stop = start + chunk.total_compressed_size
             if parts and parts[-1][:2] == (group, name):
                 start = parts.pop().start
-            parts.append(
-                Part(group, name, start, (chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size)
-            )
+            parts.append(Part(group, name, start, stop))
     return parts
 
 
