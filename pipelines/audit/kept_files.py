@@ -6,14 +6,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.audit.violations import REPAIR, Action, Violation, mend_or_move
+from pipelines.audit.violations import Violation, maker_of, mend_or_move, move
 from pipelines.ingest.plan import PLAN, to_plan
 from pipelines.score.verdicts import GENERATIONS, to_generations
 from pipelines.storage.files import read_file
 from pipelines.storage.lease import LEASE
 from pipelines.tables.errors import DamagedFileError
 from pipelines.tables.identity import MANIFEST
-from pipelines.tables.schema import MADE_BY
 from pipelines.tables.sealed import SealedFile
 from pipelines.tables.table import REBUILD, Table
 
@@ -62,7 +61,7 @@ def _check_parquet(table: Table, name: str) -> Iterator[Violation]:
             BytesIO(read_file(f"{table.uri}/{name}")), folder=folder or table.path, name=file.removesuffix(".parquet")
         ).read()
     except (pa.ArrowException, OSError, ValueError) as error:
-        maker = MADE_BY[table.path.split("/")[0]].rpartition(".")[2]
-        remedy = f"{REPAIR} moves it aside, and jobs.{maker} makes it again if it needs it"
+        maker = maker_of(table).rpartition(" ")[2]  # of two jobs the one named last keeps such files
         path = f"{table.path}/{name}"
-        yield Violation(path, f"is damaged ({error})", remedy, Action("aside", table.path, (path,)))
+        afterwards = f", and {maker} makes it again if it needs it"
+        yield move(table, (path,), path, f"is damaged ({error})", afterwards=afterwards)

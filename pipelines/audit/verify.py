@@ -31,7 +31,7 @@ from pipelines.audit.comparisons import check_counts, check_ids, difference, fin
 from pipelines.audit.kept_files import check_kept_files
 from pipelines.audit.seen_ids import SeenIds
 from pipelines.audit.status import FoundTable, expected_shards, find_stale, find_tables
-from pipelines.audit.violations import REPAIR, Action, Violation, file_of, mend_or_move, remake
+from pipelines.audit.violations import Violation, file_of, mend_or_move, move, remake
 from pipelines.tables.captions import read_captions
 from pipelines.tables.errors import DamagedShardError
 from pipelines.tables.identity import MANIFEST
@@ -222,14 +222,12 @@ def _check_listing(found: FoundTable, shards: list[str], expected: list[str] | N
         for name in folder.list_files():
             if name.startswith("."):
                 file = f"{folder.path}/{name}"
-                remedy = f"{REPAIR} moves it aside"
-                yield Violation(file, "is a leftover of a writer that died", remedy, Action("aside", table.path, (file,)))
+                yield move(table, (file,), file, "is a leftover of a writer that died")
     if expected is not None and found.path != IMAGES_PATH:
         source = _source_of(found, look.known)
         for shard in sorted(set(shards).difference(expected, look.due[source.path] if source else ())):
             files = (file_of(table, shard), file_of(table.rejects(), shard))
-            remedy = f"{REPAIR} moves it aside"
-            yield Violation(files[0], "is about no shard of the table's inputs", remedy, Action("aside", table.path, files))
+            yield move(table, files, files[0], "is about no shard of the table's inputs")
     if manifest is not None and manifest.complete and expected is not None:
         for shard in sorted(set(expected) - set(shards))[: max(manifest.num_shards - len(shards), 0)]:
             yield Violation(

@@ -52,13 +52,25 @@ def file_of(table: Table, shard: str) -> str:
     return f"{table.path}/{shard}.parquet"
 
 
+def maker_of(table: Table) -> str:
+    """The job that makes a table, or the jobs that may have made it."""
+    return f"jobs.{MADE_BY[table.path.split('/')[0]]}"
+
+
+def move(table: Table, files: tuple[str, ...], file: str, problem: str, *, afterwards: str = "") -> Violation:
+    """Files that are of no use as they are.
+
+    Args:
+        files: all that is moved aside. file: the one of them that is bad.
+        afterwards: what happens then.
+    """
+    return Violation(file, problem, f"{REPAIR} moves it aside{afterwards}", Action("aside", table.path, files))
+
+
 def remake(table: Table, shard: str, file: str, problem: str) -> Violation:
     """A shard that its stage has to make again, with its rejects. `file`: the one of the two that is bad."""
     files = (file_of(table, shard), file_of(table.rejects(), shard))
-    maker = MADE_BY[table.path.split("/")[0]]
-    return Violation(
-        file, problem, f"{REPAIR} moves it aside, and jobs.{maker} makes it again", Action("aside", table.path, files)
-    )
+    return move(table, files, file, problem, afterwards=f", and {maker_of(table)} makes it again")
 
 
 def mend_or_move(table: Table, name: str, problem: str, *, afterwards: str, also: tuple[str, ...] = ()) -> Violation:
@@ -79,5 +91,4 @@ def mend_or_move(table: Table, name: str, problem: str, *, afterwards: str, also
 def recount(table: Table, problem: str) -> Violation:
     """A manifest whose counts are not those of the shards, which are whole."""
     file = f"{table.path}/{MANIFEST}"
-    maker = MADE_BY[table.path.split("/")[0]]
-    return Violation(file, problem, f"{REPAIR} lets jobs.{maker} count anew", Action("recount", table.path, (file,)))
+    return Violation(file, problem, f"{REPAIR} lets {maker_of(table)} count anew", Action("recount", table.path, (file,)))
