@@ -67,6 +67,11 @@ def first_line(error: BaseException) -> str:
     return redact((str(error).strip() or type(error).__name__).splitlines()[0])[:200]
 
 
+def tell_waiting(error: BaseException, uri: str) -> str:
+    """The notice that MLflow cannot be reached now, while a training goes on."""
+    return f"MLflow at {uri} cannot be reached, figures wait and are sent later: {first_line(error)}"
+
+
 def describe(error: BaseException, uri: str) -> Exception:
     """The error for people: a TrackingError that says what to do, or a StorageError if it may pass."""
     if isinstance(error, (TrackingError, StorageError)):

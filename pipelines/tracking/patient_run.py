@@ -9,7 +9,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from PIL import Image
 from tenacity import RetryCallState, Retrying
 
-from pipelines.tracking.faults import first_line, is_passing, is_refused
+from pipelines.tracking.faults import is_passing, is_refused, tell_waiting
 from pipelines.tracking.runs import RunRequest, TrackedRun
 from pipelines.tracking.unsent import Entry
 from sana_model.files.retry import Backoff
@@ -113,7 +113,7 @@ class PatientRun:
         assert state.outcome is not None
         error = state.outcome.exception()
         assert error is not None
-        self._say(f"MLflow at {self._request.uri} cannot be reached, figures wait and are sent later: {first_line(error)}")
+        self._say(tell_waiting(error, self._request.uri))
 
     def _send(self, entry: Entry) -> None:
         if self._run is None:

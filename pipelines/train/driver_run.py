@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from pipelines.storage.errors import StorageError
-from pipelines.tracking.faults import describe, first_line, is_passing
+from pipelines.tracking.faults import describe, is_passing, tell_waiting
 from pipelines.tracking.runs import RunEnd, RunRequest
 from pipelines.tracking.unsent import Entry, send_or_keep
 from pipelines.train.desk import OnNotice
@@ -35,7 +35,7 @@ class DriverRun:
         except Exception as error:
             if not is_passing(error):
                 raise describe(error, self.request.uri) from error
-            self.say(f"MLflow at {self.request.uri} cannot be reached, figures wait and are sent later: {first_line(error)}")
+            self.say(tell_waiting(error, self.request.uri))
 
     def mark_killed(self) -> None:
         """End the run as KILLED if MLflow can be reached; nothing waits for it."""
