@@ -267,11 +267,7 @@ FAULTS: dict[str, tuple[Callable[[Path], str], bool, str]] = {
     "no server": (lambda folder: NOWHERE, True, "try again later"),
     "no such host": (lambda folder: "http://host.invalid:5000", True, "try again later"),
     "a file that is no database": (lambda folder: spoiled(folder, b"hello " * 1000), False, "the file holds something else"),
-    "a folder in place of the file": (
-        lambda folder: (folder.mkdir(), f"sqlite:///{folder}")[1],
-        False,
-        "must exist, and be writable",
-    ),
+    "a folder in place of the file": (in_place_of, False, "must exist, and be writable"),
     "a place that cannot be made": (lambda folder: "sqlite:////proc/x/m.db", False, "MLflow cannot keep its runs in"),
     "no driver": (lambda folder: "mysql+nodriver://u@h/db", False, "MLflow cannot keep its runs in mysql"),
     "a scheme that is none": (lambda folder: "htp://host:5000", False, "set tracking.uri, or MLFLOW_TRACKING_URI"),
