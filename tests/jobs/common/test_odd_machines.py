@@ -6,11 +6,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 from mlflow import MlflowClient
 
@@ -24,14 +22,12 @@ from jobs.common.stage_job import track_stage
 from jobs.extract import ExtractJob
 from jobs.train import TrainJob
 from pipelines.caption.config import CaptionerConfig
-from pipelines.stages.contract import OnProgress, Outcome, Resources, StageResult
-from pipelines.stages.run import run_stream
-from pipelines.stages.shards import write_output
-from pipelines.storage.lease import Leases, Ticket
+from pipelines.stages.contract import Resources
 from pipelines.tables.identity import Identity
-from pipelines.tables.schema import IMAGE_SCORES, REJECTS
+from pipelines.tables.schema import IMAGE_SCORES
 from pipelines.tables.table import Table
 from pipelines.train.config import WorkerResources
+from tests.support.empty_stage import empty_stage
 
 FILELESS = [
     *("--dataset_uri", "d", "--train.latents", "latents/x", "--train.init", "i", "--train.num_steps", "1"),
@@ -158,17 +154,7 @@ def test_a_single_setting_that_is_missing_is_explained(capsys: pytest.CaptureFix
 def test_every_stage_logs_the_tables_that_it_read(tmp_path: Path) -> None:
     table = Table(str(tmp_path), "image_scores/x", IMAGE_SCORES)
     inputs = {"images": "f00d" * 8, "s3://far/images": "beef" * 8}
-    identity = Identity("score_images", {}, {}, inputs)
-
-    def stream(missing: list[str], ticket: Ticket) -> Iterator[Outcome]:
-        for shard in missing:
-            empty = (pa.Table.from_pylist([], schema) for schema in (IMAGE_SCORES, REJECTS))
-            write_output(table, shard, *empty, {}, identity.fingerprint, ticket)
-            yield Outcome(shard=shard, num_rows=0, rejects_by_reason={}, figures={}, error=None, stops="")
-
-    def stage(on_progress: OnProgress, leases: Leases | None = None) -> StageResult:
-        return run_stream(table, identity, ["00000"], stream, max_reject_share=1.0, on_progress=on_progress, leases=leases)
-
+    stage = empty_stage(table, Identity("score_images", {}, {}, inputs))
     track_stage(JobConfig(dataset_uri=str(tmp_path)), "score_images x", stage)
     (run,) = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["1"])
     read = {entry.dataset.name: (entry.dataset.digest, entry.dataset.source) for entry in run.inputs.dataset_inputs}

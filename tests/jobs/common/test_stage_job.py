@@ -1,39 +1,24 @@
 """What the stage jobs share, without Ray: a stage whose shards are made in this process."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-import pyarrow as pa
 import pytest
 
 from jobs import caption, duplicates, embed_captions, embed_images, evaluate, extract, import_captions, score, score_images
 from jobs.common.exit_codes import ExitCode
 from jobs.common.job import JobConfig
 from jobs.common.stage_job import track_stage
-from pipelines.stages.contract import OnProgress, Outcome, StageResult
-from pipelines.stages.run import run_stream
-from pipelines.stages.shards import write_output
-from pipelines.storage.lease import Leases, Ticket
 from pipelines.tables.identity import Identity
-from pipelines.tables.schema import IMAGE_SCORES, REJECTS
+from pipelines.tables.schema import IMAGE_SCORES
 from pipelines.tables.table import REPORT, Table
-
-IDENTITY = Identity("score_images", {}, {}, {})
+from tests.support.empty_stage import empty_stage
 
 
 def test_a_table_whose_job_was_killed_before_its_report_gets_one(tmp_path: Path) -> None:
     table = Table(str(tmp_path), "image_scores/x", IMAGE_SCORES)
+    stage = empty_stage(table, Identity("score_images", {}, {}, {}))
     reports: list[str] = []
-
-    def stream(missing: list[str], ticket: Ticket) -> Iterator[Outcome]:
-        for shard in missing:
-            empty = (pa.Table.from_pylist([], schema) for schema in (IMAGE_SCORES, REJECTS))
-            write_output(table, shard, *empty, {}, IDENTITY.fingerprint, ticket)
-            yield Outcome(shard=shard, num_rows=0, rejects_by_reason={}, figures={}, error=None, stops="")
-
-    def stage(on_progress: OnProgress, leases: Leases | None = None) -> StageResult:
-        return run_stream(table, IDENTITY, ["00000"], stream, max_reject_share=1.0, on_progress=on_progress, leases=leases)
 
     def make_report() -> str:
         reports.append(f"<p>report {len(reports)}</p>")
