@@ -8,8 +8,8 @@ from typing import Any
 from pipelines.storage.files import list_folder, read_file, write_file
 from pipelines.tables.errors import StaleTableError
 from pipelines.tables.identity import Identity, describe_differences
+from sana_model.files.json_files import parse_json
 from sana_model.files.redact import redact_values
-from sana_model.files.tensors import parse_json
 
 RECORD = "training.json"
 CONFIG = "train_config.json"

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from sana_model.files.atomic import write_atomically
+from sana_model.files.json_files import read_json
 from sana_model.files.key_maps import KeyMap, from_ours, their_shape, to_ours, translate
 from sana_model.files.layout import Layout
 from sana_model.files.places import resolve
 from sana_model.files.tensors import (
     CONFIG_ENTRY,
     WEIGHT_STEMS,
-    read_json,
     read_model_file,
     read_safetensors_folder,
     write_json,

@@ -12,6 +12,7 @@ import torch
 
 from sana_model.files.checkpoint import PIPELINE_INDEXES, check_layout, find_pth
 from sana_model.files.controlnet import holds_controlnet, load_controlnet, save_controlnet
+from sana_model.files.json_files import read_json
 from sana_model.files.models import (
     load_autoencoder,
     load_text_encoder,
@@ -22,7 +23,7 @@ from sana_model.files.models import (
 )
 from sana_model.files.places import local_target, resolve
 from sana_model.files.published_configs import DIFFUSERS_VERSION
-from sana_model.files.tensors import find_variant, read_json, write_json
+from sana_model.files.tensors import find_variant, write_json
 from sana_model.flow import DEFAULT_FLOW_SHIFT
 from sana_model.nn.autoencoder import DCAutoencoder
 from sana_model.nn.config import DEFAULT_AUTOENCODER, DEFAULT_TEXT_ENCODER, DIFFUSERS_PROMPTS, NVLABS_PROMPTS, TextEncoderConfig

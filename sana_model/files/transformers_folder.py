@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sana_model.files.tensors import check_count, find_stand_in, parse_json
+from sana_model.files.json_files import find_stand_in, parse_json
+from sana_model.files.tensors import check_count
 
 CONTENT = (".json", ".safetensors", ".model", ".txt", ".jinja")
 """Endings of the files that transformers may read."""

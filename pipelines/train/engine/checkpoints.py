@@ -28,7 +28,7 @@ from pipelines.train.engine.deepspeed import WHOLE, Engine
 from pipelines.train.engine.ema import EMA
 from sana_model.files.filesystems import open_filesystem
 from sana_model.files.inside import path_inside
-from sana_model.files.tensors import parse_json
+from sana_model.files.json_files import parse_json
 
 WEIGHTS, AVERAGE, MOMENTS = "weights", "average", "moments"
 OPTIMIZER = "optimizer.pt"

@@ -63,7 +63,7 @@ def test_cosines_are_those_behind_the_models_own_logits(folder: Path) -> None:
         logits = clip.model(input_ids=tokens["input_ids"], **pixels).logits_per_image
     expected = (logits - clip.model.logit_bias) / clip.model.logit_scale.exp()
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-    assert tokens["input_ids"].shape == (4, LENGTH) and clip.max_tokens == LENGTH - len(clip.prefix) - len(clip.suffix)
+    assert tokens["input_ids"].shape == (4, LENGTH) and clip.max_tokens == LENGTH - len(clip.plain.start) - len(clip.plain.end)
     assert float((found[:, 0] - found[:, 1]).abs().min()) > 1e-4  # texts differ
     assert embedding_width(str(folder)) == clip.width == clip.embed_images(images).shape[1] == TEXT["hidden_size"]
 
