@@ -10,7 +10,6 @@ from typing import Literal
 
 import pyarrow as pa
 from PIL import Image
-from transformers import AutoTokenizer
 
 from pipelines.caption.config import ORIGINAL, CaptionerConfig, QualityConfig
 from pipelines.caption.faults import find_faults, find_same_captions, strip_boilerplate
@@ -20,7 +19,6 @@ from pipelines.tables.schema import Row
 from pipelines.tables.text import clean
 from pipelines.workers.images import decode
 from pipelines.workers.models import pretrained
-from sana_model.nn.plain_text import PlainText
 
 SQUARE = (
     "INST|IMG|IMG_BREAK|IMG_END|AUDIO|BEGIN_AUDIO|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|TOOL_CONTENT|ARGS|CALL_ID|"
@@ -92,6 +90,10 @@ class CaptionJudge:
         self.quality: QualityConfig = config.quality
         self.count_tokens: Callable[[str], int] | None = None
         if self.quality.budget_tokenizer:
+            from transformers import AutoTokenizer
+
+            from sana_model.nn.plain_text import PlainText
+
             path, options = pretrained(self.quality.budget_tokenizer)
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
             plain = PlainText(tokenizer)

@@ -1,13 +1,9 @@
 """The caption stage: one VLM describes every image. Each captioner makes one table; another captioner is one more table."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 from pipelines.caption.config import CaptionerConfig
-from pipelines.caption.http_engine import HttpCaptioner
-from pipelines.caption.transformers_engine import TransformersCaptioner
-from pipelines.caption.vllm_engine import run_vllm
 from pipelines.stages.contract import OnProgress, ShardWorker, StageResult
 from pipelines.stages.run import run_shards
 from pipelines.storage.lease import Leases
@@ -17,7 +13,16 @@ from pipelines.tables.table import Table
 from pipelines.workers.models import find_model
 from sana_model.files.redact import redact_link
 
-WORKERS: dict[str, Callable[[CaptionerConfig], ShardWorker]] = {"transformers": TransformersCaptioner, "http": HttpCaptioner}
+
+def make_captioner(config: CaptionerConfig) -> ShardWorker:
+    """Make the worker of the engine `http` or `transformers`. Imports what it needs: the driver and other tasks do without."""
+    if config.engine == "http":
+        from pipelines.caption.http_engine import HttpCaptioner
+
+        return HttpCaptioner(config)
+    from pipelines.caption.transformers_engine import TransformersCaptioner
+
+    return TransformersCaptioner(config)
 
 
 def caption_identity(dataset_uri: str, config: CaptionerConfig, models: dict[str, str]) -> Identity:
@@ -41,13 +46,15 @@ def run_caption(
     output = Table(dataset_uri, captions_path(config.name), CAPTIONS)
     identity = caption_identity(dataset_uri, config, models)
     if config.engine == "vllm":
+        from pipelines.caption.vllm_engine import run_vllm
+
         return run_vllm(output, identity, images, pinned, on_progress=on_progress, leases=leases)
     return run_shards(
         output,
         identity,
         images.list_shards(),
         read_shard=partial(images.read_shard, columns=config.columns),
-        make_worker=partial(WORKERS[config.engine], pinned),
+        make_worker=partial(make_captioner, pinned),
         resources=config.resources,
         max_reject_share=config.max_reject_share,
         on_progress=on_progress,

@@ -8,7 +8,6 @@ from io import BytesIO
 from pathlib import Path
 
 import pyarrow as pa
-import torch
 from PIL import Image
 
 from pipelines.draw.config import SampleConfig
@@ -25,8 +24,6 @@ from pipelines.tables.text import read_text
 from pipelines.workers.halving import refuse_out_of_memory, run_halving
 from pipelines.workers.models import FoundModel, find_model, pick_device
 from sana_model.files.png import read_facts, set_facts, to_png
-from sana_model.nn.finite import NotFiniteError
-from sana_model.pipeline import TextToImage
 
 CUT_PROMPTS = "num_cut_prompts"
 """The figure that counts the prompts which are too long for the text encoder."""
@@ -121,6 +118,10 @@ class Sampler:
     """
 
     def __init__(self, config: SampleConfig, pipeline: FoundModel, start: StartFiles | None = None):
+        import torch
+
+        from sana_model.pipeline import TextToImage
+
         self.config, self.start = config.draw, start
         self.facts = {"model": config.pipeline, "model_version": pipeline.version}
         device = pick_device(self.config.device)
@@ -171,6 +172,8 @@ class Sampler:
 
 def _refuse(error: Exception, size: int) -> RowRefused | None:
     """The refusal of a picture that cannot be drawn. Raises WrongInputError where no picture can."""
+    from sana_model.nn.finite import NotFiniteError
+
     if not isinstance(error, NotFiniteError):
         return refuse_out_of_memory(error, size)
     if error.bad_weights:

@@ -19,7 +19,6 @@ from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.rejects import reject
 from pipelines.tables.schema import EVALUATIONS, SAMPLES, Row, evaluations_path, samples_path
 from pipelines.tables.table import Table
-from pipelines.workers.clip import ClipModel
 from pipelines.workers.models import find_model
 
 
@@ -51,6 +50,8 @@ class PictureJudge:
     """Ray Data actor: pictures with their prompts -> CLIP scores, and what they show if the prompt is of the Shapes world."""
 
     def __init__(self, config: EvaluateConfig):
+        from pipelines.workers.clip import ClipModel
+
         self.config = config
         self.clip = ClipModel(config.model, revision=config.revision, device=config.device)
         self.attributes: AttributeJudge | None = None  # made when the first prompt needs it

@@ -2,15 +2,17 @@
 them."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image
 
 from pipelines.shapes.grammar import full_caption, parse
 from pipelines.shapes.scenes import Scene, all_singles
 from pipelines.tables.schema import Row
-from pipelines.workers.clip import ClipModel
+
+if TYPE_CHECKING:
+    from pipelines.workers.clip import ClipModel
 
 ATTRIBUTES = ("shape", "color", "background")
 """The attributes that are judged unless others are named."""
@@ -22,7 +24,9 @@ CAPTIONS_PER_CALL = 512
 class AttributeJudge:
     """Reads pictures of one object: finds the scene of the Shapes world whose caption gets the highest CLIP score."""
 
-    def __init__(self, clip: ClipModel):
+    def __init__(self, clip: "ClipModel"):
+        import torch
+
         self.clip = clip
         self.scenes = all_singles()
         captions = [full_caption(scene) for scene in self.scenes]

@@ -7,10 +7,9 @@ hundred images for it, since a shard is held in memory whole.
 import hashlib
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import torch
 
 from pipelines.extract.config import EmbedConfig
 from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
@@ -24,7 +23,9 @@ from pipelines.tables.table import Table
 from pipelines.workers.halving import run_halving
 from pipelines.workers.models import FoundModel, find_model, pick_device, pretrained
 from sana_model.nn.config import TextEncoderConfig
-from sana_model.nn.text_encoder import TextEncoder
+
+if TYPE_CHECKING:
+    import torch
 
 
 def embed_identity(dataset_uri: str, config: EmbedConfig, captioner: str, models: dict[str, str]) -> Identity:
@@ -89,6 +90,10 @@ class CaptionEmbedder:
     """Ray Data actor: captions -> the text encoder's output for their real tokens."""
 
     def __init__(self, config: EmbedConfig):
+        import torch
+
+        from sana_model.nn.text_encoder import TextEncoder
+
         self.config = config
         path, options = pretrained(config.text_encoder)
         self.encoder = TextEncoder.from_pretrained(
@@ -124,13 +129,17 @@ class CaptionEmbedder:
         advice = "take bfloat16 for both" if "float16" in (config.dtype, config.compute_dtype) else "take another copy of it"
         return RowRefused("bad_embeds", f"the text encoder gives values that are not finite, with {made}: {advice}")
 
-    def _embed(self, texts: list[str]) -> list[torch.Tensor]:
+    def _embed(self, texts: list[str]) -> list["torch.Tensor"]:
         """(num_tokens, width) of each, on the CPU and of the table's dtype."""
+        import torch
+
         embeds, mask = self.encoder.encode(texts)
         stored = embeds.to(getattr(torch, self.config.dtype))
         return [one[real].cpu() for one, real in zip(stored, mask, strict=True)]
 
 
-def _embeds_row(entry: Row, embeds: torch.Tensor) -> Row:
+def _embeds_row(entry: Row, embeds: "torch.Tensor") -> Row:
+    import torch
+
     content = embeds.contiguous().view(torch.uint8).numpy().tobytes()
     return {"id": entry["id"], "embeds": content, "num_tokens": len(embeds)}

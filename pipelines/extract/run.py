@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
-import torch
 
 from pipelines.extract.config import Dtype, ExtractConfig
-from pipelines.extract.encode import LatentEncoder, find_encoder
 from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
 from pipelines.stages.shards import write_output
@@ -17,6 +16,9 @@ from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.schema import IMAGES, IMAGES_PATH, LATENTS, Row
 from pipelines.tables.table import Table
 from pipelines.workers.models import FoundModel
+
+if TYPE_CHECKING:
+    import torch
 
 SHARD = b"shard"
 """Key in the metadata of the actor's input for the name of the shard."""
@@ -47,6 +49,8 @@ def run_extract(
 
     Raises as `run_shards`, and MissingTableError if there are no images.
     """
+    from pipelines.extract.encode import find_encoder
+
     images = Table(dataset_uri, IMAGES_PATH, IMAGES)
     images.require()  # before any weights are fetched or hashed
     encoder = encoder or find_encoder(config.autoencoder)
@@ -99,6 +103,8 @@ class Extractor:
     """Ray Data actor: images -> latents of one table, and of others whose shard is missing too."""
 
     def __init__(self, config: ExtractConfig, sides: Sequence[SideTable] = ()):
+        from pipelines.extract.encode import LatentEncoder
+
         self.config, self.sides = config, sides
         self.encoder = LatentEncoder(config, [side.resolution for side in sides])
 
@@ -117,7 +123,9 @@ def _write(side: SideTable, shard: str, output: ShardOutput) -> None:
     write_output(side.table, shard, rows, rejects, output.figures, side.fingerprint, side.ticket)
 
 
-def read_latents(row: Row, dtype: Dtype) -> torch.Tensor:
+def read_latents(row: Row, dtype: Dtype) -> "torch.Tensor":
     """The latents of a row of the table, (channels, height, width) in `dtype`."""
+    import torch
+
     values = torch.frombuffer(bytearray(row["latents"]), dtype=getattr(torch, dtype))
     return values.view(row["channels"], row["height"], row["width"])

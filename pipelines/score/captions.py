@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
-from torch import Tensor
 
 from pipelines.score.config import ScorerConfig
 from pipelines.score.embeds import to_vectors
@@ -25,9 +24,13 @@ from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.schema import SCORES, Row, image_embeds_path, image_embeds_schema, scores_path
 from pipelines.tables.table import Table
-from pipelines.workers.clip import ClipModel
 from pipelines.workers.halving import run_halving
 from pipelines.workers.models import FoundModel, find_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipelines.workers.clip import ClipModel
 
 
 def score_identity(dataset_uri: str, config: ScorerConfig, captioner: str, model: FoundModel) -> Identity:
@@ -90,8 +93,10 @@ class CaptionScorer:
         self.config = config
 
     @cached_property
-    def clip(self) -> ClipModel:
+    def clip(self) -> "ClipModel":
         """Loaded for the first caption: many datasets came without any."""
+        from pipelines.workers.clip import ClipModel
+
         config = self.config
         return ClipModel(config.model, revision=config.revision, dtype=config.dtype, device=config.device)
 
@@ -119,8 +124,10 @@ class CaptionScorer:
                     rows.append({"id": row_id, "clip_score": score})
         return ShardOutput(rows, rejects, {"captions": len(table), "long_captions": self.num_long})
 
-    def _score(self, batch: Sequence[tuple[str, Tensor]]) -> list[float]:
+    def _score(self, batch: Sequence[tuple[str, "Tensor"]]) -> list[float]:
         """The scores of captions and their images' embeddings: one forward pass for all captions, or the parts of long ones."""
+        import torch
+
         captions = self.clip.tokenize([caption for caption, _ in batch])
         parts = [self._parts(tokens) for tokens in captions]
         caption_of = torch.tensor([index for index, own in enumerate(parts) for _ in own])

@@ -6,10 +6,10 @@ Scores of captions, heads that rate images and the search for near duplicates re
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from pipelines.score.config import ClipConfig
 from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
@@ -19,15 +19,21 @@ from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.schema import IMAGES, IMAGES_PATH, Row, image_embeds_path, image_embeds_schema
 from pipelines.tables.table import Table
-from pipelines.workers.clip import ClipModel, PreparedImage, embedding_width
 from pipelines.workers.halving import run_halving
 from pipelines.workers.images import decode
 from pipelines.workers.models import FoundModel, find_model
 from pipelines.workers.prepare import iter_rows, prepare_ahead
 
+if TYPE_CHECKING:
+    import torch
+
+    from pipelines.workers.clip import PreparedImage
+
 
 def embeds_identity(dataset_uri: str, config: ClipConfig, model: FoundModel) -> Identity:
     """Everything that the embeddings depend on."""
+    from pipelines.workers.clip import embedding_width
+
     settings = value_settings(config) | {"width": embedding_width(model.address)}
     inputs = {IMAGES_PATH: Table(dataset_uri, IMAGES_PATH, IMAGES).require().fingerprint}
     return Identity("embed_images", settings, {config.name: model.version}, inputs)
@@ -69,6 +75,8 @@ class ImageEmbedder:
     """Ray Data actor: images -> unit vectors."""
 
     def __init__(self, config: ClipConfig):
+        from pipelines.workers.clip import ClipModel
+
         self.config = config
         self.clip = ClipModel(config.model, revision=config.revision, dtype=config.dtype, device=config.device)
 
@@ -93,23 +101,27 @@ class ImageEmbedder:
                     vectors.append(vector)
         return ShardOutput(embeds_table(ids, vectors, self.clip.width), rejects)
 
-    def _prepare(self, row: Row) -> PreparedImage:
+    def _prepare(self, row: Row) -> "PreparedImage":
         return self.clip.prepare_image(decode(row["image_bytes"]))
 
-    def _embed(self, images: list[PreparedImage]) -> list[torch.Tensor]:
+    def _embed(self, images: list["PreparedImage"]) -> list["torch.Tensor"]:
         return list(self.clip.embed_prepared(images))
 
 
-def embeds_table(ids: list[str], vectors: list[torch.Tensor], width: int) -> pa.Table:
+def embeds_table(ids: list[str], vectors: list["torch.Tensor"], width: int) -> pa.Table:
     """Rows of `image_embeds`: `vectors` are of shape (width,)."""
+    import torch
+
     schema = image_embeds_schema(width)
     values = torch.stack(vectors).half().numpy().ravel() if vectors else np.zeros(0, np.float16)
     column = pa.FixedSizeListArray.from_arrays(pa.array(values), type=schema.field("embedding").type)
     return pa.Table.from_arrays([pa.array(ids, pa.string()), column], schema=schema)
 
 
-def to_vectors(rows: pa.Table) -> torch.Tensor:
+def to_vectors(rows: pa.Table) -> "torch.Tensor":
     """The unit vectors (N, width) of rows of `image_embeds`, in float32."""
+    import torch
+
     column = rows["embedding"].combine_chunks()
     values = torch.from_numpy(column.flatten().to_numpy().astype(np.float32)).view(len(column), column.type.list_size)
     return torch.nn.functional.normalize(values, dim=-1)  # float16 shifted the lengths a little

@@ -10,15 +10,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
-import torch
-from torch import Tensor
-from transformers import AutoModelForImageClassification
-from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the top-level name wants torchvision
 
 from pipelines.score.config import ImageScorerConfig
-from pipelines.score.heads import EmbeddingScorer, Head
 from pipelines.stages.contract import OnProgress, ReadShard, ShardOutput, ShardWorker, StageResult
 from pipelines.stages.run import run_shards
 from pipelines.storage.lease import Leases
@@ -39,6 +35,9 @@ from pipelines.workers.images import decode
 from pipelines.workers.models import find_model, pick_device, pretrained
 from pipelines.workers.prepare import iter_rows, prepare_ahead
 from sana_model.files.places import resolve
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def run_image_scores(
@@ -67,6 +66,8 @@ Scoring = tuple[Table, dict[str, str], ReadShard, Callable[[], ShardWorker]]
 
 
 def _of_head(dataset_uri: str, config: ImageScorerConfig) -> Scoring:
+    from pipelines.score.heads import EmbeddingScorer, Head
+
     assert config.clip is not None and config.head is not None
     embeds = Table(dataset_uri, image_embeds_path(config.clip), image_embeds_schema(-1))
     width = embeds.require().config["width"]  # before the head is fetched
@@ -117,10 +118,12 @@ class ImageScorer:
                     rows.append({"id": row["id"], "score": score})
         return ShardOutput(rows, rejects)
 
-    def _prepare(self, row: Row) -> Tensor:
+    def _prepare(self, row: Row) -> "Tensor":
         return self.model.processor(images=decode(row["image_bytes"]), return_tensors="pt")["pixel_values"]
 
-    def _score(self, images: list[Tensor]) -> list[float]:
+    def _score(self, images: list["Tensor"]) -> list[float]:
+        import torch
+
         return self.model.score(torch.cat(images)).tolist()
 
 
@@ -131,6 +134,10 @@ class Classifier:
     """
 
     def __init__(self, config: ImageScorerConfig):
+        import torch
+        from transformers import AutoModelForImageClassification
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the top-level name wants torchvision
+
         assert config.model is not None and config.label is not None
         path, options = pretrained(config.model, config.revision)
         self.device = pick_device(config.device)
@@ -144,8 +151,10 @@ class Classifier:
             raise ValueError(f"{config.model} has no label {config.label!r}; it has {', '.join(labels)}")
         self.label = number
 
-    @torch.inference_mode()
-    def score(self, pixels: Tensor) -> Tensor:
+    def score(self, pixels: "Tensor") -> "Tensor":
         """Prepared images (B, 3, H, W) -> scores (B,), float32 on the CPU."""
-        logits = self.model(pixel_values=pixels.to(self.device, self.model.dtype)).logits
-        return logits.float().softmax(-1)[:, self.label].cpu()
+        import torch
+
+        with torch.inference_mode():
+            logits = self.model(pixel_values=pixels.to(self.device, self.model.dtype)).logits
+            return logits.float().softmax(-1)[:, self.label].cpu()

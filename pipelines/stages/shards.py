@@ -74,15 +74,20 @@ def stream_shards(job: ShardJob, shards: list[str], *, alone: bool) -> Iterator[
     """
     parts = split_shards(shards, job.resources.num_actors)
     for row in chain.from_iterable(_plan(job, part, alone).iter_rows() for part in parts):
-        error = row["error"] or {"stops": "", "message": None}
-        yield Outcome(
-            shard=row["shard"],
-            num_rows=row["num_rows"],
-            rejects_by_reason=dict(row["rejects_by_reason"]),
-            figures=dict(row["figures"]),
-            error=error["message"],
-            stops=error["stops"],
-        )
+        yield to_outcome(row)
+
+
+def to_outcome(row: Row) -> Outcome:
+    """The outcome that a row of the Ray dataset's end tells."""
+    error = row["error"] or {"stops": "", "message": None}
+    return Outcome(
+        shard=row["shard"],
+        num_rows=row["num_rows"],
+        rejects_by_reason=dict(row["rejects_by_reason"]),
+        figures=dict(row["figures"]),
+        error=error["message"],
+        stops=error["stops"],
+    )
 
 
 def split_shards(shards: list[str], num_actors: int) -> list[list[str]]:

@@ -7,7 +7,8 @@ import torch
 
 from pipelines.train.config import TrainConfig
 from pipelines.train.engine.lora import add_lora
-from pipelines.train.stream.captions import DroppedCaption, HostTextEncoder
+from pipelines.train.host_text_encoder import HostTextEncoder
+from pipelines.train.stream.captions import DroppedCaption
 from sana_model.files.pipeline import Companions, find_companions
 from sana_model.files.places import resolve
 from sana_model.nn.autoencoder import DCAutoencoder

@@ -17,12 +17,11 @@ from pipelines.tracking.patient_run import PatientRun
 from pipelines.tracking.unsent import Entry, read_unsent, write_unsent
 from pipelines.train.desk import TrainProgress
 from pipelines.train.meter import MeterReport
+from pipelines.train.record import GRIDS_DIR
 from pipelines.train.stream.samples import MicroBatch
 from pipelines.train.task import TrainTask
 from pipelines.workers.images import to_png
 
-GRIDS_DIR = "samples"
-"""Folder of the grids, in the output folder."""
 DRAWN_DIR = "drawn"
 """Folder of the record of samples, in the output folder."""
 

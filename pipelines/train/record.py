@@ -13,7 +13,8 @@ from sana_model.files.redact import redact_values
 
 RECORD = "training.json"
 CONFIG = "train_config.json"
-CHECKPOINTS_DIR = "checkpoints"
+CHECKPOINTS_DIR, GRIDS_DIR, PIPELINE_DIR = "checkpoints", "samples", "pipeline"
+"""Folders in the output folder: of checkpoints, of grids of pictures on the way, and of the trained pipeline."""
 
 
 @dataclass(frozen=True)

@@ -23,15 +23,11 @@ from pipelines.tracking.unsent import Entry
 from pipelines.train.config import TrainConfig
 from pipelines.train.desk import OnNotice, OnTrainProgress, open_desk
 from pipelines.train.driver_run import DriverRun
-from pipelines.train.models import find_text_encoder
-from pipelines.train.outputs import GRIDS_DIR
-from pipelines.train.record import TrainingRecord, write_config
+from pipelines.train.record import GRIDS_DIR, PIPELINE_DIR, TrainingRecord, write_config
 from pipelines.train.stream.captions import check_caption_embeds
 from pipelines.train.stream.mixture import Source, check_complete
 from pipelines.train.stream.stream import TrainingStream
 from pipelines.train.task import TrainTask
-from pipelines.train.trained_pipeline import PIPELINE_DIR
-from pipelines.train.worker import train_worker
 from pipelines.workers.models import model_version
 
 
@@ -177,6 +173,8 @@ def check_tables(dataset_uri: str, config: TrainConfig) -> None:
     sizes = {"micro_batch_size": config.micro_batch_size, "world_size": config.num_workers}
     TrainingStream(sources, config.data, seed=config.seed, **sizes)
     if config.caption_embeds is not None:
+        from pipelines.train.models import find_text_encoder
+
         text_encoder, prompts = find_text_encoder(config)
         for source in [*sources, *config.validation_sources(dataset_uri)]:
             check_caption_embeds(source, text_encoder=text_encoder, prompts=prompts)
@@ -220,7 +218,7 @@ def _fit(task: TrainTask) -> Result:
     resources = config.resources
     name = f"train-{uuid.uuid4().hex[:12]}"
     trainer = TorchTrainer(
-        partial(train_worker, task),  # type: ignore[arg-type]  # it may return a value, whatever Ray's annotation says
+        partial(_run_worker, task),  # type: ignore[arg-type]  # it may return a value, whatever Ray's annotation says
         scaling_config=ScalingConfig(
             num_workers=config.num_workers,
             use_gpu=resources.num_gpus > 0,
@@ -237,6 +235,12 @@ def _fit(task: TrainTask) -> Result:
         return trainer.fit()
     except TrainingFailedError as error:
         raise TrainingError(_explain(error)) from error
+
+
+def _run_worker(task: TrainTask) -> dict[str, Any]:
+    from pipelines.train.worker import train_worker  # loads what a driver does without
+
+    return train_worker(task)
 
 
 def _gpus(num_gpus: float) -> dict[str, float]:

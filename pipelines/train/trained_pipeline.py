@@ -15,13 +15,12 @@ from pipelines.train.engine.deepspeed import Engine
 from pipelines.train.engine.ema import EMA
 from pipelines.train.engine.lora import merge_lora, save_lora
 from pipelines.train.models import TrainModels
+from pipelines.train.record import PIPELINE_DIR
 from pipelines.workers.images import image_grid
 from sana_model.nn.finite import NotFiniteError
 from sana_model.nn.transformer import SanaTransformer
 from sana_model.pipeline import TextToImage
 
-PIPELINE_DIR = "pipeline"
-"""Folder of the trained pipeline, in the output folder."""
 LORA_DIR = "lora"
 """Folder of the trained adapters, in the output folder."""
 

@@ -1,9 +1,8 @@
 """Halve a model's batch that fails until it succeeds: what fails even alone costs itself only."""
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
-
-import torch
 
 from pipelines.tables.rejects import RowRefused
 
@@ -40,8 +39,8 @@ def run_halving(
         if refused is None:
             raise
     # Outside the handler, whose traceback holds the tensors of the call that failed.
-    if refused.reason == OUT_OF_MEMORY and torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    if refused.reason == OUT_OF_MEMORY and (torch := sys.modules.get("torch")) is not None:
+        torch.cuda.empty_cache()  # does nothing where no GPU is used
     if len(batch) == 1:
         return [refused]
     middle = len(batch) // 2
@@ -51,4 +50,6 @@ def run_halving(
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU's memory or the host's was not enough; torch's allocator on the CPU raises a plain RuntimeError."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+    torch = sys.modules.get("torch")  # where it is not loaded, none of its errors comes
+    kinds = (MemoryError, torch.OutOfMemoryError) if torch is not None else (MemoryError,)
+    return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)

@@ -8,17 +8,19 @@ import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import ray
-import torch
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 
 from sana_model.files.places import resolve
 from sana_model.files.transformers_folder import check_folder
+
+if TYPE_CHECKING:
+    import torch
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -98,11 +100,13 @@ def pretrained(address: str, revision: str | None = None) -> tuple[str, dict[str
     return str(place), {}
 
 
-def pick_device(device: str | None) -> torch.device:
+def pick_device(device: str | None) -> "torch.device":
     """The configured device; if None, the first GPU that Ray gave this actor, or else the CPU.
 
     Ray does not hide a node's GPUs from an actor that reserved none; they belong to other actors.
     """
+    import torch
+
     if device is not None:
         return torch.device(device)
     in_actor = ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None

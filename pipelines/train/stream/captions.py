@@ -9,6 +9,7 @@ Before they start, `check_caption_embeds` makes sure that the table holds what t
 from collections.abc import Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,7 +21,9 @@ from pipelines.train.stream.mixture import Source
 from pipelines.workers.models import model_version
 from sana_model.guidance import Caption
 from sana_model.nn.config import NullCaption, TextEncoderConfig
-from sana_model.nn.text_encoder import TextEncoder
+
+if TYPE_CHECKING:
+    from sana_model.nn.text_encoder import TextEncoder
 
 ROWS_AT_ONCE = 64
 """Embeddings decoded at a time while a shard is read; bounds memory."""
@@ -34,7 +37,7 @@ class DroppedCaption:
     kind: NullCaption
 
     @classmethod
-    def encode(cls, text_encoder: TextEncoder, kind: NullCaption) -> "DroppedCaption":
+    def encode(cls, text_encoder: "TextEncoder", kind: NullCaption) -> "DroppedCaption":
         """Encode the published null caption for weights of this kind."""
         if kind == "caption_mask":
             return cls(text_encoder.encode_padded("", text_encoder.config.max_tokens), kind)
@@ -46,7 +49,7 @@ class DroppedCaption:
 
 
 def encode_captions(
-    text_encoder: TextEncoder, captions: Sequence[str], dropped: Sequence[bool], null: DroppedCaption
+    text_encoder: "TextEncoder", captions: Sequence[str], dropped: Sequence[bool], null: DroppedCaption
 ) -> Caption:
     """Encode a micro-batch's B captions. Returns caption_embeds (B, L, D) and caption_mask (B, L).
 
@@ -80,23 +83,6 @@ def _pad(embeds: list[Tensor]) -> Caption:
     lengths = torch.tensor([len(one) for one in embeds], device=device)
     caption_embeds = torch.nn.utils.rnn.pad_sequence(embeds, batch_first=True)
     return caption_embeds, torch.arange(caption_embeds.shape[1], device=device) < lengths[:, None]
-
-
-class HostTextEncoder(TextEncoder):
-    """A text encoder that computes on the CPU and moves its result to `target`, a device that has no room for its weights."""
-
-    def __init__(self, encoder: TextEncoder, target: torch.device):
-        super().__init__(encoder.model, encoder.tokenizer, encoder.config)
-        self.target = target
-
-    def encode(self, captions: list[str], *, use_instruction: bool = True) -> tuple[Tensor, Tensor]:
-        """Return what `TextEncoder.encode` returns, on `target`."""
-        embeds, mask = super().encode(captions, use_instruction=use_instruction)
-        return embeds.to(self.target), mask.to(self.target)
-
-    def encode_padded(self, caption: str, num_tokens: int) -> Tensor:
-        """Return what `TextEncoder.encode_padded` returns, on `target`."""
-        return super().encode_padded(caption, num_tokens).to(self.target)
 
 
 def check_caption_embeds(source: Source, *, text_encoder: str, prompts: TextEncoderConfig) -> None:

@@ -17,11 +17,11 @@ from pipelines.tables.schema import CAPTION_EMBEDS
 from pipelines.tables.table import Table
 from pipelines.tracking.config import TrackingConfig
 from pipelines.train.config import TrainConfig
+from pipelines.train.host_text_encoder import HostTextEncoder
 from pipelines.train.preflight.run import run_preflight
 from pipelines.train.run import check_tables, train_identity
 from pipelines.train.stream.captions import (
     DroppedCaption,
-    HostTextEncoder,
     encode_captions,
     list_caption_embeds,
     pad_embeds,

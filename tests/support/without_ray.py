@@ -1,0 +1,35 @@
+"""Run a stage's shards in this process: by the readers, workers and writers that Ray's processes run, one shard after another.
+
+For tests of what a stage makes, refuses, resumes or rebuilds. That each stage does so on Ray too is shown by the demo
+(tests/jobs/demo), and for the stages that it lacks by a test of their own; what Ray adds is tested in tests/pipelines/stages.
+"""
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pyarrow as pa
+import pytest
+import ray
+from ray import cloudpickle
+
+from pipelines.stages import run, shards
+from pipelines.stages.contract import Outcome
+from pipelines.stages.shards import ShardJob
+
+
+@contextmanager
+def stages_without_ray() -> Iterator[None]:
+    """Inside the `with` block no stage starts an actor."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "stream_shards", _stream_shards)
+        yield
+
+
+def _stream_shards(job: ShardJob, missing: list[str], *, alone: bool) -> Iterator[Outcome]:
+    job = ray.get(ray.put(job)) if ray.is_initialized() else pickle.loads(cloudpickle.dumps(job))  # as an actor gets it
+    worker = shards._Worker(job.make_worker, job.output.schema)
+    for shard in missing:
+        batch = worker(shards._read(pa.table({"shard": [shard]}), job.read_shard))
+        (row,) = shards._write(batch, job.output, job.fingerprint, job.ticket).to_pylist()
+        yield shards.to_outcome(row)
