@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 import ray
-from transformers import AutoProcessor, AutoTokenizer, GenerationConfig
 
 from pipelines.caption.config import CaptionerConfig
 from pipelines.caption.rows import (
@@ -105,6 +104,8 @@ def run_engine(dataset: ray.data.Dataset, config: CaptionerConfig) -> ray.data.D
         **code,
         **options.engine_args,
     }
+    from transformers import AutoProcessor
+
     template = AutoProcessor.from_pretrained(
         model, trust_remote_code=trusted, **pinned
     ).chat_template  # that stage would take it of "main"
@@ -167,6 +168,8 @@ def stop_tokens(config: CaptionerConfig) -> set[int]:
     """The token ids that end a caption, as vLLM has them: from the tokenizer and the generation settings."""
     model, pinned = pretrained(config.model, config.revision)
     options: dict[str, Any] = dict(pinned)
+    from transformers import AutoTokenizer, GenerationConfig
+
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=config.trust_remote_code, **options)
     try:
         known = GenerationConfig.from_pretrained(model, trust_remote_code=False, **options).eos_token_id

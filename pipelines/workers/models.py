@@ -17,7 +17,6 @@ from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 
 from sana_model.files.places import resolve
-from sana_model.files.transformers_folder import check_folder
 
 if TYPE_CHECKING:
     import torch
@@ -96,6 +95,8 @@ def pretrained(address: str, revision: str | None = None) -> tuple[str, dict[str
         return address, {"revision": revision} if revision else {}
     place = resolve(address)
     if place.is_dir():
+        from sana_model.files.transformers_folder import check_folder  # it loads torch
+
         check_folder(place)
     return str(place), {}
 
