@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-PARTS = ("forward", "training", "sampling", "autoencoder", "text")
+PARTS = ("forward", "training", "sampling", "sprint", "controlnet", "autoencoder", "text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,10 +16,10 @@ class ModelConfig:
         sizes: image sides in pixels, for the transformer.
         dtypes: float32, bfloat16 or float16.
         batch_size: images at once.
-        parts: which of forward, training, sampling, autoencoder, text.
+        parts: which of forward, training, sampling, sprint (2 steps), controlnet (20 guided steps), autoencoder, text.
         autoencoder_size: image side in pixels for encode and decode.
         captions: encoded at once by the text encoder.
-        repeats: timings of each; sampling, autoencoder and text take half as many.
+        repeats: timings of each; sampling, controlnet, autoencoder and text take half as many.
     """
 
     device: str = "cpu"

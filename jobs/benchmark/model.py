@@ -1,8 +1,9 @@
 """`sana_model` against diffusers 0.42, part by part, with random weights of the published shapes."""
 
 import platform
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Protocol
 
 import diffusers
 import torch
@@ -13,6 +14,7 @@ from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
 
 from jobs.benchmark.config import ModelConfig
 from jobs.benchmark.timing import Entry, format_timings, time_entry
+from jobs.benchmark.variants import SPRINT_FIELDS, Pair, controlnet_sampling, make_controlnets, sprint_sampling
 from sana_model.guidance import guided_velocity
 from sana_model.nn.autoencoder import DCAutoencoder
 from sana_model.nn.config import PRESETS, TextEncoderConfig
@@ -24,7 +26,11 @@ CAPTION_TOKENS, PADDED_TOKENS = 60, 300
 INSTRUCTION_TOKENS = 242  # with them the published computation runs over 540 tokens
 NUM_STEPS, GUIDANCE_SCALE, FLOW_SHIFT = 20, 4.5, 3.0
 
-Pair = tuple[Callable[[], Any], Callable[[], Any]]
+
+class MakeEntry(Protocol):
+    """Makes one line of the table: (what, its size, ours and the peer's, timings of each)."""
+
+    def __call__(self, what: str, size: int | str, pair: Pair, times: int) -> Entry: ...
 
 
 def benchmark_model(config: ModelConfig) -> None:
@@ -67,6 +73,7 @@ def _entries(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> I
                 forward = _forward(ours, peer, size, batch_size) if part == "training" else None
                 yield entry(f"transformer {part}", f"{size} px", make(ours, peer, size, batch_size), times, forward)
         del ours, peer
+    yield from _variants(config, device, dtype, entry)
     if "autoencoder" in parts:
         for what, pair in _autoencoder(device, dtype, config.autoencoder_size, batch_size).items():
             yield entry(f"DC-AE {what}", f"{config.autoencoder_size} px", pair, few)
@@ -75,17 +82,42 @@ def _entries(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> I
         yield entry("text encoder", f"{config.captions} captions", pair, few)
 
 
-def make_transformers(device: torch.device, dtype: torch.dtype, depth: int) -> tuple[SanaTransformer, SanaTransformer2DModel]:
-    """Ours and diffusers', as wide as Sana-0.6B."""
-    config = PRESETS["sana-0.6b"]
+def _variants(config: ModelConfig, device: torch.device, dtype: torch.dtype, entry: MakeEntry) -> Iterator[Entry]:
+    """The entries of Sana-Sprint and of a transformer with its ControlNet."""
+    few = max(config.repeats // 2, 1)
+    if "sprint" in config.parts:
+        sprints = make_transformers(device, dtype, config.depth, **SPRINT_FIELDS)
+        for size in config.sizes:
+            latents, _, *captions = _transformer_inputs(sprints[0], size, config.batch_size)
+            pair = sprint_sampling(*sprints, latents, (captions[0], captions[1]), GUIDANCE_SCALE)
+            yield entry("Sprint 2 steps", f"{size} px", pair, config.repeats)
+        del sprints
+    if "controlnet" in config.parts:
+        steered = make_transformers(device, dtype, max(config.depth, 2))
+        controlnets = make_controlnets(*steered)
+        for size in config.sizes:
+            latents, _, *captions = _transformer_inputs(steered[0], size, config.batch_size)
+            null = _captions(config.batch_size, device, dtype, real=1)
+            settings = {"num_steps": NUM_STEPS, "guidance_scale": GUIDANCE_SCALE, "flow_shift": FLOW_SHIFT}
+            pair = controlnet_sampling(steered, controlnets, latents, (captions[0], captions[1]), null, **settings)
+            yield entry("ControlNet sampling", f"{size} px", pair, few)
+
+
+def make_transformers(
+    device: torch.device, dtype: torch.dtype, depth: int, **fields: Any
+) -> tuple[SanaTransformer, SanaTransformer2DModel]:
+    """Ours and diffusers', as wide as Sana-0.6B. `fields`: others of `SanaConfig`."""
+    config = replace(PRESETS["sana-0.6b"], **fields)
     peer = SanaTransformer2DModel(
         num_attention_heads=config.num_heads,
         num_layers=depth,
         num_cross_attention_heads=config.num_cross_heads,
         cross_attention_head_dim=config.dim // config.num_cross_heads,
         cross_attention_dim=config.dim,
+        qk_norm="rms_norm_across_heads" if config.qk_norm else None,
+        guidance_embeds=config.guidance_embeds,
     )
-    return SanaTransformer.from_preset("sana-0.6b", depth=depth).to(device, dtype), peer.to(device, dtype)
+    return SanaTransformer(replace(config, depth=depth)).to(device, dtype), peer.to(device, dtype)
 
 
 def _captions(batch_size: int, device: torch.device, dtype: torch.dtype, real: int = CAPTION_TOKENS) -> tuple[Tensor, Tensor]:

@@ -10,11 +10,16 @@ import torch
 from PIL import Image
 
 from jobs.benchmark.__main__ import main
+from jobs.benchmark.model import make_transformers
 from jobs.benchmark.solver import STEPS, mixture_errors
 from jobs.benchmark.tiling import peaks_mib
 from jobs.benchmark.timing import count_flops
+from jobs.benchmark.variants import SPRINT_FIELDS, controlnet_sampling, make_controlnets, sprint_sampling
 from pipelines.shapes.drawing import draw_row
+from sana_model.files.checkpoint import export
+from sana_model.files.key_maps import CONTROLNET_DIFFUSERS, diffusers_names
 from sana_model.kernels.linear import Linear
+from tests.support.peers import assert_close, scramble
 
 
 def test_flow_dpm_solver_needs_fewer_steps_than_euler_on_a_gaussian_mixture():
@@ -66,9 +71,33 @@ def test_model_command_prints_a_ratio_for_every_part(capsys: pytest.CaptureFixtu
         "--captions=2",
         "--repeats=1",
     ]
-    table = run_benchmark(capsys, "model", *options)[-7:]
-    for part in ("transformer forward", "transformer training", "transformer sampling", "DC-AE encode", "DC-AE decode", "text"):
+    table = run_benchmark(capsys, "model", *options)[-9:]
+    parts = [f"transformer {part}" for part in ("forward", "training", "sampling")]
+    for part in (*parts, "Sprint 2 steps", "ControlNet sampling", "DC-AE encode", "DC-AE decode", "text"):
         assert any(line.strip().startswith(part) and "x  " in line for line in table), (part, table)
+
+
+def test_both_ways_give_the_same_latents_for_sprint_and_controlnet():
+    """From the same weights and noise; a ratio of two different works would say nothing."""
+    for part in ("sprint", "controlnet"):
+        fields = SPRINT_FIELDS if part == "sprint" else {"time_input": "whole"}
+        ours, peer = make_transformers(torch.device("cpu"), torch.float32, 2, **fields)
+        peer.load_state_dict(export(scramble(ours).state_dict(), diffusers_names(ours.config)))
+        latents, captions = torch.randn(2, 32, 2, 2), (torch.randn(2, 5, 2304), torch.ones(2, 5))
+        if part == "sprint":
+            pair = sprint_sampling(ours, peer, latents, captions, 4.5)
+        else:
+            controlnets = make_controlnets(ours, peer)
+            controlnets[1].load_state_dict(export(scramble(controlnets[0], 1).state_dict(), CONTROLNET_DIFFUSERS))
+            null = (torch.randn(1, 5, 2304).expand(2, -1, -1), (torch.arange(5) < 1).float().expand(2, -1))
+            settings = {"num_steps": 3, "guidance_scale": 4.5, "flow_shift": 3.0}
+            pair = controlnet_sampling((ours, peer), controlnets, latents, captions, null, **settings)
+        drawn = []
+        for run in pair:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                drawn.append(run())
+        assert_close(*drawn)
 
 
 def test_train_command_prints_images_per_second_both_ways(capsys: pytest.CaptureFixture[str]):
