@@ -19,8 +19,8 @@ class ConvertConfig:
     """Configuration of a conversion.
 
     Args:
-        source: a pipeline, a transformer or an autoencoder, in any layout: a folder, a weights file, or a zoo://, hf:// or
-            fsspec URI. May be given first, without its name.
+        source: a pipeline, a transformer, a ControlNet or an autoencoder, in any layout: a folder, a weights file, or a
+            zoo://, hf:// or fsspec URI. May be given first, without its name.
         output: the folder to write; for nvlabs, the .pth or .safetensors file. May be given second, without its name.
         layout: the code that is to read it.
         dtype: of the weights; None keeps that of the file.
@@ -28,6 +28,9 @@ class ConvertConfig:
         time_input: how the weights were trained to see the noise level, where the file does not tell it.
         null_caption: what the weights were trained to see for a dropped caption; None: as the file's own code does it.
         num_cross_heads: heads of the cross-attention, where the file does not tell them.
+        position_scale: interpolation of the positional embedding, where the file does not tell it; 0: there is none.
+        base_size: side, in tokens, of the square picture that the model was made for, where the file does not tell it.
+        scaling_factor: of an autoencoder's latents, where the file does not tell it.
     """
 
     source: str
@@ -38,12 +41,16 @@ class ConvertConfig:
     time_input: TimeInput | None = None
     null_caption: NullCaption | None = None
     num_cross_heads: int | None = None
+    position_scale: float | None = None
+    base_size: int | None = None
+    scaling_factor: float | None = None
 
     @property
     def overrides(self) -> dict[str, Any]:
         """Settings of the transformer that were given."""
-        named = {name: getattr(self, name) for name in ("time_input", "null_caption", "num_cross_heads")}
-        return {name: value for name, value in named.items() if value is not None}
+        names = ("time_input", "null_caption", "num_cross_heads", "position_scale", "base_size")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return given | ({"position_scale": None} if self.position_scale == 0 else {})
 
 
 def run(config: ConvertConfig) -> None:
@@ -59,8 +66,9 @@ def convert(config: ConvertConfig) -> str:
     import torch
 
     from sana_model.files.checkpoint import PIPELINE_INDEXES, OtherModelError
+    from sana_model.files.pipeline import in_one_file
     from sana_model.files.places import resolve
-    from sana_model.nn.autoencoder import DCAutoencoder
+    from sana_model.nn.controlnet import SanaControlNet
     from sana_model.nn.transformer import SanaTransformer
     from sana_model.pipeline import TextToImage
 
@@ -72,14 +80,43 @@ def convert(config: ConvertConfig) -> str:
     try:
         transformer = SanaTransformer.from_pretrained(local, use_ema=config.ema, dtype=dtype, **config.overrides)
     except OtherModelError as no_transformer:
-        try:
-            autoencoder = DCAutoencoder.from_pretrained(local, dtype=dtype)
-        except ValueError as no_autoencoder:
-            raise ValueError(f"{no_transformer}; nor is it an autoencoder: {no_autoencoder}") from None
-        autoencoder.save_pretrained(output, layout=config.layout)
-        return "an autoencoder"
-    transformer.save_pretrained(output, layout=config.layout)
-    return f"a transformer, time_input={transformer.config.time_input}, null_caption={transformer.config.null_caption}"
+        return _convert_other(config, local, no_transformer)
+    named = f"time_input={transformer.config.time_input}, null_caption={transformer.config.null_caption}"
+    file = in_one_file(local)
+    if file is None:
+        transformer.save_pretrained(output, layout=config.layout)
+        return f"a transformer, {named}"
+    controlnet = SanaControlNet.from_pretrained(file, dtype=dtype, num_cross_heads=config.num_cross_heads)
+    if config.layout == "sana":
+        transformer.save_pretrained(output)
+        controlnet.save_pretrained(output / "controlnet")
+    else:
+        controlnet.save_pretrained(output, layout=config.layout, transformer=transformer)
+    return f"a transformer with its ControlNet, {named}"
+
+
+def _convert_other(config: ConvertConfig, local: Path, no_transformer: Exception) -> str:
+    """Convert what is no transformer: a ControlNet or an autoencoder. Returns what it is; raises as `convert`."""
+    import torch
+
+    from sana_model.files.checkpoint import OtherModelError
+    from sana_model.nn.autoencoder import DCAutoencoder
+    from sana_model.nn.controlnet import SanaControlNet
+
+    dtype, output = getattr(torch, config.dtype) if config.dtype else None, Path(config.output)
+    try:
+        controlnet = SanaControlNet.from_pretrained(local, dtype=dtype, num_cross_heads=config.num_cross_heads)
+    except OtherModelError:
+        pass
+    else:
+        controlnet.save_pretrained(output, layout=config.layout)
+        return f"a ControlNet of the form {controlnet.config.form}"
+    try:
+        autoencoder = DCAutoencoder.from_pretrained(local, dtype=dtype, scaling_factor=config.scaling_factor)
+    except ValueError as no_autoencoder:
+        raise ValueError(f"{no_transformer}; nor is it an autoencoder: {no_autoencoder}") from None
+    autoencoder.save_pretrained(output, layout=config.layout)
+    return "an autoencoder"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

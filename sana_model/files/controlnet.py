@@ -1,6 +1,6 @@
 """Load and save a ControlNet: in our own layout, diffusers' or NVlabs', whose `.pth` holds it together with the transformer."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from sana_model.files import key_maps
 from sana_model.files.checkpoint import (
+    Checkpoint,
+    OtherModelError,
     check_layout,
     class_of,
     config_from_json,
@@ -22,6 +24,7 @@ from sana_model.files.key_maps import CONTROLNET_PREFIX, KeyMap
 from sana_model.files.models import nvlabs_transformer
 from sana_model.files.places import local_target
 from sana_model.files.published_configs import (
+    config_from_tensors,
     cross_heads,
     diffusers_transformer_config,
     positions_from_nvlabs,
@@ -47,8 +50,8 @@ def load_controlnet(
     """Load a ControlNet, in eval mode. The layout is recognised by the content.
 
     Args:
-        path: a folder (ours or diffusers'; of a pipeline, its ControlNet), or NVlabs' `.pth` of a transformer with its
-            ControlNet; local, or an hf://, zoo:// or fsspec URI.
+        path: a folder (ours or diffusers'; of a pipeline, its ControlNet), a weights file with diffusers' names, or NVlabs'
+            `.pth` of a transformer with its ControlNet; local, or an hf://, zoo:// or fsspec URI.
         dtype: None keeps that of the file.
         form: the function that the weights were trained with. None: that of the layout. "nvlabs" for weights of NVlabs that
             were converted to diffusers' layout.
@@ -59,29 +62,40 @@ def load_controlnet(
     if tensors are missing, extra or misshapen; the message names them.
     """
     found = open_checkpoint(path, ("controlnet",), variant=variant, dtype=dtype)
+    config, key_map = _recognise(found, form, num_cross_heads)
+    state = found.state
+    if key_map is key_maps.CONTROLNET_NVLABS:
+        state = {name: tensor for name, tensor in state.items() if name.startswith(CONTROLNET_PREFIX)}
+    elif key_map is key_maps.CONTROLNET_DIFFUSERS and config.form == "nvlabs":
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(OWN_EMBEDDINGS)}
+    with torch.device("meta"):
+        model = SanaControlNet(config)
+    fill(model, state, key_map, found.source, dtype)
+    return model
+
+
+def _recognise(found: Checkpoint, form: ControlForm | None, num_cross_heads: int | None) -> tuple[ControlNetConfig, KeyMap]:
+    """The configuration of a ControlNet, and the names of its tensors. Raises as `load_controlnet`."""
     source, settings, state = found.source, found.settings, found.state
-    key_map = KeyMap()
     if settings.get("model_type") == "sana_controlnet":
         config = config_from_json(ControlNetConfig, settings, source)
         if form not in (None, config.form):
             raise ValueError(f"{source} is a ControlNet of form {config.form!r}: form={form!r} would be another function")
-    elif settings.get("_class_name") == "SanaControlNetModel":
-        key_map = key_maps.CONTROLNET_DIFFUSERS
-        config = replace(_config_from_diffusers(settings, state, source), form=form or "diffusers")
-        if config.form == "nvlabs":
-            state = {name: tensor for name, tensor in state.items() if not name.startswith(OWN_EMBEDDINGS)}
-    elif not settings and any(name.startswith(CONTROLNET_PREFIX) for name in state):
-        key_map = key_maps.CONTROLNET_NVLABS
+        return config, KeyMap()
+    key_map = key_maps.CONTROLNET_DIFFUSERS
+    if settings.get("_class_name") == "SanaControlNetModel":
+        shape = transformer_config_from_diffusers(settings, state, source)
+        return ControlNetConfig(**asdict(shape), form=form or "diffusers"), key_map
+    if not settings and any(name.startswith("controlnet_blocks.") for name in state):
+        given = {"position_scale": None, "num_cross_heads": num_cross_heads}  # no published ControlNet has positions
+        shape = config_from_tensors(state, key_map, source, given, null_caption="own_mask")
+        return ControlNetConfig(**asdict(shape), form=form or "diffusers"), key_map
+    if not settings and any(name.startswith(CONTROLNET_PREFIX) for name in state):
         if form == "diffusers":
             raise ValueError(f"{source} is NVlabs': its weights were trained with the form 'nvlabs', not {form!r}")
         config = _config_from_nvlabs(state, found.told.get("controlnet", {}), source, num_cross_heads)
-        state = {name: tensor for name, tensor in state.items() if name.startswith(CONTROLNET_PREFIX)}
-    else:
-        raise ValueError(f"{source} is not a ControlNet that is known here: {class_of(settings, found.told)}")
-    with torch.device("meta"):
-        model = SanaControlNet(config)
-    fill(model, state, key_map, source, dtype)
-    return model
+        return config, key_maps.CONTROLNET_NVLABS
+    raise OtherModelError(f"{source} is not a ControlNet that is known here: {class_of(settings, found.told)}")
 
 
 def save_controlnet(
@@ -124,11 +138,6 @@ def holds_controlnet(path: Path) -> bool:
     return any(name.startswith(CONTROLNET_PREFIX) for name in open_checkpoint(path, ("controlnet",)).state)
 
 
-def _config_from_diffusers(settings: dict[str, Any], state: dict[str, Tensor], source: Path) -> ControlNetConfig:
-    """Configuration of a `SanaControlNetModel`, as `transformer_config_from_diffusers`."""
-    return ControlNetConfig(**asdict(transformer_config_from_diffusers(settings, state, source)), form="diffusers")
-
-
 def _config_from_nvlabs(
     state: dict[str, Tensor], told: dict[str, Any], source: Path, num_cross_heads: int | None
 ) -> ControlNetConfig:
@@ -136,7 +145,9 @@ def _config_from_nvlabs(
     if told:
         return config_from_json(ControlNetConfig, told, source)
     shape = shape_from_weights(state, key_maps.CONTROLNET_NVLABS, source)
-    positions = positions_from_nvlabs(state.get(key_maps.NVLABS_POSITIONS))
+    # Of the form "nvlabs" only the transformer has positions.
+    found = state.get(key_maps.NVLABS_POSITIONS)
+    positions = {} if found is None else positions_from_nvlabs(found)
     heads = cross_heads(shape["dim"], num_cross_heads, source)
     return ControlNetConfig(
         **shape, **positions, num_cross_heads=heads, time_input="whole", null_caption="caption_mask", form="nvlabs"

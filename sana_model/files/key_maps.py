@@ -169,6 +169,12 @@ def diffusers_names(config: SanaConfig) -> KeyMap:
     return TRANSFORMER_DIFFUSERS_SPRINT if config.guidance_embeds else TRANSFORMER_DIFFUSERS
 
 
+def diffusers_names_in(state: dict[str, Tensor]) -> KeyMap:
+    """The names that diffusers has for the tensors of a transformer, found in its tensors."""
+    sprints = any(name.startswith("time_embed.guidance_embedder.") for name in state)
+    return TRANSFORMER_DIFFUSERS_SPRINT if sprints else TRANSFORMER_DIFFUSERS
+
+
 def efficientvit_names(config: AutoencoderConfig) -> KeyMap:
     """The names that efficientvit has for the tensors of such an autoencoder."""
     return AUTOENCODER_NVLABS_STRIDED if config.variant == "sana" else AUTOENCODER_NVLABS

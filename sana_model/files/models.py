@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 from sana_model.files import key_maps
 from sana_model.files.checkpoint import (
     BESIDE_DIFFUSERS,
+    Checkpoint,
     OtherModelError,
     check_layout,
     class_of,
@@ -27,10 +28,14 @@ from sana_model.files.checkpoint import (
 )
 from sana_model.files.key_maps import KeyMap
 from sana_model.files.places import local_target, resolve
-from sana_model.files.published_configs import (
+from sana_model.files.published_autoencoders import (
     autoencoder_config_from_diffusers,
     autoencoder_config_from_nvlabs,
+    autoencoder_config_from_tensors,
     diffusers_autoencoder_config,
+)
+from sana_model.files.published_configs import (
+    config_from_tensors,
     diffusers_transformer_config,
     positions_for_nvlabs,
     transformer_config_from_diffusers,
@@ -56,43 +61,53 @@ def load_transformer(
 
     Args:
         path: a folder (ours or diffusers'; of a pipeline, its transformer; one that holds a single `.pth`), or a weights file
-            (NVlabs' `.pth`, or safetensors); local, or an hf://, zoo:// or fsspec URI.
+            (NVlabs' `.pth`; or safetensors with NVlabs' or diffusers' names, as ComfyUI's users keep them); local, or an
+            hf://, zoo:// or fsspec URI.
         use_ema: take the averaged weights of a `.pth` (`state_dict_ema`).
         dtype: None keeps that of the file.
         variant: the one in the names of the weights' files ("bf16"); None: the plain one, or the one that fits `dtype`.
-        overrides: fields of `SanaConfig` that replace what the file says. A `.pth` of NVlabs does not hold `num_cross_heads`,
-            which is known for the published widths and must be given for others.
+        overrides: fields of `SanaConfig` that replace what the file says. A weights file without a configuration does not
+            hold `num_cross_heads`, which is known for the published widths and must be given for others; the error asks for
+            what else it does not show.
 
     Raises FileNotFoundError if nothing is there. Raises ValueError if the weights are another model's or an unsupported
     variant, if a file is damaged, if the file does not tell a setting, or if tensors are missing, extra or misshapen; the
     message names them.
     """
     found = open_checkpoint(path, ("transformer",), use_ema=use_ema, variant=variant, dtype=dtype)
-    source, settings, state = found.source, found.settings, found.state
-    key_map = KeyMap()
-    if settings.get("model_type") == "sana_transformer":
-        config = config_from_json(SanaConfig, settings, source)
-    elif settings.get("_class_name") == "SanaTransformer2DModel":
-        config = transformer_config_from_diffusers(settings, state, source)
-        key_map = key_maps.diffusers_names(config)
-        if (source / BESIDE_DIFFUSERS).exists():
-            state |= read_safetensors(source / BESIDE_DIFFUSERS)
-    elif not settings and found.told.get("model_type", "sana_transformer") == "sana_transformer":
-        key_map = key_maps.TRANSFORMER_NVLABS
-        told = {name: value for name, value in found.told.items() if name != "controlnet"}
-        config = transformer_config_from_nvlabs(state, told, source, overrides)
-    else:
-        raise OtherModelError(f"{source} is not a linear DiT that is known here: {class_of(settings, found.told)}")
+    source, state = found.source, found.state
+    config, key_map = _recognise_transformer(found, overrides)
     if key_map is key_maps.TRANSFORMER_NVLABS:  # what else is in the file is read by `load_controlnet`
         state = {name: tensor for name, tensor in state.items() if not name.startswith(key_maps.CONTROLNET_PREFIX)}
     kept = {name: state.pop(theirs) for name, theirs in _kept_names(key_map).items() if theirs in state}
     state.pop(key_maps.NVLABS_POSITIONS, None)
+    if found.settings.get("_class_name") and (source / BESIDE_DIFFUSERS).exists():
+        kept |= read_safetensors(source / BESIDE_DIFFUSERS)
     with torch.device("meta"):
         model = SanaTransformer(replace(config, **overrides))
     fill(model, state, key_map, source, dtype)
     for name, tensor in kept.items():
         setattr(model, name, tensor if dtype is None else tensor.to(dtype))
     return model
+
+
+def _recognise_transformer(found: Checkpoint, overrides: dict[str, Any]) -> tuple[SanaConfig, KeyMap]:
+    """The configuration of a transformer, and the names of its tensors. Raises as `load_transformer`."""
+    source, settings, state = found.source, found.settings, found.state
+    if settings.get("model_type") == "sana_transformer":
+        return config_from_json(SanaConfig, settings, source), KeyMap()
+    if settings.get("_class_name") == "SanaTransformer2DModel":
+        config = transformer_config_from_diffusers(settings, state, source)
+        return config, key_maps.diffusers_names(config)
+    if settings or found.told.get("model_type", "sana_transformer") != "sana_transformer":
+        raise OtherModelError(f"{source} is not a linear DiT that is known here: {class_of(settings, found.told)}")
+    if any(name.startswith("controlnet_blocks.") for name in state):
+        raise OtherModelError(f"{source} holds a ControlNet, not a linear DiT: give it as controlnet=")
+    if any(name.startswith("transformer_blocks.") for name in state):
+        key_map = key_maps.diffusers_names_in(state)
+        return config_from_tensors(state, key_map, source, overrides, null_caption="own_mask"), key_map
+    told = {name: value for name, value in found.told.items() if name != "controlnet"}
+    return transformer_config_from_nvlabs(state, told, source, overrides), key_maps.TRANSFORMER_NVLABS
 
 
 def _kept_names(key_map: KeyMap) -> dict[str, str]:
@@ -163,6 +178,9 @@ def load_autoencoder(
     elif settings.get("_class_name") == "AutoencoderDC":
         key_map = key_maps.AUTOENCODER_DIFFUSERS
         config = autoencoder_config_from_diffusers(settings, source)
+    elif not (settings or found.told) and any(name.startswith("encoder.down_blocks.") for name in state):
+        key_map = key_maps.AUTOENCODER_DIFFUSERS
+        config = autoencoder_config_from_tensors(state, source, scaling_factor)
     elif any(".op_list." in name for name in state) or not (settings or found.told):
         config = autoencoder_config_from_nvlabs(settings, found.told, state, source, scaling_factor)
         key_map = key_maps.efficientvit_names(config)

@@ -145,31 +145,31 @@ def load_parts(
     if text_encoder is not None:
         text_source, tokenizer = str(text_encoder), None
     transformer = load_transformer(local, use_ema=use_ema, dtype=dtype, variant=variant, **overrides)
-    if controlnet is None:
-        controlnet = companions.controlnet or _in_one_file(local)
-    if controlnet is not None and not isinstance(controlnet, SanaControlNet):
+    controlnet = controlnet or companions.controlnet or in_one_file(local)
+    if isinstance(controlnet, str | Path):
         heads = transformer.config.num_cross_heads
         controlnet = load_controlnet(controlnet, dtype=dtype, num_cross_heads=heads, variant=variant)
     autoencoder = str(autoencoder or companions.autoencoder)
     _check_parts(local, [autoencoder, text_source, tokenizer])
-    text_dtype = torch.bfloat16 if dtype is torch.float16 else dtype
-    text_folder = Path(text_source)
     return PipelineParts(
         transformer=transformer,
         controlnet=None if controlnet is None else controlnet.to(transformer.head.weight.dtype),
         autoencoder=load_autoencoder(autoencoder, dtype=dtype, variant=variant),
-        text_encoder=load_text_encoder(
-            text_source,
-            config=companions.prompts,
-            dtype=text_dtype,
-            tokenizer_path=tokenizer,
-            variant=find_variant(text_folder, variant=variant, dtype=text_dtype) if text_folder.is_dir() else None,
-        ),
+        text_encoder=_load_text_encoder(text_source, tokenizer, companions.prompts, dtype=dtype, variant=variant),
         flow_shift=companions.flow_shift if flow_shift is None else flow_shift,
     )
 
 
-def _in_one_file(path: Path) -> Path | None:
+def _load_text_encoder(
+    source: str, tokenizer: str | None, prompts: TextEncoderConfig, *, dtype: torch.dtype | None, variant: str | None
+) -> TextEncoder:
+    """Load the text encoder of a pipeline. In place of float16 it gets bfloat16, and a model id on the hub has no variant."""
+    dtype, folder = torch.bfloat16 if dtype is torch.float16 else dtype, Path(source)
+    found = find_variant(folder, variant=variant, dtype=dtype) if folder.is_dir() else None
+    return load_text_encoder(source, config=prompts, dtype=dtype, tokenizer_path=tokenizer, variant=found)
+
+
+def in_one_file(path: Path) -> Path | None:
     """The file of NVlabs, `path` or the only one in it, that holds a ControlNet with its transformer; None if there is none."""
     file = path if path.is_file() else None
     if path.is_dir() and not any((path / name).exists() for name in (*PIPELINE_INDEXES, "config.json")):

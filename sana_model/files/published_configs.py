@@ -1,7 +1,7 @@
 """Read our configuration from a published checkpoint (its tensors and config.json), and make the config.json for diffusers."""
 
 import math
-from dataclasses import replace
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,10 @@ from sana_model.files.key_maps import (
     KeyMap,
     translate,
 )
-from sana_model.nn.config import (
-    ATTENTION_HEAD_DIM,
-    AUTOENCODER_PRESETS,
-    LINEAR_HEAD_DIM,
-    AutoencoderConfig,
-    SanaConfig,
-    TimeInput,
-    Variant,
-)
+from sana_model.files.kinds import GUIDANCE_EMBEDDERS
+from sana_model.nn.config import LINEAR_HEAD_DIM, NullCaption, SanaConfig, TimeInput
 from sana_model.nn.embeddings import GUIDANCE_FACTOR, sincos_position_embedding
-from sana_model.zoo.published import find_published
+from sana_model.zoo.published import PUBLISHED, find_published
 
 DIFFUSERS_VERSION = "0.42.1"  # the version whose layout we write
 PUBLISHED_CROSS_HEADS = {1152: 16, 2240: 20}  # by width: tensors do not show the number of cross-attention heads
@@ -78,27 +71,70 @@ def transformer_config_from_nvlabs(
     """
     if told:
         return config_from_json(SanaConfig, told, source)
-    shape = shape_from_weights(state, TRANSFORMER_NVLABS, source)
-    heads = cross_heads(shape["dim"], overrides.get("num_cross_heads"), source)
-    guided = "cfg_embedder.mlp.0.weight" in state
-    time_input: TimeInput = "unit" if guided else "whole"
+    return config_from_tensors(state, TRANSFORMER_NVLABS, source, overrides, null_caption="caption_mask")
+
+
+def config_from_tensors(
+    state: dict[str, Tensor], key_map: KeyMap, source: Path, overrides: dict[str, Any], *, null_caption: NullCaption
+) -> SanaConfig:
+    """Configuration of weights without any, by their shapes and, for a published model, by the name of its file.
+
+    Raises ValueError that asks for what neither shows and `overrides` does not give.
+    """
+    shape = shape_from_weights(state, key_map, source)
+    guided = any(part in name for name in state for part in GUIDANCE_EMBEDDERS)
     known = find_published(source)
-    if known is not None and known.config is not None:
-        time_input = known.config.time_input
+    published = None if known is None else known.config
+    time_input: TimeInput = "unit" if guided else "whole"
+    if published is not None:
+        time_input = published.time_input
     elif shape["qk_norm"] and not guided and "time_input" not in overrides:
         raise ValueError(
             f"{source} may hold Sana 1.5 or a teacher of Sana-Sprint, whose tensors look the same: pass time_input='whole' "
             "for Sana 1.5, time_input='unit' for the teacher"
         )
-    positions = positions_from_nvlabs(state.get(NVLABS_POSITIONS))
     return SanaConfig(
         **shape,
-        **positions,
-        num_cross_heads=heads,
+        **_positions(state, shape, published, source, overrides),
+        num_cross_heads=cross_heads(shape["dim"], overrides.get("num_cross_heads"), source),
         guidance_embeds=guided,
         time_input=time_input,
-        null_caption="caption_mask",
+        null_caption=null_caption,
     )
+
+
+def _positions(
+    state: dict[str, Tensor], shape: dict[str, Any], published: SanaConfig | None, source: Path, overrides: dict[str, Any]
+) -> dict[str, Any]:
+    """`base_size` and `position_scale` by the file's `pos_embed`, or as the published model of its name has them.
+
+    Where neither tells them, published shapes of which none has positions are taken to have none, with a warning. Raises
+    ValueError for other shapes, unless `overrides` has `position_scale`.
+    """
+    if NVLABS_POSITIONS in state:
+        return positions_from_nvlabs(state[NVLABS_POSITIONS])
+    if published is not None:
+        return {"base_size": published.base_size, "position_scale": published.position_scale}
+    if "position_scale" in overrides:
+        return {}
+    same = [
+        model.config
+        for model in PUBLISHED
+        if model.config is not None and all(getattr(model.config, name) == shape[name] for name in ("dim", "qk_norm"))
+    ]
+    without = f"{source} does not tell whether its model has a positional embedding"
+    if not same or any(config.position_scale is not None for config in same):
+        raise ValueError(
+            f"{without}: it holds no pos_embed. Pass position_scale=None if it has none, as at 512 and 1024 px, or "
+            "position_scale=1.0, base_size=64 (2048 px) or position_scale=2.0, base_size=128 (4096 px); "
+            "jobs.convert takes --position_scale, 0 for none"
+        )
+    warnings.warn(
+        f"{without} (it holds no pos_embed), nor for which size it was made: taken to have none and 1024 px, as the published "
+        "ones of its shape; position_scale= and base_size= say otherwise",
+        stacklevel=2,
+    )
+    return {}
 
 
 def cross_heads(dim: int, given: int | None, source: Path) -> int:
@@ -148,14 +184,12 @@ def shape_from_weights(state: dict[str, Tensor], key_map: KeyMap, source: Path) 
     }
 
 
-def positions_from_nvlabs(pos_embed: Tensor | None) -> dict[str, Any]:
+def positions_from_nvlabs(pos_embed: Tensor) -> dict[str, Any]:
     """`base_size` and `position_scale` from NVlabs' `pos_embed` (1, base_size^2, D).
 
     It is all zeros if the model has no positional embedding. Else the scale is read from the first value of the second column:
     its frequency is 1, so it is sin(1 / interpolation scale).
     """
-    if pos_embed is None:
-        return {}
     base_size = math.isqrt(pos_embed.shape[1])
     if not pos_embed.any():
         return {"base_size": base_size}
@@ -217,131 +251,3 @@ def diffusers_transformer_config(config: SanaConfig) -> dict[str, Any]:
         "_time_input": config.time_input,  # diffusers ignores names that begin with an underscore
         "_null_caption": config.null_caption,
     }
-
-
-def autoencoder_config_from_diffusers(settings: dict[str, Any], folder: Path) -> AutoencoderConfig:
-    """Configuration from diffusers' config.json. Raises ValueError that names a setting which no published family has."""
-    variant: Variant = "in" if settings["downsample_block_type"] == "pixel_unshuffle" else "sana"
-    is_lite = variant == "sana" and settings["upsample_block_type"] == "pixel_shuffle"
-    config = AutoencoderConfig(
-        latent_channels=settings["latent_channels"],
-        widths=tuple(settings["encoder_block_out_channels"]),
-        encoder_depths=tuple(settings["encoder_layers_per_block"]),
-        decoder_depths=tuple(settings["decoder_layers_per_block"]),
-        variant=variant,
-        scaling_factor=settings["scaling_factor"],
-        decoder_variant="lite" if is_lite else None,
-    )
-    expected = diffusers_autoencoder_config(config)
-    # Published Sana configurations write "Conv" for "conv"; diffusers, too, only checks for pixel_unshuffle. Residual blocks do
-    # not look at the scales of attention.
-    unread = {"_diffusers_version", "downsample_block_type", *(["decoder_qkv_multiscales"] if is_lite else [])}
-    for name in set(expected) & set(settings) - unread:
-        came, wanted = _spread(settings[name], len(config.widths)), _spread(expected[name], len(config.widths))
-        if came != wanted:
-            raise ValueError(f"{folder}: {name}={settings[name]} is of no published DC-AE family, which have {expected[name]}")
-    return config
-
-
-def _spread(value: Any, count: int) -> Any:
-    """One value per stage, as a list: diffusers writes a single string where all stages have the same."""
-    if isinstance(value, str):
-        return [value] * count
-    return (
-        [list(item) if isinstance(item, list | tuple) else item for item in value] if isinstance(value, list | tuple) else value
-    )
-
-
-def diffusers_autoencoder_config(config: AutoencoderConfig) -> dict[str, Any]:
-    """Make the config.json of an `AutoencoderDC`."""
-    count, family, decoder = len(config.widths), config.variant, config.decoder
-    blocks = ["ResBlock" if index < 3 else "EfficientViTBlock" for index in range(count)]
-    multiscales = [[] if index < 3 or family == "in" else [5] for index in range(count)]
-    old_norms = [decoder == "in" and index < 3 for index in range(count)]
-    return {
-        "_class_name": "AutoencoderDC",
-        "_diffusers_version": DIFFUSERS_VERSION,
-        "in_channels": 3,
-        "latent_channels": config.latent_channels,
-        "attention_head_dim": ATTENTION_HEAD_DIM,
-        "encoder_block_types": blocks,
-        "decoder_block_types": ["ResBlock"] * count if decoder == "lite" else blocks,
-        "encoder_block_out_channels": list(config.widths),
-        "decoder_block_out_channels": list(config.widths),
-        "encoder_layers_per_block": list(config.encoder_depths),
-        "decoder_layers_per_block": list(config.decoder_depths),
-        "encoder_qkv_multiscales": multiscales,
-        "decoder_qkv_multiscales": multiscales,
-        "upsample_block_type": "interpolate" if decoder == "sana" else "pixel_shuffle",
-        "downsample_block_type": "conv" if family == "sana" else "pixel_unshuffle",
-        "decoder_norm_types": ["batch_norm" if old else "rms_norm" for old in old_norms],
-        "decoder_act_fns": ["relu" if old else "silu" for old in old_norms],
-        "encoder_out_shortcut": True,
-        "decoder_in_shortcut": True,
-        "decoder_conv_act_fn": "silu" if decoder == "lite" else "relu",
-        "scaling_factor": config.scaling_factor,
-    }
-
-
-def autoencoder_config_from_nvlabs(
-    settings: dict[str, Any], told: dict[str, Any], state: dict[str, Tensor], source: Path, scaling_factor: float | None
-) -> AutoencoderConfig:
-    """Configuration from efficientvit's tensors, unless an earlier save of ours put it into the file (`told`).
-
-    The scale of the latents is `scaling_factor` if given, else that of the model that config.json (`settings`) names, else the
-    one that published autoencoders of this shape have. Raises ValueError if those have several.
-    """
-    if told:
-        return config_from_json(AutoencoderConfig, told, source)
-    config = _autoencoder_shape_from_weights(state, source)
-    named = AUTOENCODER_PRESETS.get(str(settings.get("model_name")))
-    if scaling_factor is None and named is not None:
-        scaling_factor = named.scaling_factor
-    if scaling_factor is None:
-        scales = {
-            name: preset.scaling_factor
-            for name, preset in AUTOENCODER_PRESETS.items()
-            if replace(preset, scaling_factor=1.0) == config
-        }
-        if len(set(scales.values())) != 1:
-            raise ValueError(
-                f"{source} does not hold the scale of its latents: pass scaling_factor=, published ones are {scales}"
-            )
-        scaling_factor = next(iter(scales.values()))
-    return replace(config, scaling_factor=scaling_factor)
-
-
-def _autoencoder_shape_from_weights(state: dict[str, Tensor], source: Path) -> AutoencoderConfig:
-    """The shape that efficientvit's tensors show. They do not show the scale: it is set to 1."""
-
-    def count(prefix: str) -> int:
-        return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
-
-    try:
-        shuffles = "encoder.project_in.conv.conv.weight" in state
-        depths: dict[str, list[int]] = {}
-        widths: list[int] = []
-        num_stages = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("encoder.stages."))
-        for half in ("encoder", "decoder"):
-            blocks = [count(f"{half}.stages.{stage}.op_list.") for stage in range(num_stages)]
-            resamples = [depth > 0 and stage + 1 < num_stages for stage, depth in enumerate(blocks)]
-            depths[half] = [depth - resample for depth, resample in zip(blocks, resamples, strict=True)]
-        for stage in range(num_stages):
-            prefix = f"encoder.stages.{stage}.op_list.0."
-            norm = "main.conv2.norm.weight" if stage < 3 else "context_module.main.proj.norm.weight"
-            widths.append(len(state[prefix + norm]) if depths["encoder"][stage] else 0)
-        has_attention = any(name.startswith("decoder.") and ".context_module." in name for name in state)
-        latent_channels = len(state["encoder.project_out.main.op_list.0.conv.bias"])
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{source} is no checkpoint of a DC-AE: {error} is not in it") from error
-    if widths[0] == 0:  # tensors do not show the width of a first stage without blocks; in published ones it is half the second
-        widths[0] = widths[1] // 2
-    return AutoencoderConfig(
-        latent_channels=latent_channels,
-        widths=tuple(widths),
-        encoder_depths=tuple(depths["encoder"]),
-        decoder_depths=tuple(depths["decoder"]),
-        variant="in" if shuffles else "sana",
-        scaling_factor=1.0,
-        decoder_variant=None if has_attention else "lite",
-    )
