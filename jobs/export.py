@@ -99,6 +99,8 @@ def with_weights(start: "SanaTransformer", config: TrainConfig, weights: "dict[s
     with torch.device("meta"):
         transformer = SanaTransformer(start.config)
     transformer.load_state_dict(weights, assign=True)
+    for name, tensor in start.logvar.items():
+        setattr(transformer, name, tensor)
     return transformer.eval()
 
 

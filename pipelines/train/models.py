@@ -1,9 +1,10 @@
 """The models that a training starts from, loaded and checked to fit together."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pipelines.train.config import TrainConfig
 from pipelines.train.engine.lora import add_lora
@@ -27,6 +28,7 @@ class TrainModels:
     text_encoder: on the training's device; with stored embeddings on the CPU of rank 0, and None on other ranks.
     null: what samples train on whose captions are dropped, on the training's device.
     autoencoder: on the device of rank 0, where pictures are drawn; None on other ranks.
+    logvar: what the weights of `init` held besides, and the trained pipeline keeps: see `SanaTransformer.logvar`.
     """
 
     transformer_config: SanaConfig
@@ -34,6 +36,7 @@ class TrainModels:
     text_encoder: TextEncoder | None
     null: DroppedCaption
     autoencoder: DCAutoencoder | None
+    logvar: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def whole(self) -> bool:
@@ -62,6 +65,7 @@ class TrainModels:
             text_encoder=text_encoder,
             null=DroppedCaption.encode(encoder, transformer_config.null_caption),
             autoencoder=start.autoencoder.to(device, dtype) if rank == 0 else None,
+            logvar=transformer.logvar,
         )
         return transformer.train(), models
 

@@ -62,6 +62,8 @@ class TrainedPipeline:
         with torch.device("meta"):
             transformer = SanaTransformer(models.transformer_config)
         transformer.load_state_dict(weights, assign=True)
+        for name, tensor in models.logvar.items():
+            setattr(transformer, name, tensor.clone())
         transformer.to(self.engine.device, dtype)
         return TextToImage(transformer, models.autoencoder, models.text_encoder, flow_shift=models.shift)
 

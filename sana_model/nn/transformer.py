@@ -42,6 +42,12 @@ class SanaTransformer(nn.Module):
             self.register_buffer(name, None, persistent=False)
         self.reset_parameters()
 
+    @property
+    def logvar(self) -> dict[str, Tensor]:
+        """The layer that only the training of Sana-Sprint uses, by its attributes here; {} if the file had none."""
+        found = {"logvar_weight": self.logvar_weight, "logvar_bias": self.logvar_bias}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "SanaTransformer":
         """Make a freshly initialised model of a published shape, e.g. `from_preset("sana-0.6b", depth=4)`.

@@ -24,6 +24,8 @@ from tests.support.one_worker import one_worker
 from tests.support.training_world import PATH, STREAM, make_pipeline, make_shards, make_table
 
 PROMPTS = ["a red square", "blue"]
+LOGVAR = torch.arange(64.0)[None]
+"""The weights of a layer that only the training of Sana-Sprint uses, and that other trainings keep."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,9 +41,13 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
 
 def train(folder: Path, table: Table, engine: EngineConfig, **settings: Any) -> TrainWorker:
     """Five steps on one worker: long enough for the average to be far from the weights."""
+    init = make_pipeline(folder / "init")
+    transformer = SanaTransformer.from_pretrained(init)
+    transformer.logvar_weight, transformer.logvar_bias = LOGVAR, torch.ones(1)
+    transformer.save_pretrained(f"{init}/transformer")
     config = TrainConfig(
         latents=PATH,
-        init=make_pipeline(folder / "init"),
+        init=init,
         num_steps=5,
         micro_batch_size=4,
         global_batch_size=4,
@@ -125,7 +131,12 @@ def test_other_layouts_adapters_and_one_checkpoint_of_several(tmp_path: Path, ta
     assert main([*source, "--output", str(tmp_path / "model.pth"), "--layout", "nvlabs"]) == 0
     exported = TextToImage.from_pretrained(tmp_path / "sana")
     assert exported.flow_shift == 2.0 and exported.text_encoder.config.instruction == "User Prompt: "
-    nvlabs = SanaTransformer.from_pretrained(tmp_path / "model.pth", num_cross_heads=4).state_dict()
+    written = SanaTransformer.from_pretrained(tmp_path / "model.pth", num_cross_heads=4)
+    trained = worker.pipeline.gather(torch.float32)
+    assert trained is not None
+    for kept in (exported.transformer, written, trained.transformer):
+        assert torch.equal(kept.logvar["logvar_weight"], LOGVAR) and len(kept.logvar) == 2
+    nvlabs = written.state_dict()
     for name, weight in exported.transformer.state_dict().items():
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-6)
         assert torch.equal(weight, nvlabs[name]), name
