@@ -5,21 +5,19 @@ A detector turns an RGB picture into an RGB control picture of the same size.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoModelForDepthEstimation, AutoProcessor
 
+from sana_model.files.opencv import import_cv2
 from sana_model.files.places import resolve
 from sana_model.files.tensors import read_weights_file
 from sana_model.nn.hed import HedNetwork
+from sana_model.zoo.published import HED_WEIGHTS
 
 Detector = Callable[[Image.Image], Image.Image]
-
-HED_WEIGHTS = "hf://lllyasviel/Annotators/ControlNetHED.pth"
-"""The outlines that the published Sana ControlNets were trained with."""
 
 
 class CannyDetector:
@@ -118,15 +116,6 @@ def _scribble(lines: np.ndarray, thickness: int) -> np.ndarray:
     if thickness == 0:
         return cv2.erode(drawn, np.ones((4, 4), np.uint8))
     return cv2.dilate(drawn, np.ones((thickness // 2,) * 2, np.uint8)) if thickness > 1 else drawn
-
-
-def import_cv2() -> Any:
-    """OpenCV. Raises ImportError that says what to install."""
-    try:
-        import cv2
-    except ImportError as error:
-        raise ImportError("edges and scribbles need OpenCV: pip install opencv-python-headless") from error
-    return cv2
 
 
 def _to_rgb(gray: np.ndarray) -> Image.Image:

@@ -55,7 +55,8 @@ def facts_of(address: str) -> dict[str, Any]:
 def settings_of(address: str) -> dict[str, Any]:
     """The settings of `jobs.sample` that draw a picture again, by their dotted names.
 
-    A picture that began with another one needs that one again: its path is among the settings if the picture knows it.
+    A picture that began with another one, or was steered by one, needs that one again: its path is among the settings if the
+    picture knows it.
 
     Raises as `facts_of`; and ValueError if its noise came from a generator without a seed.
     """
@@ -74,4 +75,8 @@ def settings_of(address: str) -> dict[str, Any]:
     if drawn.get("strength") is not None:
         found |= {"sample.start.strength": drawn["strength"]}
         found |= {f"sample.start.{name}": facts[name] for name in ("image", "mask") if name in facts}
-    return {name: value for name, value in found.items() if value is not None}
+    known = {name: value for name, value in found.items() if value is not None}
+    if drawn.get("control_scale") is not None:
+        known |= {"sample.control.scale": drawn["control_scale"]}
+        known |= {f"sample.control.{name}": value for name, value in facts.get("control", {}).items()}
+    return known

@@ -1,11 +1,12 @@
 """Configuration of the sample stage, which draws pictures."""
 
 import math
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
 
 from pipelines.stages.contract import Resources
 from pipelines.tables.schema import check_folder_name
+from sana_model.zoo.published import HED_WEIGHTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,9 +16,10 @@ class DrawConfig:
     Args:
         height: of the pictures, in pixels; None takes the size that the model was trained for, or that of `start`.
         width: as height.
-        num_steps: steps of the solver.
+        num_steps: steps of the solver; None: 20, or 2 for Sana-Sprint.
         guidance_scale: classifier-free guidance weight; 1 turns guidance off.
-        solver: "flow_dpm_solver" (14 to 20 steps), "flow_euler" (28 to 50), or "scm" (Sana-Sprint, 1 to 4).
+        solver: "flow_dpm_solver" (14 to 20 steps), "flow_euler" (28 to 50), or "scm" (Sana-Sprint, 1 to 4);
+            None: "flow_dpm_solver", or "scm" for Sana-Sprint.
         seed: picture i is drawn from seed + i, whatever its batch.
         negative_prompt: text to guide away from, for all pictures.
         guidance_interval: noise levels between which guidance acts, from 0 (clean) to 1 (noise).
@@ -33,9 +35,9 @@ class DrawConfig:
 
     height: int | None = None
     width: int | None = None
-    num_steps: int = 20
+    num_steps: int | None = None
     guidance_scale: float = 4.5
-    solver: Literal["flow_dpm_solver", "flow_euler", "scm"] = "flow_dpm_solver"
+    solver: Literal["flow_dpm_solver", "flow_euler", "scm"] | None = None
     seed: int = 0
     negative_prompt: str = ""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
@@ -49,8 +51,24 @@ class DrawConfig:
         if not math.isfinite(self.guidance_scale):
             raise ValueError(f"guidance_scale={self.guidance_scale} must be a finite number; 1 turns guidance off")
         for name in ("num_steps", "batch_size", "rows_per_shard"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+
+    def for_model(self, pipeline: str, *, is_sprint: bool) -> "DrawConfig":
+        """The same with the solver and the number of steps of a model. Raises ValueError for a setting it cannot take."""
+        solver = self.solver or ("scm" if is_sprint else "flow_dpm_solver")
+        if (solver == "scm") != is_sprint:
+            needed = "draw.solver=scm, with 1 to 4 steps" if is_sprint else "draw.solver=flow_dpm_solver or flow_euler"
+            kind = "is Sana-Sprint" if is_sprint else "is not Sana-Sprint"
+            raise ValueError(f"draw.solver={solver}: {pipeline} {kind} and needs {needed}; leave it out to get its own")
+        if is_sprint and (self.negative_prompt or tuple(self.guidance_interval) != (0.0, 1.0)):
+            raise ValueError(
+                f"{pipeline} is Sana-Sprint, which guides within the model: leave out draw.negative_prompt and "
+                "draw.guidance_interval"
+            )
+        num_steps = self.num_steps or (2 if is_sprint else 20)
+        return replace(self, solver=solver, num_steps=num_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,19 +92,78 @@ class StartConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ControlConfig:
+    """Control pictures, by which a ControlNet steers the drawing.
+
+    Args:
+        image: path or URI of a picture for all prompts; or a list with one for each; or a folder, whose pictures, sorted by
+            name, belong to the prompts in their order; or a table (.csv, .tsv, .jsonl, .parquet) with a column `prompt`.
+        column: of such a table, with the path or URI of the prompt's picture; a relative one begins at the table's folder.
+        controlnet: a folder, a .pth, or a URI; None: the pipeline's own.
+        scale: how strongly it steers; 0: not at all.
+        detector: what makes the control of a picture: "canny" (edges), "depth" or "hed" (outlines); None: it is one already.
+        canny: the two thresholds of "canny", see `CannyDetector`.
+        depth_model: of "depth": any model of transformers for depth estimation, by folder, hub id or URI.
+        depth_is_distance: whether large values of `depth_model` are far away, as those of metric depth are.
+        hed_weights: of "hed": path or URI of `ControlNetHED.pth`.
+        scribble: width in pixels of the lines that "hed" draws, as the published ControlNets were trained; None: soft lines.
+    """
+
+    image: str | list[str]
+    column: str = "control"
+    controlnet: str | None = None
+    scale: float = 1.0
+    detector: Literal["canny", "depth", "hed"] | None = None
+    canny: tuple[int, int] = (100, 200)
+    depth_model: str | None = None
+    depth_is_distance: bool = False
+    hed_weights: str = HED_WEIGHTS
+    scribble: int | None = 2
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise ValueError(f"scale={self.scale} must be a finite number; 0 steers nothing")
+        if (self.detector == "depth") != (self.depth_model is not None):
+            raise ValueError('detector="depth" and depth_model, a model for depth estimation, come together')
+        if not 0 <= self.canny[0] <= self.canny[1]:
+            raise ValueError(f"canny={self.canny} must be two thresholds, the lower one first")
+        if self.scribble is not None and self.scribble < 0:
+            raise ValueError(f"scribble={self.scribble} must be 0 or more pixels, or null for soft lines")
+
+    @property
+    def detector_settings(self) -> dict[str, Any]:
+        """The settings of the detector that count, without its model."""
+        counts = {"canny": ("canny",), "depth": ("depth_is_distance",), "hed": ("scribble",)}
+        names = ("detector", *counts[self.detector]) if self.detector else ()
+        values = {name: getattr(self, name) for name in names}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @property
+    def detector_facts(self) -> dict[str, Any]:
+        """The same with its model, as it was configured."""
+        names = {"depth": "depth_model", "hed": "hed_weights"}
+        model = {name: getattr(self, name) for detector, name in names.items() if detector == self.detector}
+        return self.detector_settings | model
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleConfig:
     """Prompts, and the pipeline that draws their pictures.
 
     Args:
         name: of the table written under samples/.
-        pipeline: a folder, or a zoo://, hf:// or fsspec URI; ours, diffusers' SanaPipeline, or an NVlabs .pth.
+        pipeline: a folder, or a zoo://, hf:// or fsspec URI; ours, diffusers' SanaPipeline, or an NVlabs .pth. Or the short
+            name of a published model (`python -m jobs.zoo published`).
         prompts: the prompts, or a single one, or the path or URI of a text file with one on each line.
         images_per_prompt: pictures of each prompt, one after another.
         start: pictures to start from; None: every picture begins as noise.
+        control: control pictures for a ControlNet; None: nothing steers.
+        max_reject_share: the job fails when a larger share of the pictures cannot be drawn.
         draw: how the pipeline draws.
     """
 
-    NO_VALUE: ClassVar = ("name", "start")  # the hashes of the pictures to start from stand for `start`
+    # The hashes of their pictures stand for `start` and `control`.
+    NO_VALUE: ClassVar = ("name", "start", "control", "max_reject_share")
     SINCE: ClassVar = ("images_per_prompt",)
 
     name: str
@@ -94,6 +171,8 @@ class SampleConfig:
     prompts: list[str] | str
     images_per_prompt: int = 1
     start: StartConfig | None = None
+    control: ControlConfig | None = None
+    max_reject_share: float = 0.0
     draw: DrawConfig = field(default_factory=DrawConfig)
 
     def __post_init__(self) -> None:

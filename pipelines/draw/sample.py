@@ -3,14 +3,17 @@
 import hashlib
 import re
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
+from functools import lru_cache, partial, reduce
 from io import BytesIO
+from operator import or_
 from pathlib import Path
 
 import pyarrow as pa
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pipelines.draw.config import SampleConfig
+from pipelines.draw.control import ControlFiles, read_control
 from pipelines.draw.start import StartFiles, read_start
 from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
@@ -23,6 +26,8 @@ from pipelines.tables.table import Table
 from pipelines.tables.text import read_text
 from pipelines.workers.halving import refuse_out_of_memory, run_halving
 from pipelines.workers.models import FoundModel, find_model, pick_device
+from sana_model.files.kinds import is_sprint
+from sana_model.files.places import resolve
 from sana_model.files.png import read_facts, set_facts, to_png
 
 CUT_PROMPTS = "num_cut_prompts"
@@ -63,7 +68,11 @@ def _read_lines(prompts: str) -> list[str]:
 
 
 def sample_identity(
-    config: SampleConfig, prompts: Sequence[str], models: dict[str, str], start: StartFiles | None = None
+    config: SampleConfig,
+    prompts: Sequence[str],
+    models: dict[str, str],
+    start: StartFiles | None = None,
+    control: ControlFiles | None = None,
 ) -> Identity:
     """Everything that the pictures depend on."""
     settings = value_settings(config)
@@ -71,6 +80,9 @@ def sample_identity(
     settings["prompts"] = f"{len(prompts)}, sha256 {hashlib.sha256(repr(prompts).encode()).hexdigest()[:16]}"
     if start is not None:
         settings["start"] = start.identity
+    if control is not None:
+        settings["control"] = control.identity
+        models = models | control.models
     return Identity("sample", settings, models, {})
 
 
@@ -79,21 +91,25 @@ def run_sample(
 ) -> StageResult:
     """Draw the pictures of each prompt and write them to `samples/<name>`.
 
-    Raises what `read_prompts`, `read_start` and `run_shards` raise.
+    Raises what `read_prompts`, `read_start`, `read_control` and `run_shards` raise.
     """
     prompts = read_prompts(config.prompts)
     pipeline = find_model(config.pipeline)
+    draw = config.draw.for_model(config.pipeline, is_sprint=is_sprint(resolve(pipeline.path)))
+    config = replace(config, draw=draw)
     has_size = config.draw.height is not None and config.draw.width is not None
     start = read_start(config.start, len(prompts), has_size=has_size) if config.start else None
+    has_size = has_size or start is not None
+    control = read_control(config.control, prompts, has_size=has_size) if config.control else None
     num_shards = -(-len(prompts) * config.images_per_prompt // config.draw.rows_per_shard)
     return run_shards(
         Table(dataset_uri, samples_path(config.name), SAMPLES),
-        sample_identity(config, prompts, {"pipeline": pipeline.version}, start),
+        sample_identity(config, prompts, {"pipeline": pipeline.version}, start, control),
         [f"{number:05d}" for number in range(num_shards)],
         read_shard=partial(_read_prompts_shard, prompts, config),
-        make_worker=partial(Sampler, config, pipeline, start),
+        make_worker=partial(Sampler, config, pipeline, start, control),
         resources=config.draw.resources,
-        max_reject_share=0.0,
+        max_reject_share=config.max_reject_share,
         on_progress=on_progress,
         leases=leases,
     )
@@ -112,50 +128,91 @@ class Sampler:
 
     Args:
         pipeline: the configured one, as the driver found it.
-        start: the pictures to start from, if there are any.
+        start, control: the pictures to start from, and the control pictures, if there are any.
 
     Raises ValueError for a size that does not divide, and as `TextToImage`.
     """
 
-    def __init__(self, config: SampleConfig, pipeline: FoundModel, start: StartFiles | None = None):
+    def __init__(
+        self,
+        config: SampleConfig,
+        pipeline: FoundModel,
+        start: StartFiles | None = None,
+        control: ControlFiles | None = None,
+    ):
         import torch
 
         from sana_model.pipeline import TextToImage
 
-        self.config, self.start = config.draw, start
+        self.config, self.start, self.control = config.draw, start, control
         self.facts = {"model": config.pipeline, "model_version": pipeline.version}
         device = pick_device(self.config.device)
         dtype = getattr(torch, self.config.dtype) if self.config.dtype else None
-        self.pipeline = TextToImage.from_pretrained(pipeline.path, dtype=dtype).to(device)
-        if start is None:
+        controlnet = control.controlnet.path if control is not None and control.controlnet is not None else None
+        self.pipeline = TextToImage.from_pretrained(pipeline.path, dtype=dtype, controlnet=controlnet).to(device)
+        if control is not None and self.pipeline.controlnet is None:
+            raise ValueError(f"control came, and {config.pipeline} holds no ControlNet: give control.controlnet too")
+        self.detector = control.make_detector(device) if control is not None else None
+        self.make_control = lru_cache(maxsize=16)(self._make_control)  # a picture may belong to many rows
+        if start is None and control is None:
             self.pipeline.image_size(self.config.height, self.config.width)
 
     def process(self, table: pa.Table) -> ShardOutput:
-        """Make one row of samples for each row of `_read_prompts_shard`, or a reject where the picture's values are not finite.
+        """Make one row of samples for each row of `_read_prompts_shard`, or a reject.
 
-        Figures: CUT_PROMPTS. Raises WrongInputError if weights of the pipeline are not finite.
+        Rejects are pictures whose values are not finite, and prompts whose control picture cannot be used. Figures:
+        CUT_PROMPTS. Raises WrongInputError if weights of the pipeline are not finite.
         """
         rows: list[Row] = []
         rejects: list[Row] = []
         source = table.to_pylist()
         num_cut = 0
         for start in range(0, len(source), self.config.batch_size):
-            batch = source[start : start + self.config.batch_size]
-            counts = self.pipeline.text_encoder.count_tokens([row["prompt"] for row in batch])
+            batch, refused = self._with_controls(source[start : start + self.config.batch_size])
+            rejects += refused
+            counts = self.pipeline.text_encoder.count_tokens([row["prompt"] for row in batch]) if batch else []
             num_cut += sum(count > self.pipeline.text_encoder.config.max_tokens for count in counts)
-            for row, image in zip(batch, run_halving(self.draw, batch, refuse=_refuse), strict=True):
-                number = row.pop("number")
+            for row, image in zip(batch, run_halving(self.draw, batch, refuse=_refuse) if batch else [], strict=True):
+                number, _ = row.pop("number"), row.pop("control")
                 if isinstance(image, RowRefused):
                     rejects.append(reject(row, image))
                     continue
-                set_facts(image, read_facts(image) | self.facts | (self.start.facts(number) if self.start else {}))
+                given = [pictures.facts(number) for pictures in (self.start, self.control) if pictures is not None]
+                set_facts(image, reduce(or_, [read_facts(image), self.facts, *given]))
                 rows.append({**row, "image_bytes": to_png(image)})
         return ShardOutput(rows, rejects, {CUT_PROMPTS: num_cut} if num_cut else {})
+
+    def _with_controls(self, batch: list[Row]) -> tuple[list[Row], list[Row]]:
+        """The rows with their control pictures (None: nothing steers), and the rejects of those whose picture is no good."""
+        rows: list[Row] = []
+        rejects: list[Row] = []
+        for row in batch:
+            try:
+                rows.append({**row, "control": None if self.control is None else self.make_control(row["number"])})
+            except RowRefused as refused:
+                rejects.append(reject(row, refused))
+        return rows, rejects
+
+    def _make_control(self, number: int) -> Image.Image:
+        """The control picture of a prompt, given by its number. Detectors see the size that is drawn. Raises RowRefused."""
+        from sana_model.pictures import GuidePictures
+
+        assert self.control is not None
+        picture = self.control.of(number).read()
+        if self.detector is None:
+            return picture
+        if self.start is None:
+            given = GuidePictures([picture], self.pipeline.autoencoder)
+            height, width = self.pipeline.image_size(self.config.height, self.config.width, given)
+            picture = ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)
+        return self.detector(picture)
 
     def draw(self, rows: list[Row]) -> list[Image.Image]:
         """Draw one picture for each row's prompt and seed, in one call of the pipeline."""
         config = self.config
-        start = self.start.arguments([row["number"] for row in rows]) if self.start else {}
+        given = self.start.arguments([row["number"] for row in rows]) if self.start else {}
+        if self.control is not None:
+            given |= {"control_image": [row["control"] for row in rows], "control_scale": self.control.config.scale}
         return self.pipeline(
             [row["prompt"] for row in rows],
             config.height,
@@ -166,7 +223,7 @@ class Sampler:
             negative_prompt=config.negative_prompt,
             solver=config.solver,
             seed=[row["seed"] for row in rows],
-            **start,
+            **given,
         )
 
 

@@ -108,7 +108,8 @@ class TrainConfig:
         latents: path of the table in the dataset, such as latents/dc-ae-512; or a list of tables with weights.
         caption_embeds: name of the stored embeddings under caption_embeds/ of the dataset (of each dataset of a
             mixture), so that the text encoder is not needed on the training's device. None: captions are encoded in the step.
-        init: the pipeline to start from: a folder, or a zoo://, hf:// or fsspec URI; ours, diffusers' or an NVlabs .pth.
+        init: the pipeline to start from: a folder, or a zoo://, hf:// or fsspec URI; ours, diffusers' or an NVlabs .pth. Or
+            the short name of a published model (`python -m jobs.zoo published`).
         preset: without `init`, the shape of a new transformer, such as sana-0.6b; with `init`, the shape that it must have.
         text_encoder: path of the text encoder; needed without `init`, replaces that of `init` otherwise.
         autoencoder: path of the autoencoder; needed without `init`, replaces that of `init` otherwise.

@@ -136,6 +136,11 @@ def open_image(image_bytes: bytes, limits: ImageLimits | None = None) -> Image.I
     return image
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) that an opened image has after `to_rgb`; nothing is decoded."""
+    return image.size[::-1] if _orientation(image) in (5, 6, 7, 8) else image.size
+
+
 def _check_scans(scans: int, pixels: int) -> None:
     if scans > MAX_JPEG_SCANS or (scans > USUAL_JPEG_SCANS and scans * pixels > MAX_SCANNED_PIXELS):
         raise RowRefused("too_large", f"{scans} scans over {pixels} pixels: a JPEG made to be slow")

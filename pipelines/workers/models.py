@@ -16,7 +16,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 
-from sana_model.files.places import resolve
+from sana_model.files.places import published_address, resolve
 
 if TYPE_CHECKING:
     import torch
@@ -27,11 +27,17 @@ NOT_HASHED = (".lock", ".md", ".gitattributes", ".gitignore")
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether a model's path is a hub id (owner/name). Raises FileNotFoundError if it is neither that nor an existing place."""
-    if "://" in path or Path(path).exists():
+    """Whether a model's path is a hub id (owner/name).
+
+    Raises FileNotFoundError if it is neither that, nor an existing place, nor the short name of a published model.
+    """
+    if "://" in path or Path(path).exists() or published_address(path) is not None:
         return False
     if not HUB_ID.fullmatch(path):
-        raise FileNotFoundError(f"no file or folder {path!r}, and no id of the Hugging Face hub either: that is owner/name")
+        raise FileNotFoundError(
+            f"no file or folder {path!r}, and no id of the Hugging Face hub either: that is owner/name (short names "
+            "of published models: python -m jobs.zoo published)"
+        )
     return True
 
 
@@ -54,7 +60,8 @@ class FoundModel:
 
 
 def find_model(path: str, revision: str | None = None) -> FoundModel:
-    """Find a model: a local file or folder, a hub id (owner/name) with a revision, or a zoo://, hf:// or fsspec URI.
+    """Find a model: a local file or folder, a hub id (owner/name) with a revision, or a zoo://, hf:// or fsspec URI, or
+    the short name of a published model.
 
     Raises FileNotFoundError if there is no such model, ValueError if the hub does not tell the commit.
     """
@@ -68,7 +75,11 @@ def find_model(path: str, revision: str | None = None) -> FoundModel:
 
 
 def locate(path: str) -> tuple[str, Path]:
-    """A model's path, with the commit in an hf:// address, and the local place of its files. Raises as `resolve`."""
+    """A model's path, with the commit in an hf:// address, and the local place of its files. Raises as `resolve`.
+
+    In place of the short name of a published model stands its hf:// address.
+    """
+    path = published_address(path) or path
     place = resolve(path)
     return _with_commit(path, place) if path.startswith("hf://") else path, place
 

@@ -31,19 +31,17 @@ def resolve(path: str | Path) -> Path:
     """Return a local path for `path`, after downloading if it is remote.
 
     Args:
-        path: a local path; or `zoo://name`, a tiny checkpoint that comes with this package (`sana_model/zoo`); or
-            `hf://owner/name[@revision][/folder]` on the Hugging Face hub (write %2F for a slash inside a revision); or any
-            other fsspec URI, which is copied to a cache.
+        path: a local path; or the short name of a published model ("sana-1.6b-1024"); or `zoo://name`, a tiny checkpoint that
+            comes with this package (`sana_model/zoo`); or `hf://owner/name[@revision][/folder]` on the Hugging Face hub
+            (write %2F for a slash inside a revision); or any other fsspec URI, which is copied to a cache.
 
     Raises FileNotFoundError if nothing is there, ConnectionError if the hub cannot be reached, ValueError if an hf:// address
     names no repository, or if a name there leads out of its folder.
     """
     text = str(path)
     if "://" not in text:
-        if not Path(text).exists():
-            published = find_published(text)
-            if published is not None and text == published.short:
-                return resolve(f"hf://{published.id}")
+        if (published := published_address(text)) is not None:
+            return resolve(published)
         if not (local := Path(text).expanduser()).exists():
             raise FileNotFoundError(f"no file or folder {text!r}; a model on the Hugging Face hub is written hf://owner/name")
         return local
@@ -53,6 +51,15 @@ def resolve(path: str | Path) -> Path:
     if protocol == "zoo":
         return _from_zoo(rest)
     return _from_hub(rest) if protocol == "hf" else _from_uri(text)
+
+
+def published_address(path: str) -> str | None:
+    """The hf:// address of a published model that is given by its short name ("sana-1.6b-1024"); None if it is none.
+
+    A file or folder of that name comes first.
+    """
+    published = None if "://" in path or Path(path).exists() else find_published(path)
+    return f"hf://{published.id}" if published is not None and path == published.short else None
 
 
 def _from_zoo(name: str) -> Path:

@@ -7,6 +7,8 @@ from typing import Any
 from sana_model.nn.config import AUTOENCODER_PRESETS, DEFAULT_TEXT_ENCODER, PRESETS, SanaConfig
 
 DIFFUSERS = "_diffusers"
+HED_WEIGHTS = "hf://lllyasviel/Annotators/ControlNetHED.pth"
+"""The detector of outlines that the published ControlNets were trained with."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,6 +96,11 @@ def test_the_settings_of_a_picture_stand_between_the_yaml_and_the_command_line(t
     assert start is not None and (start.image, start.mask, start.strength) == ("a.png", "b.png", 0.3)
 
 
+def test_the_example_of_a_controlnet_is_taken() -> None:
+    sample = parse(["--config", "jobs/configs/sample_control.yaml", "--sample.control.detector", "canny"]).sample
+    assert sample.control is not None and (sample.control.detector, sample.control.scribble) == ("canny", 2)
+
+
 def test_a_picture_that_cannot_be_drawn_again_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = {"plain.png": png(None), "text.png": b"text", "noise.png": png(FACTS | {"seed": None})}
     for name, content in files.items():

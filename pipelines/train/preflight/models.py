@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, Gemma2Config
 from pipelines.train.config import TrainConfig
 from pipelines.train.models import find_training_companions
 from sana_model.files.pipeline import Companions
-from sana_model.files.places import resolve
+from sana_model.files.places import published_address, resolve
 from sana_model.nn.autoencoder import DCAutoencoder
 from sana_model.nn.config import (
     AUTOENCODER_PRESETS,
@@ -89,9 +89,9 @@ def _local_pipeline(training: TrainConfig, problems: list[str]) -> Path | None:
 
     Returns None if there is no `init`, or if it is not on this machine and `preset` tells its shape.
     """
-    init = training.init
-    if init is None:
+    if training.init is None:
         return None
+    init = published_address(training.init) or training.init
     try:
         return resolve(init) if "://" not in init or init.startswith(("zoo://", "file://")) or not training.preset else None
     except FileNotFoundError:

@@ -3,17 +3,26 @@
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from PIL import Image
 
+from pipelines.draw import sample
 from pipelines.draw.config import DrawConfig, SampleConfig, StartConfig
-from pipelines.draw.sample import Sampler, read_prompts, sample_identity
+from pipelines.draw.sample import Sampler, read_prompts, run_sample, sample_identity
 from pipelines.draw.start import read_start
+from pipelines.tables.identity import Identity
 from pipelines.workers.models import FoundModel
+from sana_model.files.kinds import is_sprint
+from sana_model.files.places import resolve
 from sana_model.files.png import read_facts
+from sana_model.nn.transformer import SanaTransformer
+from sana_model.pipeline import TextToImage
+from tests.support.peers import scramble
 
 DRAW = DrawConfig(num_steps=4, guidance_scale=2.5, batch_size=4, dtype="float32")
 CONFIG = SampleConfig(name="test", pipeline="zoo://pipeline", prompts=["a red circle"], draw=DRAW)
@@ -104,3 +113,36 @@ def test_pictures_that_do_not_fit_are_told_before_anything_is_drawn(tmp_path: Pa
         StartConfig(image=small, strength=2)
     with pytest.raises(FileNotFoundError):
         read_start(StartConfig(image=str(tmp_path / "absent.png")), 2, has_size=False)
+
+
+def test_sprint_is_drawn_by_its_own_sampler_unless_told_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = TextToImage.from_pretrained("zoo://pipeline", dtype=torch.float32)
+    fields = {"depth": 2, "qk_norm": True, "cross_qk_norm": True, "guidance_embeds": True, "time_input": "unit"}
+    model = TextToImage(
+        scramble(SanaTransformer(replace(base.transformer.config, **fields))),  # type: ignore[arg-type]
+        base.autoencoder,
+        base.text_encoder,
+    )
+    model.save_pretrained(tmp_path / "sana")
+    model.transformer.save_pretrained(tmp_path / "diffusers", layout="diffusers")
+    for name in ("x.pth", "x.safetensors"):
+        model.transformer.save_pretrained(tmp_path / name, layout="nvlabs")
+    assert all(is_sprint(tmp_path / name) for name in ("sana", "diffusers", "x.pth", "x.safetensors"))
+    assert not is_sprint(tmp_path / "absent") and not is_sprint(resolve("zoo://pipeline"))
+
+    made: list[tuple[Identity, Any]] = []
+    monkeypatch.setattr(sample, "run_shards", lambda output, identity, shards, **call: made.append((identity, call)))
+    for draw in (DrawConfig(dtype="float32"), DrawConfig(dtype="float32", num_steps=1)):
+        run_sample(str(tmp_path), SampleConfig(name="x", pipeline=str(tmp_path / "sana"), prompts=["a"], draw=draw))
+    (identity, call), (other, _) = made
+    assert (identity.config["solver"], identity.config["num_steps"], other.config["num_steps"]) == ("scm", 2, 1)
+    rows = call["make_worker"]().process(prompts_table(["a red circle"], [1])).rows
+    settings = read_facts(rows[0]["image_bytes"])["settings"]
+    assert (settings["solver"], settings["num_steps"]) == ("scm", 2)
+    for sprints, refused, message in [
+        (True, DrawConfig(solver="flow_euler"), "m is Sana-Sprint and needs draw.solver=scm, with 1 to 4 steps"),
+        (True, DrawConfig(negative_prompt="bad"), "leave out draw.negative_prompt"),
+        (False, DrawConfig(solver="scm"), "m is not Sana-Sprint and needs draw.solver=flow_dpm_solver or flow_euler"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            refused.for_model("m", is_sprint=sprints)

@@ -69,6 +69,23 @@ def test_a_revision_of_the_hub_is_pinned_to_its_commit() -> None:
         model_version("acme/other")
 
 
+def test_a_short_name_of_a_published_model_is_its_hub_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a cache as the hub's own client lays it out; nothing is fetched."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    commit, repository = "d" * 40, tmp_path / "models--Efficient-Large-Model--Sana_1600M_1024px_BF16"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots" / commit / "checkpoints").mkdir(parents=True)
+    assert not is_hub_id("sana-1.6b-1024")
+    address = f"hf://Efficient-Large-Model/Sana_1600M_1024px_BF16@{commit}"
+    assert find_model("sana-1.6b-1024") == models.FoundModel(address, None, commit)
+    Path("sana-1.6b-1024").mkdir()
+    assert find_model("sana-1.6b-1024").path == "sana-1.6b-1024", "a folder of that name comes first"
+    with pytest.raises(FileNotFoundError, match=r"jobs\.zoo published"):
+        find_model("sana-1.6b-1025")
+
+
 REVISION = "/api/models/acme/vlm/revision"
 STAGES: dict[str, tuple[Any, Callable[[str], object], list[str]]] = {
     "caption": (
