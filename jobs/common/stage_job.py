@@ -57,19 +57,22 @@ def track_stage(
 
         with telling_what_is_awaited(job, name, line.say):
             result = _run_rebuilding(job, name, lambda leases: run_stage(on_progress, leases), line)
-        html: str | None = None
         if make_report is not None and (run is not None or _lacks_report(result)):
-            html = make_report()
-            result.table.write_report(html)
+            _publish_report(make_report(), result, run)
         if run is not None:
             log_result(run, result, name.split()[0])
-            if html is not None:
-                run.log_html(html, REPORT)
             if log is not None:
                 log(run, result)
     line.clear()
     print(describe_result(name, result, is_due=is_due), flush=True)
     return result
+
+
+def _publish_report(html: str, result: StageResult, run: "TrackedRun | None") -> None:
+    """Write the page into the stage's table, and into its run if there is one."""
+    result.table.write_report(html)
+    if run is not None:
+        run.log_html(html, REPORT)
 
 
 def require_tables(dataset_uri: str, *paths: str) -> bool:
