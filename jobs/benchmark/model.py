@@ -98,7 +98,7 @@ def _variants(config: ModelConfig, device: torch.device, dtype: torch.dtype, ent
         for size in config.sizes:
             latents, _, *captions = _transformer_inputs(steered[0], size, config.batch_size)
             null = _captions(config.batch_size, device, dtype, real=1)
-            settings = {"num_steps": NUM_STEPS, "guidance_scale": GUIDANCE_SCALE, "flow_shift": FLOW_SHIFT}
+            settings: dict[str, Any] = {"num_steps": NUM_STEPS, "guidance_scale": GUIDANCE_SCALE, "flow_shift": FLOW_SHIFT}
             pair = controlnet_sampling(steered, controlnets, latents, (captions[0], captions[1]), null, **settings)
             yield entry("ControlNet sampling", f"{size} px", pair, few)
 

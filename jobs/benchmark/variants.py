@@ -136,7 +136,7 @@ def _controlnet_pipeline(
     pipeline = SanaControlNetPipeline(
         tokenizer=None,
         text_encoder=None,
-        vae=KnownLatents(control),  # type: ignore[arg-type]
+        vae=KnownLatents(control),
         transformer=peer,
         controlnet=controlnet,
         scheduler=DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=flow_shift),
