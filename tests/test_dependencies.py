@@ -19,7 +19,7 @@ LOADED_BY_NAME = {
 }
 """Declared, and imported by another library."""
 
-WITH_EXTRAS = {"jobs/benchmark/": "dev", "pipelines/caption/vllm": "vllm", "sana_model/controls": "controls"}
+WITH_EXTRAS = {"jobs/benchmark/": "dev", "pipelines/caption/vllm": "vllm", "sana_model/files/opencv": "controls"}
 """Files that begin so may import what an extra of pyproject.toml declares."""
 
 
