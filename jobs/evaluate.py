@@ -1,50 +1,85 @@
-"""`python -m jobs.evaluate --config jobs/configs/evaluate.yaml`: pictures -> CLIP scores and attribute accuracy."""
+"""`python -m jobs.evaluate --config jobs/configs/evaluate.yaml`: pictures -> a table and figures of each metric."""
 
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from jobs.common.exit_codes import is_expected
 from jobs.common.job import JobConfig, run_job
-from jobs.common.stage_job import require_tables, track_stage
+from jobs.common.stage_job import LazyRun, require_tables, track_stage
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.stages.contract import StageResult
 from pipelines.tables.schema import samples_path
+from sana_model.files.redact import redact
 
 if TYPE_CHECKING:
+    from pipelines.evaluate.metric_config import MetricConfig
     from pipelines.tracking.runs import TrackedRun
 
-METRICS = "metrics.json"
+FIGURES = "metrics.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateJob(JobConfig):
-    """Configuration of the judgement of a samples table.
+    """Configuration of the judgement of drawn pictures.
 
     Args:
-        evaluate: the samples table, and the judge.
+        evaluate: the pictures, the metrics, and the settings of each.
     """
 
     evaluate: EvaluateConfig
 
 
-def run(job: EvaluateJob) -> StageResult:
-    """Run the stage in an MLflow run, on the Ray that is connected; the table gets `metrics.json`."""
-    from pipelines.evaluate.run import run_evaluate, summarize
+def run(job: EvaluateJob) -> list[StageResult]:
+    """Run every metric, also after one has failed, in one MLflow run, on the Ray that is connected.
 
-    def log_metrics(run: "TrackedRun", result: StageResult) -> None:
-        metrics = summarize(result.table)
-        result.table.write_file(METRICS, (json.dumps(metrics, indent=2) + "\n").encode())
-        run.log_metrics(metrics)
+    Each metric's table gets its figures as `metrics.json`. Returns the results. Raises the first failure at the end.
+    """
+    results: dict[str, StageResult] = {}
+    failures: dict[str, Exception] = {}
+    with LazyRun(job, f"evaluate {job.evaluate.name}") as shared:
+        for metric, config in job.evaluate.chosen.items():
+            try:
+                results[metric] = _run_metric(job, metric, config, shared)
+            except Exception as error:
+                if len(job.evaluate.metrics) == 1:
+                    raise
+                failures[metric] = error
+                told = str(error) if is_expected(error) else traceback.format_exc()
+                print(redact(f"{_label(job, metric):<22} failed: {told}"), file=sys.stderr, flush=True)
+        for error in failures.values():
+            print(f"metrics that failed: {', '.join(failures)}; done: {', '.join(results) or 'none'}", file=sys.stderr)
+            raise error
+    return list(results.values())
 
+
+def _label(job: EvaluateJob, metric: str) -> str:
+    return f"evaluate {job.evaluate.name} {metric}"
+
+
+def _run_metric(job: EvaluateJob, metric: str, config: "MetricConfig", shared: LazyRun) -> StageResult:
+    from pipelines.evaluate.registry import metric_class
+    from pipelines.evaluate.run import run_metric, sampled_pictures
+
+    def log_figures(run: "TrackedRun", result: StageResult) -> None:
+        run.log_metrics(metric_class(metric).summarize(result.table, config))
+
+    pictures = sampled_pictures(job.dataset_uri, job.evaluate.name)
     result = track_stage(
         job,
-        f"evaluate {job.evaluate.name}",
-        lambda on_progress, leases: run_evaluate(job.dataset_uri, job.evaluate, on_progress=on_progress, leases=leases),
-        log=log_metrics,
+        _label(job, metric),
+        lambda on_progress, leases: run_metric(
+            job.dataset_uri, pictures, metric, config, on_progress=on_progress, leases=leases
+        ),
+        log=log_figures,
+        shared=shared,
     )
-    print("  ".join(f"{name} {value:.3g}" for name, value in summarize(result.table).items()), flush=True)
+    figures = metric_class(metric).summarize(result.table, config)
+    result.table.write_file(FIGURES, (json.dumps(figures, indent=2) + "\n").encode())
+    print("  ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
     return result
 
 

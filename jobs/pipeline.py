@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jobs import caption, evaluate, extract, ingest, sample, score, train
 from jobs.common.exit_codes import is_expected
@@ -12,7 +12,7 @@ from jobs.common.job import JobConfig, run_job
 from jobs.common.timings import Timings, print_section
 from pipelines.caption.config import CaptionerConfig
 from pipelines.draw.config import DrawConfig, SampleConfig
-from pipelines.evaluate.config import EvaluateConfig
+from pipelines.evaluate.config import ClipScoreConfig, EvaluateConfig, ShapesJudgeConfig
 from pipelines.extract.config import ExtractConfig
 from pipelines.ingest.config import IngestConfig
 from pipelines.score.config import ScorerConfig
@@ -124,11 +124,20 @@ def train_pipeline(job: StagesJob, timings: Timings) -> "TrainResult":
     return timings.measure("train", lambda: train.run(stage_job(train.TrainJob, job, train=job.train, on_stale="refuse")))
 
 
-def draw_and_judge(job: StagesJob, name: str, pipeline: str, prompts: list[str] | str, *, step: int, timings: Timings) -> None:
-    """Run the sample and evaluate stages with one pipeline."""
+def draw_and_judge(
+    job: StagesJob,
+    name: str,
+    pipeline: str,
+    prompts: list[str] | str,
+    *,
+    step: int,
+    timings: Timings,
+    metrics: tuple[str, ...] = ("clip_score",),
+) -> None:
+    """Run the sample and evaluate stages with one pipeline. The scorer's CLIP judges the pictures."""
     settings = SampleConfig(name=name, pipeline=pipeline, prompts=prompts, draw=job.draw)
-    scorer = job.scorer
-    judge = EvaluateConfig(name=name, model=scorer.model, revision=scorer.revision, resources=scorer.resources)
+    clip: dict[str, Any] = {own: getattr(job.scorer, own) for own in ("model", "revision", "resources")}
+    judge = EvaluateConfig(name=name, metrics=metrics, clip_score=ClipScoreConfig(**clip), shapes=ShapesJudgeConfig(**clip))
     timings.measure(f"sample {name}", lambda: sample.run(stage_job(sample.SampleJob, job, sample=settings, step=step)))
     timings.measure(f"evaluate {name}", lambda: evaluate.run(stage_job(evaluate.EvaluateJob, job, evaluate=judge)))
 

@@ -28,7 +28,7 @@ GROUPS: Mapping[str, Lines] = {
         "export": "Write a training's weights for diffusers, NVlabs' code or this project. Needs no Ray and no GPU.",
         "convert": "Write a model that was not trained here in another layout. Needs no Ray and no GPU.",
         "sample": "Draw pictures of prompts, and a grid of them.",
-        "evaluate": "Judge drawn pictures: CLIP scores and attribute accuracy.",
+        "evaluate": "Judge drawn pictures by one or several metrics, each into a table of its own.",
     },
     "All stages in one job": {
         "pipeline": "Run every stage, from raw images to judged pictures.",

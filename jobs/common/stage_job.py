@@ -1,8 +1,8 @@
 """Running a stage as a job: an MLflow run, progress in one line, rebuilding of stale tables, and the report."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from contextlib import ExitStack, nullcontext
+from typing import TYPE_CHECKING, Any, Self
 
 from jobs.common.config import to_dict
 from jobs.common.job import TableJobConfig
@@ -19,6 +19,30 @@ if TYPE_CHECKING:
     from pipelines.tracking.runs import TrackedRun
 
 
+class LazyRun:
+    """The MLflow run of a job, which several stages may share. It is made when it is first needed: a job without work has none."""
+
+    def __init__(self, job: TableJobConfig, name: str):
+        self.job, self.name = job, name
+        self.run: TrackedRun | None = None
+        self.stack = ExitStack()
+
+    def start(self) -> "TrackedRun":
+        """The run; it is made at the first call."""
+        from pipelines.tracking.runs import start_run
+
+        if self.run is None:
+            tracked = start_run(self.name, to_dict(self.job), tracking=self.job.tracking, output_dir=self.job.dataset_uri)
+            self.run = self.stack.enter_context(tracked)
+        return self.run
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self.stack.__exit__(*raised)
+
+
 def track_stage(
     job: TableJobConfig,
     name: str,
@@ -27,8 +51,9 @@ def track_stage(
     make_report: Callable[[], str] | None = None,
     log: "Callable[[TrackedRun, StageResult], None] | None" = None,
     is_due: bool = False,
+    shared: LazyRun | None = None,
 ) -> StageResult:
-    """Run one stage in an MLflow run of its own, and put its report into its table and into the run.
+    """Run one stage in an MLflow run of its own, or in one that it shares, and put its report into its table and into the run.
 
     A stage that has nothing to do makes no run and no new report, unless `is_due`: its shards were made along with another
     stage's. A table that lacks its report gets one in any case: its job was killed at the very end.
@@ -38,20 +63,20 @@ def track_stage(
         run_stage: runs the stage, and reports its progress.
         make_report: returns the page of the finished table.
         log: adds the stage's own figures to the run.
+        shared: a run that several stages share, which the caller ends; the names of this stage's figures then begin with
+            that of its table.
     """
     from jobs.common.prometheus import StageMetrics
-    from pipelines.tracking.runs import start_run
 
     line = StatusLine()
     metrics = StageMetrics(job.dataset_uri, name)
-    with ExitStack() as stack:
+    with nullcontext(shared) if shared else LazyRun(job, name) as tracked:
         run: TrackedRun | None = None
 
         def on_progress(progress: Progress) -> None:
             nonlocal run
             if run is None and (is_due or progress.done_shards < progress.num_shards):
-                tracked = start_run(name, to_dict(job), tracking=job.tracking, output_dir=job.dataset_uri)
-                run = stack.enter_context(tracked)
+                run = tracked.start()
             metrics.update(progress)
             line.show(describe_progress(name, progress))
 
@@ -60,7 +85,7 @@ def track_stage(
         if make_report is not None and (run is not None or _lacks_report(result)):
             _publish_report(make_report(), result, run)
         if run is not None:
-            log_result(run, result, name.split()[0])
+            log_result(run, result, name.split()[0], prefix=f"{result.table.path.rpartition('/')[2]}." if shared else "")
             if log is not None:
                 log(run, result)
     line.clear()
@@ -111,20 +136,24 @@ def _run_rebuilding(
                 deleted.add(table.uri)
 
 
-def log_result(run: "TrackedRun", result: StageResult, context: str) -> None:
-    """Log a stage's counts, figures and tables; `context`: what the tables that it read were read for."""
-    run.log_metrics(
-        {
-            "rows": result.num_rows,
-            "rejects": result.num_rejects,
-            "shards": result.num_shards,
-            "shards_found": result.found_shards,
-            "seconds": result.seconds,
-            "rows_per_second": result.rows_per_second,
-            **{f"rejects.{reason}": count for reason, count in result.rejects_by_reason.items()},
-            **result.figures,
-        }
-    )
+def log_result(run: "TrackedRun", result: StageResult, context: str, *, prefix: str = "") -> None:
+    """Log a stage's counts, figures and tables.
+
+    Args:
+        context: what the tables that it read were read for.
+        prefix: of the names of counts and figures.
+    """
+    figures = {
+        "rows": result.num_rows,
+        "rejects": result.num_rejects,
+        "shards": result.num_shards,
+        "shards_found": result.found_shards,
+        "seconds": result.seconds,
+        "rows_per_second": result.rows_per_second,
+        **{f"rejects.{reason}": count for reason, count in result.rejects_by_reason.items()},
+        **result.figures,
+    }
+    run.log_metrics({f"{prefix}{name}": value for name, value in figures.items()})
     run.tag_tables({**result.inputs, result.table.path: result.fingerprint})
     if result.inputs:
         run.log_inputs(result.table.dataset_uri, result.inputs, context)

@@ -30,9 +30,10 @@ def run(job: DemoJob) -> None:
     failures = make_training_table(job, source, timings)
     prompts = world_prompts(job.world) if job.images is None else photo_prompts(job)
     assert job.train.init is not None
-    draw_and_judge(job, "before", job.train.init, prompts, step=0, timings=timings)
+    metrics = ("clip_score", "shapes") if job.images is None else ("clip_score",)
+    draw_and_judge(job, "before", job.train.init, prompts, step=0, timings=timings, metrics=metrics)
     trained = train_pipeline(job, timings)
-    draw_and_judge(job, "after", trained.pipeline, prompts, step=trained.num_steps, timings=timings)
+    draw_and_judge(job, "after", trained.pipeline, prompts, step=trained.num_steps, timings=timings, metrics=metrics)
     joined = add_captioner(job, timings)
     summary = summarize_demo(job, trained, joined, timings)
     report = write_demo_report(job, summary)

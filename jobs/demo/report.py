@@ -6,13 +6,14 @@ from jobs.common.timings import Timings, print_section
 from jobs.demo.config import DemoJob
 from jobs.demo.figures import CaptionFigures, caption_figures
 from jobs.sample import GRID
-from pipelines.evaluate.run import summarize
+from pipelines.evaluate.metric import iter_shards, metric_table
+from pipelines.evaluate.shapes import accuracy_figures, asks_for_color, read_judgements
 from pipelines.reports.runs import Link, Section, demo_report
 from pipelines.shapes.scenes import KNOWN_COLORS, NEW_COLORS
 from pipelines.stages.contract import StageResult
 from pipelines.storage.files import write_file
-from pipelines.tables.schema import EVALUATIONS, IMAGES_PATH, captions_path, evaluations_path, samples_path, scores_path
-from pipelines.tables.table import REPORT, Table
+from pipelines.tables.schema import IMAGES_PATH, Row, captions_path, samples_path, scores_path
+from pipelines.tables.table import REPORT
 from pipelines.tracking.runs import tracking_uri
 from pipelines.train.run import TrainResult
 
@@ -73,7 +74,19 @@ def _pictures_section(job: DemoJob) -> Section:
 
 
 def _figures(job: DemoJob, name: str, colors: Sequence[str] | None) -> dict[str, float]:
-    return summarize(Table(job.dataset_uri, evaluations_path(name), EVALUATIONS), colors=colors)
+    """The mean CLIP score and the accuracies of pictures; if `colors` are given, of those whose prompts ask for one of them."""
+
+    def counts(prompt: str) -> bool:
+        return colors is None or asks_for_color(prompt, colors)
+
+    scores: list[Row] = []
+    for shard in iter_shards(metric_table(job.dataset_uri, name, "clip_score"), ["prompt", "clip_score"]):
+        scores += [row for row in shard.to_pylist() if counts(row["prompt"])]
+    mean = {"clip_score": sum(row["clip_score"] for row in scores) / len(scores)} if scores else {}
+    if colors is None:
+        return mean
+    judged = read_judgements(metric_table(job.dataset_uri, name, "shapes"))
+    return mean | accuracy_figures([row for row in judged if counts(row["asked"])])
 
 
 def _percent(share: float | None) -> str:

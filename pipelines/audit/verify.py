@@ -35,7 +35,7 @@ from pipelines.audit.violations import Violation, file_of, mend_or_move, move, r
 from pipelines.tables.captions import read_captions
 from pipelines.tables.errors import DamagedShardError
 from pipelines.tables.identity import MANIFEST
-from pipelines.tables.schema import IMAGES_PATH, NESTED, ORIGINAL_CAPTIONER
+from pipelines.tables.schema import ABOUT_CAPTIONS, IMAGES_PATH, ORIGINAL_CAPTIONER
 from pipelines.tables.table import FACTS_KEY, REBUILD, Table
 
 BATCH_ROWS = 64
@@ -259,7 +259,9 @@ def _verify_shard(found: FoundTable, source: Table | None, shard: str, seen: See
 def _ids_of(source: Table, table: Table, shard: str) -> set[str] | None:
     """The ids of a source's shard that `table` is about, or None if it cannot be read: its own table's check reports that."""
     try:
-        if source.path == IMAGES_PATH and table.path.split("/")[0] in NESTED:  # about those images that came with a caption
+        if (
+            source.path == IMAGES_PATH and table.path.split("/")[0] in ABOUT_CAPTIONS
+        ):  # about those images that came with a caption
             return set(read_captions(source.dataset_uri, ORIGINAL_CAPTIONER, shard))
         return set(source.read_shard(shard, ["id"])["id"].to_pylist())
     except (FileNotFoundError, ValueError):

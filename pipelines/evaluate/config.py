@@ -1,33 +1,65 @@
-"""Configuration of the evaluate stage."""
+"""Configuration of the evaluate stage: which pictures, which metrics, and the settings of each."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Literal
 
-from pipelines.stages.contract import Resources
+from pipelines.evaluate.metric_config import MetricConfig
+from pipelines.evaluate.registry import METRICS
 from pipelines.tables.schema import check_folder_name
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """Which pictures are judged, and the model that judges them.
+class ClipScoreConfig(MetricConfig):
+    """CLIP score: 100 times the cosine of picture and prompt, by any transformers CLIP or SigLIP.
 
     Args:
-        name: of the table under samples/, and of the one written under evaluations/.
-        model: a transformers CLIP or SigLIP: a local folder, a hub id, or a zoo://, hf:// or fsspec URI.
-        revision: of a hub id.
-        batch_size: pictures in one call of the model; changes no value.
-        device: "cpu" or "cuda"; None picks the first GPU that Ray gave the actor, otherwise the CPU.
-        resources: what Ray reserves for the stage's actors.
+        model: as published, CLIP ViT-L/14 of OpenAI.
+        long_captions: what is done with a prompt over the model's limit (77 tokens for CLIP): "cut": its beginning counts, as
+            published; "chunks": its score is the mean over as few equal parts as fit.
     """
 
-    NO_VALUE: ClassVar = ("name", "revision", "batch_size", "device", "resources")
+    model: str = "openai/clip-vit-large-patch14"
+    long_captions: Literal["cut", "chunks"] = "cut"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapesJudgeConfig(MetricConfig):
+    """Which attributes a picture of the drawn Shapes world shows, as a CLIP reads them that knows this world.
+
+    Args:
+        model: a CLIP that was trained on drawn scenes.
+    """
+
+    model: str = "zoo://clip"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Which pictures are judged, and how. A metric that fails does not stop those after it.
+
+    Args:
+        name: of the table under samples/, and of the folder under evaluations/ that gets a table for each metric.
+        metrics: names of the metrics to run, one after the other; each has its settings in the section of its name.
+        clip_score: settings of the CLIP score.
+        shapes: settings of the judge of the Shapes world.
+    """
 
     name: str
-    model: str
-    revision: str | None = None
-    batch_size: int = 64
-    device: str | None = None
-    resources: Resources = field(default_factory=Resources)
+    metrics: tuple[str, ...] = ("clip_score",)
+    clip_score: ClipScoreConfig = field(default_factory=ClipScoreConfig)
+    shapes: ShapesJudgeConfig = field(default_factory=ShapesJudgeConfig)
 
     def __post_init__(self) -> None:
         check_folder_name("name", self.name)
+        if not self.metrics:
+            raise ValueError(f"metrics=[] names none: give some of {', '.join(METRICS)}")
+        if unknown := [name for name in self.metrics if name not in METRICS]:
+            raise ValueError(f"metrics={list(self.metrics)}: there is no metric {unknown[0]!r}; there are {', '.join(METRICS)}")
+        if len(set(self.metrics)) < len(self.metrics):
+            raise ValueError(f"metrics={list(self.metrics)} must differ from each other")
+
+    @property
+    def chosen(self) -> Mapping[str, MetricConfig]:
+        """The settings of each metric that runs, by its name, in order."""
+        return {name: getattr(self, name) for name in self.metrics}

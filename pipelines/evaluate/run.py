@@ -1,93 +1,119 @@
-"""The evaluate stage: how well pictures show what their prompts ask for."""
+"""The evaluate stage: one metric judges pictures, and writes a table of its judgements."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import replace
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
-from io import BytesIO
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
-from pipelines.evaluate.config import EvaluateConfig
-from pipelines.evaluate.shapes import AttributeJudge, accuracy_figures, asks_for_color, asks_for_one_object
-from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
+from pipelines.evaluate.metric import Metric, metric_table
+from pipelines.evaluate.metric_config import MetricConfig
+from pipelines.evaluate.registry import metric_class
+from pipelines.stages.contract import OnProgress, ReadShard, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
 from pipelines.storage.lease import Leases
 from pipelines.tables.identity import Identity, value_settings
-from pipelines.tables.rejects import reject
-from pipelines.tables.schema import EVALUATIONS, SAMPLES, Row, evaluations_path, samples_path
+from pipelines.tables.rejects import RowRefused, reject
+from pipelines.tables.schema import SAMPLES, Row, samples_path
 from pipelines.tables.table import Table
-from pipelines.workers.models import find_model
+from pipelines.workers.halving import run_halving
+from pipelines.workers.prepare import iter_rows, prepare_ahead
 
 
-def run_evaluate(
-    dataset_uri: str, config: EvaluateConfig, *, on_progress: OnProgress = lambda _: None, leases: Leases | None = None
-) -> StageResult:
-    """Judge the pictures of `samples/<name>` and write the judgements to `evaluations/<name>`.
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """Pictures to judge, in shards.
 
-    Raises MissingTableError if there are no such pictures, and what `run_shards` raises.
+    Args:
+        name: of the folder under evaluations/.
+        shards: their names.
+        read_shard: the columns id, prompt, image_bytes, and maybe metadata (a JSON object) and others, of a shard.
+        inputs: the fingerprint of the table that holds them, by its path.
+        settings: what identifies pictures that are in no table.
     """
-    samples = Table(dataset_uri, samples_path(config.name), SAMPLES)
+
+    name: str
+    shards: list[str]
+    read_shard: ReadShard
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def sampled_pictures(dataset_uri: str, name: str) -> Pictures:
+    """The drawn pictures of `samples/<name>`. Raises MissingTableError if there are none."""
+    samples = Table(dataset_uri, samples_path(name), SAMPLES)
     inputs = {samples.path: samples.require().fingerprint}
-    model = find_model(config.model, config.revision)
-    identity = Identity("evaluate", value_settings(config), {"clip": model.version}, inputs)
+    return Pictures(name=name, shards=samples.list_shards(), read_shard=samples.read_shard, inputs=inputs)
+
+
+def run_metric(
+    dataset_uri: str,
+    pictures: Pictures,
+    metric: str,
+    config: MetricConfig,
+    *,
+    on_progress: OnProgress = lambda _: None,
+    leases: Leases | None = None,
+) -> StageResult:
+    """Judge pictures by one metric, and write the judgements to `evaluations/<pictures.name>/<metric>`.
+
+    Raises what the metric's `find_models` and `run_shards` raise.
+    """
+    found, versions = metric_class(metric).find_models(config)
+    settings = {"metric": metric, **value_settings(config), **pictures.settings}
     return run_shards(
-        Table(dataset_uri, evaluations_path(config.name), EVALUATIONS),
-        identity,
-        samples.list_shards(),
-        read_shard=samples.read_shard,
-        make_worker=partial(PictureJudge, replace(config, model=model.path, revision=model.revision)),
+        metric_table(dataset_uri, pictures.name, metric),
+        Identity("evaluate", settings, versions, dict(pictures.inputs)),
+        pictures.shards,
+        read_shard=pictures.read_shard,
+        make_worker=partial(MetricWorker, metric, found),
         resources=config.resources,
-        max_reject_share=0.0,
+        max_reject_share=config.max_reject_share,
         on_progress=on_progress,
         leases=leases,
     )
 
 
-class PictureJudge:
-    """Ray Data actor: pictures with their prompts -> CLIP scores, and what they show if the prompt is of the Shapes world."""
+class MetricWorker:
+    """Ray Data actor: pictures with their prompts -> a metric's judgements."""
 
-    def __init__(self, config: EvaluateConfig):
-        from pipelines.workers.clip import ClipModel
-
+    def __init__(self, metric: str, config: MetricConfig):
         self.config = config
-        self.clip = ClipModel(config.model, revision=config.revision, device=config.device)
-        self.attributes: AttributeJudge | None = None  # made when the first prompt needs it
+        self.metric: Metric[Any] = metric_class(metric)(config)
 
     def process(self, table: pa.Table) -> ShardOutput:
-        """Make one row of evaluations for each row of samples, or a reject where its score is not finite."""
+        """Make one row for each picture, or a reject. Threads prepare pictures while the model judges the batch before."""
         rows: list[Row] = []
-        source = table.to_pylist()
-        for start in range(0, len(source), self.config.batch_size):
-            rows += self._judge(source[start : start + self.config.batch_size])
-        refused = self.clip.not_finite("bad_score")
-        rejects = [reject(row, refused) for row in rows if not math.isfinite(row["clip_score"])]
-        return ShardOutput([row for row in rows if math.isfinite(row["clip_score"])], rejects)
+        rejects: list[Row] = []
+        size = self.config.batch_size
+        ready = prepare_ahead(iter_rows(table), self.metric.prepare, num_ahead=size, num_threads=self.config.prepare_threads)
+        for batch in iter(lambda: list(islice(ready, size)), []):
+            usable = [_with_picture(row, picture) for row, picture in batch if not isinstance(picture, RowRefused)]
+            judged = iter(run_halving(self.metric.judge, usable) if usable else [])
+            for row, picture in batch:
+                answer = picture if isinstance(picture, RowRefused) else next(judged)
+                if not isinstance(answer, RowRefused):
+                    answer = self._refuse_not_finite(answer)
+                if isinstance(answer, RowRefused):
+                    rejects.append(reject(row, answer))
+                else:
+                    rows.append({"id": row["id"], "prompt": row["prompt"], **answer})
+        return ShardOutput(rows, rejects)
 
-    def _judge(self, batch: list[Row]) -> list[Row]:
-        images = [Image.open(BytesIO(row["image_bytes"])).convert("RGB") for row in batch]
-        prompts = [row["prompt"] for row in batch]
-        scores = 100 * (self.clip.embed_images(images) * self.clip.embed_texts(prompts)).sum(-1)
-        seen: list[str | None] = [None] * len(batch)
-        if any(asks_for_one_object(prompt) for prompt in prompts):
-            self.attributes = self.attributes or AttributeJudge(self.clip)
-            seen = self.attributes.describe(prompts, images)
-        return [
-            {"id": row["id"], "prompt": prompt, "clip_score": score, "asked": prompt if caption else None, "seen": caption}
-            for row, prompt, score, caption in zip(batch, prompts, scores.tolist(), seen, strict=True)
-        ]
+    def _refuse_not_finite(self, answer: Row) -> Row | RowRefused:
+        for name, value in answer.items():
+            if isinstance(value, (float, np.ndarray)) and not np.isfinite(value).all():
+                told = f"{self.config.model} gives a {name} that is not finite, in {self.config.dtype}"
+                return RowRefused("bad_score", f"{told}: take float32, or another copy of its weights")
+        return answer
 
 
-def summarize(table: Table, *, colors: Sequence[str] | None = None) -> dict[str, float]:
-    """Figures over an evaluations table: the mean `clip_score`, and `accuracy_figures` if it has prompts of the Shapes world.
-
-    Args:
-        colors: if given, only prompts that ask for an object of one of these colors count; empty if there are none.
-    """
-    rows = [row for shard in table.list_shards() for row in table.read_shard(shard).to_pylist()]
-    if colors is not None:
-        rows = [row for row in rows if asks_for_color(row, colors)]
-    metrics = {"clip_score": float(np.mean([row["clip_score"] for row in rows]))} if rows else {}
-    return metrics | accuracy_figures(rows)
+def _with_picture(row: Row, picture: Any) -> Row:
+    """A row as `Metric.judge` takes it."""
+    metadata = row.get("metadata")
+    kept = {name: value for name, value in row.items() if name != "image_bytes"}
+    return kept | {"metadata": json.loads(metadata) if metadata else {}, "picture": picture}

@@ -1,15 +1,18 @@
-"""The part of the evaluation that is about the Shapes world: which attributes a picture shows, and whether its prompt asked for
-them."""
+"""The metric of the drawn Shapes world: which attributes a picture shows, and whether its prompt asked for them."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from PIL import Image
 
+from pipelines.evaluate.config import ShapesJudgeConfig
+from pipelines.evaluate.metric import Metric, iter_shards
 from pipelines.shapes.grammar import full_caption, parse
 from pipelines.shapes.scenes import Scene, all_singles
+from pipelines.tables.rejects import RowRefused
 from pipelines.tables.schema import Row
+from pipelines.tables.table import Table
 
 if TYPE_CHECKING:
     from pipelines.workers.clip import ClipModel
@@ -19,6 +22,38 @@ ATTRIBUTES = ("shape", "color", "background")
 OBJECT_ATTRIBUTES = ("shape", "color", "fill")
 """The attributes of an object; the others (size, position, background) are those of the scene."""
 CAPTIONS_PER_CALL = 512
+
+
+class ShapesJudge(Metric[ShapesJudgeConfig]):
+    """What each picture of one object shows, as a caption; pictures whose prompts ask for something else are left alone.
+
+    Figures: `accuracy.<attribute>` and `accuracy.all`, see `attribute_accuracy`.
+    """
+
+    name: ClassVar = "shapes"
+
+    def __init__(self, config: ShapesJudgeConfig):
+        from pipelines.workers.clip import ClipModel
+
+        self.clip = ClipModel(config.model, revision=config.revision, dtype=config.dtype, device=config.device)
+        self.judge_of_attributes: AttributeJudge | None = None  # made when the first prompt needs it
+
+    def judge(self, rows: list[Row]) -> list[Row | RowRefused]:
+        prompts = [row["prompt"] for row in rows]
+        seen: list[str | None] = [None] * len(rows)
+        if any(asks_for_one_object(prompt) for prompt in prompts):
+            self.judge_of_attributes = self.judge_of_attributes or AttributeJudge(self.clip)
+            seen = self.judge_of_attributes.describe(prompts, [row["picture"] for row in rows])
+        return [{"asked": prompt if caption else None, "seen": caption} for prompt, caption in zip(prompts, seen, strict=True)]
+
+    @classmethod
+    def summarize(cls, table: Table, config: ShapesJudgeConfig) -> dict[str, float]:
+        return accuracy_figures(read_judgements(table))
+
+
+def read_judgements(table: Table) -> list[Row]:
+    """The rows "asked" and "seen" of a table of this metric whose prompts ask for one object."""
+    return [row for shard in iter_shards(table, ["asked", "seen"]) for row in shard.to_pylist() if row["asked"]]
 
 
 class AttributeJudge:
@@ -52,15 +87,15 @@ def asks_for_one_object(prompt: str) -> bool:
     return scene is not None and len(scene.things) == 1
 
 
-def asks_for_color(row: Row, colors: Sequence[str]) -> bool:
-    """Whether the prompt of a row of evaluations asks for an object of one of these colors."""
-    scene = parse(row["asked"]) if row["asked"] else None
-    return scene is not None and scene.things[0].color in colors
+def asks_for_color(prompt: str, colors: Sequence[str]) -> bool:
+    """Whether a prompt asks for one object of the Shapes world, in one of these colors."""
+    scene = parse(prompt)
+    return scene is not None and len(scene.things) == 1 and scene.things[0].color in colors
 
 
-def accuracy_figures(rows: Sequence[Row]) -> dict[str, float]:
-    """`accuracy.<attribute>` for rows of evaluations, as in `attribute_accuracy`; empty if no prompt is of the Shapes world."""
-    scenes = [(parse(row["asked"]), parse(row["seen"])) for row in rows if row["asked"] and row["seen"]]
+def accuracy_figures(rows: Iterable[Row]) -> dict[str, float]:
+    """`accuracy.<attribute>` for rows of `read_judgements`, as in `attribute_accuracy`; empty if there are none."""
+    scenes = [(parse(row["asked"]), parse(row["seen"])) for row in rows]
     pairs = [(asked, seen) for asked, seen in scenes if asked is not None and seen is not None]
     if not pairs:
         return {}

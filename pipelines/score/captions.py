@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -129,20 +128,6 @@ class CaptionScorer:
         import torch
 
         captions = self.clip.tokenize([caption for caption, _ in batch])
-        parts = [self._parts(tokens) for tokens in captions]
-        caption_of = torch.tensor([index for index, own in enumerate(parts) for _ in own])
-        text_embeds = self.clip.embed_tokens([part for own in parts for part in own])
-        image_embeds = torch.stack([vector for _, vector in batch])
-        cosines = (image_embeds[caption_of] * text_embeds).sum(-1)
-        sums = torch.zeros(len(batch)).index_add_(0, caption_of, cosines)
         self.num_long += sum(len(tokens) > self.clip.max_tokens for tokens in captions)
-        return (100 * sums / torch.tensor([len(own) for own in parts])).tolist()
-
-    def _parts(self, tokens: list[int]) -> list[list[int]]:
-        """The parts of a caption that the model sees: its beginning, or all of it in the fewest parts of equal length."""
-        limit = self.clip.max_tokens
-        if self.config.long_captions == "cut":
-            return [tokens[:limit]]
-        count = max(1, -(-len(tokens) // limit))
-        edges = [index * len(tokens) // count for index in range(count + 1)]
-        return [tokens[start:end] for start, end in pairwise(edges)]
+        image_embeds = torch.stack([vector for _, vector in batch])
+        return self.clip.score_tokens(image_embeds, captions, self.config.long_captions).tolist()

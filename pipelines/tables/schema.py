@@ -75,13 +75,11 @@ SAMPLES = pa.schema(
 )
 EVALUATIONS = pa.schema(
     [
-        pa.field("id", pa.string(), nullable=False),  # that of the sample
+        pa.field("id", pa.string(), nullable=False),  # that of the picture
         pa.field("prompt", pa.string(), nullable=False),
-        pa.field("clip_score", pa.float32(), nullable=False),
-        pa.field("asked", pa.string()),  # the prompt, if it asks for one object of the Shapes world
-        pa.field("seen", pa.string()),  # what the judge sees in the picture then, as a caption
     ]
 )
+"""The columns of every table of evaluations; each metric adds its own, see `evaluations_schema`."""
 REJECTS = pa.schema(
     [
         pa.field("id", pa.string()),  # null where the bytes could not even be read
@@ -101,6 +99,21 @@ def image_embeds_schema(width: int) -> pa.Schema:
             pa.field("embedding", pa.list_(number, width), nullable=False),
         ]
     )
+
+
+METRIC_COLUMNS: Mapping[str, tuple[pa.Field, ...]] = {
+    "clip_score": (pa.field("clip_score", pa.float32(), nullable=False),),  # 100 times the cosine of picture and prompt
+    "shapes": (
+        pa.field("asked", pa.string()),  # the prompt, if it asks for one object of the Shapes world
+        pa.field("seen", pa.string()),  # what the judge sees in the picture then, as a caption
+    ),
+}
+"""The columns that a metric adds to those of EVALUATIONS, by its name."""
+
+
+def evaluations_schema(metric: str) -> pa.Schema:
+    """The schema of `evaluations/<name>/<metric>`; of a metric that is unknown here, the columns that all have."""
+    return pa.schema([*EVALUATIONS, *METRIC_COLUMNS.get(metric, ())])
 
 
 def check_folder_name(setting: str, name: str) -> None:
@@ -144,8 +157,8 @@ def samples_path(name: str) -> str:
     return f"samples/{name}"
 
 
-def evaluations_path(name: str) -> str:
-    return f"evaluations/{name}"
+def evaluations_path(name: str, metric: str) -> str:
+    return f"evaluations/{name}/{metric}"
 
 
 IMAGES_PATH = "images"
@@ -159,12 +172,15 @@ TABLE_SCHEMAS = {
     "latents": LATENTS,
     "caption_embeds": CAPTION_EMBEDS,
     "samples": SAMPLES,
-    "evaluations": EVALUATIONS,
+    "evaluations": EVALUATIONS,  # and the columns of a metric; see `schema_of`
 }
 """Schemas by the first part of a table's path, in the order in which stages make the tables."""
 
-NESTED = ("scores", "caption_embeds")
-"""Groups whose tables lie one floor deeper: a folder for each model, and in it a table for each captioner."""
+ABOUT_CAPTIONS = ("scores", "caption_embeds")
+"""Groups whose tables are about captions: a folder for each model, and in it a table for each captioner."""
+
+NESTED = (*ABOUT_CAPTIONS, "evaluations")
+"""Groups whose tables lie one floor deeper; evaluations have a folder for each samples table, and in it a table per metric."""
 
 READ_WHOLE = ("captions", "scores", "image_scores")
 """Groups whose shards are small: they are read whole, by one request to an object store, whatever columns are asked for."""
@@ -182,10 +198,11 @@ MADE_BY = {
 }
 """The command that makes a table (or the two that may), by the first part of the table's path."""
 
-FORMS = {"score": 2, "extract": 2, "embed_captions": 2}
+FORMS = {"score": 2, "extract": 2, "embed_captions": 2, "evaluate": 2}
 """The version of the form in which a stage writes its table, by stage; it is 1 for every other stage.
 
-1 -> 2: scores and embeddings of all captioners were in one table, and latents held the captions.
+1 -> 2: scores and embeddings of all captioners were in one table, latents held the captions, and the judgements of a picture
+were all in one table.
 """
 
 
@@ -196,7 +213,9 @@ def form_of(stage: str) -> int:
 
 def schema_of(path: str, config: Mapping[str, Any]) -> pa.Schema:
     """The schema of a table from its path and the configuration in its manifest."""
-    group = path.split("/")[0]
+    group, *names = path.split("/")
+    if group == "evaluations":
+        return evaluations_schema(names[-1])
     if group == "image_embeds" and "width" in config:
         return image_embeds_schema(config["width"])
     return TABLE_SCHEMAS[group]

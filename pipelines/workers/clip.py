@@ -1,7 +1,8 @@
 """CLIP and SigLIP of transformers: images and texts to unit vectors whose cosine says how well they fit."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ from sana_model.nn.plain_text import PlainText
 
 MAX_TEXTS = 512
 """Texts per call of the model."""
+
+LongCaptions = Literal["cut", "chunks"]
+"""How a text over the model's limit is scored: by its beginning alone, or by the mean over as few equal parts as fit."""
 
 PreparedImage = Mapping[str, Tensor]
 """The output of the model's image processor for one image, by argument of the model."""
@@ -88,6 +92,22 @@ class ClipModel:
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Texts to unit vectors (B, D); of a long one the first `max_tokens` tokens are seen."""
         return self.embed_tokens([tokens[: self.max_tokens] for tokens in self.tokenize(texts)])
+
+    def score_tokens(self, image_embeds: Tensor, captions: Sequence[list[int]], long_captions: LongCaptions = "cut") -> Tensor:
+        """100 times the cosine of each image (B, D) and its caption, given as all its tokens: (B,). One forward pass."""
+        parts = [self._parts(tokens, long_captions) for tokens in captions]
+        caption_of = torch.tensor([index for index, own in enumerate(parts) for _ in own])
+        cosines = (image_embeds[caption_of] * self.embed_tokens([part for own in parts for part in own])).sum(-1)
+        sums = torch.zeros(len(captions)).index_add_(0, caption_of, cosines)
+        return 100 * sums / torch.tensor([len(own) for own in parts])
+
+    def _parts(self, tokens: list[int], long_captions: LongCaptions) -> list[list[int]]:
+        """The parts of a caption that the model sees."""
+        if long_captions == "cut":
+            return [tokens[: self.max_tokens]]
+        count = max(1, -(-len(tokens) // self.max_tokens))
+        edges = [index * len(tokens) // count for index in range(count + 1)]
+        return [tokens[start:end] for start, end in pairwise(edges)]
 
     def _embed_rows(self, rows: Sequence[list[int]]) -> Tensor:
         whole = [[*self.plain.start, *row, *self.plain.end] for row in rows]

@@ -4,9 +4,9 @@ import uuid
 
 import pytest
 
+from pipelines.evaluate.metric import metric_table
 from pipelines.storage.files import read_file
-from pipelines.tables.schema import EVALUATIONS, evaluations_path
-from pipelines.tables.table import REPORT, Table
+from pipelines.tables.table import REPORT
 from tests.support.cluster.faults import Jobs
 
 pytestmark = pytest.mark.cluster
@@ -22,6 +22,6 @@ def test_the_demo(jobs: Jobs) -> None:
     jobs.run(name, command)
     assert f"report    {uri}/{REPORT}\nMLflow    http://" in jobs.tail(name)
     assert len(read_file(f"{uri}/{REPORT}")) > 1000
-    assert Table(uri, evaluations_path("after"), EVALUATIONS).require().num_rows == 4
+    assert metric_table(uri, "after", "clip_score").require().num_rows == 4
     jobs.run(name, command)
-    assert jobs.log(name).read_text().count("all there already, nothing to do") == 19
+    assert jobs.log(name).read_text().count("all there already, nothing to do") == 21

@@ -13,8 +13,9 @@ from PIL import Image
 
 from pipelines.draw.config import DrawConfig, SampleConfig
 from pipelines.draw.sample import Sampler
-from pipelines.evaluate.config import EvaluateConfig
-from pipelines.evaluate.run import PictureJudge
+from pipelines.evaluate.clip_score import ClipScore
+from pipelines.evaluate.config import ClipScoreConfig
+from pipelines.evaluate.run import MetricWorker
 from pipelines.extract.config import ExtractConfig
 from pipelines.extract.encode import LatentEncoder, find_encoder
 from pipelines.shapes.drawing import draw_row
@@ -69,13 +70,14 @@ def decoder_overflows() -> LatentEncoder:
     return encoder
 
 
-def judge_overflows() -> PictureJudge:
-    judge = PictureJudge(EvaluateConfig(name="x", model="zoo://clip"))
-    judge.clip.model.text_projection.weight.data.fill_(float("nan"))
+def judge_overflows() -> MetricWorker:
+    judge = MetricWorker("clip_score", ClipScoreConfig(model="zoo://clip"))
+    assert isinstance(judge.metric, ClipScore)
+    judge.metric.clip.model.text_projection.weight.data.fill_(float("nan"))
     return judge
 
 
-ONE_BAD: dict[str, tuple[Callable[[], Sampler | PictureJudge], Callable[[], pa.Table], list[str], tuple[str, str]]] = {
+ONE_BAD: dict[str, tuple[Callable[[], Sampler | MetricWorker], Callable[[], pa.Table], list[str], tuple[str, str]]] = {
     "sample": (
         one_prompt_overflows,
         prompts_table,

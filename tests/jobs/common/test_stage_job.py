@@ -42,7 +42,7 @@ def test_a_table_whose_job_was_killed_before_its_report_gets_one(tmp_path: Path)
         (score, ["--scorer.name", "clip", "--scorer.model", "zoo://clip", "--scorer.captioners", "[a]"], "captions/a"),
         (extract, ["--extract.name", "ae", "--extract.autoencoder", "zoo://dc-ae", "--extract.resolution", "64"], "images"),
         (embed_captions, ["--embed.name", "t", "--embed.text_encoder", "zoo://t", "--embed.captioners", "[a]"], "captions/a"),
-        (evaluate, ["--evaluate.name", "x", "--evaluate.model", "zoo://clip"], "samples/x"),
+        (evaluate, ["--evaluate.name", "x"], "samples/x"),
     ],
 )
 def test_a_stage_without_its_input_says_so_in_one_line_before_ray_starts(

@@ -21,6 +21,7 @@ from pipelines.tables.errors import StaleTableError
 
 ROOT = Path(__file__).parents[3]
 CAPTIONERS = ("llava", "llava-next", "llava-warm")  # the last joins the finished dataset
+EVALUATED = [f"evaluations/{name}/{metric}" for name in ("before", "after") for metric in ("clip_score", "shapes")]
 SMALL = (
     "--world.num_images 40 --world.num_prompts 4 --ingest.rows_per_shard 20 --draw.num_steps 4 --train.num_steps 4 "
     "--train.grid.every 2 --train.grid.num_steps 4 --train.checkpoint_every 4 --train.log_every 1"
@@ -102,7 +103,7 @@ def test_every_stage_leaves_its_table_and_the_closing_table_tells_of_it(finished
     folder, told = finished
     tables = ["images", *(f"captions/{name}" for name in CAPTIONERS), "latents/dc-ae-tiny-64"]
     tables += [f"scores/clip/{name}" for name in ("original", *CAPTIONERS)]
-    for table in [*tables, "image_embeds/clip", "samples/before", "samples/after", "evaluations/before", "evaluations/after"]:
+    for table in [*tables, "image_embeds/clip", "samples/before", "samples/after", *EVALUATED]:
         assert (folder / table / "_manifest.json").exists(), table
     for page in [*tables, "train", "."]:
         assert (folder / page / "report.html").stat().st_size > 1000, page

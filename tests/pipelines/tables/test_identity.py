@@ -16,8 +16,8 @@ from pipelines.caption.imports.run import CaptionImport
 from pipelines.caption.run import run_caption
 from pipelines.draw.config import DrawConfig, SampleConfig
 from pipelines.draw.sample import run_sample
-from pipelines.evaluate.config import EvaluateConfig
-from pipelines.evaluate.run import run_evaluate
+from pipelines.evaluate.config import ClipScoreConfig, ShapesJudgeConfig
+from pipelines.evaluate.run import run_metric, sampled_pictures
 from pipelines.extract.config import EmbedConfig, ExtractConfig
 from pipelines.extract.embed_captions import run_embed_captions
 from pipelines.extract.run import run_extract
@@ -62,7 +62,7 @@ LARGE = replace(AE, resolution=2048, tile_size=512, max_upscale=1.5)
 EMBED = EmbedConfig(name="gemma", text_encoder="zoo://pipeline/text_encoder", captioners=("a", "b"), batch_size=4)
 DRAW = DrawConfig(height=64, batch_size=2, device="cpu")
 SAMPLE = SampleConfig(name="night", pipeline="zoo://pipeline", prompts=["a", "b"], draw=DRAW)
-EVALUATE = EvaluateConfig(name="night", model="zoo://clip", batch_size=2)
+CLIP_SCORE = ClipScoreConfig(model="zoo://clip", batch_size=2)
 DATA = StreamConfig(captioners=("original", "a"), clip="clip", image_filters={"aesthetic": ImageFilter(min=5.0)})
 TRAIN = TrainConfig(
     latents="latents/ae-64", data=DATA, init="zoo://pipeline", num_steps=4, micro_batch_size=1, global_batch_size=2,
@@ -101,7 +101,14 @@ STAGES: dict[str, tuple[Callable[[str], object], str]] = {
         "cd48d29ba3774805",
     ),
     "sample": (lambda uri: run_sample(uri, SAMPLE), "21636580ff530f36"),
-    "evaluate": (lambda uri: run_evaluate(uri, EVALUATE), "088a84ae8518b06a"),
+    "evaluate": (
+        lambda uri: run_metric(uri, sampled_pictures(uri, "night"), "clip_score", CLIP_SCORE),
+        "x",
+    ),
+    "evaluate shapes": (
+        lambda uri: run_metric(uri, sampled_pictures(uri, "night"), "shapes", ShapesJudgeConfig(prepare_threads=2)),
+        "x",
+    ),
 }
 """By name: what runs a stage, and how the fingerprint began that its table had when this test was written."""
 

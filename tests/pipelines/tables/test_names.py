@@ -62,7 +62,7 @@ NAMED: dict[str, Callable[[str], object]] = {
     "embeddings": lambda name: EmbedConfig(name=name, text_encoder="x", captioners=("x",)),
     "embedded captioner": lambda name: EmbedConfig(name="x", text_encoder="x", captioners=(name,)),
     "pictures": lambda name: SampleConfig(name=name, pipeline="x", prompts=[]),
-    "evaluation": lambda name: EvaluateConfig(name=name, model="x"),
+    "evaluation": lambda name: EvaluateConfig(name=name),
     "training": lambda name: TrainJob(dataset_uri="x", train=train("latents/x"), name=name),
     "training's captioner": lambda name: StreamConfig(captioners=(name,), clip="x"),
     "training's clip": lambda name: StreamConfig(captioners=("x",), clip=name),

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, constants
 from pipelines.caption import run as caption
 from pipelines.caption.config import CaptionerConfig, QualityConfig
 from pipelines.evaluate import run as evaluate
-from pipelines.evaluate.config import EvaluateConfig
+from pipelines.evaluate.config import ClipScoreConfig
 from pipelines.extract import embed_captions
 from pipelines.extract.config import EmbedConfig
 from pipelines.score import captions as score
@@ -114,7 +114,9 @@ STAGES: dict[str, tuple[Any, Callable[[str], object], list[str]]] = {
     ),
     "evaluate": (
         evaluate,
-        lambda uri: evaluate.run_evaluate(uri, EvaluateConfig(name="night", model="acme/vlm")),
+        lambda uri: evaluate.run_metric(
+            uri, evaluate.sampled_pictures(uri, "night"), "clip_score", ClipScoreConfig(model="acme/vlm")
+        ),
         [f"{REVISION}/main"],
     ),
 }
@@ -139,7 +141,7 @@ def test_a_stage_asks_the_hub_once_for_each_model_and_its_workers_load_that_comm
     assert Hub.asked == asked
     commits = {COMMITS[path.rpartition("/")[2]] for path in asked}
     assert set(identity.models.values()) == {f"acme/vlm@{commit}" for commit in commits}
-    (config,) = call["make_worker"].args
+    config = call["make_worker"].args[-1]
     assert all(commit in repr(config) for commit in commits)
 
 

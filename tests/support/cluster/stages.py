@@ -10,7 +10,6 @@ import pyarrow as pa
 from pipelines.storage.files import list_folder
 from pipelines.tables.schema import (
     CAPTIONS,
-    EVALUATIONS,
     IMAGES,
     IMAGES_PATH,
     LATENTS,
@@ -18,6 +17,7 @@ from pipelines.tables.schema import (
     SCORES,
     captions_path,
     evaluations_path,
+    evaluations_schema,
     image_embeds_path,
     image_embeds_schema,
     latents_path,
@@ -170,8 +170,9 @@ def last_stages(dataset_uri: str) -> list[Stage]:
         "sample.prompts": json.dumps(PROMPTS),
         "sample.draw.num_steps": 4,
     }
-    evaluate = {"evaluate.name": "trained", "evaluate.model": "zoo://clip"}
+    evaluate = {"evaluate.name": "trained", "evaluate.clip_score.model": "zoo://clip"}
+    path, schema = evaluations_path("trained", "clip_score"), evaluations_schema("clip_score")
     return [
         Stage(name="sample trained", settings=sample, path=samples_path("trained"), schema=SAMPLES),
-        Stage(name="evaluate trained", settings=evaluate, path=evaluations_path("trained"), schema=EVALUATIONS),
+        Stage(name="evaluate trained", settings=evaluate, path=path, schema=schema),
     ]

@@ -1,0 +1,94 @@
+"""The contract of a metric: a class that judges pictures on an actor, and turns its table into figures on the driver.
+
+A metric is one file with one subclass of `Metric`; README.md in this folder says how to add one.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, ClassVar, Generic, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.evaluate.metric_config import MetricConfig
+from pipelines.tables.rejects import RowRefused
+from pipelines.tables.schema import METRIC_COLUMNS, Row, evaluations_path, evaluations_schema
+from pipelines.tables.table import Table
+
+Config = TypeVar("Config", bound=MetricConfig)
+
+
+class Metric(ABC, Generic[Config]):
+    """One way to judge pictures. Its module loads neither torch nor transformers when it is imported.
+
+    `name` is that of its table `evaluations/<pictures>/<name>`, whose columns are in METRIC_COLUMNS of
+    `pipelines/tables/schema.py`, and of its section in `EvaluateConfig`.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def __init__(self, config: Config):
+        """Load the models, on the actor. `config` is what `find_models` returned.
+
+        Raises FileNotFoundError or ValueError, with one clear sentence, for a model or setting that will not do.
+        """
+
+    @classmethod
+    def find_models(cls, config: Config) -> tuple[Config, dict[str, str]]:
+        """Find the models, on the driver: the configuration that names these very versions, and the version of each by a name.
+
+        The versions are part of the table's fingerprint. This finds the one of `config.model`; a metric with more models
+        overrides it. Raises as `find_model`.
+        """
+        from pipelines.workers.models import find_model
+
+        model = find_model(config.model, config.revision)
+        return replace(config, model=model.path, revision=model.revision), {"model": model.version}
+
+    def prepare(self, row: Row) -> Any:
+        """Turn a picture into what `judge` finds in `row["picture"]`: by default an RGB PIL image.
+
+        Called in threads, while the model judges the batch before. Raises RowRefused for a picture that cannot be used.
+        """
+        from pipelines.workers.images import decode
+
+        return decode(row["image_bytes"])
+
+    @abstractmethod
+    def judge(self, rows: list[Row]) -> list[Row | RowRefused]:
+        """Judge a batch of at most `config.batch_size` pictures, in one call of the model.
+
+        Args:
+            rows: "id", "prompt", "metadata" (a dict: what the prompt set or the image's source says), "picture" (what `prepare`
+                returned), and further columns of the pictures' table, such as "seed".
+
+        Returns for each row, in order, the metric's own columns (floats, or numpy arrays for a column of lists), or the refusal
+        of the row. A value that is not finite becomes a refusal by itself. Where memory is not enough, the batch is halved.
+        """
+
+    @classmethod
+    def summarize(cls, table: Table, config: Config) -> dict[str, float]:
+        """The metric's figures by name, over its finished table, in bounded memory: one shard at a time. Without torch.
+
+        Names are unique among all metrics: they are the names in MLflow. This gives the mean of each column of numbers, under
+        the column's name; empty for a table without rows.
+        """
+        names = [column.name for column in METRIC_COLUMNS[cls.name] if pa.types.is_floating(column.type)]
+        sums, count = np.zeros(len(names)), 0
+        for shard in iter_shards(table, names):
+            sums += [np.sum(shard[name].to_numpy(), dtype=np.float64) for name in names]
+            count += shard.num_rows
+        return dict(zip(names, (sums / count).tolist(), strict=True)) if count else {}
+
+
+def metric_table(dataset_uri: str, pictures: str, metric: str) -> Table:
+    """The table of a metric's judgements of the pictures of that name."""
+    return Table(dataset_uri, evaluations_path(pictures, metric), evaluations_schema(metric))
+
+
+def iter_shards(table: Table, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """Yield a table's shards, in the order of their names, one at a time."""
+    for shard in table.list_shards():
+        yield table.read_shard(shard, columns)

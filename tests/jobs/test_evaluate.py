@@ -1,0 +1,48 @@
+"""jobs.evaluate: several metrics in one MLflow run; one that fails stops no other."""
+
+import json
+from pathlib import Path
+
+import mlflow
+import pyarrow as pa
+import pytest
+
+from jobs import evaluate
+from jobs.common.exit_codes import exit_code
+from pipelines.evaluate.config import ClipScoreConfig, EvaluateConfig
+from pipelines.evaluate.metric import metric_table
+from pipelines.tables.identity import Identity
+from pipelines.tables.schema import SAMPLES
+from pipelines.tables.table import Table
+from tests.pipelines.evaluate.test_run import drawn_rows
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_metric_that_fails_stops_no_other_and_decides_the_exit_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri = str(tmp_path)
+    samples = Table(uri, "samples/night", SAMPLES)
+    samples.claim(Identity("sample", {}, {}, {}))
+    samples.write_shard("00000", pa.Table.from_pylist(drawn_rows(6)[0], SAMPLES))
+    broken = EvaluateConfig(name="night", metrics=("clip_score", "shapes"), clip_score=ClipScoreConfig(model=f"{uri}/gone"))
+    with pytest.raises(FileNotFoundError, match="gone") as failed:
+        evaluate.run(evaluate.EvaluateJob(dataset_uri=uri, evaluate=broken))
+    assert exit_code(failed.value) == 1  # type: ignore[arg-type]
+    told = capsys.readouterr().err
+    assert "evaluate night clip_score failed: no file or folder" in told and "failed: clip_score; done: shapes" in told
+    figures = json.loads((tmp_path / "evaluations/night/shapes" / evaluate.FIGURES).read_text())
+    assert figures["accuracy.all"] > 0.5
+    assert metric_table(uri, "night", "shapes").require().num_rows == 6
+    mended = EvaluateConfig(name="night", metrics=("clip_score", "shapes"), clip_score=ClipScoreConfig(model="zoo://clip"))
+    results = evaluate.run(evaluate.EvaluateJob(dataset_uri=uri, evaluate=mended))
+    assert [(result.was_done, result.num_rows) for result in results] == [(False, 6), (True, 6)]
+    client = mlflow.MlflowClient(f"sqlite:///{uri}/mlflow.db")
+    runs = client.search_runs(["0", "1"], order_by=["attributes.start_time ASC"])
+    assert [(run.info.run_name, run.info.status) for run in runs] == [
+        ("evaluate night", "FAILED"),
+        ("evaluate night", "FINISHED"),
+    ]
+    first, second = (run.data.metrics for run in runs)
+    assert first["shapes.rows"] == 6 and first["accuracy.all"] == figures["accuracy.all"] and "clip_score" not in first
+    assert second["clip_score"] > 0 and second["clip_score.rows"] == 6
