@@ -17,7 +17,7 @@ from sana_model.files.redact import redact
 
 if TYPE_CHECKING:
     from pipelines.evaluate.metric_config import MetricConfig
-    from pipelines.tracking.runs import TrackedRun
+    from pipelines.evaluate.pictures import Pictures
 
 FIGURES = "metrics.json"
 
@@ -49,38 +49,42 @@ def run(job: EvaluateJob) -> list[StageResult]:
                     raise
                 failures[metric] = error
                 told = str(error) if is_expected(error) else traceback.format_exc()
-                print(redact(f"{_label(job, metric):<22} failed: {told}"), file=sys.stderr, flush=True)
+                print(redact(f"evaluate {job.evaluate.name} {metric} failed: {told}"), file=sys.stderr, flush=True)
         for error in failures.values():
             print(f"metrics that failed: {', '.join(failures)}; done: {', '.join(results) or 'none'}", file=sys.stderr)
             raise error
     return list(results.values())
 
 
-def _label(job: EvaluateJob, metric: str) -> str:
-    return f"evaluate {job.evaluate.name} {metric}"
-
-
 def _run_metric(job: EvaluateJob, metric: str, config: "MetricConfig", shared: LazyRun) -> StageResult:
+    """Run a metric on what its pictures are compared with, if there is such, and on the pictures."""
+    from pipelines.evaluate.pictures import sampled_pictures
     from pipelines.evaluate.registry import metric_class
-    from pipelines.evaluate.run import run_metric, sampled_pictures
 
-    def log_figures(run: "TrackedRun", result: StageResult) -> None:
-        run.log_metrics(metric_class(metric).summarize(result.table, config))
+    kind = metric_class(metric)
+    reference = kind.reference(job.dataset_uri, config)
+    if reference is not None:
+        _judge(job, reference, metric, config, None)
+    result = _judge(job, sampled_pictures(job.dataset_uri, job.evaluate.name), metric, config, shared)
+    figures = kind.summarize(result.table, config)
+    result.table.write_file(FIGURES, (json.dumps(figures, indent=2) + "\n").encode())
+    if shared.run is not None:
+        shared.run.log_metrics(figures)
+    print("  ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
+    return result
 
-    pictures = sampled_pictures(job.dataset_uri, job.evaluate.name)
-    result = track_stage(
+
+def _judge(job: EvaluateJob, pictures: "Pictures", metric: str, config: "MetricConfig", shared: LazyRun | None) -> StageResult:
+    from pipelines.evaluate.run import run_metric
+
+    return track_stage(
         job,
-        _label(job, metric),
+        f"evaluate {pictures.name} {metric}",
         lambda on_progress, leases: run_metric(
             job.dataset_uri, pictures, metric, config, on_progress=on_progress, leases=leases
         ),
-        log=log_figures,
         shared=shared,
     )
-    figures = metric_class(metric).summarize(result.table, config)
-    result.table.write_file(FIGURES, (json.dumps(figures, indent=2) + "\n").encode())
-    print("  ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
-    return result
 
 
 def look_first(job: EvaluateJob) -> bool:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class LazyRun:
-    """The MLflow run of a job, which several stages may share. It is made when it is first needed: a job without work has none."""
+    """The MLflow run of a job, which several stages may share. It is made when it is first needed."""
 
     def __init__(self, job: TableJobConfig, name: str):
         self.job, self.name = job, name

@@ -154,7 +154,9 @@ class SampleConfig:
         name: of the table written under samples/.
         pipeline: a folder, or a zoo://, hf:// or fsspec URI; ours, diffusers' SanaPipeline, or an NVlabs .pth. Or the short
             name of a published model (`python -m jobs.zoo published`).
-        prompts: the prompts, or a single one, or the path or URI of a text file with one on each line.
+        prompts: the prompts, or a single one; or the path or URI of a file: text with one on each line, JSON lines, JSON, CSV
+            or TSV with a field `prompt`, or a folder of .txt files; or the name of a published set: geneval, dpg-bench,
+            partiprompts, imagereward (shipped), mjhq-30k (of the hub), coco-30k, drawbench (of a file that you give).
         images_per_prompt: pictures of each prompt, one after another.
         start: pictures to start from; None: every picture begins as noise.
         control: control pictures for a ControlNet; None: nothing steers.

@@ -1,19 +1,18 @@
 """The sample stage: prompts -> pictures, drawn by actors that each hold the whole pipeline."""
 
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache, partial, reduce
 from io import BytesIO
 from operator import or_
-from pathlib import Path
 
 import pyarrow as pa
 from PIL import Image, ImageOps
 
 from pipelines.draw.config import SampleConfig
 from pipelines.draw.control import ControlFiles, read_control
+from pipelines.draw.prompts import PromptSet, read_prompt_set
 from pipelines.draw.start import StartFiles, read_start
 from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
@@ -21,9 +20,8 @@ from pipelines.storage.lease import Leases
 from pipelines.tables.errors import WrongInputError
 from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.rejects import RowRefused, reject
-from pipelines.tables.schema import SAMPLES, Row, samples_path
+from pipelines.tables.schema import PROMPT_METADATA, Row, samples_path, samples_schema
 from pipelines.tables.table import Table
-from pipelines.tables.text import read_text
 from pipelines.workers.halving import refuse_out_of_memory, run_halving
 from pipelines.workers.models import FoundModel, find_model, pick_device
 from sana_model.files.kinds import is_sprint
@@ -34,50 +32,21 @@ CUT_PROMPTS = "num_cut_prompts"
 """The figure that counts the prompts which are too long for the text encoder."""
 
 
-def read_prompts(prompts: list[str] | str) -> list[str]:
-    """Strip the given prompts, or read them from a text file with one on each line. Blank prompts are left out.
-
-    Args:
-        prompts: a list; or the path or URI of a file; or a prompt itself, or several on lines of their own.
-
-    Raises:
-        FileNotFoundError: a text that looks like the name of a file, and there is no such file.
-        ValueError: no prompt is left, or the file is no text in UTF-8.
-    """
-    lines = prompts if isinstance(prompts, list) else _read_lines(prompts)
-    found = [line.strip() for line in lines if line.strip()]
-    if not found:
-        raise ValueError(f"prompts={prompts!r} holds no prompt: give at least one that is not blank")
-    return found
-
-
-FILE_NAME = re.compile(r"\S*[/\\.]\S*\w|.*\.(txt|csv|list|prompts)", re.IGNORECASE)
-
-
-def _read_lines(prompts: str) -> list[str]:
-    """Read the lines of the file that a text names, or of the text itself if it names none."""
-    try:
-        is_file = "://" in prompts or Path(prompts).is_file()
-    except (OSError, ValueError):  # longer than any name
-        is_file = False
-    if is_file:
-        return read_text(prompts).splitlines()
-    if FILE_NAME.fullmatch(prompts):
-        raise FileNotFoundError(f"there is no file {prompts!r}; a prompt that looks like a name is given as [prompt]")
-    return prompts.splitlines()
-
-
 def sample_identity(
     config: SampleConfig,
     prompts: Sequence[str],
     models: dict[str, str],
     start: StartFiles | None = None,
     control: ControlFiles | None = None,
+    *,
+    prompt_metadata: str | None = None,
 ) -> Identity:
-    """Everything that the pictures depend on."""
+    """Everything that the pictures depend on, and what their rows say of the prompts: `PromptSet.hash`."""
     settings = value_settings(config)
     settings |= settings.pop("draw")
     settings["prompts"] = f"{len(prompts)}, sha256 {hashlib.sha256(repr(prompts).encode()).hexdigest()[:16]}"
+    if prompt_metadata is not None:
+        settings[PROMPT_METADATA] = prompt_metadata
     if start is not None:
         settings["start"] = start.identity
     if control is not None:
@@ -91,9 +60,10 @@ def run_sample(
 ) -> StageResult:
     """Draw the pictures of each prompt and write them to `samples/<name>`.
 
-    Raises what `read_prompts`, `read_start`, `read_control` and `run_shards` raise.
+    Raises what `read_prompt_set`, `read_start`, `read_control` and `run_shards` raise.
     """
-    prompts = read_prompts(config.prompts)
+    prompt_set = read_prompt_set(config.prompts)
+    prompts = prompt_set.prompts
     pipeline = find_model(config.pipeline)
     draw = config.draw.for_model(config.pipeline, is_sprint=is_sprint(resolve(pipeline.path)))
     config = replace(config, draw=draw)
@@ -102,11 +72,13 @@ def run_sample(
     has_size = has_size or start is not None
     control = read_control(config.control, prompts, has_size=has_size) if config.control else None
     num_shards = -(-len(prompts) * config.images_per_prompt // config.draw.rows_per_shard)
+    models = {"pipeline": pipeline.version}
+    identity = sample_identity(config, prompts, models, start, control, prompt_metadata=prompt_set.hash)
     return run_shards(
-        Table(dataset_uri, samples_path(config.name), SAMPLES),
-        sample_identity(config, prompts, {"pipeline": pipeline.version}, start, control),
+        Table(dataset_uri, samples_path(config.name), samples_schema(identity.config)),
+        identity,
         [f"{number:05d}" for number in range(num_shards)],
-        read_shard=partial(_read_prompts_shard, prompts, config),
+        read_shard=partial(_read_prompts_shard, prompt_set, config),
         make_worker=partial(Sampler, config, pipeline, start, control),
         resources=config.draw.resources,
         max_reject_share=config.max_reject_share,
@@ -115,12 +87,16 @@ def run_sample(
     )
 
 
-def _read_prompts_shard(prompts: list[str], config: SampleConfig, shard: str) -> pa.Table:
-    """The pictures to draw for a shard: id, prompt, seed, and `number`, the prompt's."""
+def _read_prompts_shard(prompts: PromptSet, config: SampleConfig, shard: str) -> pa.Table:
+    """The pictures to draw for a shard: id, prompt, seed, and `number`, the prompt's; with prompt_id and metadata, if known."""
     each, size = config.images_per_prompt, config.draw.rows_per_shard
-    rows = range(int(shard) * size, min((int(shard) + 1) * size, len(prompts) * each))
-    columns = {"id": [f"{row:06d}" for row in rows], "prompt": [prompts[row // each] for row in rows]}
-    return pa.table(columns | {"seed": [config.draw.seed + row for row in rows], "number": [row // each for row in rows]})
+    rows = range(int(shard) * size, min((int(shard) + 1) * size, len(prompts.prompts) * each))
+    numbers = [row // each for row in rows]
+    columns = {"id": [f"{row:06d}" for row in rows], "prompt": [prompts.prompts[number] for number in numbers]}
+    if prompts.ids is not None and prompts.metadata is not None:
+        columns["prompt_id"] = [prompts.ids[number] for number in numbers]
+        columns["metadata"] = [prompts.metadata[number] for number in numbers]
+    return pa.table(columns | {"seed": [config.draw.seed + row for row in rows], "number": numbers})
 
 
 class Sampler:

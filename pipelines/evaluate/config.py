@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pipelines.evaluate.feature_config import CmmdConfig, DinoConfig, InceptionConfig
 from pipelines.evaluate.metric_config import MetricConfig
 from pipelines.evaluate.registry import METRICS
 from pipelines.tables.schema import check_folder_name
@@ -42,12 +43,18 @@ class EvaluateConfig:
         name: of the table under samples/, and of the folder under evaluations/ that gets a table for each metric.
         metrics: names of the metrics to run, one after the other; each has its settings in the section of its name.
         clip_score: settings of the CLIP score.
+        inception: settings of FID, KID, precision and recall.
+        cmmd: settings of CMMD.
+        dino: settings of the Fréchet distance by DINOv2.
         shapes: settings of the judge of the Shapes world.
     """
 
     name: str
     metrics: tuple[str, ...] = ("clip_score",)
     clip_score: ClipScoreConfig = field(default_factory=ClipScoreConfig)
+    inception: InceptionConfig = field(default_factory=InceptionConfig)
+    cmmd: CmmdConfig = field(default_factory=CmmdConfig)
+    dino: DinoConfig = field(default_factory=DinoConfig)
     shapes: ShapesJudgeConfig = field(default_factory=ShapesJudgeConfig)
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.evaluate.metric_config import MetricConfig
+from pipelines.evaluate.pictures import Pictures
 from pipelines.tables.rejects import RowRefused
 from pipelines.tables.schema import METRIC_COLUMNS, Row, evaluations_path, evaluations_schema
 from pipelines.tables.table import Table
@@ -46,6 +47,14 @@ class Metric(ABC, Generic[Config]):
 
         model = find_model(config.model, config.revision)
         return replace(config, model=model.path, revision=model.revision), {"model": model.version}
+
+    @classmethod
+    def reference(cls, dataset_uri: str, config: Config) -> Pictures | None:
+        """The pictures that the judged ones are compared with, if there are such: they are judged too, before `summarize`.
+
+        Called on the driver, before anything is judged. Raises ValueError or FileNotFoundError if they are not there.
+        """
+        return None
 
     def prepare(self, row: Row) -> Any:
         """Turn a picture into what `judge` finds in `row["picture"]`: by default an RGB PIL image.

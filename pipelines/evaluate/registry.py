@@ -9,6 +9,9 @@ if TYPE_CHECKING:
 
 METRICS: Mapping[str, str] = {
     "clip_score": "pipelines.evaluate.clip_score.ClipScore",
+    "inception": "pipelines.evaluate.inception.Inception",
+    "cmmd": "pipelines.evaluate.cmmd.Cmmd",
+    "dino": "pipelines.evaluate.dino.Dino",
     "shapes": "pipelines.evaluate.shapes.ShapesJudge",
 }
 """The class of each metric, by the metric's name."""

@@ -1,8 +1,6 @@
 """The evaluate stage: one metric judges pictures, and writes a table of its judgements."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -12,42 +10,16 @@ import pyarrow as pa
 
 from pipelines.evaluate.metric import Metric, metric_table
 from pipelines.evaluate.metric_config import MetricConfig
+from pipelines.evaluate.pictures import Pictures
 from pipelines.evaluate.registry import metric_class
-from pipelines.stages.contract import OnProgress, ReadShard, ShardOutput, StageResult
+from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
 from pipelines.storage.lease import Leases
 from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.rejects import RowRefused, reject
-from pipelines.tables.schema import SAMPLES, Row, samples_path
-from pipelines.tables.table import Table
+from pipelines.tables.schema import Row
 from pipelines.workers.halving import run_halving
 from pipelines.workers.prepare import iter_rows, prepare_ahead
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pictures:
-    """Pictures to judge, in shards.
-
-    Args:
-        name: of the folder under evaluations/.
-        shards: their names.
-        read_shard: the columns id, prompt, image_bytes, and maybe metadata (a JSON object) and others, of a shard.
-        inputs: the fingerprint of the table that holds them, by its path.
-        settings: what identifies pictures that are in no table.
-    """
-
-    name: str
-    shards: list[str]
-    read_shard: ReadShard
-    inputs: Mapping[str, str] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-
-def sampled_pictures(dataset_uri: str, name: str) -> Pictures:
-    """The drawn pictures of `samples/<name>`. Raises MissingTableError if there are none."""
-    samples = Table(dataset_uri, samples_path(name), SAMPLES)
-    inputs = {samples.path: samples.require().fingerprint}
-    return Pictures(name=name, shards=samples.list_shards(), read_shard=samples.read_shard, inputs=inputs)
 
 
 def run_metric(

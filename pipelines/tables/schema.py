@@ -73,6 +73,14 @@ SAMPLES = pa.schema(
         pa.field("image_bytes", pa.binary(), nullable=False),  # PNG
     ]
 )
+PROMPT_COLUMNS = (
+    pa.field("prompt_id", pa.string(), nullable=False),
+    pa.field("metadata", pa.string(), nullable=False),  # a JSON object: what the prompt's source says of it
+)
+"""Further columns of samples whose prompts came with ids and metadata, as a published set's do."""
+PROMPT_METADATA = "prompt_metadata"
+"""The setting in the manifest of such samples: a hash of all ids and metadata."""
+
 EVALUATIONS = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),  # that of the picture
@@ -101,8 +109,14 @@ def image_embeds_schema(width: int) -> pa.Schema:
     )
 
 
+FEATURES = pa.field("features", pa.list_(pa.field("item", pa.float32(), nullable=False)), nullable=False)
+"""A model's features of a picture; of all pictures of a table as many."""
+
 METRIC_COLUMNS: Mapping[str, tuple[pa.Field, ...]] = {
     "clip_score": (pa.field("clip_score", pa.float32(), nullable=False),),  # 100 times the cosine of picture and prompt
+    "inception": (FEATURES,),
+    "cmmd": (FEATURES,),
+    "dino": (FEATURES,),
     "shapes": (
         pa.field("asked", pa.string()),  # the prompt, if it asks for one object of the Shapes world
         pa.field("seen", pa.string()),  # what the judge sees in the picture then, as a caption
@@ -114,6 +128,11 @@ METRIC_COLUMNS: Mapping[str, tuple[pa.Field, ...]] = {
 def evaluations_schema(metric: str) -> pa.Schema:
     """The schema of `evaluations/<name>/<metric>`; of a metric that is unknown here, the columns that all have."""
     return pa.schema([*EVALUATIONS, *METRIC_COLUMNS.get(metric, ())])
+
+
+def samples_schema(config: Mapping[str, Any]) -> pa.Schema:
+    """The schema of a samples table with this configuration in its manifest."""
+    return pa.schema([*SAMPLES, *PROMPT_COLUMNS]) if PROMPT_METADATA in config else SAMPLES
 
 
 def check_folder_name(setting: str, name: str) -> None:
@@ -216,6 +235,8 @@ def schema_of(path: str, config: Mapping[str, Any]) -> pa.Schema:
     group, *names = path.split("/")
     if group == "evaluations":
         return evaluations_schema(names[-1])
+    if group == "samples":
+        return samples_schema(config)
     if group == "image_embeds" and "width" in config:
         return image_embeds_schema(config["width"])
     return TABLE_SCHEMAS[group]

@@ -16,7 +16,7 @@ from jobs.common.config import parse_config
 from jobs.common.exit_codes import ExitCode
 from jobs.sample import SampleJob
 from jobs.train import TrainJob
-from pipelines.draw.sample import read_prompts
+from pipelines.draw.prompts import read_prompt_set
 from pipelines.storage.home import expand_home
 from pipelines.tracking.stores import make_database
 from pipelines.tracking.unsent import UNSENT, Entry, write_unsent
@@ -167,19 +167,19 @@ def test_prompts_are_a_prompt_a_list_or_a_file(tmp_path: Path, monkeypatch: pyte
         f"file://{tmp_path}/list.txt": ["a red circle", "a blue star"],
         "wide.txt": ["a red circle"],
     }
-    assert {text: read_prompts(text) for text in taken} == taken
+    assert {text: read_prompt_set(text).prompts for text in taken} == taken
     for name in ("lists.txt", "my prompts.txt", "./prompts", "prompts/all", "s3x.csv"):
         with pytest.raises(FileNotFoundError, match=f"no file '{name}'"):
-            read_prompts(name)
+            read_prompt_set(name)
     with pytest.raises(ValueError, match=r"latin.txt is no text in UTF-8"):
-        read_prompts("latin.txt")
+        read_prompt_set("latin.txt")
     job = parse_config(
         SampleJob,
         ["--dataset_uri", "d", "--sample.name", "n", "--sample.pipeline", "p", "--sample.prompts", "a red circle"],
         prog="test",
         description="",
     )
-    assert read_prompts(job.sample.prompts) == ["a red circle"]
+    assert read_prompt_set(job.sample.prompts).prompts == ["a red circle"]
 
 
 @pytest.fixture(scope="module")

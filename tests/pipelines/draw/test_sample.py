@@ -13,7 +13,8 @@ from PIL import Image
 
 from pipelines.draw import sample
 from pipelines.draw.config import DrawConfig, SampleConfig, StartConfig
-from pipelines.draw.sample import Sampler, read_prompts, run_sample, sample_identity
+from pipelines.draw.prompts import read_prompt_set
+from pipelines.draw.sample import Sampler, run_sample, sample_identity
 from pipelines.draw.start import read_start
 from pipelines.tables.identity import Identity
 from pipelines.workers.models import FoundModel
@@ -55,11 +56,11 @@ def test_a_picture_depends_on_its_prompt_and_seed_and_not_on_its_batch() -> None
 def test_prompts_come_from_a_list_or_a_file(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("a red circle\n\n  a blue star  \n")
-    assert read_prompts(str(path)) == ["a red circle", "a blue star"]
+    assert read_prompt_set(str(path)).prompts == ["a red circle", "a blue star"]
     with pytest.raises(ValueError, match="holds no prompt"):
-        read_prompts(["", " "])
+        read_prompt_set(["", " "])
     with pytest.raises(FileNotFoundError):
-        read_prompts(str(tmp_path / "absent.txt"))
+        read_prompt_set(str(tmp_path / "absent.txt"))
 
 
 def test_each_prompt_may_start_from_its_own_picture(tmp_path: Path) -> None:

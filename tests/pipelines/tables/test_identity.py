@@ -17,7 +17,8 @@ from pipelines.caption.run import run_caption
 from pipelines.draw.config import DrawConfig, SampleConfig
 from pipelines.draw.sample import run_sample
 from pipelines.evaluate.config import ClipScoreConfig, ShapesJudgeConfig
-from pipelines.evaluate.run import run_metric, sampled_pictures
+from pipelines.evaluate.pictures import sampled_pictures
+from pipelines.evaluate.run import run_metric
 from pipelines.extract.config import EmbedConfig, ExtractConfig
 from pipelines.extract.embed_captions import run_embed_captions
 from pipelines.extract.run import run_extract

@@ -14,6 +14,7 @@ from pipelines.caption import run as caption
 from pipelines.caption.config import CaptionerConfig, QualityConfig
 from pipelines.evaluate import run as evaluate
 from pipelines.evaluate.config import ClipScoreConfig
+from pipelines.evaluate.pictures import sampled_pictures
 from pipelines.extract import embed_captions
 from pipelines.extract.config import EmbedConfig
 from pipelines.score import captions as score
@@ -114,9 +115,7 @@ STAGES: dict[str, tuple[Any, Callable[[str], object], list[str]]] = {
     ),
     "evaluate": (
         evaluate,
-        lambda uri: evaluate.run_metric(
-            uri, evaluate.sampled_pictures(uri, "night"), "clip_score", ClipScoreConfig(model="acme/vlm")
-        ),
+        lambda uri: evaluate.run_metric(uri, sampled_pictures(uri, "night"), "clip_score", ClipScoreConfig(model="acme/vlm")),
         [f"{REVISION}/main"],
     ),
 }
