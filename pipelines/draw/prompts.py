@@ -155,7 +155,7 @@ def _json_rows(content: Any) -> list[Any]:
 
 
 def _of_rows(rows: Sequence[Any], source: str) -> PromptSet:
-    """Prompts with ids and metadata from rows; a row may also be the prompt alone. Raises ValueError for a row that has none."""
+    """Prompts with ids and metadata from rows; a row may also be the prompt alone. Raises ValueError for a row without any."""
     found: list[tuple[str, str, Row]] = []
     for number, row in enumerate(rows):
         fields: Row = {"prompt": row} if isinstance(row, str) else dict(row) if isinstance(row, dict) else {}

@@ -104,11 +104,11 @@ STAGES: dict[str, tuple[Callable[[str], object], str]] = {
     "sample": (lambda uri: run_sample(uri, SAMPLE), "21636580ff530f36"),
     "evaluate": (
         lambda uri: run_metric(uri, sampled_pictures(uri, "night"), "clip_score", CLIP_SCORE),
-        "x",
+        "a4606e6345d1f0c5",
     ),
     "evaluate shapes": (
         lambda uri: run_metric(uri, sampled_pictures(uri, "night"), "shapes", ShapesJudgeConfig(prepare_threads=2)),
-        "x",
+        "cc4a5df2533b6ca4",
     ),
 }
 """By name: what runs a stage, and how the fingerprint began that its table had when this test was written."""
