@@ -50,9 +50,9 @@ def run(job: EvaluateJob) -> list[StageResult]:
                 failures[metric] = error
                 told = str(error) if is_expected(error) else traceback.format_exc()
                 print(redact(f"evaluate {job.evaluate.name} {metric} failed: {told}"), file=sys.stderr, flush=True)
-        for error in failures.values():
+        for failure in failures.values():
             print(f"metrics that failed: {', '.join(failures)}; done: {', '.join(results) or 'none'}", file=sys.stderr)
-            raise error
+            raise failure
     return list(results.values())
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SIDE = 224  # pixels
-MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])  # of ImageNet
+MEAN, STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)  # of ImageNet
 
 
 class Dino(FeatureMetric[DinoConfig]):

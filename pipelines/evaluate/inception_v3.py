@@ -69,17 +69,17 @@ class BlockC(nn.Module):
 
     def __init__(self, channels: int, inner: int):
         super().__init__()
-        row: dict[str, tuple[int, int]] = {"kernel": (1, 7), "padding": (0, 3)}
-        column: dict[str, tuple[int, int]] = {"kernel": (7, 1), "padding": (3, 0)}
+        row, beside = (1, 7), (0, 3)  # a kernel and its padding
+        column, above = (7, 1), (3, 0)
         self.branch1x1 = Convolution(channels, 192, 1)
         self.branch7x7_1 = Convolution(channels, inner, 1)
-        self.branch7x7_2 = Convolution(inner, inner, **row)
-        self.branch7x7_3 = Convolution(inner, 192, **column)
+        self.branch7x7_2 = Convolution(inner, inner, row, padding=beside)
+        self.branch7x7_3 = Convolution(inner, 192, column, padding=above)
         self.branch7x7dbl_1 = Convolution(channels, inner, 1)
-        self.branch7x7dbl_2 = Convolution(inner, inner, **column)
-        self.branch7x7dbl_3 = Convolution(inner, inner, **row)
-        self.branch7x7dbl_4 = Convolution(inner, inner, **column)
-        self.branch7x7dbl_5 = Convolution(inner, 192, **row)
+        self.branch7x7dbl_2 = Convolution(inner, inner, column, padding=above)
+        self.branch7x7dbl_3 = Convolution(inner, inner, row, padding=beside)
+        self.branch7x7dbl_4 = Convolution(inner, inner, column, padding=above)
+        self.branch7x7dbl_5 = Convolution(inner, 192, row, padding=beside)
         self.branch_pool = Convolution(channels, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -65,7 +65,8 @@ class MetricWorker:
         ready = prepare_ahead(iter_rows(table), self.metric.prepare, num_ahead=size, num_threads=self.config.prepare_threads)
         for batch in iter(lambda: list(islice(ready, size)), []):
             usable = [_with_picture(row, picture) for row, picture in batch if not isinstance(picture, RowRefused)]
-            judged = iter(run_halving(self.metric.judge, usable) if usable else [])
+            answers: list[Row | RowRefused] = run_halving(self.metric.judge, usable) if usable else []
+            judged = iter(answers)
             for row, picture in batch:
                 answer = picture if isinstance(picture, RowRefused) else next(judged)
                 if not isinstance(answer, RowRefused):
