@@ -65,8 +65,7 @@ class MetricWorker:
         ready = prepare_ahead(iter_rows(table), self.metric.prepare, num_ahead=size, num_threads=self.config.prepare_threads)
         for batch in iter(lambda: list(islice(ready, size)), []):
             usable = [_with_picture(row, picture) for row, picture in batch if not isinstance(picture, RowRefused)]
-            answers: list[Row | RowRefused] = run_halving(self.metric.judge, usable) if usable else []
-            judged = iter(answers)
+            judged = iter(self._judge(usable))
             for row, picture in batch:
                 answer = picture if isinstance(picture, RowRefused) else next(judged)
                 if not isinstance(answer, RowRefused):
@@ -76,6 +75,12 @@ class MetricWorker:
                 else:
                     rows.append({"id": row["id"], "prompt": row["prompt"], **answer})
         return ShardOutput(rows, rejects)
+
+    def _judge(self, rows: list[Row]) -> list[Row | RowRefused]:
+        if not rows:
+            return []
+        answers = run_halving(self.metric.judge, rows)
+        return answers
 
     def _refuse_not_finite(self, answer: Row) -> Row | RowRefused:
         for name, value in answer.items():

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from pipelines.evaluate.config import EvaluateConfig
-from pipelines.evaluate.distances import gaussian_distance, kernel_distance
+from pipelines.evaluate.distances import gaussian_distance, kernel_distance, precision_recall
 from pipelines.evaluate.feature_config import CmmdConfig, InceptionConfig
 from pipelines.evaluate.features import StoredFeatures, TableFeatures
 from pipelines.evaluate.inception import Inception
@@ -46,7 +46,7 @@ def test_figures_depend_neither_on_shards_nor_on_order(tmp_path: Path, shards: i
     figures = Inception.summarize(drawn, InceptionConfig(reference="somewhere/real"))
     assert figures["fid"] == pytest.approx(published_frechet(REAL, DRAWN), rel=1e-6)
     assert (figures["kid"], figures["kid_std"]) == pytest.approx(kernel_distance(REAL, DRAWN), rel=1e-9)
-    assert 0 < figures["precision"] <= 1 and 0 < figures["recall"] <= 1
+    assert (figures["precision"], figures["recall"]) == precision_recall(REAL, DRAWN)
     few = [TableFeatures(table).sample(50) for table in (drawn, write_features(uri, "again", DRAWN, shards=3, seed=9))]
     assert few[0].shape == (50, 64) and np.array_equal(*few)
 
@@ -95,6 +95,10 @@ def test_statistics_and_references_that_will_not_do_are_named(tmp_path: Path) ->
         metric_class("cmmd").summarize(drawn, CmmdConfig(reference=f"{tmp_path}/real.npz"))
 
 
+class Stopped(Exception):
+    """Ends a run from its callback."""
+
+
 @pytest.mark.usefixtures("local_ray")
 def test_a_run_that_stops_and_goes_on_gives_an_equal_table(tmp_path: Path) -> None:
     """CMMD of drawn pictures against a folder with some of the same."""
@@ -109,18 +113,18 @@ def test_a_run_that_stops_and_goes_on_gives_an_equal_table(tmp_path: Path) -> No
         (tmp_path / f"real/deep/{row['id']}.png").write_bytes(row["image_bytes"])
     config = CmmdConfig(model="zoo://clip", reference=f"{tmp_path}/real", batch_size=2)
     pictures = sampled_pictures(uri, "night")
-    (tmp_path / "whole/samples").mkdir(parents=True)
-    (tmp_path / "whole/samples/night").symlink_to(tmp_path / "data/samples/night")
 
     def stop(progress: Progress) -> None:
-        if progress.done_shards == 2:
-            raise KeyboardInterrupt
+        if progress.done_shards:
+            raise Stopped
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         run_metric(uri, pictures, "cmmd", config, on_progress=stop)
+    table = metric_table(uri, "night", "cmmd")
+    Path(table.shard_uri(table.list_shards()[-1])).unlink()  # the others may be written when the driver is told of the first
     resumed = run_metric(uri, pictures, "cmmd", config)
     whole = run_metric(str(tmp_path / "whole"), pictures, "cmmd", config)
-    assert 2 <= resumed.found_shards < 4 and whole.found_shards == 0
+    assert resumed.found_shards < 4 and whole.found_shards == 0
     equal = zip(iter_shards(resumed.table), iter_shards(whole.table), strict=True)
     assert all(one.equals(other) for one, other in equal)
     reference = metric_class("cmmd").reference(uri, config)
