@@ -75,8 +75,9 @@ class CrossAttention(nn.Module):
         self.query = Linear(dim, dim)
         self.key_value = Linear(dim, 2 * dim)
         self.proj = Linear(dim, dim)
-        self.query_norm = nn.RMSNorm(dim, eps=1e-5) if qk_norm else nn.Identity()
-        self.key_norm = nn.RMSNorm(dim, eps=1e-5) if qk_norm else nn.Identity()
+        # As NVlabs trained the published weights; diffusers has 1e-5 here too, as in self-attention.
+        self.query_norm = nn.RMSNorm(dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.key_norm = nn.RMSNorm(dim, eps=1e-6) if qk_norm else nn.Identity()
 
     def remember(self, caption: CaptionTokens | None, single: CaptionTokens | None = None) -> CaptionMemory:
         """Project captions to keys and values. `single`: the captions of one token, which come first in the batch.

@@ -15,11 +15,13 @@ from sana_model.guidance import Caption, guided_velocity
 from sana_model.nn.autoencoder import DCAutoencoder
 from sana_model.nn.config import AUTOENCODER_PRESETS, SanaConfig
 from sana_model.nn.transformer import SanaTransformer
+from sana_model.nn.transformer_blocks import SanaBlock
 from sana_model.solver import SOLVERS, scm, scm_sigmas
 from tests.support.golden import (
     FLOW_SHIFT,
     GUIDANCE_SCALE,
     PLAIN,
+    SANA_1_5,
     SPRINT,
     WITH_POSITIONS,
     Inputs,
@@ -62,9 +64,12 @@ def null_of(model: SanaTransformer, sample: Inputs) -> Caption:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(("name", "config"), [("plain", PLAIN), ("positions", WITH_POSITIONS)])
-def test_velocity(load: Load, tmp_path: Path, name: str, config: SanaConfig) -> None:
-    model, sample = load(config, f"{name}.pth"), inputs()
+@pytest.mark.parametrize(
+    ("name", "config", "file"),
+    [("plain", PLAIN, "x.pth"), ("positions", WITH_POSITIONS, "y.pth"), ("sana-1.5", SANA_1_5, "SANA1.5_1.6B_1024px.pth")],
+)
+def test_velocity(load: Load, tmp_path: Path, name: str, config: SanaConfig, file: str) -> None:
+    model, sample = load(config, file), inputs()
     timestep = torch.tensor([599.64, 8.946])
     found = model(sample.latents, timestep, sample.caption_embeds, sample.caption_mask)
     assert_close(found, golden(f"forward.{name}"))
@@ -72,6 +77,16 @@ def test_velocity(load: Load, tmp_path: Path, name: str, config: SanaConfig) -> 
     again = SanaTransformer.from_pretrained(tmp_path / "diffusers")
     assert again.config == model.config, "a conversion keeps what the weights were trained to see"
     assert torch.equal(again(sample.latents, timestep, sample.caption_embeds, sample.caption_mask), found)
+
+
+@torch.inference_mode()
+def test_norms_of_queries_and_keys_have_the_epsilons_of_nvlabs_code() -> None:
+    """Where the mean square is 1e-6 itself: that is the epsilon in cross-attention; in self-attention it is ten times as much."""
+    block = SanaBlock(SANA_1_5)
+    small = torch.full((1, SANA_1_5.dim), 1e-3)
+    for attention, epsilon in ((block.attention, 1e-5), (block.cross_attention, 1e-6)):
+        for norm in (attention.query_norm, attention.key_norm):
+            assert_close(norm(small), small / (1e-6 + epsilon) ** 0.5)
 
 
 def test_loss_and_gradients_with_a_dropped_caption(load: Load) -> None:
