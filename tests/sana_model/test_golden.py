@@ -81,7 +81,7 @@ def test_velocity(load: Load, tmp_path: Path, name: str, config: SanaConfig, fil
 
 @torch.inference_mode()
 def test_norms_of_queries_and_keys_have_the_epsilons_of_nvlabs_code() -> None:
-    """Where the mean square is 1e-6 itself: that is the epsilon in cross-attention; in self-attention it is ten times as much."""
+    """The mean square is 1e-6 here: that is the epsilon of cross-attention, and a tenth of that of self-attention."""
     block = SanaBlock(SANA_1_5)
     small = torch.full((1, SANA_1_5.dim), 1e-3)
     for attention, epsilon in ((block.attention, 1e-5), (block.cross_attention, 1e-6)):
