@@ -162,6 +162,23 @@ def gradient_picture(width: int = 340, height: int = 300) -> Image.Image:
     return Image.fromarray(pixels)
 
 
+PEERS = {
+    "torch-fidelity": ([0.0, 0.9017392992973328, 0.6913164258003235, 0.031379614025354385], 0.3015953004360199),
+    "pytorch-fid": ([0.0, 0.742020845413208, 0.65988689661026, 0.02467837929725647], 0.27112680673599243),
+}
+"""The first features and the mean of all 2048, as torch-fidelity 0.4.0 and pytorch-fid 0.3.0 (after torchvision's Resize(256),
+CenterCrop(256), ToTensor) computed them with `random_weights` for `gradient_picture`. Both packages need torchvision."""
+
+
+def test_features_are_those_of_torch_fidelity_and_pytorch_fid() -> None:
+    network = load_inception(random_weights() | {"fc.weight": torch.zeros(1)}, "random")
+    with torch.inference_mode():
+        for name, (first, mean) in PEERS.items():
+            features = network(RESIZE[name](gradient_picture(), 256)[None])[0]
+            assert features[:4].tolist() == pytest.approx(first, rel=1e-5, abs=1e-6), name
+            assert features.mean().item() == pytest.approx(mean, rel=1e-5), name
+
+
 def test_weights_that_are_not_of_this_network_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"x\.pth holds no weights of FID's Inception V3"):
         load_inception({"layer.weight": torch.zeros(1)}, "x.pth")

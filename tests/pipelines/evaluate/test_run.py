@@ -2,11 +2,17 @@
 
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from PIL import Image
+from torchmetrics.multimodal import CLIPScore
+from transformers import AutoModel, AutoProcessor
 
 from pipelines.evaluate.config import ClipScoreConfig, EvaluateConfig, ShapesJudgeConfig
 from pipelines.evaluate.metric import metric_table
@@ -22,6 +28,7 @@ from pipelines.tables.identity import Identity
 from pipelines.tables.schema import EVALUATIONS, METRIC_COLUMNS, Row, evaluations_schema
 from pipelines.tables.table import Table
 from pipelines.workers.images import to_png
+from pipelines.workers.models import pretrained
 from tests.support.old_forms import write_old_manifest
 
 LIGHT = """
@@ -88,6 +95,35 @@ def test_a_clip_score_depends_on_no_batch_and_a_picture_that_is_none_is_a_reject
         assert [row["id"] for row in judged] == list("01234") and [row["id"] for row in rejects] == ["broken"]
         scores.append([row["clip_score"] for row in judged])
     assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+
+
+class PooledClip:
+    """A transformers 5 CLIP as torchmetrics expects it: its features are tensors."""
+
+    def __init__(self, model: Any):
+        self.model, self.config = model, model.config
+
+    def to(self, device: object) -> "PooledClip":
+        return self
+
+    def get_image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.model.get_image_features(pixel_values=pixels).pooler_output
+
+    def get_text_features(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
+
+
+@torch.inference_mode()
+def test_the_clip_score_is_that_of_torchmetrics() -> None:
+    rows, _ = drawn_rows(6)
+    ours = MetricWorker("clip_score", ClipScoreConfig(model="zoo://clip")).process(pa.Table.from_pylist(rows)).rows
+    path, _ = pretrained("zoo://clip")
+    processor = AutoProcessor.from_pretrained(path)
+    processor.tokenizer.pad_token = processor.tokenizer.pad_token or processor.tokenizer.eos_token
+    peer = CLIPScore(lambda: (PooledClip(AutoModel.from_pretrained(path)), processor))  # type: ignore[arg-type]
+    images = [torch.from_numpy(np.asarray(Image.open(BytesIO(row["image_bytes"])))).permute(2, 0, 1) for row in rows]
+    peer.update(images, [row["prompt"] for row in rows])
+    assert np.mean([row["clip_score"] for row in ours]) == pytest.approx(peer.compute().item(), rel=1e-5)
 
 
 def test_a_long_prompt_is_cut_or_scored_in_chunks() -> None:
