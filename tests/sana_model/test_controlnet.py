@@ -10,6 +10,9 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, SanaControlNetModel, SanaControlNetPipeline
 from PIL import Image
 
+from sana_model.files.checkpoint import export
+from sana_model.files.key_maps import CONTROLNET_NVLABS
+from sana_model.flow import flow_loss, whole_sigmas
 from sana_model.guidance import guided_velocity
 from sana_model.nn.config import NVLABS_PROMPTS, ControlNetConfig, SanaConfig
 from sana_model.nn.controlnet import Control, SanaControlNet
@@ -27,6 +30,7 @@ from tests.support.golden import (
     golden,
     inputs,
     nvlabs_controlnet_weights,
+    summary,
 )
 from tests.support.peers import (
     FAMILIES,
@@ -94,6 +98,30 @@ def test_guided_sampling_is_that_of_nvlabs_code(pth: Path) -> None:
     velocity = guided_velocity(transformer, captions, null, guidance_scale=GUIDANCE_SCALE, control=control)
     solve, make_grid = SOLVERS["flow_dpm_solver"]
     assert_close(solve(velocity, sample.noise, make_grid(20, FLOW_SHIFT)), golden("dpm", CONTROLNET_VALUES))
+
+
+def test_loss_and_gradients_are_those_of_nvlabs_code(pth: Path) -> None:
+    """The transformer is frozen, the second sample's caption is dropped; steps 333 and 777 of the table."""
+    transformer, controlnet = SanaTransformer.from_pretrained(pth), SanaControlNet.from_pretrained(pth)
+    transformer.requires_grad_(False)
+    sample, null = inputs(), transformer.null_caption_embeds
+    assert null is not None
+
+    def velocity(latents: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        state = controlnet.prepare(transformer, control_latents(), embeds, mask)
+        return transformer(latents, timestep, embeds, mask, after_block=controlnet.steer(latents, timestep, state))
+
+    embeds = torch.stack([sample.caption_embeds[0], null[: sample.caption_mask.shape[1]]])
+    sigma = whole_sigmas(FLOW_SHIFT)[[333, 777]]
+    loss = flow_loss(velocity, sample.latents, embeds, sample.caption_mask, sigma=sigma, noise=sample.noise)
+    assert_close(loss.detach(), golden("training.loss", CONTROLNET_VALUES))
+    loss.mean().backward()
+    assert all(weight.grad is None for weight in transformer.parameters())
+    gradients = {name: weight.grad for name, weight in controlnet.named_parameters() if weight.grad is not None}
+    found, wanted = summary(export(gradients, CONTROLNET_NVLABS)), golden("training.gradients", CONTROLNET_VALUES)
+    assert found.shape == wanted.shape
+    worst = ((found - wanted).abs() / wanted[:, :1]).max()
+    assert worst < 1e-4, f"a gradient differs by {worst:.1e} of its norm"
 
 
 @pytest.fixture(scope="module")

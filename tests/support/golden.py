@@ -1,7 +1,7 @@
 """Weights and inputs from seeds, and what NVlabs' own code computed from them (`tests/sana_model/golden`).
 
-The values were computed once, in float32 on a CPU, by the code of the repository and commit in the file's header; none of that
-code is here. Whoever computes them again needs the same weights and inputs, which this file makes.
+The values were computed once, in float32 on a CPU, by the code of the repositories and commits in the file's header; none of
+that code is here. Whoever computes them again needs the same weights and inputs, which this file makes.
 """
 
 import hashlib
