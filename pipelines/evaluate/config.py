@@ -4,8 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pipelines.evaluate.dpg.config import DpgConfig
 from pipelines.evaluate.feature_config import CmmdConfig, DinoConfig, InceptionConfig
+from pipelines.evaluate.geneval.config import GenEvalConfig
 from pipelines.evaluate.metric_config import MetricConfig
+from pipelines.evaluate.preference.config import AestheticConfig, HpsConfig, ImageRewardConfig, PickScoreConfig
 from pipelines.evaluate.registry import METRICS
 from pipelines.tables.schema import check_folder_name
 
@@ -46,6 +49,12 @@ class EvaluateConfig:
         inception: settings of FID, KID, precision and recall.
         cmmd: settings of CMMD.
         dino: settings of the Fréchet distance by DINOv2.
+        geneval: settings of GenEval: objects, their number, colors and places.
+        dpg: settings of DPG-Bench: a VLM answers questions about the pictures.
+        image_reward: settings of ImageReward.
+        hps: settings of HPSv2.1.
+        pick_score: settings of PickScore.
+        aesthetic: settings of LAION's aesthetic predictor.
         shapes: settings of the judge of the Shapes world.
     """
 
@@ -55,6 +64,12 @@ class EvaluateConfig:
     inception: InceptionConfig = field(default_factory=InceptionConfig)
     cmmd: CmmdConfig = field(default_factory=CmmdConfig)
     dino: DinoConfig = field(default_factory=DinoConfig)
+    geneval: GenEvalConfig = field(default_factory=GenEvalConfig)
+    dpg: DpgConfig = field(default_factory=DpgConfig)
+    image_reward: ImageRewardConfig = field(default_factory=ImageRewardConfig)
+    hps: HpsConfig = field(default_factory=HpsConfig)
+    pick_score: PickScoreConfig = field(default_factory=PickScoreConfig)
+    aesthetic: AestheticConfig = field(default_factory=AestheticConfig)
     shapes: ShapesJudgeConfig = field(default_factory=ShapesJudgeConfig)
 
     def __post_init__(self) -> None:

@@ -12,6 +12,12 @@ METRICS: Mapping[str, str] = {
     "inception": "pipelines.evaluate.inception.Inception",
     "cmmd": "pipelines.evaluate.cmmd.Cmmd",
     "dino": "pipelines.evaluate.dino.Dino",
+    "geneval": "pipelines.evaluate.geneval.metric.GenEval",
+    "dpg": "pipelines.evaluate.dpg.metric.DpgBench",
+    "image_reward": "pipelines.evaluate.preference.image_reward.ImageReward",
+    "hps": "pipelines.evaluate.preference.hps.Hps",
+    "pick_score": "pipelines.evaluate.preference.pick_score.PickScore",
+    "aesthetic": "pipelines.evaluate.preference.aesthetic.Aesthetic",
     "shapes": "pipelines.evaluate.shapes.ShapesJudge",
 }
 """The class of each metric, by the metric's name."""

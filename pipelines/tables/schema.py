@@ -112,11 +112,44 @@ def image_embeds_schema(width: int) -> pa.Schema:
 FEATURES = pa.field("features", pa.list_(pa.field("item", pa.float32(), nullable=False)), nullable=False)
 """A model's features of a picture; of all pictures of a table as many."""
 
+FOUND_OBJECT = pa.struct(
+    [
+        pa.field("name", pa.string(), nullable=False),
+        pa.field("score", pa.float32(), nullable=False),
+        pa.field("box", pa.list_(pa.float32()), nullable=False),  # left, top, right, bottom, in pixels
+        pa.field("color", pa.string()),  # where the prompt asks for one
+    ]
+)
+DPG_ANSWER = pa.struct(
+    [
+        pa.field("question", pa.int32(), nullable=False),  # its number within the prompt
+        pa.field("category", pa.string(), nullable=False),
+        pa.field("answer", pa.string(), nullable=False),
+        pa.field("yes", pa.bool_(), nullable=False),
+        pa.field("counts", pa.bool_(), nullable=False),  # it is yes, and so are the questions that it depends on
+        pa.field("unclear", pa.bool_(), nullable=False),  # neither yes nor no
+    ]
+)
+
 METRIC_COLUMNS: Mapping[str, tuple[pa.Field, ...]] = {
     "clip_score": (pa.field("clip_score", pa.float32(), nullable=False),),  # 100 times the cosine of picture and prompt
     "inception": (FEATURES,),
     "cmmd": (FEATURES,),
     "dino": (FEATURES,),
+    "geneval": (
+        pa.field("task", pa.string(), nullable=False),
+        pa.field("correct", pa.bool_(), nullable=False),
+        pa.field("faults", pa.list_(pa.string()), nullable=False),  # what was expected and what was found, for people
+        pa.field("objects", pa.list_(FOUND_OBJECT), nullable=False),  # those that count
+    ),
+    "dpg": (
+        pa.field("dpg", pa.float32(), nullable=False),  # share of the questions that count as yes
+        pa.field("answers", pa.list_(DPG_ANSWER), nullable=False),
+    ),
+    "image_reward": (pa.field("image_reward", pa.float32(), nullable=False),),
+    "hps": (pa.field("hps", pa.float32(), nullable=False),),
+    "pick_score": (pa.field("pick_score", pa.float32(), nullable=False),),
+    "aesthetic": (pa.field("aesthetic", pa.float32(), nullable=False),),
     "shapes": (
         pa.field("asked", pa.string()),  # the prompt, if it asks for one object of the Shapes world
         pa.field("seen", pa.string()),  # what the judge sees in the picture then, as a caption

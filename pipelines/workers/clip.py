@@ -43,20 +43,39 @@ class ClipModel:
     published code does; `tokenize` and `embed_tokens` leave it to the caller.
     """
 
-    def __init__(self, model: str, *, revision: str | None = None, dtype: str = "float32", device: str | None = None):
-        self.name = model
+    def __init__(
+        self,
+        model: str,
+        *,
+        revision: str | None = None,
+        dtype: str = "float32",
+        device: str | None = None,
+        processor: tuple[str, str | None] | None = None,
+    ):
+        """Load the model; `processor`: another model, and its revision, whose image processor and tokenizer are used."""
         path, options = pretrained(model, revision)
-        self.device = pick_device(device)
         loaded = AutoModel.from_pretrained(path, dtype=getattr(torch, dtype), trust_remote_code=False, **options)
-        self.model = loaded.to(self.device).eval()
-        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False, **options)
-        self.image_processor, self.tokenizer = processor.image_processor, processor.tokenizer
+        if processor is not None:
+            path, options = pretrained(*processor)
+        parts = AutoProcessor.from_pretrained(path, trust_remote_code=False, **options)
+        self.image_processor = parts.image_processor
+        self._take(model, loaded, parts.tokenizer, device)
+
+    def _take(self, name: str, model: Any, tokenizer: Any, device: str | None) -> None:
+        self.name, self.tokenizer = name, tokenizer
+        self.device = pick_device(device)
+        self.model = model.to(self.device).eval()
         self.plain = PlainText(self.tokenizer)
         # SigLIP learned with every text padded to its full length, on the right, and with the padding in sight: no mask.
         self.pads_fully = self.model.config.model_type.startswith("siglip")
         self.width = _width(self.model.config)
         self.length = min(self.model.config.text_config.max_position_embeddings, self.tokenizer.model_max_length)
         self.max_tokens = self.length - len(self.plain.start) - len(self.plain.end)
+
+    @property
+    def logit_scale(self) -> float:
+        """What the model multiplies cosines with."""
+        return self.model.logit_scale.exp().item()
 
     def not_finite(self, reason: str) -> RowRefused:
         """The refusal of an item for which the model gives values that are not finite."""
