@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,8 +56,9 @@ class OpenClip(ClipModel):
         path, options = pretrained(*tokenizer)
         loaded = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
         clip = load_open_clip(resolve(model), end_token=loaded.eos_token_id)
-        self.size = clip.config.vision_config.image_size
-        self._take(model, clip.to(getattr(torch, dtype)), loaded, device)
+        vision: Any = clip.config.vision_config
+        self.size: int = vision.image_size
+        self._take(model, clip.to(dtype=getattr(torch, dtype)), loaded, device)
 
     def prepare_image(self, image: Image.Image) -> PreparedImage:
         """Scale an RGB picture by its longer side, with anti-aliasing, pad it with black to a square, and normalize."""
