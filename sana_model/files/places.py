@@ -88,7 +88,10 @@ def _from_hub(address: str) -> Path:
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise FileNotFoundError(f"the Hugging Face hub has no hf://{address}, or it needs HF_TOKEN") from error
     except LocalEntryNotFoundError as error:  # a FileNotFoundError, though nothing is known about the files
-        raise ConnectionError(f"the Hugging Face hub cannot be reached, and the cache does not hold hf://{address}") from error
+        raise ConnectionError(
+            f"the Hugging Face hub cannot be reached, and the cache does not hold hf://{address}: fetch it "
+            "where there is a network, and give its local path"
+        ) from error
     if not Path(snapshot, folder).exists():
         raise FileNotFoundError(f"hf://{owner}/{name} holds no {folder!r}")
     return Path(snapshot, folder)

@@ -55,9 +55,8 @@ class OpenClip(ClipModel):
     def __init__(self, model: str, tokenizer: tuple[str, str | None], *, dtype: str = "float32", device: str | None = None):
         path, options = pretrained(*tokenizer)
         loaded = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
-        clip = load_open_clip(resolve(model), end_token=loaded.eos_token_id)
-        vision: Any = clip.config.vision_config
-        self.size: int = vision.image_size
+        clip: Any = load_open_clip(resolve(model), end_token=loaded.eos_token_id)
+        self.size: int = clip.config.vision_config.image_size
         self._take(model, clip.to(dtype=getattr(torch, dtype)), loaded, device)
 
     def prepare_image(self, image: Image.Image) -> PreparedImage:
