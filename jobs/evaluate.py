@@ -11,6 +11,7 @@ from jobs.common.exit_codes import is_expected
 from jobs.common.job import JobConfig, run_job
 from jobs.common.stage_job import LazyRun, require_tables, track_stage
 from pipelines.evaluate.config import EvaluateConfig
+from pipelines.evaluate.metric_config import FIGURES
 from pipelines.stages.contract import StageResult
 from pipelines.tables.schema import samples_path
 from sana_model.files.redact import redact
@@ -18,8 +19,6 @@ from sana_model.files.redact import redact
 if TYPE_CHECKING:
     from pipelines.evaluate.metric_config import MetricConfig
     from pipelines.evaluate.pictures import Pictures
-
-FIGURES = "metrics.json"
 
 
 @dataclass(frozen=True, kw_only=True)

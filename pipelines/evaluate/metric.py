@@ -84,12 +84,26 @@ class Metric(ABC, Generic[Config]):
         Names are unique among all metrics: they are the names in MLflow. This gives the mean of each column of numbers, under
         the column's name; empty for a table without rows.
         """
-        names = [column.name for column in METRIC_COLUMNS[cls.name] if pa.types.is_floating(column.type)]
+        names = cls._numbers()
         sums, count = np.zeros(len(names)), 0
         for shard in iter_shards(table, names):
             sums += [np.sum(shard[name].to_numpy(), dtype=np.float64) for name in names]
             count += shard.num_rows
         return dict(zip(names, (sums / count).tolist(), strict=True)) if count else {}
+
+    @classmethod
+    def scores(cls, table: Table) -> Iterator[tuple[str, str, float]]:
+        """Figure, prompt and value of each picture, for the figures that are means over pictures: they get intervals.
+
+        By default as in `summarize`: each column of numbers.
+        """
+        for shard in iter_shards(table, ["prompt", *cls._numbers()]):
+            for row in shard.to_pylist():
+                yield from ((name, row["prompt"], row[name]) for name in cls._numbers())
+
+    @classmethod
+    def _numbers(cls) -> list[str]:
+        return [column.name for column in METRIC_COLUMNS[cls.name] if pa.types.is_floating(column.type)]
 
 
 def metric_table(dataset_uri: str, pictures: str, metric: str) -> Table:

@@ -5,6 +5,9 @@ from typing import ClassVar, Literal
 
 from pipelines.stages.contract import Resources
 
+FIGURES = "metrics.json"
+"""The file of a metric's figures, beside its table."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MetricConfig:

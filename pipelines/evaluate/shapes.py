@@ -1,6 +1,6 @@
 """The metric of the drawn Shapes world: which attributes a picture shows, and whether its prompt asked for them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -49,6 +49,11 @@ class ShapesJudge(Metric[ShapesJudgeConfig]):
     @classmethod
     def summarize(cls, table: Table, config: ShapesJudgeConfig) -> dict[str, float]:
         return accuracy_figures(read_judgements(table))
+
+    @classmethod
+    def scores(cls, table: Table) -> Iterator[tuple[str, str, float]]:
+        for row in read_judgements(table):
+            yield from ((figure, row["asked"], value) for figure, value in accuracy_figures([row]).items())
 
 
 def read_judgements(table: Table) -> list[Row]:

@@ -1,0 +1,127 @@
+"""Compare samples tables by their evaluations: figures with intervals, and what differs in how the pictures were drawn."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from pipelines.evaluate.metric import metric_table
+from pipelines.evaluate.metric_config import FIGURES
+from pipelines.evaluate.registry import METRICS, metric_class
+from pipelines.storage.files import read_file
+from pipelines.tables.errors import MissingTableError
+from pipelines.tables.schema import SAMPLES, samples_path
+from pipelines.tables.table import Table
+
+NUM_RESAMPLES = 1000
+PUBLISHED: Mapping[str, Mapping[str, float]] = {
+    "Sana-0.6B, 1024 px": {"fid": 5.61, "clip_score": 28.80, "geneval": 0.68, "dpg": 0.842},
+    "Sana-1.6B, 1024 px": {"fid": 5.92, "clip_score": 28.94, "geneval": 0.69, "dpg": 0.845},
+    "Sana-1.5 1.6B": {"fid": 5.70, "clip_score": 29.12, "geneval": 0.82, "dpg": 0.845},
+    "Sana-1.5 4.8B": {"fid": 5.99, "clip_score": 29.23, "geneval": 0.81, "dpg": 0.847},
+    "FLUX-dev": {"fid": 10.15, "clip_score": 27.47, "geneval": 0.67, "dpg": 0.840},
+}
+"""Of NVlabs' README: FID and CLIP score on 30,000 prompts of MJHQ, GenEval on 553, DPG-Bench on 1,065 (as a share)."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of one samples table; `low` and `high` are the ends of its 95 % interval, if it is a mean over pictures."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        interval = "" if self.low is None or self.high is None else f" ({self.low:.4g} to {self.high:.4g})"
+        return f"{self.value:.4g}{interval}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Samples tables side by side.
+
+    Args:
+        names: of the tables.
+        figures: by the figure's name, then by the table's; a table whose metric was not run lacks it.
+        settings: those that differ between the tables, by name: the values in the order of `names`, None where there is none.
+    """
+
+    names: Sequence[str]
+    figures: Mapping[str, Mapping[str, Figure]]
+    settings: Mapping[str, Sequence[Any]]
+
+
+def compare_samples(dataset_uri: str, names: Sequence[str], *, seed: int = 0) -> Comparison:
+    """Compare samples tables by all that was evaluated of them.
+
+    Intervals are by bootstrap over prompts: pictures of one prompt are drawn together, for they are alike.
+
+    Raises MissingTableError if a table is not there, or nothing was evaluated.
+    """
+    manifests = [Table(dataset_uri, samples_path(name), SAMPLES).require() for name in names]
+    figures: dict[str, dict[str, Figure]] = {}
+    for metric in METRICS:
+        for name in names:
+            for figure, value in _figures(dataset_uri, name, metric, seed).items():
+                figures.setdefault(figure, {})[name] = value
+    if not figures:
+        raise MissingTableError(f"none of {', '.join(names)} was evaluated: run jobs.evaluate --evaluate.name {names[0]} first")
+    flat = [_flatten(asdict(manifest.identity())) for manifest in manifests]
+    keys = dict.fromkeys(key for settings in flat for key in settings)
+    rows = {key: [settings.get(key) for settings in flat] for key in keys}
+    differing = {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
+    return Comparison(names=names, figures=figures, settings=differing)
+
+
+def _figures(dataset_uri: str, name: str, metric: str, seed: int) -> dict[str, Figure]:
+    """The figures of one metric, as its job wrote them, with intervals; none if it was not run."""
+    table = metric_table(dataset_uri, name, metric)
+    try:
+        values = json.loads(read_file(f"{table.uri}/{FIGURES}"))
+    except FileNotFoundError:
+        return {}
+    intervals = bootstrap(metric_class(metric), table, seed=seed)
+    return {figure: Figure(value, *intervals.get(figure, ())) for figure, value in values.items()}
+
+
+def bootstrap(metric: Any, table: Table, *, seed: int = 0) -> dict[str, tuple[float, float]]:
+    """The 95 % intervals of those of a metric's figures that are means over pictures (`Metric.scores`), by prompts."""
+    sums: dict[str, dict[str, list[float]]] = {}
+    for figure, prompt, value in metric.scores(table):
+        total = sums.setdefault(figure, {}).setdefault(prompt, [0.0, 0.0])
+        total[0] += value
+        total[1] += 1
+    found = {}
+    for figure, by_prompt in sums.items():
+        totals = np.array([by_prompt[prompt] for prompt in sorted(by_prompt)])  # neither shards nor their order matter
+        generator = np.random.default_rng(seed)
+        drawn = [totals[generator.integers(0, len(totals), len(totals))].sum(0) for _ in range(NUM_RESAMPLES)]
+        low, high = np.percentile([total / count for total, count in drawn], [2.5, 97.5])
+        found[figure] = (float(low), float(high))
+    return found
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {key: inner for name, own in value.items() for key, inner in _flatten(own, f"{prefix}.{name}".strip(".")).items()}
+
+
+def figures_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Columns and cells: a row for each samples table and each published model, a column for each figure."""
+    figures = list(comparison.figures)
+    rows = [[name, *(str(comparison.figures[figure].get(name, "")) for figure in figures)] for name in comparison.names]
+    for model, published in PUBLISHED.items():
+        cells = [f"{published[figure]:g}" if figure in published else "" for figure in figures]
+        if any(cells):
+            rows.append([f"{model} (published)", *cells])
+    return ["", *figures], rows
+
+
+def to_markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [list(columns), ["---"] * len(columns), *([str(cell) for cell in row] for row in rows)]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |\n" for line in lines)

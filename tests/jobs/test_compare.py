@@ -1,0 +1,88 @@
+"""jobs.compare on two small tables of pictures, made without a model."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from jobs import compare
+from jobs.common.exit_codes import ExitCode
+from pipelines.evaluate.compare import FIGURES, bootstrap, compare_samples
+from pipelines.evaluate.metric import metric_table
+from pipelines.evaluate.registry import metric_class
+from pipelines.tables.identity import Identity
+from pipelines.tables.schema import SAMPLES
+from pipelines.tables.table import Table
+from tests.pipelines.evaluate.test_run import drawn_rows
+
+NAMES = ("night", "day")
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> str:
+    uri = str(tmp_path)
+    rows, _ = drawn_rows(6)
+    rows[5] = rows[5] | {"prompt": "</script><b>5 | 6"}
+    for number, name in enumerate(NAMES):
+        samples = Table(uri, f"samples/{name}", SAMPLES)
+        settings = {"num_steps": 20, "guidance_scale": 4.5 + number}
+        samples.write_manifest(replace(samples.claim(Identity("sample", settings, {}, {})), complete=True))
+        samples.write_shard("00000", pa.Table.from_pylist(rows, SAMPLES))
+        write_scores(uri, name, [(row["prompt"], 20.0 + 3 * number + at % 3) for at, row in enumerate(rows)])
+    return uri
+
+
+def write_scores(uri: str, name: str, scores: list[tuple[str, float]], *, shards: int = 1) -> Table:
+    table = metric_table(uri, name, "clip_score")
+    for shard, part in enumerate(np.array_split(np.arange(len(scores)), shards)):
+        rows = [{"id": f"{at:06d}", "prompt": scores[at][0], "clip_score": scores[at][1]} for at in part]
+        table.write_shard(f"{shard:05d}", pa.Table.from_pylist(rows, table.schema))
+    figures = {"clip_score": float(np.mean([score for _, score in scores])), "fid": 6.0}
+    table.write_file(FIGURES, json.dumps(figures).encode())
+    return table
+
+
+def test_a_page_a_table_and_a_vote(dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare.main(["--dataset_uri", dataset, "--names", "[night, day]", "--num_pictures", "6"]) == ExitCode.DONE
+    folder = Path(dataset, "comparisons/night-day")
+    markdown = (folder / "comparison.md").read_text()
+    assert re.search(r"^\| night \| 21 \(2\S+ to 2\S+\) \| 6 \|$", markdown, re.MULTILINE), markdown
+    assert "| Sana-1.5 1.6B (published) | 29.12 | 5.7 |" in markdown
+    assert "| config.guidance_scale | 4.5 | 5.5 |" in markdown and "num_steps" not in markdown
+    page = (folder / "index.html").read_text()
+    assert page.count("data:image/") == 12 and "</script><b>" not in page
+    vote = (folder / "vote.html").read_text()
+    content = json.loads(re.findall(r'id="content">(.*?)</script>', vote)[0])
+    assert len(content) == 6 and content[5]["prompt"] == "</script><b>5 | 6"
+    assert all(len(entry["pictures"]) == 2 and entry["pictures"][0].startswith("data:image/png") for entry in content)
+    assert "night" in capsys.readouterr().out
+
+
+def test_intervals_are_by_prompts_and_depend_on_no_shard(tmp_path: Path) -> None:
+    """Ten pictures of each prompt that are all alike say no more than one of each."""
+    generator = np.random.default_rng(0)
+    scores = {f"prompt {number}": float(generator.normal(25, 3)) for number in range(100)}
+    metric = metric_class("clip_score")
+    once, often = (
+        bootstrap(metric, write_scores(str(tmp_path), f"x{times}", [*scores.items()] * times, shards=times))["clip_score"]
+        for times in (1, 10)
+    )
+    assert once == pytest.approx(often, abs=1e-4)
+    mean, error = np.mean([*scores.values()]), 1.96 * np.std([*scores.values()]) / 10
+    assert once == pytest.approx((mean - error, mean + error), abs=0.2)
+
+
+def test_what_cannot_be_compared_is_told(dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare.main(["--dataset_uri", dataset, "--names", "[night, noon]"]) == ExitCode.WRONG_INPUT
+    assert "there is no table 'samples/noon'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        compare.main(["--dataset_uri", dataset, "--names", "[night]"])
+    assert "two or more different tables" in capsys.readouterr().err
+    for name in NAMES:
+        Path(metric_table(dataset, name, "clip_score").uri, FIGURES).unlink()
+    with pytest.raises(ValueError, match=r"was evaluated: run jobs\.evaluate"):
+        compare_samples(dataset, NAMES)
