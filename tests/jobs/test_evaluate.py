@@ -9,7 +9,9 @@ import pytest
 
 from jobs import evaluate
 from jobs.common.exit_codes import exit_code
+from pipelines.audit.status import dataset_status
 from pipelines.evaluate.config import ClipScoreConfig, EvaluateConfig
+from pipelines.evaluate.feature_config import CmmdConfig
 from pipelines.evaluate.metric import metric_table
 from pipelines.tables.identity import Identity
 from pipelines.tables.schema import SAMPLES
@@ -24,7 +26,8 @@ def test_a_metric_that_fails_stops_no_other_and_decides_the_exit_code(
     uri = str(tmp_path)
     samples = Table(uri, "samples/night", SAMPLES)
     samples.claim(Identity("sample", {}, {}, {}))
-    samples.write_shard("00000", pa.Table.from_pylist(drawn_rows(6)[0], SAMPLES))
+    rows, _ = drawn_rows(6)
+    samples.write_shard("00000", pa.Table.from_pylist(rows, SAMPLES))
     broken = EvaluateConfig(name="night", metrics=("clip_score", "shapes"), clip_score=ClipScoreConfig(model=f"{uri}/gone"))
     with pytest.raises(FileNotFoundError, match="gone") as failed:
         evaluate.run(evaluate.EvaluateJob(dataset_uri=uri, evaluate=broken))
@@ -34,15 +37,28 @@ def test_a_metric_that_fails_stops_no_other_and_decides_the_exit_code(
     figures = json.loads((tmp_path / "evaluations/night/shapes" / evaluate.FIGURES).read_text())
     assert figures["accuracy.all"] > 0.5
     assert metric_table(uri, "night", "shapes").require().num_rows == 6
-    mended = EvaluateConfig(name="night", metrics=("clip_score", "shapes"), clip_score=ClipScoreConfig(model="zoo://clip"))
+    (tmp_path / "real").mkdir()
+    for row in rows[:4]:
+        (tmp_path / f"real/{row['id']}.png").write_bytes(row["image_bytes"])
+    mended = EvaluateConfig(
+        name="night",
+        metrics=("clip_score", "cmmd", "shapes"),
+        clip_score=ClipScoreConfig(model="zoo://clip"),
+        cmmd=CmmdConfig(model="zoo://clip", reference=f"{uri}/real"),
+    )
     results = evaluate.run(evaluate.EvaluateJob(dataset_uri=uri, evaluate=mended))
-    assert [(result.was_done, result.num_rows) for result in results] == [(False, 6), (True, 6)]
+    assert [(result.was_done, result.num_rows) for result in results] == [(False, 6), (False, 6), (True, 6)]
+    assert set(json.loads((tmp_path / "evaluations/night/cmmd" / evaluate.FIGURES).read_text())) == {"cmmd"}
+    tables = {table.path: table for table in dataset_status(uri).tables if table.path.startswith("evaluations/")}
+    assert tables.keys() == {*(f"evaluations/night/{name}" for name in mended.metrics), "evaluations/real/cmmd"}
+    assert all(not table.stale and not table.problems and table.ended for table in tables.values())
     client = mlflow.MlflowClient(f"sqlite:///{uri}/mlflow.db")
     runs = client.search_runs(["0", "1"], order_by=["attributes.start_time ASC"])
     assert [(run.info.run_name, run.info.status) for run in runs] == [
         ("evaluate night", "FAILED"),
         ("evaluate night", "FINISHED"),
+        ("evaluate real cmmd", "FINISHED"),
     ]
-    first, second = (run.data.metrics for run in runs)
+    first, second = (run.data.metrics for run in runs[:2])
     assert first["shapes.rows"] == 6 and first["accuracy.all"] == figures["accuracy.all"] and "clip_score" not in first
-    assert second["clip_score"] > 0 and second["clip_score.rows"] == 6
+    assert second["clip_score"] > 0 and second["clip_score.rows"] == 6 and "cmmd" in second
