@@ -149,7 +149,7 @@ def test_a_second_run_does_no_stage_again_and_a_changed_prompt_is_refused(
     stamps = {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
     job = parse(folder)
     demo.run(job)
-    assert capsys.readouterr().out.count("all there already, nothing to do") == 19
+    assert capsys.readouterr().out.count("all there already, nothing to do") == 21
     changed = replace(job.captioners[0], prompt="Tell me more.")
     with pytest.raises(StaleTableError, match=r"config\.prompt: 'Describe the image\.' -> 'Tell me more\.'"):
         demo.run(replace(job, captioners=[changed, *job.captioners[1:]]))
