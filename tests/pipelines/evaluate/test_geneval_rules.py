@@ -1,11 +1,14 @@
 """GenEval's rules on hand-made detections: each verdict is the one that the published code gives for the same input."""
 
+import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from pipelines.draw.prompts import read_named
 from pipelines.evaluate.geneval.prompts import NAMES, PromptReader, request_of
 from pipelines.evaluate.geneval.rules import (
     COLORS,
@@ -175,6 +178,17 @@ PROMPTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_a_prompt_is_read_as_its_metadata(prompt: str) -> None:
     assert PromptReader().read(prompt) == request_of(PROMPTS[prompt])
+
+
+def test_all_published_prompts_are_read_as_their_metadata() -> None:
+    published, reader = read_named("geneval"), PromptReader()
+    assert published.metadata is not None
+    requests = [request_of(json.loads(metadata)) for metadata in published.metadata]
+    assert [reader.read(prompt) for prompt in published.prompts] == requests
+    tasks = Counter(request.task for request in requests)
+    assert tasks == {
+        "single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100, "color_attr": 100
+    }  # fmt: skip
 
 
 def test_other_wordings_are_not_guessed() -> None:
