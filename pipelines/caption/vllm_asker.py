@@ -8,6 +8,8 @@ from pipelines.caption.rows import Answer, Outcome, Question, data_uri, message,
 from pipelines.caption.vllm_engine import INSTALL
 from pipelines.tables.chance import row_seed
 from pipelines.tables.errors import StageError
+from pipelines.tables.rejects import RowRefused
+from pipelines.workers.halving import run_halving
 from pipelines.workers.models import pretrained
 
 
@@ -36,6 +38,9 @@ class VllmAsker:
         )
 
     def ask(self, questions: list[Question]) -> list[Outcome]:
+        return run_halving(self._ask_together, questions, refuse=_refuse) if questions else []
+
+    def _ask_together(self, questions: list[Question]) -> list[Answer]:
         from vllm import SamplingParams
 
         sampling = self.config.sampling
@@ -49,13 +54,14 @@ class VllmAsker:
             for question in questions
         ]
         talks = [[message(question.prompt, data_uri(question.image, "png"))] for question in questions]
-        try:
-            outputs = self.engine.chat(
-                talks, params, use_tqdm=False, chat_template_content_format=self.config.vllm.content_format
-            )
-        except ValueError as error:  # a prompt that is too long ends the whole call
-            if len(questions) == 1:
-                return [refusal_of(str(error))]
-            return [outcome for question in questions for outcome in self.ask([question])]
+        format_of = self.config.vllm.content_format
+        outputs = self.engine.chat(talks, params, use_tqdm=False, chat_template_content_format=format_of)
         told = [output.outputs[0] for output in outputs]
         return [Answer(answer.text, len(answer.token_ids), answer.finish_reason or "stop") for answer in told]
+
+
+def _refuse(error: Exception, size: int) -> RowRefused | None:
+    """The refusal of a question that vLLM takes for wrong, such as one that is too long; it ends the call of all questions."""
+    from vllm.exceptions import VLLMClientError
+
+    return refusal_of(str(error)) if isinstance(error, (ValueError, VLLMClientError)) else None

@@ -58,6 +58,6 @@ def test_vllm_answers_as_transformers_does() -> None:
     for one, other in zip(found, expected, strict=True):
         assert type(one) is type(other)
         if isinstance(one, Answer) and isinstance(other, Answer):
-            assert one.caption == other.caption
+            assert one.caption.strip() == other.caption.strip()
         elif isinstance(one, RowRefused):
             assert one.reason == "prompt_too_long"
