@@ -44,6 +44,14 @@ def _start_ray(attempts: int) -> None:
         _start_ray(attempts - 1)
 
 
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No stage starts an actor: its shards are made in this process."""
+    from tests.support.without_ray import run_without_ray
+
+    run_without_ray(monkeypatch)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--until", type=float, default=float("inf"), help="skip tests not begun at this time (seconds since 1970)")
     parser.addoption("--begin-with", type=int, default=0, help="number of the test file to begin with, counted around")

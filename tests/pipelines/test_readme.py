@@ -22,6 +22,7 @@ from pipelines.tables.errors import StaleTableError
 from pipelines.tables.schema import IMAGE_SCORES, IMAGES, image_scores_path
 from pipelines.tables.table import REPORT, Table
 from pipelines.workers.images import decode
+from tests.support.without_ray import run_without_ray
 
 README = Path(__file__).parents[2] / "pipelines/README.md"
 MODULES = ("pipelines.brightness.config", "pipelines.brightness.run", "jobs.brightness")
@@ -51,7 +52,9 @@ def modules(tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch) ->
         cloudpickle.unregister_pickle_by_value(module)
 
 
-def test_the_example_makes_its_table_and_has_nothing_to_do_then(tmp_path: Path, modules: list[Any]) -> None:
+def test_the_example_makes_its_table_and_has_nothing_to_do_then(
+    tmp_path: Path, modules: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     config, _, command = modules
     write_folder(tmp_path / "raw", 10_000_900, 5)
     Image.new("RGB", (64, 64), "gray").save(tmp_path / "raw/plain.png")
@@ -69,6 +72,7 @@ def test_the_example_makes_its_table_and_has_nothing_to_do_then(tmp_path: Path, 
             assert found.pop(row["id"], None) == (pytest.approx(pixels.mean()) if np.ptp(pixels) else None)
     assert not found and "brightness" in Path(table.uri, REPORT).read_text()
 
+    run_without_ray(monkeypatch)
     assert command.run(job).was_done
     larger = replace(job, brightness=replace(job.brightness, side=16))
     with pytest.raises(StaleTableError, match=r"config\.side: 32 -> 16"):

@@ -6,7 +6,6 @@ For tests of what a stage makes, refuses, resumes or rebuilds. That each stage d
 
 import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pyarrow as pa
 import pytest
@@ -18,12 +17,9 @@ from pipelines.stages.contract import Outcome
 from pipelines.stages.shards import ShardJob
 
 
-@contextmanager
-def stages_without_ray() -> Iterator[None]:
-    """Inside the `with` block no stage starts an actor."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "stream_shards", _stream_shards)
-        yield
+def run_without_ray(patch: pytest.MonkeyPatch) -> None:
+    """Until the patch is undone no stage starts an actor."""
+    patch.setattr(run, "stream_shards", _stream_shards)
 
 
 def _stream_shards(job: ShardJob, missing: list[str], *, alone: bool) -> Iterator[Outcome]:

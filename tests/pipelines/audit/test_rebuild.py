@@ -1,6 +1,6 @@
 """What is finished is not done again; what is stale is refused, or deleted and made anew, and nothing else is touched."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,17 +32,15 @@ from sana_model.files.places import ZOO_DIR
 from tests.support.counted_stages import count_workers
 from tests.support.old_forms import write_old_manifest, write_old_scores
 from tests.support.whole_dataset import SHARDS, edit_manifest, make_dataset, write_table
-from tests.support.without_ray import stages_without_ray
 
 SCORED = ["image_embeds/clip", "scores/clip/a", "scores/clip/b"]
 Jobs = dict[str, tuple[Callable[[JobConfig], object], JobConfig]]
 
 
 @pytest.fixture
-def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local_ray: None) -> Iterator[Path]:
+def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local_ray: None, without_ray: None) -> Path:
     count_workers(monkeypatch, tmp_path / "workers.log")
-    with stages_without_ray():
-        yield tmp_path / "workers.log"
+    return tmp_path / "workers.log"
 
 
 def make_jobs(folder: Path) -> Jobs:

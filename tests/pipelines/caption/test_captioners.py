@@ -11,11 +11,11 @@ from jobs.caption import CaptionJob
 from jobs.common.config import parse_config
 from pipelines.caption.config import CaptionerConfig, HttpConfig, QualityConfig, SamplingConfig
 from pipelines.reports.captions import captioners_report
-from pipelines.stages.contract import Resources
 from pipelines.tables.errors import MissingTableError, StageError
 from tests.support.caption_world import BROKEN, captions, image_row, scene, write_images
 from tests.support.html_page import check_page
 from tests.support.http_server import free_port
+from tests.support.without_ray import run_without_ray
 
 ROOT = Path(__file__).parents[3]
 GOOD = CaptionerConfig(
@@ -23,7 +23,6 @@ GOOD = CaptionerConfig(
     model="zoo://captioner-a",
     dtype="float32",
     sampling=SamplingConfig(max_new_tokens=48),
-    resources=Resources(num_cpus=6),  # of 8: the next one has room only when the one before has let go
     max_reject_share=0.2,
 )
 CUT = replace(GOOD, name="cut", model="zoo://captioner-b", sampling=SamplingConfig(max_new_tokens=5))
@@ -32,13 +31,14 @@ GONE = replace(GOOD, name="gone", engine="http", http=HttpConfig(base_url=f"http
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> tuple[CaptionJob, str]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[CaptionJob, str]:
     """The job that ran, and what it said at its end."""
     rows = [image_row(number, scene(number)) for number in range(12)]
     rows[7] = image_row(7, BROKEN)
     dataset = write_images(tmp_path_factory.mktemp("data"), rows, 6)
     job = CaptionJob(dataset_uri=dataset, captioners=[STRICT, GONE, GOOD, CUT])
-    with pytest.raises(StageError) as failure:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(StageError) as failure:
+        run_without_ray(patch)
         caption.run(job)
     return job, str(failure.value)
 
@@ -77,7 +77,9 @@ def test_the_page_shows_them_side_by_side(finished: tuple[CaptionJob, str]) -> N
         captioners_report(job.dataset_uri, ["llava", "nobody"])
 
 
-def test_one_of_them_can_be_run_alone(finished: tuple[CaptionJob, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_of_them_can_be_run_alone(
+    finished: tuple[CaptionJob, str], capsys: pytest.CaptureFixture[str], without_ray: None
+) -> None:
     job, _ = finished
     caption.run(replace(job, only="llava"))
     assert "all there already, nothing to do" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """Two VLMs and original captions in one dataset, from raw images to scores: all five policies over it, side by side."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from pipelines.stages.contract import Resources
 from pipelines.tables.schema import SCORES, scores_path
 from pipelines.tables.table import Table
 from tests.support.html_page import check_page
+from tests.support.without_ray import run_without_ray
 
 FIRST, NUM_IMAGES = 10_000_900, 16
 CAPTIONERS = {"llava": "zoo://captioner-a", "llava-next": "zoo://captioner-b"}
@@ -38,6 +40,14 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> str:
         told = sample_caption(draw_row(FIRST + number)[0], np.random.default_rng(number))
         (folder / f"raw/{FIRST + number:09d}.json").write_text(json.dumps({"caption": told}))
     uri = str(folder / "data")
+    with pytest.MonkeyPatch.context() as patch:
+        run_without_ray(patch)
+        make_tables(folder, uri)
+    return uri
+
+
+def make_tables(folder: Path, uri: str) -> None:
+    """Ingest, caption, embed and score, each as the stage does it."""
     run_ingest(uri, IngestConfig(source=str(folder / "raw"), rows_per_shard=8, resources=LIGHT))
     for name, model in CAPTIONERS.items():
         sampling = SamplingConfig(max_new_tokens=48)
@@ -46,7 +56,6 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> str:
     run_image_embeds(uri, scorer.clip)
     for name in NAMES:
         run_score(uri, scorer, name)
-    return uri
 
 
 @pytest.fixture(scope="module")

@@ -228,7 +228,7 @@ def test_draws_follow_the_probabilities() -> None:
 
 
 def test_an_actor_killed_in_the_middle_loses_nothing(tmp_path: Path, local_ray: None) -> None:
-    dataset = write_images(tmp_path / "data", [image_row(number, scene(number)) for number in range(40)], 5)
+    dataset = write_images(tmp_path / "data", [image_row(number, scene(number)) for number in range(20)], 4)
     config = replace(CONFIG, name="killed", resources=Resources(num_cpus=1))
     killed: list[int] = []
 
@@ -240,7 +240,7 @@ def test_an_actor_killed_in_the_middle_loses_nothing(tmp_path: Path, local_ray: 
                 os.kill(pid, signal.SIGKILL)
 
     result = run_caption(dataset, config, on_progress=kill)
-    assert killed and result.found_shards == 0 and result.num_rows == 40
+    assert killed and result.found_shards == 0 and result.num_rows == 20
     images, undisturbed = Table(dataset, IMAGES_PATH, IMAGES), TransformersCaptioner(config)
     expected = {shard: undisturbed.process(images.read_shard(shard)).rows for shard in images.list_shards()}
     assert captions(dataset, "killed") == expected

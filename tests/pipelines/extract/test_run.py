@@ -18,6 +18,7 @@ from pipelines.tables.errors import MissingTableError, StaleTableError
 from pipelines.tables.identity import Identity
 from pipelines.tables.schema import CAPTIONS, IMAGES, LATENTS, Row
 from pipelines.tables.table import Table
+from tests.support.without_ray import run_without_ray
 
 CONFIG = ExtractConfig(
     name="tiny",
@@ -59,7 +60,9 @@ def stamps(table: Table) -> dict[str, int]:
     return {shard: Path(f"{table.uri}/{shard}.parquet").stat().st_mtime_ns for shard in table.list_shards()}
 
 
-def test_two_tables_from_one_decode_and_each_resumes_on_its_own(dataset: str, local_ray: None) -> None:
+def test_two_tables_from_one_decode_and_each_resumes_on_its_own(
+    dataset: str, local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small, large = latents_table(dataset, 64), latents_table(dataset, 128)
     job = ExtractJob(dataset_uri=dataset, extract=CONFIG, resolutions=(64, 128))
     run(job)
@@ -78,6 +81,7 @@ def test_two_tables_from_one_decode_and_each_resumes_on_its_own(dataset: str, lo
     before = large.read_shard("00001").to_pylist()
     Path(f"{small.uri}/00000.parquet").unlink()
     Path(f"{large.uri}/00001.parquet").unlink()
+    run_without_ray(monkeypatch)
     run_extract(dataset, CONFIG, also=[128])
     run_extract(dataset, CONFIG.at(128))
     again_small, again_large = stamps(small), stamps(large)

@@ -28,6 +28,7 @@ from pipelines.tables.table import Table
 from tests.pipelines.ingest.test_sources import write_files, write_tar
 from tests.support.hostile_images import encode, noise
 from tests.support.image_server import ImageServer
+from tests.support.without_ray import run_without_ray
 
 FAST = DownloadConfig(timeout=1.0, first_wait=0.05, attempts=3, allow_private=True)
 IMAGE = encode(noise(), "PNG")
@@ -258,7 +259,9 @@ def test_what_img2dataset_writes(tmp_path: Path) -> None:
     assert (row["image_bytes"], json.loads(row["metadata"])) == (IMAGE, {"url": "http://x/1.jpg"})
 
 
-def test_failed_downloads_are_tried_again_in_new_shards(tmp_path: Path, server: ImageServer, local_ray: None) -> None:
+def test_failed_downloads_are_tried_again_in_new_shards(
+    tmp_path: Path, server: ImageServer, local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server.fails_before = 1
     paths = ["/good/0.png", "/flaky/1.png", "/page/2.png", "/good/none.png", "/flaky/3.png", "/good/4.png"]
     (tmp_path / "list.csv").write_text("url,text\n" + "".join(f"{server.url}{path},{path}\n" for path in paths))
@@ -271,6 +274,7 @@ def test_failed_downloads_are_tried_again_in_new_shards(tmp_path: Path, server: 
     dataset = str(tmp_path / "dataset")
     result = run_ingest(dataset, config)
     assert result.rejects_by_reason == {"http_500": 2, "not_an_image": 1, "http_404": 1}
+    run_without_ray(monkeypatch)
     images = Table(dataset, IMAGES_PATH, IMAGES)
     before = {shard: images.read_shard(shard) for shard in images.list_shards()}
     config = replace(config, license="CC0")

@@ -28,6 +28,7 @@ from pipelines.tables.schema import IMAGES, IMAGES_PATH
 from pipelines.tables.table import Table
 from pipelines.workers.images import ImageLimits, decode
 from tests.support.html_page import check_page
+from tests.support.without_ray import run_without_ray
 
 
 def noise_image(seed: int, height: int = 32, width: int = 48) -> Image.Image:
@@ -139,7 +140,7 @@ def test_plan_slices_files_by_rows_and_bytes():
     assert packed([1, 1], bytes=45) == [[("0", 0, None)], [("1", 0, None)]]
 
 
-def test_whole_stage_resumes_grows_and_refuses_another_config(tmp_path, local_ray):
+def test_whole_stage_resumes_grows_and_refuses_another_config(tmp_path, local_ray, monkeypatch):
     source, dataset = tmp_path / "photos", tmp_path / "dataset"
     write_images(source, range(7))
     shutil.copy(source / "000.png", source / "005_again.png")  # of another shard: 000-002, 003-005, 005_again and 006
@@ -148,6 +149,7 @@ def test_whole_stage_resumes_grows_and_refuses_another_config(tmp_path, local_ra
     result = run_ingest(str(dataset), config, on_progress=lambda progress: seen.append(progress.done_shards))
     assert (result.num_shards, result.num_rows, result.rejects_by_reason) == (3, 7, {"duplicate": 1})
     assert seen[0] == 0 and seen[-1] == 3
+    run_without_ray(monkeypatch)
     images = images_of(dataset)
     rows, rejects = read_table(images), read_table(images.rejects())
     assert {shard: names(found) for shard, found in rows.items()} == {
@@ -199,7 +201,7 @@ def test_whole_stage_resumes_grows_and_refuses_another_config(tmp_path, local_ra
     assert run_ingest(str(dataset), replace(config, max_reject_share=0.9)).was_done
 
 
-def test_parquet_source_and_too_many_rejects(tmp_path, local_ray):
+def test_parquet_source_and_too_many_rejects(tmp_path, local_ray, without_ray):
     contents = [encode(noise_image(seed), "PNG") for seed in range(3)] + [b"no image"] * 2
     pq.write_table(pa.table({"image": contents, "text": [f"caption {i}" for i in range(5)]}), tmp_path / "x.parquet")
     config = IngestConfig(source=str(tmp_path / "x.parquet"), max_reject_share=0.2)

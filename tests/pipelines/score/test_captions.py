@@ -176,7 +176,7 @@ def test_what_is_read_is_each_caption_with_its_images_embedding(tmp_path: Path) 
     assert read_embedded_captions(embeds, "original", "00001")["caption"].to_pylist() == ["a blue square"]
 
 
-def test_each_captioner_has_a_table_of_its_own_and_no_image_is_decoded(tmp_path: Path, local_ray: None) -> None:
+def test_each_captioner_has_a_table_of_its_own_and_no_image_is_decoded(tmp_path: Path, without_ray: None) -> None:
     uri = str(tmp_path)
     vectors = write_world(uri)
     with pytest.raises(MissingTableError, match=r"no table 'captions/b' .* which has captions/a"):

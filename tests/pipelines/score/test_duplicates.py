@@ -35,6 +35,7 @@ from pipelines.tables.table import Table
 from pipelines.workers.clip import ClipModel
 from pipelines.workers.images import decode
 from tests.support.html_page import check_page
+from tests.support.without_ray import run_without_ray
 
 
 def picture(seed: int, scale: int = 2, quality: int = 90) -> bytes:
@@ -111,7 +112,9 @@ METHODS = {
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_stage_grows_resumes_and_shows(tmp_path: Path, local_ray: None, method: Method) -> None:
+def test_stage_grows_resumes_and_shows(
+    tmp_path: Path, local_ray: None, method: Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, dataset = tmp_path / "photos", tmp_path / "dataset"
     folder = dataset / image_scores_path(method.scorer)
     source.mkdir()
@@ -134,6 +137,7 @@ def test_stage_grows_resumes_and_shows(tmp_path: Path, local_ray: None, method: 
         return run_duplicates(str(dataset), method.config)
 
     assert grow().num_rows == num_rows
+    run_without_ray(monkeypatch)
     first = verdicts_of(dataset, method.scorer, method.source)
     assert {name: twin for name, (_, twin) in first.items() if twin} == {"a": "d_large_a"}
     assert first["a"][0] >= 1 - 3 / 64 and first["b"] == (0, None) and len(first) == num_rows

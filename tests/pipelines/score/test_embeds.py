@@ -89,7 +89,9 @@ def test_a_shard_without_a_single_vector_is_written_and_read(tmp_path: Path) -> 
     assert rows.schema.field("embedding").type.list_size == WIDTH and to_vectors(rows).shape == (0, WIDTH)
 
 
-def test_the_stage_refuses_what_no_model_can_see_and_resumes_with_the_missing_shard(tmp_path: Path, local_ray: None) -> None:
+def test_the_stage_refuses_what_no_model_can_see_and_resumes_with_the_missing_shard(
+    tmp_path: Path, local_ray: None, without_ray: None
+) -> None:
     uri = str(tmp_path / "data")
     with pytest.raises(MissingTableError, match="no table 'images'"):
         run_image_embeds(uri, CONFIG)

@@ -153,7 +153,7 @@ def test_a_score_of_a_head_that_is_no_number_costs_its_row_only(head: str) -> No
     assert [(row["id"], row["reject_reason"]) for row in rejects] == [("y", "bad_score")]
 
 
-def test_stage_and_page(classifier: str, tmp_path: Path, local_ray: None) -> None:
+def test_stage_and_page(classifier: str, tmp_path: Path, local_ray: None, without_ray: None) -> None:
     (tmp_path / "photos").mkdir()
     for number, content in enumerate(CONTENTS):
         (tmp_path / f"photos/{number}.png").write_bytes(content)

@@ -32,6 +32,7 @@ from sana_model.nn.config import NullCaption, TextEncoderConfig
 from sana_model.pipeline import TextToImage
 from tests.support.training_ranks import tiny_config, train_on_ranks
 from tests.support.training_world import PATH, STREAM, make_pipeline, make_shards, make_table
+from tests.support.without_ray import run_without_ray
 
 PROMPTS = TextEncoderConfig(instruction="User Prompt: ", max_tokens=32)
 
@@ -51,11 +52,15 @@ def embed_config(init: str) -> EmbedConfig:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory, local_ray: None, init: str) -> Path:
-    """Embedded by the job, on Ray."""
+    """Embedded by the job: the captions of a on Ray."""
     folder = tmp_path_factory.mktemp("dataset")
     make_table(folder, make_shards([30, 20, 26], ("64x64", "64x64", "32x128")))
     tracking = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db")
-    run_embed_job(EmbedJob(dataset_uri=str(folder), embed=embed_config(init), tracking=tracking))
+    job = EmbedJob(dataset_uri=str(folder), embed=embed_config(init), tracking=tracking)
+    run_embed_job(replace(job, embed=replace(job.embed, captioners=("a",))))
+    with pytest.MonkeyPatch.context() as patch:
+        run_without_ray(patch)
+        run_embed_job(job)
     return folder
 
 
