@@ -8,6 +8,7 @@ Ray Data holds back readers while what they read fills its share of the object s
 has made, until its dataset ends, is bounded by `SHARDS_PER_ACTOR`.
 """
 
+import gc
 import os
 import sys
 import traceback
@@ -72,6 +73,9 @@ def stream_shards(job: ShardJob, shards: list[str], *, alone: bool) -> Iterator[
     Raises:
         ray.exceptions.RayError: more than `MAX_FAILED_SHARDS` shards have none.
     """
+    # Ray starts an actor that died again, and Ray Data keeps it in a cycle with the exception of its death. It would hold a GPU
+    # until Python looks for cycles, which it may never do while the next actor waits for that GPU.
+    gc.collect()
     parts = split_shards(shards, job.resources.num_actors)
     for row in chain.from_iterable(_plan(job, part, alone).iter_rows() for part in parts):
         yield to_outcome(row)
