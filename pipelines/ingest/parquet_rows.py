@@ -18,6 +18,7 @@ from pipelines.tables.schema import Row
 ROWS_PER_BYTE = 8  # of a file: a footer that claims more rows is wrong, or made to do harm
 BATCH_BYTES = 2**26  # of a column, decoded at once
 PROBE_ROWS = 2**16
+PROBE_BYTES = 2**20  # read at once: a dictionary is at the beginning of its column
 
 ValueErrors = dict[str, str]
 """Why values of a row could not be read, by column."""
@@ -77,15 +78,22 @@ class TableFile:
         self, group: int, columns: Sequence[str], start: int, stop: int, batch: int
     ) -> Iterator[tuple[Row, ValueErrors]]:
         """Rows `start` to `stop` of a row group."""
+        index = 0
+        for table in self._read_batches(group, columns, batch):
+            low, high = max(start - index, 0), min(stop - index, len(table))
+            if low < high:
+                yield from to_rows(table.slice(low, high - low))
+            index += len(table)
+            if index >= stop:
+                return
+
+    def _read_batches(self, group: int, columns: Sequence[str], batch: int) -> Iterator[pa.RecordBatch]:
+        """A row group in batches, with the names of `schema`."""
         names = list(zip(self.schema.names, self.names, strict=True))
         asked = list(dict.fromkeys(plain for name, plain in names if name in set(columns)))
         came = list(dict.fromkeys(name for one in asked for name, plain in names if _is_read(plain, {one})))
-        index = 0
         for table in self.parquet.iter_batches(self._fitting_batch(group, asked, batch), row_groups=[group], columns=asked):
-            low, high = max(start - index, 0), min(stop - index, len(table))
-            if low < high:
-                yield from to_rows(table.slice(low, high - low).rename_columns(came).select(list(columns)))
-            index += len(table)
+            yield table.rename_columns(came).select(list(columns))
 
     def _find_errors(self, group: int, columns: Sequence[str]) -> ValueErrors:
         """The columns of a row group that cannot be read, and why."""
@@ -93,7 +101,7 @@ class TableFile:
         for column in columns:
             try:
                 with naming_damage():
-                    for _ in self._read_group(group, [column], 0, 0, PROBE_ROWS):
+                    for _ in self._read_batches(group, [column], PROBE_ROWS):
                         pass
             except (pa.ArrowException, OSError) as error:
                 errors[column] = str(error)
@@ -109,21 +117,24 @@ class TableFile:
             if chunk.physical_type != "BYTE_ARRAY" or not chunk.has_dictionary_page or not _is_read(path, set(asked)):
                 continue
             if chunk.total_uncompressed_size * batch > BATCH_BYTES:
-                longest = max(longest, self._longest(group, path, chunk.total_uncompressed_size))
+                longest = max(longest, self._longest(group, path, chunk.total_uncompressed_size, batch))
         return max(min(batch, BATCH_BYTES // longest), 1)
 
-    def _longest(self, group: int, path: str, size: int) -> int:
-        """Bytes of the longest value of a column in a row group; `size`, that of all, if it is not asked cheaply."""
+    def _longest(self, group: int, path: str, size: int, batch: int) -> int:
+        """Bytes of the longest value of a column's dictionary in a row group, which comes before the values; `size`, that of
+        the whole column, if it is not asked cheaply. Values that are in no dictionary come once each, and need no bound."""
         if path not in self.names:  # inside of lists and structs
             return size
-        parquet = pq.ParquetFile(self.file, read_dictionary=[path])
-        lengths = [1]
-        for table in parquet.iter_batches(PROBE_ROWS, row_groups=[group], columns=[path]):
+        parquet = pq.ParquetFile(
+            self.file, metadata=self.parquet.metadata, read_dictionary=[path], buffer_size=PROBE_BYTES, pre_buffer=False
+        )
+        for table in parquet.iter_batches(batch, row_groups=[group], columns=[path]):
             values = table.column(0)
             if not pa.types.is_dictionary(values.type):
                 return size
-            lengths.append(pc.max(pc.binary_length(values.dictionary)).as_py() or 0)
-        return max(lengths)
+            if len(values.dictionary):
+                return pc.max(pc.binary_length(values.dictionary)).as_py() or 1
+        return 1
 
 
 @contextmanager
