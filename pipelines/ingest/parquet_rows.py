@@ -36,6 +36,7 @@ class TableFile:
             self.parquet = pq.ParquetFile(file)
             self.names = self.parquet.schema_arrow.names
             self.schema = unique_schema(self.parquet.schema_arrow)
+            self.paths = [self.parquet.schema.column(index).path for index in range(len(self.parquet.schema))]  # of leaves
             groups = range(self.parquet.num_row_groups)
             self.group_rows = [self.parquet.metadata.row_group(group).num_rows for group in groups]
             self.num_rows = self.parquet.metadata.num_rows
@@ -109,29 +110,27 @@ class TableFile:
 
     def _fitting_batch(self, group: int, asked: Sequence[str], batch: int) -> int:
         """The number of rows that are decoded at once, so that a large value that comes often fills no memory."""
-        footer = self.parquet.metadata.row_group(group)
+        row_group = self.parquet.metadata.row_group(group)
+        if row_group.total_byte_size * batch <= BATCH_BYTES:
+            return batch
         longest = 1
-        for index in range(footer.num_columns):
-            chunk = footer.column(index)
-            path = chunk.path_in_schema
-            if chunk.physical_type != "BYTE_ARRAY" or not chunk.has_dictionary_page or not _is_read(path, set(asked)):
-                continue
-            if chunk.total_uncompressed_size * batch > BATCH_BYTES:
-                longest = max(longest, self._longest(group, path, chunk.total_uncompressed_size, batch))
+        for index, path in enumerate(self.paths):
+            if self.parquet.schema.column(index).physical_type == "BYTE_ARRAY" and _is_read(path, set(asked)):
+                longest = max(longest, self._longest(group, index, batch))
         return max(min(batch, BATCH_BYTES // longest), 1)
 
-    def _longest(self, group: int, path: str, size: int, batch: int) -> int:
-        """Bytes of the longest value of a column's dictionary in a row group, which comes before the values; `size`, that of
-        the whole column, if it is not asked cheaply. Values that are in no dictionary come once each, and need no bound."""
-        if path not in self.names:  # inside of lists and structs
-            return size
+    def _longest(self, group: int, index: int, batch: int) -> int:
+        """Bytes of the longest value of a column's dictionary in a row group, which comes before the values; the size of the
+        whole column, if it is not asked cheaply. Values that are in no dictionary come once each, and need no bound."""
+        path = self.paths[index]
         parquet = pq.ParquetFile(
             self.file, metadata=self.parquet.metadata, read_dictionary=[path], buffer_size=PROBE_BYTES, pre_buffer=False
         )
         for table in parquet.iter_batches(batch, row_groups=[group], columns=[path]):
             values = table.column(0)
-            if not pa.types.is_dictionary(values.type):
-                return size
+            if not pa.types.is_dictionary(values.type):  # inside of lists and structs
+                # Asked only now: where a damaged footer contradicts itself, this ends the process, and reading raises an error.
+                return int(self.parquet.metadata.row_group(group).column(index).total_uncompressed_size)
             if len(values.dictionary):
                 return pc.max(pc.binary_length(values.dictionary)).as_py() or 1
         return 1

@@ -7,6 +7,8 @@ import io
 import json
 import os
 import socket
+import subprocess
+import sys
 import tarfile
 import threading
 from collections.abc import Callable, Mapping
@@ -750,3 +752,33 @@ def check(case: Case, source: Path) -> None:
     assert not_taken == case.not_taken, not_taken
     assert all(row["detail"] and row["source_uri"].partition("#")[0] for row in rows if row["error"])
     assert case.check(rows), rows
+
+
+FLIPS = """
+import sys
+import pyarrow as pa
+from pipelines.ingest import parquet_rows
+from pipelines.ingest.parquet_rows import TableFile
+from io import BytesIO
+
+parquet_rows.BATCH_BYTES = 1  # as if its values were large
+whole = sys.stdin.buffer.read()
+start = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+for position in range(start, len(whole) - 8):
+    for bit in range(8):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << bit
+        try:
+            list(TableFile(BytesIO(damaged)).iter_rows(["url", "tags"], 0, None, batch=4))
+        except (pa.ArrowException, OSError, ValueError):
+            pass
+print("alive")
+"""
+
+
+def test_no_flipped_bit_of_a_parquet_footer_ends_the_process() -> None:
+    """pyarrow ends it where sizes of a column contradict themselves, unless reading found it out before."""
+    content = io.BytesIO()
+    pq.write_table(pa.table({"url": ["http://a/1.jpg", None] * 2, "tags": [["x"], None] * 2}), content)
+    run = subprocess.run([sys.executable, "-c", FLIPS], input=content.getvalue(), capture_output=True)
+    assert run.stdout == b"alive\n", run.stderr.decode()[-500:]
