@@ -29,6 +29,7 @@ GROUPS: Mapping[str, Lines] = {
         "convert": "Write a model that was not trained here in another layout. Needs no Ray and no GPU.",
         "sample": "Draw pictures of prompts, and a grid of them.",
         "evaluate": "Judge drawn pictures by one or several metrics, each into a table of its own.",
+        "best_of": "Draw several pictures of each prompt, have a judge keep the best, and say what it costs and gains.",
         "compare": "Put samples tables side by side: figures with intervals, pictures, settings, a blind vote. Needs no Ray.",
     },
     "All stages in one job": {

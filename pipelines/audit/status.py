@@ -104,7 +104,25 @@ def find_tables(dataset_uri: str) -> list[FoundTable]:
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         groups = list(pool.map(lambda group: _find_paths(dataset_uri, group), TABLE_SCHEMAS))
         paths = [path for group in groups for path in group]
-        return [found for found in pool.map(lambda path: find_table(dataset_uri, path), paths) if found is not None]
+        found = [table for table in pool.map(lambda path: find_table(dataset_uri, path), paths) if table is not None]
+    return _inputs_first(found)
+
+
+def _inputs_first(tables: list[FoundTable]) -> list[FoundTable]:
+    """The tables in their order, but each after its inputs: chosen pictures are made from other pictures' evaluations."""
+    waiting = {table.path: table for table in tables}
+    ordered: list[FoundTable] = []
+
+    def add(path: str) -> None:
+        table = waiting.pop(path, None)
+        if table is not None:
+            for source in table.manifest.inputs if table.manifest else ():
+                add(source)
+            ordered.append(table)
+
+    for table in tables:
+        add(table.path)
+    return ordered
 
 
 def _find_paths(dataset_uri: str, group: str) -> list[str]:

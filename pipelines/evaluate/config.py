@@ -39,12 +39,11 @@ class ShapesJudgeConfig(MetricConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """Which pictures are judged, and how. A metric that fails does not stop those after it.
+class MetricsConfig:
+    """The settings of every metric, each in the section of its name.
 
     Args:
-        name: of the table under samples/, and of the folder under evaluations/ that gets a table for each metric.
-        metrics: names of the metrics to run, one after the other; each has its settings in the section of its name.
+        metrics: names of the metrics to run, one after the other.
         clip_score: settings of the CLIP score.
         inception: settings of FID, KID, precision and recall.
         cmmd: settings of CMMD.
@@ -58,8 +57,7 @@ class EvaluateConfig:
         shapes: settings of the judge of the Shapes world.
     """
 
-    name: str
-    metrics: tuple[str, ...] = ("clip_score",)
+    metrics: tuple[str, ...] = ()
     clip_score: ClipScoreConfig = field(default_factory=ClipScoreConfig)
     inception: InceptionConfig = field(default_factory=InceptionConfig)
     cmmd: CmmdConfig = field(default_factory=CmmdConfig)
@@ -73,9 +71,6 @@ class EvaluateConfig:
     shapes: ShapesJudgeConfig = field(default_factory=ShapesJudgeConfig)
 
     def __post_init__(self) -> None:
-        check_folder_name("name", self.name)
-        if not self.metrics:
-            raise ValueError(f"metrics=[] names none: give some of {', '.join(METRICS)}")
         if unknown := [name for name in self.metrics if name not in METRICS]:
             raise ValueError(f"metrics={list(self.metrics)}: there is no metric {unknown[0]!r}; there are {', '.join(METRICS)}")
         if len(set(self.metrics)) < len(self.metrics):
@@ -85,3 +80,22 @@ class EvaluateConfig:
     def chosen(self) -> Mapping[str, MetricConfig]:
         """The settings of each metric that runs, by its name, in order."""
         return {name: getattr(self, name) for name in self.metrics}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(MetricsConfig):
+    """Which pictures are judged, and how. A metric that fails does not stop those after it.
+
+    Args:
+        name: of the table under samples/, and of the folder under evaluations/ that gets a table for each metric.
+        metrics: names of the metrics to run, one after the other; each has its settings in the section of its name.
+    """
+
+    name: str
+    metrics: tuple[str, ...] = ("clip_score",)
+
+    def __post_init__(self) -> None:
+        check_folder_name("name", self.name)
+        if not self.metrics:
+            raise ValueError(f"metrics=[] names none: give some of {', '.join(METRICS)}")
+        super().__post_init__()

@@ -102,6 +102,14 @@ class Metric(ABC, Generic[Config]):
                 yield from ((name, row["prompt"], row[name]) for name in cls._numbers())
 
     @classmethod
+    def rank(cls, row: Row) -> tuple[float, ...]:
+        """How good a picture is, by its row in the table: of several, the one with the largest tuple is the best.
+
+        By default its columns of numbers. A metric that compares sets of pictures has none: `best_of` does not take it.
+        """
+        return tuple(row[name] for name in cls._numbers())
+
+    @classmethod
     def _numbers(cls) -> list[str]:
         return [column.name for column in METRIC_COLUMNS[cls.name] if pa.types.is_floating(column.type)]
 

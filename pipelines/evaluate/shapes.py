@@ -55,6 +55,12 @@ class ShapesJudge(Metric[ShapesJudgeConfig]):
         for row in read_judgements(table):
             yield from ((figure, row["asked"], value) for figure, value in accuracy_figures([row]).items())
 
+    @classmethod
+    def rank(cls, row: Row) -> tuple[float, ...]:
+        """The number of attributes that are right; 0 for a prompt that asks for something else."""
+        figures = accuracy_figures([row]) if row["asked"] else {}
+        return (sum(figures.get(f"accuracy.{name}", 0.0) for name in ATTRIBUTES),)
+
 
 def read_judgements(table: Table) -> list[Row]:
     """The rows "asked" and "seen" of a table of this metric whose prompts ask for one object."""

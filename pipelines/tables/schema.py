@@ -245,7 +245,7 @@ MADE_BY = {
     "scores": "score",
     "latents": "extract",
     "caption_embeds": "embed_captions",
-    "samples": "sample",
+    "samples": "sample or jobs.best_of",
     "evaluations": "evaluate",
 }
 """The command that makes a table (or the two that may), by the first part of the table's path."""

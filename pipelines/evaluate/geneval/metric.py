@@ -129,6 +129,11 @@ class GenEval(Metric[GenEvalConfig]):
         }
 
     @classmethod
+    def rank(cls, row: Row) -> tuple[float, ...]:
+        """Correct pictures first, then those with the fewest faults."""
+        return float(row["correct"]), -float(len(row["faults"]))
+
+    @classmethod
     def summarize(cls, table: Table, config: GenEvalConfig) -> dict[str, float]:
         counts = TaskCounts()
         for shard in iter_shards(table, ["prompt", "task", "correct"]):
