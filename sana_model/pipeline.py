@@ -199,17 +199,7 @@ class TextToImage(nn.Module):
         control = self._control(guide, height, width, len(prompts) * num_images_per_prompt, control_scale)
         draw_noise = self._noise_source(len(prompts) * num_images_per_prompt, height, width, seeds, generator)
         noise = draw_noise()
-        if self.transformer.config.guidance_embeds:
-            predict_velocity = embedded_guidance_velocity(self.transformer, captions, guidance_scale, control)
-        else:
-            predict_velocity = guided_velocity(
-                self.transformer,
-                captions,
-                self._encode_null(captions, negative_prompt),
-                guidance_scale=guidance_scale,
-                guidance_interval=guidance_interval,
-                control=control,
-            )
+        predict_velocity = self._predictor(captions, guidance_scale, guidance_interval, negative_prompt, control)
         solve, sigmas = self._make_solver(solver, num_steps, draw_noise)
 
         def draw(predict: PredictVelocity, latents: Tensor, grid: Tensor) -> Tensor:
@@ -242,6 +232,17 @@ class TextToImage(nn.Module):
         if sprints and (negative_prompt or tuple(guidance_interval) != (0.0, 1.0)):
             raise ValueError("Sana-Sprint guides within the model: it takes neither a negative_prompt nor a guidance_interval")
         return solver, whole_number("num_steps", num_steps)
+
+    def _predictor(
+        self, captions: Caption, scale: float, interval: tuple[float, float], negative_prompt: str, control: Control | None
+    ) -> PredictVelocity:
+        """The velocity with guidance: Sana-Sprint's own, or that of two forward passes. Raises NotFiniteError."""
+        if self.transformer.config.guidance_embeds:
+            return embedded_guidance_velocity(self.transformer, captions, scale, control)
+        null = self._encode_null(captions, negative_prompt)
+        return guided_velocity(
+            self.transformer, captions, null, guidance_scale=scale, guidance_interval=interval, control=control
+        )
 
     def _make_solver(self, name: str, num_steps: int, draw_noise: Callable[[], Tensor]) -> tuple[Solver, Tensor]:
         """A solver and its grid. `draw_noise`: as `scm` takes it."""
