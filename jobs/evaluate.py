@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from jobs.common.exit_codes import is_expected
 from jobs.common.job import JobConfig, run_job
+from jobs.common.resources import check_local
 from jobs.common.stage_job import LazyRun, require_tables, track_stage
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.metric_config import FIGURES
@@ -60,6 +61,7 @@ def _run_metric(job: EvaluateJob, metric: str, config: "MetricConfig", shared: L
     from pipelines.evaluate.pictures import sampled_pictures
     from pipelines.evaluate.registry import metric_class
 
+    check_local(job, f"evaluate.{metric}")
     kind = metric_class(metric)
     reference = kind.reference(job.dataset_uri, config)
     if reference is not None:
@@ -83,6 +85,7 @@ def _judge(job: EvaluateJob, pictures: "Pictures", metric: str, config: "MetricC
             job.dataset_uri, pictures, metric, config, on_progress=on_progress, leases=leases
         ),
         shared=shared,
+        section=f"evaluate.{metric}",
     )
 
 

@@ -11,7 +11,7 @@ from jobs.common.config import parse_config, secrets_of
 from jobs.common.exit_codes import ExitCode, exit_code, is_expected
 from jobs.common.output import hiding
 from jobs.common.ray import JobStopped, RayConfig, start_ray, stop_on_sigterm
-from jobs.common.resources import check_local, on_cluster
+from jobs.common.resources import check_local
 from pipelines.storage.lease import LeaseConfig
 from pipelines.tables.table import absolute_uri
 from pipelines.tracking.config import TrackingConfig
@@ -74,7 +74,7 @@ def run_job(
         try:
             if not look_first(job):
                 with start_ray(job.ray) if isinstance(job, JobConfig) else stop_on_sigterm():
-                    if isinstance(job, JobConfig) and not on_cluster():
+                    if isinstance(job, JobConfig):
                         check_local(job)
                     run(job)
         except JobStopped:

@@ -30,28 +30,46 @@ class Need:
         return f"{self.setting}.{known.get(name, f'custom.{name}')}"
 
 
-def find_needs(config: Any, prefix: str = "") -> Iterator[Need]:
-    """Yield what the stages of a job's configuration reserve, at any depth. Workers that start together count together."""
+def find_needs(config: Any, section: str = "") -> Iterator[Need]:
+    """Yield what the stages of a job's configuration reserve, at any depth. Workers that start together count together.
+
+    Args:
+        section: dotted name of the part of the configuration that is looked at; empty: all, but for the parts that the class of
+            a configuration names in `CHECKED_WHEN_RUN`, each of which is looked at by its own section when it runs.
+    """
+    for name in filter(None, section.split(".")):
+        config = getattr(config, name)
+    yield from _find_needs(config, f"{section}." if section else "")
+
+
+def _find_needs(config: Any, prefix: str) -> Iterator[Need]:
     for field in fields(config):
         value, name = getattr(config, field.name), f"{prefix}{field.name}"
+        if field.name in getattr(config, "CHECKED_WHEN_RUN", ()):
+            continue
         if field.name == "resources":
             together = getattr(config, "num_workers", 1)
             amounts = {"CPU": value.num_cpus, "GPU": value.num_gpus, **value.custom}
             yield Need(name, {key: amount * together for key, amount in amounts.items() if amount})
         elif is_dataclass(value):
-            yield from find_needs(value, f"{name}.")
+            yield from _find_needs(value, f"{name}.")
         elif isinstance(value, (list, tuple)):
             for place, each in enumerate(value):
                 if is_dataclass(each):
-                    yield from find_needs(each, f"{name}[{place}].")
+                    yield from _find_needs(each, f"{name}[{place}].")
 
 
-def check_local(config: Any) -> None:
-    """Raise ValueError if a stage reserves more than the local Ray of this process has, or ever will have."""
+def check_local(config: Any, section: str = "") -> None:
+    """Raise ValueError if a stage reserves more than the local Ray of this process has, or ever will have.
+
+    Nothing is raised on a cluster: nodes may come. `section` is that of `find_needs`.
+    """
+    if on_cluster():
+        return
     import ray
 
     total = ray.cluster_resources()
-    for need in find_needs(config):
+    for need in find_needs(config, section):
         for name, has in need.lacking(total).items():
             raise ValueError(f"{need.field(name)}: {need.reserved[name]:g} {name} are reserved, {_describe_local(name, has)}")
 
@@ -71,12 +89,13 @@ def on_cluster() -> bool:
 
 
 @contextmanager
-def telling_what_is_awaited(config: Any, name: str, say: Callable[[str], None]) -> Iterator[None]:
+def telling_what_is_awaited(config: Any, name: str, say: Callable[[str], None], section: str = "") -> Iterator[None]:
     """Within, say every WAITING_SECONDS what a stage needs and the cluster lacks now; a node that has it may yet come.
 
     Args:
         config: of the stage's job.
         name: of the stage.
+        section: that of `find_needs`.
     """
     if not on_cluster():
         yield
@@ -87,7 +106,7 @@ def telling_what_is_awaited(config: Any, name: str, say: Callable[[str], None]) 
         import ray
 
         while not ended.wait(WAITING_SECONDS):
-            for told in describe_lacking(find_needs(config), ray.cluster_resources()):
+            for told in describe_lacking(find_needs(config, section), ray.cluster_resources()):
                 say(f"{name:<22} waits for {told}")
 
     thread = threading.Thread(target=watch, name="awaited-resources", daemon=True)

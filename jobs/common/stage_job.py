@@ -52,6 +52,7 @@ def track_stage(
     log: "Callable[[TrackedRun, StageResult], None] | None" = None,
     is_due: bool = False,
     shared: LazyRun | None = None,
+    section: str = "",
 ) -> StageResult:
     """Run one stage in an MLflow run of its own, or in one that it shares, and put its report into its table and into the run.
 
@@ -65,6 +66,7 @@ def track_stage(
         log: adds the stage's own figures to the run.
         shared: a run that several stages share, which the caller ends; the names of this stage's figures then begin with
             that of its table.
+        section: dotted name of the stage's part of the job's configuration, where others of its parts do not run now.
     """
     from jobs.common.prometheus import StageMetrics
 
@@ -80,7 +82,7 @@ def track_stage(
             metrics.update(progress)
             line.show(describe_progress(name, progress))
 
-        with telling_what_is_awaited(job, name, line.say):
+        with telling_what_is_awaited(job, name, line.say, section):
             result = _run_rebuilding(job, name, lambda leases: run_stage(on_progress, leases), line)
         if make_report is not None and (run is not None or _lacks_report(result)):
             _publish_report(make_report(), result, run)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pipelines.evaluate.dpg.config import DpgConfig
 from pipelines.evaluate.feature_config import CmmdConfig, DinoConfig, InceptionConfig
@@ -56,6 +56,9 @@ class MetricsConfig:
         aesthetic: settings of LAION's aesthetic predictor.
         shapes: settings of the judge of the Shapes world.
     """
+
+    CHECKED_WHEN_RUN: ClassVar[tuple[str, ...]] = tuple(METRICS)
+    """Sections whose resources are held against what Ray has when their metric runs, so that one does not stop the others."""
 
     metrics: tuple[str, ...] = ()
     clip_score: ClipScoreConfig = field(default_factory=ClipScoreConfig)

@@ -8,15 +8,48 @@ import pyarrow as pa
 import pytest
 
 from jobs import evaluate
-from jobs.common.exit_codes import exit_code
+from jobs.common.exit_codes import ExitCode, exit_code
+from jobs.common.resources import find_needs
 from pipelines.audit.status import dataset_status
 from pipelines.evaluate.config import ClipScoreConfig, EvaluateConfig
 from pipelines.evaluate.feature_config import CmmdConfig
 from pipelines.evaluate.metric import metric_table
 from pipelines.tables.identity import Identity
-from pipelines.tables.schema import SAMPLES
+from pipelines.tables.schema import SAMPLES, Row
 from pipelines.tables.table import Table
 from tests.pipelines.evaluate.test_run import drawn_rows
+
+
+def write_samples(uri: str) -> list[Row]:
+    samples = Table(uri, "samples/night", SAMPLES)
+    samples.claim(Identity("sample", {}, {}, {}))
+    rows, _ = drawn_rows(6)
+    samples.write_shard("00000", pa.Table.from_pylist(rows, SAMPLES))
+    return rows
+
+
+@pytest.mark.usefixtures("local_ray", "without_ray")
+def test_a_metric_that_reserves_more_than_ray_has_stops_no_other_and_one_that_is_not_chosen_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    uri = str(tmp_path)
+    write_samples(uri)
+    arguments = ["--dataset_uri", uri, "--evaluate.name", "night", "--evaluate.clip_score.model", "zoo://clip"]
+    arguments += ["--evaluate.dpg.resources.num_gpus", "9", "--evaluate.dpg.resources.num_cpus", "999"]  # dpg never runs
+    assert evaluate.main([*arguments, "--evaluate.metrics", "[shapes]"]) == ExitCode.DONE
+    capsys.readouterr()
+    greedy = [*arguments, "--evaluate.metrics", "[hps,clip_score]", "--evaluate.hps.resources.num_cpus", "99"]
+    assert evaluate.main(greedy) == ExitCode.WRONG_INPUT
+    told = capsys.readouterr()
+    first, *others = told.err.splitlines()
+    assert first.startswith(
+        "evaluate night hps failed: evaluate.hps.resources.num_cpus: 99 CPU are reserved, and this machine's"
+    )
+    assert others[0] == "metrics that failed: hps; done: clip_score" and len(others) == 2, others
+    assert metric_table(uri, "night", "clip_score").require().num_rows == 6 and "clip_score " in told.out
+    job = evaluate.EvaluateJob(dataset_uri=uri, evaluate=EvaluateConfig(name="night"))
+    assert list(find_needs(job)) == [] and next(find_needs(job, "evaluate.dpg")).setting == "evaluate.dpg.resources"
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -24,10 +57,7 @@ def test_a_metric_that_fails_stops_no_other_and_decides_the_exit_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     uri = str(tmp_path)
-    samples = Table(uri, "samples/night", SAMPLES)
-    samples.claim(Identity("sample", {}, {}, {}))
-    rows, _ = drawn_rows(6)
-    samples.write_shard("00000", pa.Table.from_pylist(rows, SAMPLES))
+    rows = write_samples(uri)
     broken = EvaluateConfig(name="night", metrics=("clip_score", "shapes"), clip_score=ClipScoreConfig(model=f"{uri}/gone"))
     with pytest.raises(FileNotFoundError, match="gone") as failed:
         evaluate.run(evaluate.EvaluateJob(dataset_uri=uri, evaluate=broken))

@@ -26,9 +26,9 @@ from pipelines.tables.schema import Row
 from pipelines.workers.clip import ClipModel
 from pipelines.workers.images import to_png
 from tests.support.http_server import Handler, Server
+from tests.support.metric_models import DPG_HEADER
 
 NUM_PICTURES = 40
-HEADER = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")
 SHAPES_ONLY = ShapesConfig(pair_share=0.0)
 
 
@@ -81,7 +81,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory, drawn: list[tuple[Scene,
     path = tmp_path_factory.mktemp("dpg") / "dpg_bench.csv"
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(HEADER)
+        writer.writerow(DPG_HEADER)
         for item, scene in enumerate({full_caption(scene): scene for scene, _ in drawn}.values()):
             for number, (dependency, tuple_text, question) in enumerate(questions_of(scene), 1):
                 writer.writerow([f"item{item}", full_caption(scene), number, dependency, tuple_text, question])

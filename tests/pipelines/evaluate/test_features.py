@@ -26,6 +26,7 @@ from pipelines.tables.schema import SAMPLES
 from pipelines.tables.table import Table
 from tests.pipelines.evaluate.test_distances import DRAWN, REAL, published_frechet
 from tests.pipelines.evaluate.test_run import drawn_rows
+from tests.support.metric_models import inception_weights
 
 
 def write_features(uri: str, name: str, features: np.ndarray, *, shards: int = 1, seed: int = 0) -> Table:
@@ -144,18 +145,6 @@ def test_a_folder_is_known_by_names_and_sizes(tmp_path: Path) -> None:
     assert folder_pictures("x", str(tmp_path)).settings != first.settings
 
 
-def random_weights() -> dict[str, torch.Tensor]:
-    """Weights of Inception whose activations neither vanish nor explode."""
-    generator = torch.Generator().manual_seed(0)
-    weights = InceptionV3().state_dict()
-    for name, weight in weights.items():
-        if name.endswith("conv.weight"):
-            weights[name] = torch.randn(weight.shape, generator=generator) * (2 / weight[0].numel()) ** 0.5
-        elif name.endswith(("bn.bias", "running_mean")):
-            weights[name] = torch.randn(weight.shape, generator=generator) * 0.1
-    return weights
-
-
 def gradient_picture(width: int = 340, height: int = 300) -> Image.Image:
     y, x = np.mgrid[:height, :width]
     pixels = np.stack([x * 255 // width, y * 255 // height, (x * y) % 256], -1).astype(np.uint8)
@@ -167,11 +156,11 @@ PEERS = {
     "pytorch-fid": ([0.0, 0.742020845413208, 0.65988689661026, 0.02467837929725647], 0.27112680673599243),
 }
 """The first features and the mean of all 2048, as torch-fidelity 0.4.0 and pytorch-fid 0.3.0 (after torchvision's Resize(256),
-CenterCrop(256), ToTensor) computed them with `random_weights` for `gradient_picture`. Both packages need torchvision."""
+CenterCrop(256), ToTensor) computed them with `inception_weights` for `gradient_picture`. Both packages need torchvision."""
 
 
 def test_features_are_those_of_torch_fidelity_and_pytorch_fid() -> None:
-    network = load_inception(random_weights() | {"fc.weight": torch.zeros(1)}, "random")
+    network = load_inception(inception_weights() | {"fc.weight": torch.zeros(1)}, "random")
     with torch.inference_mode():
         for name, (first, mean) in PEERS.items():
             features = network(RESIZE[name](gradient_picture(), 256)[None])[0]

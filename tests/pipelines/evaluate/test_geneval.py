@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
-from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
+from transformers import Mask2FormerForUniversalSegmentation
 
 from pipelines.evaluate.geneval.colors import cut_out
 from pipelines.evaluate.geneval.config import GenEvalConfig
@@ -22,29 +22,12 @@ from pipelines.shapes.drawing import draw_row
 from pipelines.shapes.scenes import COLORS, RELATIONS, SHAPES, Scene, ShapesConfig
 from pipelines.tables.schema import Row
 from pipelines.workers.images import to_png
-
-LABELS = (*SHAPES, "pottedplant")
+from tests.support.metric_models import GENEVAL_LABELS, write_detector
 
 
 @pytest.fixture(scope="module")
 def detector_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny Mask2Former with random weights, whose classes are sure enough of themselves."""
-    folder = tmp_path_factory.mktemp("mask2former")
-    backbone = SwinConfig(
-        embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )  # fmt: skip
-    config = Mask2FormerConfig(
-        backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=16,
-        dim_feedforward=16, encoder_layers=1, decoder_layers=2, num_attention_heads=2, num_queries=7,
-        id2label=dict(enumerate(LABELS)),
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = Mask2FormerForUniversalSegmentation(config)
-    with torch.no_grad():
-        model.class_predictor.weight.mul_(20)
-    model.save_pretrained(folder)
-    return str(folder)
+    return write_detector(tmp_path_factory.mktemp("mask2former"))
 
 
 def picture(number: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
@@ -75,7 +58,7 @@ def reference(folder: str, image: Image.Image, short_side: int) -> list[Detectio
         y, x = np.nonzero(inside.numpy())
         box = (float(x.min()), float(y.min()), float(x.max() + 1), float(y.max() + 1)) if len(x) else (0.0,) * 4
         for label, share in enumerate(output.class_queries_logits[0, query].softmax(-1)[:-1]):
-            name = "potted plant" if LABELS[label] == "pottedplant" else LABELS[label]
+            name = "potted plant" if GENEVAL_LABELS[label] == "pottedplant" else GENEVAL_LABELS[label]
             found.append(Detection(name, float(share * certainty), box, inside.numpy()))  # type: ignore[arg-type]
     return sorted(found, key=lambda one: -one.score)
 
@@ -90,7 +73,7 @@ def test_objects_are_those_that_mmdet_would_find(detector_folder: str) -> None:
     for image, found in zip(images, together, strict=True):
         expected = reference(detector_folder, image, 96)
         found.sort(key=lambda one: -one.score)
-        assert len(found) == min(len(expected), MAX_OBJECTS) == 7 * len(LABELS)
+        assert len(found) == min(len(expected), MAX_OBJECTS) == 7 * len(GENEVAL_LABELS)
         assert [one.score for one in found] == pytest.approx([one.score for one in expected], rel=1e-4)
         for one, other in zip(found[:5], expected[:5], strict=True):
             assert (one.name, one.box) == (other.name, other.box)

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from pipelines.evaluate.metric import Metric
 from pipelines.evaluate.preference.aesthetic import Aesthetic
@@ -19,42 +17,19 @@ from pipelines.evaluate.preference.pick_score import PickScore
 from pipelines.workers.clip import ClipModel
 from pipelines.workers.images import to_png
 from tests.support import preference_world as world
+from tests.support.metric_models import tensors, write_bert, write_clip
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("preference.json").read_text())
 
 
-def tensors(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(values) for name, values in world.fill(shapes).items()}
-
-
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("bert")
-    folder.joinpath("vocab.txt").write_text("\n".join(world.BERT_VOCABULARY) + "\n")
-    folder.joinpath("tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True}))
-    return str(folder)
+    return write_bert(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny CLIP of transformers with a tokenizer of words."""
-    folder = tmp_path_factory.mktemp("clip")
-    vocabulary = {word: number for number, word in enumerate(world.CLIP_VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    ends = [("<s>", vocabulary["<s>"]), ("</s>", vocabulary["</s>"])]
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    told = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    told |= {"unk_token": "<unk>", "model_max_length": world.CLIP_LENGTH}
-    folder.joinpath("tokenizer_config.json").write_text(json.dumps(told))
-    size = {"height": world.IMAGE_SIZE, "width": world.IMAGE_SIZE}
-    images = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": world.IMAGE_SIZE}, "crop_size": size}
-    folder.joinpath("preprocessor_config.json").write_text(json.dumps(images))
-    folder.joinpath("processor_config.json").write_text(json.dumps({"processor_class": "CLIPProcessor"}))
-    folder.joinpath("config.json").write_text(json.dumps({"architectures": ["CLIPModel"], **world.TRANSFORMERS_CLIP}))
-    save_file(tensors(world.transformers_clip_shapes()), folder / "model.safetensors", {"format": "pt"})
-    return str(folder)
+    return write_clip(tmp_path_factory.mktemp("clip"))
 
 
 def scores(metric: Metric[Any]) -> list[list[float]]:
