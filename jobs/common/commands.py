@@ -46,6 +46,7 @@ GROUPS: Mapping[str, Lines] = {
     "Planning and measuring": {
         "plan": "Estimate the GPU hours, storage and dollars that a dataset of some size takes.",
         "benchmark": "Measure the model, a training step, a stage's overhead and the start of commands.",
+        "paper": "Print the paper's checkable tables: ours beside the published numbers.",
         "zoo": "Make and measure the tiny checkpoints of sana_model/zoo.",
     },
 }

@@ -13,7 +13,7 @@ from jobs.common.config import parse_config
 
 ROOT = Path(__file__).parents[2]
 READMES = ("README.md", "jobs/README.md", "infra/README.md", "sana_model/README.md", "sana_model/zoo/README.md")
-MODULES = {"demo": "jobs.demo.main", "benchmark": "jobs.benchmark.__main__"}
+MODULES = {"demo": "jobs.demo.main", "benchmark": "jobs.benchmark.__main__", "paper": "jobs.paper.__main__"}
 
 
 def shown(readme: str) -> Iterator[list[str]]:
