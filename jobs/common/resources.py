@@ -34,8 +34,8 @@ def find_needs(config: Any, section: str = "") -> Iterator[Need]:
     """Yield what the stages of a job's configuration reserve, at any depth. Workers that start together count together.
 
     Args:
-        section: dotted name of the part of the configuration that is looked at; empty: all, but for the parts that the class of
-            a configuration names in `CHECKED_WHEN_RUN`, each of which is looked at by its own section when it runs.
+        section: dotted name of the part of the configuration that is looked at; empty: all, but for the parts that a
+            configuration names in `not_reserved`. They never run, or are looked at by their own section when they do.
     """
     for name in filter(None, section.split(".")):
         config = getattr(config, name)
@@ -45,7 +45,7 @@ def find_needs(config: Any, section: str = "") -> Iterator[Need]:
 def _find_needs(config: Any, prefix: str) -> Iterator[Need]:
     for field in fields(config):
         value, name = getattr(config, field.name), f"{prefix}{field.name}"
-        if field.name in getattr(config, "CHECKED_WHEN_RUN", ()):
+        if field.name in getattr(config, "not_reserved", ()):
             continue
         if field.name == "resources":
             together = getattr(config, "num_workers", 1)

@@ -1,8 +1,8 @@
 """Configuration of the evaluate stage: which pictures, which metrics, and the settings of each."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pipelines.evaluate.dpg.config import DpgConfig
 from pipelines.evaluate.feature_config import CmmdConfig, DinoConfig, InceptionConfig
@@ -57,9 +57,6 @@ class MetricsConfig:
         shapes: settings of the judge of the Shapes world.
     """
 
-    CHECKED_WHEN_RUN: ClassVar[tuple[str, ...]] = tuple(METRICS)
-    """Sections whose resources are held against what Ray has when their metric runs, so that one does not stop the others."""
-
     metrics: tuple[str, ...] = ()
     clip_score: ClipScoreConfig = field(default_factory=ClipScoreConfig)
     inception: InceptionConfig = field(default_factory=InceptionConfig)
@@ -84,6 +81,11 @@ class MetricsConfig:
         """The settings of each metric that runs, by its name, in order."""
         return {name: getattr(self, name) for name in self.metrics}
 
+    @property
+    def not_reserved(self) -> Sequence[str]:
+        """The sections whose resources a job need not find when it starts: those of metrics that do not run."""
+        return [name for name in METRICS if name not in self.chosen]
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(MetricsConfig):
@@ -102,3 +104,8 @@ class EvaluateConfig(MetricsConfig):
         if not self.metrics:
             raise ValueError(f"metrics=[] names none: give some of {', '.join(METRICS)}")
         super().__post_init__()
+
+    @property
+    def not_reserved(self) -> Sequence[str]:
+        """All sections of metrics: each is held against what Ray has when its metric runs, so that none stops the others."""
+        return list(METRICS)

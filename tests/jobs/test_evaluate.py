@@ -11,9 +11,11 @@ from jobs import evaluate
 from jobs.common.exit_codes import ExitCode, exit_code
 from jobs.common.resources import find_needs
 from pipelines.audit.status import dataset_status
+from pipelines.evaluate.best_of.config import BestOfConfig
 from pipelines.evaluate.config import ClipScoreConfig, EvaluateConfig
 from pipelines.evaluate.feature_config import CmmdConfig
 from pipelines.evaluate.metric import metric_table
+from pipelines.evaluate.registry import METRICS
 from pipelines.tables.identity import Identity
 from pipelines.tables.schema import SAMPLES, Row
 from pipelines.tables.table import Table
@@ -50,6 +52,8 @@ def test_a_metric_that_reserves_more_than_ray_has_stops_no_other_and_one_that_is
     assert metric_table(uri, "night", "clip_score").require().num_rows == 6 and "clip_score " in told.out
     job = evaluate.EvaluateJob(dataset_uri=uri, evaluate=EvaluateConfig(name="night"))
     assert list(find_needs(job)) == [] and next(find_needs(job, "evaluate.dpg")).setting == "evaluate.dpg.resources"
+    best_of = BestOfConfig(name="best", judge="hps", metrics=("dpg",))  # it needs all of them, before it draws
+    assert best_of.not_reserved == [name for name in METRICS if name not in ("hps", "dpg")]
 
 
 @pytest.mark.usefixtures("local_ray")
