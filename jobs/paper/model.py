@@ -1,6 +1,7 @@
 """Parameters, multiply-accumulates and attention: what follows from the shape of a model, and needs no weights."""
 
 import statistics
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +114,7 @@ def print_attention(config: AttentionConfig) -> None:
             inputs = attention_inputs(config, size, heads)
             with torch.inference_mode():
                 attend(*inputs)
-                times = [measure_seconds(lambda attend=attend, own=inputs: attend(*own), device) for _ in range(config.repeats)]
+                times = [measure_seconds(partial(attend, *inputs), device) for _ in range(config.repeats)]
             seconds.append(statistics.median(times))
         softmax_macs, linear_macs = 2 * tokens**2 * shape.dim, 2 * (LINEAR_HEAD_DIM + 1) * tokens * shape.dim
         cells = [f"{linear_macs / 1e9:.3g}", f"{softmax_macs / 1e9:.3g}", f"{softmax_macs / linear_macs:.1f}x"]

@@ -44,7 +44,7 @@ def draw(
 
     seeds = [config.seed + number for number in range(len(prompts))]
     settings = {"num_steps": steps, "guidance_scale": config.guidance_scale, "solver": solver}
-    images = model(list(prompts), seed=seeds, on_step=keep, **settings)  # type: ignore[arg-type]
+    images = model(list(prompts), seed=seeds, on_step=keep, **settings)
     return kept[0], images
 
 
