@@ -10,7 +10,7 @@ from torch import Tensor
 
 from jobs.common.text_table import format_table
 from jobs.paper.config import ReconstructionConfig
-from pipelines.evaluate.pictures import folder_pictures
+from pipelines.evaluate.pictures import Pictures, folder_pictures
 from pipelines.extract.encode import psnr
 from pipelines.tables.rejects import RowRefused
 from pipelines.workers.images import decode
@@ -38,12 +38,8 @@ def ssim(image: Tensor, other: Tensor) -> float:
     return found.mean().item()
 
 
-def read_pictures(config: ReconstructionConfig) -> Iterator[tuple[str, np.ndarray | RowRefused]]:
-    """The name and the pixels, (size, size, 3) uint8, of each picture of the folder, or why it cannot be used.
-
-    Raises FileNotFoundError if the folder holds none.
-    """
-    pictures = folder_pictures("pictures", config.pictures)
+def read_pictures(pictures: Pictures, config: ReconstructionConfig) -> Iterator[tuple[str, np.ndarray | RowRefused]]:
+    """The name and the pixels, (size, size, 3) uint8, of each picture, or why it cannot be used."""
     count = 0
     for shard in pictures.shards:
         for row in pictures.read_shard(shard).to_pylist():
@@ -69,9 +65,9 @@ def reconstruct(model: DCAutoencoder, images: list[np.ndarray]) -> list[np.ndarr
 def measure_reconstruction(config: ReconstructionConfig) -> tuple[np.ndarray, list[str]]:
     """PSNR (dB) and SSIM of each picture, (N, 2), and a line for each picture that could not be used.
 
-    Raises ValueError if none could, or if the size is no multiple of the autoencoder's factor.
+    Raises FileNotFoundError if the folder holds none. Raises ValueError if none could be used, or if the size is no multiple of the autoencoder's factor.
     """
-    pictures = read_pictures(config)
+    pictures = folder_pictures("pictures", config.pictures)  # before a model is fetched
     model = DCAutoencoder.from_pretrained(config.autoencoder, dtype=getattr(torch, config.dtype)).to(config.device).eval()
     if config.size % model.compression:
         raise ValueError(f"size={config.size} must be a multiple of {model.compression}, the factor of {config.autoencoder}")
@@ -84,7 +80,7 @@ def measure_reconstruction(config: ReconstructionConfig) -> tuple[np.ndarray, li
             found.append((psnr(image, again), ssim(*(torch.from_numpy(one.copy()).permute(2, 0, 1) for one in (image, again)))))
         batch.clear()
 
-    for name, pixels in pictures:
+    for name, pixels in read_pictures(pictures, config):
         if isinstance(pixels, RowRefused):
             refused.append(f"{name}: {pixels}")
             continue
