@@ -65,7 +65,8 @@ def reconstruct(model: DCAutoencoder, images: list[np.ndarray]) -> list[np.ndarr
 def measure_reconstruction(config: ReconstructionConfig) -> tuple[np.ndarray, list[str]]:
     """PSNR (dB) and SSIM of each picture, (N, 2), and a line for each picture that could not be used.
 
-    Raises FileNotFoundError if the folder holds none. Raises ValueError if none could be used, or if the size is no multiple of the autoencoder's factor.
+    Raises FileNotFoundError if the folder holds none. Raises ValueError if none could be used, or if the size is no multiple
+    of the autoencoder's factor.
     """
     pictures = folder_pictures("pictures", config.pictures)  # before a model is fetched
     model = DCAutoencoder.from_pretrained(config.autoencoder, dtype=getattr(torch, config.dtype)).to(config.device).eval()
