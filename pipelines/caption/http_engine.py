@@ -22,6 +22,7 @@ from pipelines.caption.rows import (
     CaptionJudge,
     Outcome,
     Question,
+    ScoredAnswer,
     data_uri,
     make_question,
     message,
@@ -159,7 +160,9 @@ class HttpCaptioner:
         ended = reason != "length"
         # The token that ends a caption is counted by servers; one that counts none is helped out by words.
         num_tokens = len(caption.split()) if used is None else max(int(used) - ended, 0)
-        return Answer(caption, num_tokens, "stop" if ended else "length")
+        answer = Answer(caption, num_tokens, "stop" if ended else "length")
+        first = _first_tokens(choice)
+        return answer if first is None else ScoredAnswer(**vars(answer), first_tokens=first)
 
     def _body(self, question: Question) -> Row:
         sampling = self.config.sampling
@@ -169,9 +172,19 @@ class HttpCaptioner:
             "temperature": sampling.temperature,
             "max_tokens": sampling.max_new_tokens,
         }
+        if question.num_first_tokens:
+            body |= {"logprobs": True, "top_logprobs": question.num_first_tokens}
         if sampling.temperature > 0:
             body |= {"top_p": sampling.top_p, "seed": row_seed(sampling.seed, question.row_id)}
         return body | self.options.extra
+
+
+def _first_tokens(choice: Row) -> dict[str, float] | None:
+    """The log-probabilities of the first tokens of a chat completion's choice; None if the server told none."""
+    try:
+        return {told["token"]: float(told["logprob"]) for told in choice["logprobs"]["content"][0]["top_logprobs"]}
+    except (KeyError, IndexError, TypeError, ValueError):
+        return None
 
 
 class _Limits:

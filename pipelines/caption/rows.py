@@ -35,11 +35,15 @@ ENGINE_DIED = "engine_died"
 
 @dataclass(frozen=True)
 class Question:
-    """An RGB image and the prompt about it; `row_id` is the image's id."""
+    """An RGB image and the prompt about it; `row_id` is the image's id.
+
+    `num_first_tokens`: if not 0, the answer is a `ScoredAnswer` with so many.
+    """
 
     row_id: str
     image: Image.Image
     prompt: str
+    num_first_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,13 @@ class Answer:
     caption: str
     num_tokens: int
     finish_reason: str
+
+
+@dataclass(frozen=True)
+class ScoredAnswer(Answer):
+    """An answer with the likeliest tokens that it could have begun with: their log-probabilities, by their texts."""
+
+    first_tokens: Mapping[str, float]
 
 
 Outcome = Answer | RowRefused
@@ -62,11 +73,13 @@ def make_question(row: Row, config: CaptionerConfig) -> Question:
 
 
 def fill_prompt(prompt: str, row: Row) -> str:
-    """Put the image's own caption into the prompt.
+    """Put the image's own caption into the prompt."""
+    return prompt.replace(ORIGINAL, as_text(row.get("caption") or ""))
 
-    A space in each tag keeps it text: a model would take "<image>" or "</s>" for its special tokens.
-    """
-    return prompt.replace(ORIGINAL, TAG.sub(lambda bracket: f"{bracket[0]} ", row.get("caption") or ""))
+
+def as_text(words: str) -> str:
+    """Put a space into each tag, so that it stays text: a model would take "<image>" or "</s>" for its special tokens."""
+    return TAG.sub(lambda bracket: f"{bracket[0]} ", words)
 
 
 def data_uri(image: Image.Image, image_format: Literal["png", "jpeg"]) -> str:

@@ -22,6 +22,7 @@ from pipelines.caption.rows import (
     CaptionJudge,
     Outcome,
     Question,
+    ScoredAnswer,
     make_question,
     source_rows,
 )
@@ -122,8 +123,23 @@ class TransformersCaptioner:
             **inputs,
             generation_config=self._generation_config(min(wanted, rooms[0])),
             logits_processor=self._drawing(questions),
+            return_dict_in_generate=True,
+            output_logits=any(question.num_first_tokens for question in questions),
         )
-        return [self._read_answer(answer) for answer in output[:, inputs["input_ids"].shape[1] :]]
+        answers = [self._read_answer(answer) for answer in output.sequences[:, inputs["input_ids"].shape[1] :]]
+        return [
+            self._add_first_tokens(answer, output.logits[0][row], question.num_first_tokens)
+            if question.num_first_tokens
+            else answer
+            for row, (answer, question) in enumerate(zip(answers, questions, strict=True))
+        ]
+
+    def _add_first_tokens(self, answer: Answer, logits: torch.Tensor, count: int) -> ScoredAnswer:
+        """Add the likeliest first tokens from the logits at the answer's begin, (vocabulary,)."""
+        found = logits.float().log_softmax(-1).topk(min(count, len(logits)))
+        texts = [self.processor.tokenizer.decode([token]) for token in found.indices.tolist()]
+        pairs = zip(reversed(texts), reversed(found.values.tolist()), strict=True)  # of equal texts the likeliest stays
+        return ScoredAnswer(**vars(answer), first_tokens=dict(pairs))
 
     def _answer_apart(self, questions: list[Question], alone: list[bool]) -> list[Outcome]:
         together = [question for question, apart in zip(questions, alone, strict=True) if not apart]

@@ -10,6 +10,7 @@ from pipelines.evaluate.geneval.config import GenEvalConfig
 from pipelines.evaluate.metric_config import MetricConfig
 from pipelines.evaluate.preference.config import AestheticConfig, HpsConfig, ImageRewardConfig, PickScoreConfig
 from pipelines.evaluate.registry import METRICS
+from pipelines.evaluate.verifier_config import VerifierConfig
 from pipelines.tables.schema import check_folder_name
 
 
@@ -54,6 +55,7 @@ class MetricsConfig:
         hps: settings of HPSv2.1.
         pick_score: settings of PickScore.
         aesthetic: settings of LAION's aesthetic predictor.
+        verifier: settings of the VLM that says whether a picture fits its prompt.
         shapes: settings of the judge of the Shapes world.
     """
 
@@ -68,6 +70,7 @@ class MetricsConfig:
     hps: HpsConfig = field(default_factory=HpsConfig)
     pick_score: PickScoreConfig = field(default_factory=PickScoreConfig)
     aesthetic: AestheticConfig = field(default_factory=AestheticConfig)
+    verifier: VerifierConfig = field(default_factory=VerifierConfig)
     shapes: ShapesJudgeConfig = field(default_factory=ShapesJudgeConfig)
 
     def __post_init__(self) -> None:

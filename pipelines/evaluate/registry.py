@@ -18,6 +18,7 @@ METRICS: Mapping[str, str] = {
     "hps": "pipelines.evaluate.preference.hps.Hps",
     "pick_score": "pipelines.evaluate.preference.pick_score.PickScore",
     "aesthetic": "pipelines.evaluate.preference.aesthetic.Aesthetic",
+    "verifier": "pipelines.evaluate.verifier.Verifier",
     "shapes": "pipelines.evaluate.shapes.ShapesJudge",
 }
 """The class of each metric, by the metric's name."""

@@ -150,6 +150,10 @@ METRIC_COLUMNS: Mapping[str, tuple[pa.Field, ...]] = {
     "hps": (pa.field("hps", pa.float32(), nullable=False),),
     "pick_score": (pa.field("pick_score", pa.float32(), nullable=False),),
     "aesthetic": (pa.field("aesthetic", pa.float32(), nullable=False),),
+    "verifier": (
+        pa.field("yes", pa.bool_(), nullable=False),
+        pa.field("log_prob", pa.float32(), nullable=False),  # of "yes" as the answer's first word where it is yes, else of "no"
+    ),
     "shapes": (
         pa.field("asked", pa.string()),  # the prompt, if it asks for one object of the Shapes world
         pa.field("seen", pa.string()),  # what the judge sees in the picture then, as a caption

@@ -50,8 +50,15 @@ def test_the_candidates_of_each_prompt_are_taken_in_whole_groups() -> None:
 def test_every_judge_ranks_a_picture(judge: str) -> None:
     numbers = {"clip_score": 1.0, "dpg": 1.0, "image_reward": 1.0, "hps": 1.0, "pick_score": 1.0, "aesthetic": 1.0}
     caption = "a large red solid star in the center of a white background"
-    good: Row = {**numbers, "correct": True, "faults": [], "asked": caption, "seen": caption}
-    bad: Row = dict.fromkeys(numbers, 0.5) | {"correct": False, "faults": ["a"], "asked": caption, "seen": caption}
+    good: Row = {**numbers, "yes": True, "log_prob": -0.1, "correct": True, "faults": [], "asked": caption, "seen": caption}
+    bad: Row = dict.fromkeys(numbers, 0.5) | {
+        "yes": False,
+        "log_prob": -0.01,
+        "correct": False,
+        "faults": ["a"],
+        "asked": caption,
+        "seen": caption,
+    }
     bad["seen"] = caption.replace("red", "blue")
     rank = metric_class(judge).rank
     assert rank(good) > rank(bad)
