@@ -60,7 +60,8 @@ def faults(path: str, source: str) -> list[str]:
         if method in UNSAFE and (base or name in ("exec", "eval")) and not (method == "eval" and base):
             found.append(f"{path}:{call.lineno} {name}")
         loader = ast.unparse(keywords["Loader"]) if "Loader" in keywords else ""
-        if "allow_pickle" in keywords or (name == "yaml.load" and loader not in safe_loaders(tree)):
+        pickles = ast.unparse(keywords.get("allow_pickle", ast.Constant(False))) != "False"
+        if pickles or (name == "yaml.load" and loader not in safe_loaders(tree)):
             found.append(f"{path}:{call.lineno} {name}")
     return found
 
@@ -87,6 +88,7 @@ def test_every_call_that_loads_a_model_says_that_it_runs_no_code(package: str) -
         ("import torch\ntorch.load('x', weights_only=False)", True),
         ("import torch\ntorch.load('x', weights_only=True)", False),
         ("import numpy as np\nnp.load('x', allow_pickle=True)", True),
+        ("import numpy as np\nnp.load('x', allow_pickle=False)", False),
         ("import yaml\nyaml.unsafe_load('x')", True),
         ("import yaml\nyaml.load('x', Loader=yaml.Loader)", True),
         ("import yaml\nyaml.load('x', Loader=yaml.SafeLoader)", False),
