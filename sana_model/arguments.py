@@ -32,6 +32,15 @@ def real_number(name: str, value: Any) -> float:
     raise ValueError(f"{name}={value!r} must be a finite number")
 
 
+def interval(name: str, value: Any) -> tuple[float, float]:
+    """Return two finite numbers, of a pair of any kind. Raises ValueError for anything else."""
+    try:
+        low, high = value
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}={value!r} must be two numbers, (lo, hi)") from None
+    return real_number(name, low), real_number(name, high)
+
+
 def image_seeds(seed: Any, generator: torch.Generator | None, num_prompts: int, num_each: int) -> list[int] | None:
     """Return the seed of each image, `num_each` for each prompt; None: the generator draws the noise.
 

@@ -1,7 +1,8 @@
 """Pictures that a drawing starts from (img2img, inpainting): brought to a size, as tensors, and kept where a mask says so."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,10 +10,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from sana_model.arguments import real_number
 from sana_model.flow import add_noise
 from sana_model.nn.autoencoder import DCAutoencoder
 from sana_model.nn.controlnet import SanaControlNet
 from sana_model.nn.finite import check_finite
+from sana_model.pixels import to_8_bits
 from sana_model.solver import PredictVelocity, cut_sigmas, keep_known
 
 MAX_DECODE_PIXELS = 2048**2
@@ -47,7 +50,8 @@ class StartPictures:
         """Check the arguments of `TextToImage`; None if there is no picture.
 
         Raises ValueError for a mask or a strength without a picture, a strength out of 0 to 1, another number of pictures than
-        of prompts, and a mask of another size than its picture.
+        of prompts, a mask of another size than its picture, and values of 16 bits or floats out of their range. Raises
+        TypeError for what is no PIL image.
         """
         if image is None:
             if mask is not None or strength is not None:
@@ -60,6 +64,7 @@ class StartPictures:
             masks, images = _pair(masks, images)
         if strength is None:
             strength = DEFAULT_STRENGTH if mask is None else 1.0
+        strength = real_number("strength", strength)
         if not 0 <= strength <= 1:
             raise ValueError(f"strength={strength} must be from 0 (the picture stays) to 1 (all is drawn anew)")
         return cls(images, masks, strength)
@@ -105,7 +110,8 @@ class GuidePictures:
     ) -> "GuidePictures | None":
         """Check the argument of `TextToImage`; None if there is no control picture.
 
-        Raises ValueError without a ControlNet, and for another number of pictures than of prompts.
+        Raises ValueError without a ControlNet, for another number of pictures than of prompts, and for values of 16 bits or
+        floats out of their range, or latents that are not finite. Raises TypeError for what is no PIL image.
         """
         if given is None:
             return None
@@ -117,6 +123,8 @@ class GuidePictures:
         channels = autoencoder.config.latent_channels
         if given.ndim != 4 or len(given) not in (1, num_prompts) or given.shape[1] != channels:
             raise ValueError(f"control latents have shape {tuple(given.shape)}: give (1 or {num_prompts}, {channels}, h, w)")
+        if not bool(torch.isfinite(given).all()):
+            raise ValueError("control latents hold values that are not finite: encode the control picture anew")
         return cls(given, autoencoder)
 
     @property
@@ -202,7 +210,14 @@ def _split(pixels: int) -> tuple[int | None, int]:
 
 
 def _listed(name: str, pictures: Pictures, num_prompts: int) -> list[Image.Image]:
-    listed = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
+    single = isinstance(pictures, (Image.Image, str, np.ndarray, Tensor)) or not isinstance(pictures, Iterable)
+    listed: list[Any] = [pictures] if single else list(pictures)
+    for one in listed:
+        if not isinstance(one, Image.Image):
+            raise TypeError(
+                f"{name} must be PIL images, and a {type(one).__name__} came: PIL.Image.open makes one of a file, "
+                "PIL.Image.fromarray of an array"
+            )
     if len(listed) not in (1, num_prompts) or not listed:
         raise ValueError(f"{len(listed)} {name} came with {num_prompts} prompts: give one for all, or one to each")
     return listed
@@ -230,8 +245,8 @@ def _pair(masks: list[Image.Image], images: list[Image.Image]) -> tuple[list[Ima
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation, as cameras write it, and put transparency on white."""
-    image = ImageOps.exif_transpose(image)
+    """Apply the EXIF orientation, as cameras write it, scale 16 bits and floats to 8 bits, and put transparency on white."""
+    image = to_8_bits(ImageOps.exif_transpose(image))
     if not image.has_transparency_data:
         return image
     canvas = Image.new("RGBA", image.size, "white")

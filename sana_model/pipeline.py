@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sana_model.arguments import describe_cut, image_seeds, real_number, text, whole_number
+from sana_model.arguments import describe_cut, image_seeds, interval, real_number, text, whole_number
 from sana_model.files.pipeline import PipelineParts, load_parts, save_parts
 from sana_model.files.png import set_facts
 from sana_model.flow import DEFAULT_FLOW_SHIFT
@@ -183,6 +183,7 @@ class TextToImage(nn.Module):
         number and is none, and for pictures as `StartPictures.check` says. Raises NotFiniteError, a ValueError, if a model
         gives values that are not finite.
         """
+        guidance_interval = interval("guidance_interval", guidance_interval)
         solver, num_steps = self._choose_solver(solver, num_steps, negative_prompt, guidance_interval)
         num_images_per_prompt = whole_number("num_images_per_prompt", num_images_per_prompt)
         if num_images_per_prompt < 1:
@@ -204,7 +205,8 @@ class TextToImage(nn.Module):
 
         def draw(predict: PredictVelocity, latents: Tensor, grid: Tensor) -> Tensor:
             drawn = solve(predict, latents, grid, on_step=on_step)
-            check_finite(drawn, self.transformer, "transformer", hint=f"lower guidance_scale={guidance_scale:g}")
+            hint = f"lower guidance_scale={guidance_scale:g}" + (f" or control_scale={control_scale:g}" if guide else "")
+            check_finite(drawn, self.transformer, "transformer", hint=hint)
             return drawn
 
         if start is None:

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from pipelines.tables.rejects import RowRefused
+from sana_model.pixels import to_8_bits
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 """Formats that are decoded, by Pillow's names. Pillow knows more, but some (EPS) start other programs."""
@@ -156,7 +157,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image.load()
     transpose = TRANSPOSE.get(_orientation(image))  # after loading: Pillow turns TIFF by itself, and then says 1
     profile = image.info.get("icc_profile")
-    image = _to_8_bits(image)
+    try:
+        image = to_8_bits(image)
+    except ValueError as error:
+        raise RowRefused("unsupported_pixels", str(error)) from error
     try:
         rgb = _onto_white(image, profile) if image.has_transparency_data else _to_srgb(image, profile)
     except ValueError as error:
@@ -246,19 +250,6 @@ def _orientation(image: Image.Image) -> int:
             return image.getexif().get(ORIENTATION_TAG, 1)
     except RowRefused:
         return 1
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Modes I;16*, I and F to L by their range (Pillow's `convert` clips at 255); others as they are."""
-    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
-        return image
-    values = np.asarray(image)
-    white = 1.0 if image.mode == "F" else 65535.0
-    low, high = values.min(), values.max()
-    if not (low >= 0 and high <= white):  # NaN too
-        detail = f"mode {image.mode} with values from {low} to {high}: they must lie in 0 to {white:g}"
-        raise RowRefused("unsupported_pixels", detail)
-    return Image.fromarray((values.astype(np.float32) * np.float32(255 / white)).round().astype(np.uint8))
 
 
 def _onto_white(image: Image.Image, profile: bytes | None) -> Image.Image:

@@ -181,7 +181,12 @@ def test_bad_input_is_named(model: TextToImage) -> None:
         ({"strength": 0.5}, "strength=0.5 came without a picture"),
         ({"mask": mask_of(0, 4)}, "a mask came without a picture"),
         ({"image": picture(), "strength": 1.5}, "strength=1.5 must be from 0"),
-        ({"image": picture(), "strength": float("nan")}, "strength=nan must be from 0"),
+        ({"image": picture(), "strength": float("nan")}, "strength=nan must be a finite number"),
+        ({"image": picture(), "strength": "0.5"}, "strength='0.5' must be a finite number"),
+        ({"guidance_interval": None}, r"guidance_interval=None must be two numbers, \(lo, hi\)"),
+        ({"guidance_interval": (0.2,)}, r"guidance_interval=\(0.2,\) must be two numbers"),
+        ({"image": Image.fromarray(np.full((64, 64), 2.0, np.float32))}, "mode F with values from 2.0 to 2.0"),
+        ({"image": picture(), "mask": Image.fromarray(np.full((64, 64), np.nan, np.float32))}, "mode F with values from nan"),
         ({"image": [picture()] * 3}, "3 pictures came with 2 prompts"),
         ({"image": [picture(), picture(0, (64, 72))]}, r"several sizes \(64x64, 64x72\): give height and width"),
         ({"image": []}, "0 pictures came with 2 prompts"),
@@ -192,3 +197,25 @@ def test_bad_input_is_named(model: TextToImage) -> None:
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             model(PROMPTS, num_steps=1, **arguments)
+    for given in ("start.png", Path("start.png"), np.zeros((64, 64, 3)), torch.zeros(1, 3, 64, 64), [None], 3):
+        for arguments in ({"image": given}, {"image": picture(), "mask": given}):
+            with pytest.raises(TypeError, match=r"must be PIL images, and a .* came: PIL\.Image\.open"):
+                model(PROMPTS, num_steps=1, **arguments)
+
+
+def test_numbers_of_numpy_are_noted_as_numbers(model: TextToImage) -> None:
+    numbers = {"strength": np.float32(0.5), "guidance_interval": np.array([0.0, 0.5], np.float32)}
+    drawn = model(PROMPTS[:1], image=picture(), num_steps=1, seed=0, **numbers)
+    settings = read_facts(drawn[0])["settings"]
+    assert (settings["strength"], settings["guidance_interval"]) == (0.5, [0.0, 0.5])
+
+
+def test_gray_of_16_bits_or_floats_is_scaled_and_not_clipped() -> None:
+    ramp = np.linspace(0, 255, 64 * 64).reshape(64, 64).round()
+    plain = Image.fromarray(ramp.astype(np.uint8))
+    deep = Image.fromarray((ramp * 257).astype(np.uint16))
+    for other in (deep, deep.convert("I"), Image.fromarray((ramp / 255).astype(np.float32))):
+        found = StartPictures.check(other, other, None, 1)
+        assert found is not None and found.masks is not None
+        assert (np.asarray(found.images[0]) == np.asarray(plain.convert("RGB"))).all()
+        assert (np.asarray(found.masks[0]) == np.asarray(plain)).all()
