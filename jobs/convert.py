@@ -13,6 +13,9 @@ from jobs.common.job import run_command
 from sana_model.files.layout import Layout
 from sana_model.nn.config import NullCaption, TimeInput
 
+OF_TRANSFORMERS = ("time_input", "null_caption", "num_cross_heads", "position_scale", "base_size")
+"""Settings that say what a transformer's weights do not."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
@@ -48,9 +51,14 @@ class ConvertConfig:
     @property
     def overrides(self) -> dict[str, Any]:
         """Settings of the transformer that were given."""
-        names = ("time_input", "null_caption", "num_cross_heads", "position_scale", "base_size")
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        given = {name: value for name in OF_TRANSFORMERS if (value := getattr(self, name)) is not None}
         return given | ({"position_scale": None} if self.position_scale == 0 else {})
+
+    def refuse(self, what: str, *names: str) -> None:
+        """Raise ValueError for settings that were given and that a model of this kind, `what`, has not."""
+        for name in sorted(names):
+            if (value := getattr(self, name)) not in (None, False):
+                raise ValueError(f"{name}={value} does not apply: {self.source} is {what}; leave it out")
 
 
 def run(config: ConvertConfig) -> None:
@@ -65,6 +73,7 @@ def convert(config: ConvertConfig) -> str:
     """
     import torch
 
+    from jobs.common.instruction import note_instruction
     from sana_model.files.checkpoint import PIPELINE_INDEXES, OtherModelError
     from sana_model.files.pipeline import in_one_file
     from sana_model.files.places import resolve
@@ -73,26 +82,40 @@ def convert(config: ConvertConfig) -> str:
     from sana_model.pipeline import TextToImage
 
     local, output = resolve(config.source), Path(config.output)
+    _check_output(config.layout, output)
     dtype = getattr(torch, config.dtype) if config.dtype else None
     if any((local / index).exists() for index in PIPELINE_INDEXES):
-        TextToImage.from_pretrained(local, dtype=dtype, **config.overrides).save_pretrained(output, layout=config.layout)
-        return "a pipeline"
+        config.refuse("a pipeline's folder", "ema", "scaling_factor")
+        pipeline = TextToImage.from_pretrained(local, dtype=dtype, **config.overrides)
+        pipeline.save_pretrained(output, layout=config.layout)
+        note_instruction(config.layout, pipeline.text_encoder.config)
+        return "a pipeline's transformer, without its other models" if config.layout == "nvlabs" else "a pipeline"
     try:
         transformer = SanaTransformer.from_pretrained(local, use_ema=config.ema, dtype=dtype, **config.overrides)
     except OtherModelError as no_transformer:
         return _convert_other(config, local, no_transformer)
+    config.refuse("a transformer", "scaling_factor")
     named = f"time_input={transformer.config.time_input}, null_caption={transformer.config.null_caption}"
     file = in_one_file(local)
     if file is None:
         transformer.save_pretrained(output, layout=config.layout)
         return f"a transformer, {named}"
-    controlnet = SanaControlNet.from_pretrained(file, dtype=dtype, num_cross_heads=config.num_cross_heads)
+    heads = transformer.config.num_cross_heads
+    controlnet = SanaControlNet.from_pretrained(file, dtype=dtype, num_cross_heads=heads, use_ema=config.ema)
     if config.layout == "sana":
         transformer.save_pretrained(output)
         controlnet.save_pretrained(output / "controlnet")
     else:
         controlnet.save_pretrained(output, layout=config.layout, transformer=transformer)
     return f"a transformer with its ControlNet, {named}"
+
+
+def _check_output(layout: Layout, output: Path) -> None:
+    """Raise ValueError if a folder lies where the layout writes a file, or a file where it writes a folder."""
+    if layout == "nvlabs" and output.is_dir():
+        raise ValueError(f"output={output} is a folder, and layout nvlabs writes a file: name one, such as {output}/model.pth")
+    if layout != "nvlabs" and output.is_file():
+        raise ValueError(f"output={output} is a file, and layout {layout} writes a folder: give another name")
 
 
 def _convert_other(config: ConvertConfig, local: Path, no_transformer: Exception) -> str:
@@ -105,16 +128,20 @@ def _convert_other(config: ConvertConfig, local: Path, no_transformer: Exception
 
     dtype, output = getattr(torch, config.dtype) if config.dtype else None, Path(config.output)
     try:
-        controlnet = SanaControlNet.from_pretrained(local, dtype=dtype, num_cross_heads=config.num_cross_heads)
+        controlnet = SanaControlNet.from_pretrained(
+            local, dtype=dtype, num_cross_heads=config.num_cross_heads, use_ema=config.ema
+        )
     except OtherModelError:
         pass
     else:
+        config.refuse("a ControlNet", "scaling_factor", *set(OF_TRANSFORMERS) - {"num_cross_heads"})
         controlnet.save_pretrained(output, layout=config.layout)
         return f"a ControlNet of the form {controlnet.config.form}"
     try:
         autoencoder = DCAutoencoder.from_pretrained(local, dtype=dtype, scaling_factor=config.scaling_factor)
     except ValueError as no_autoencoder:
         raise ValueError(f"{no_transformer}; nor is it an autoencoder: {no_autoencoder}") from None
+    config.refuse("an autoencoder", "ema", *OF_TRANSFORMERS)
     autoencoder.save_pretrained(output, layout=config.layout)
     return "an autoencoder"
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.common.config import from_dict
+from jobs.common.instruction import note_instruction
 from jobs.common.job import run_command
 from pipelines.tables.table import absolute_uri
 from pipelines.train.config import TrainConfig
 from pipelines.train.record import CHECKPOINTS_DIR, read_config
 from sana_model.files.layout import Layout
-from sana_model.nn.config import DIFFUSERS_PROMPTS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,8 +47,7 @@ def run(config: ExportConfig) -> None:
     """Write the weights, and print what they are."""
     pipeline = export(config)
     print(f"{config.output}: {config.layout}, {'average' if config.ema else 'trained'} weights")
-    if config.layout == "diffusers" and pipeline.text_encoder.config != DIFFUSERS_PROMPTS:
-        print("diffusers prompts with its own instruction: pass complex_human_instruction= for the one that was trained with")
+    note_instruction(config.layout, pipeline.text_encoder.config)
 
 
 def export(config: ExportConfig) -> "TextToImage":
@@ -59,6 +58,8 @@ def export(config: ExportConfig) -> "TextToImage":
     from pipelines.train.engine.checkpoints import read_weights
     from pipelines.train.models import load_start
 
+    if config.source.startswith(("zoo://", "hf://")):
+        raise ValueError(f"source={config.source} is no training: python -m jobs.convert changes the layout of such models")
     checkpoint, training_uri = find_checkpoint(absolute_uri(config.source))
     trained = from_dict(TrainConfig, read_config(training_uri))
     pipeline = load_start(trained if config.init is None else replace(trained, init=config.init))
@@ -83,7 +84,10 @@ def find_checkpoint(source: str) -> tuple[str, str]:
             problems.append(str(error))
     if problems:
         raise BadCheckpointError(f"none of the checkpoints in {source} is whole: {problems[0]}")
-    raise FileNotFoundError(f"{source} holds no checkpoint: give the folder of a training, or one of its checkpoints/step-...")
+    raise FileNotFoundError(
+        f"{source} holds no checkpoint: give the folder of a training, or one of its "
+        "checkpoints/step-...; a model that was not trained here is converted by python -m jobs.convert"
+    )
 
 
 def with_weights(start: "SanaTransformer", config: TrainConfig, weights: "dict[str, Tensor]") -> "SanaTransformer":

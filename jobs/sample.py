@@ -87,7 +87,13 @@ def take_from_picture(arguments: list[str]) -> list[str]:
 
     configs = [index for index, argument in enumerate(arguments) if argument.partition("=")[0] == "--config"]
     place = configs[-1] + (1 if "=" in arguments[configs[-1]] else 2) if configs else 0
-    settings = [f"--{name}={_spell(value)}" for name, value in settings_of(addresses[-1]).items()]
+    found = settings_of(addresses[-1])
+    for part in ("start", "control"):
+        needed = f"sample.{part}.image"
+        began = any(name.startswith(f"sample.{part}.") for name in found) and needed not in found
+        if began and not any(argument.startswith(f"--{needed}") for argument in arguments):
+            raise ValueError(f"{addresses[-1]} does not say which picture its {part} was: give it by --{needed}")
+    settings = [f"--{name}={_spell(value)}" for name, value in found.items()]
     return [*arguments[:place], *settings, *arguments[place:]]
 
 

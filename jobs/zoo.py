@@ -73,10 +73,14 @@ def list_published(config: PublishedConfig) -> None:
     """Print every published model: its short name, id, kind, and what its weights were trained to see."""
     from sana_model.zoo.published import PUBLISHED
 
+    line = "{:<38} {:<68} {:<12} {:<8} {:<9} {:<5}  {}"
+    print(line.format("short name", "id on the hub", "kind", "size", "dtype", "shift", "time input, null caption; or a note"))
     for model in PUBLISHED:
         inputs = f"{model.config.time_input}, {model.config.null_caption}" if model.config else model.note
         size = f"{model.resolution} px" if model.resolution else ""
-        print(f"{model.short:<38} {model.id:<68} {model.kind:<12} {size:<8} {model.dtype:<9} {model.flow_shift:g}  {inputs}")
+        shift = f"{model.flow_shift:g}" if model.config else ""
+        dtype = "" if model.kind == "not read" else model.dtype
+        print(line.format(model.short, model.id, model.kind, size, dtype, shift, inputs))
 
 
 PARTS = {

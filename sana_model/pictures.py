@@ -1,6 +1,6 @@
 """Pictures that a drawing starts from (img2img, inpainting): brought to a size, as tensors, and kept where a mask says so."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -210,8 +210,9 @@ def _split(pixels: int) -> tuple[int | None, int]:
 
 
 def _listed(name: str, pictures: Pictures, num_prompts: int) -> list[Image.Image]:
-    single = isinstance(pictures, (Image.Image, str, np.ndarray, Tensor)) or not isinstance(pictures, Iterable)
-    listed: list[Any] = [pictures] if single else list(pictures)
+    listed: list[Any] = [pictures]
+    if isinstance(pictures, Sequence) and not isinstance(pictures, str):
+        listed = list(pictures)
     for one in listed:
         if not isinstance(one, Image.Image):
             raise TypeError(

@@ -1,17 +1,31 @@
 """A picture's own facts, read back as the configuration that draws it again."""
 
 import posixpath
+from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from PIL import UnidentifiedImageError
+from PIL import Image
 
 from pipelines.storage.files import read_file
+from pipelines.tables.rejects import RowRefused
 from pipelines.tables.schema import SAMPLES, samples_path
 from pipelines.tables.table import Table, absolute_uri
+from pipelines.workers.images import open_image
 from sana_model.files.png import read_facts
 
 DRAW_SETTINGS = ("height", "width", "num_steps", "guidance_scale", "guidance_interval", "negative_prompt", "solver")
 """Settings of a drawing that `DrawConfig` has by the same names."""
+
+
+FACTS: dict[str, Any] = {
+    "prompt": str,
+    "seed": (int, NoneType),
+    "model": (str, NoneType),
+    "settings": (dict, NoneType),
+    "control": (dict, NoneType),
+}
+"""What a picture's facts are, at least."""
 
 
 def read_picture(address: str) -> bytes:
@@ -23,7 +37,7 @@ def read_picture(address: str) -> bytes:
     Raises FileNotFoundError if there is no such file, table or row.
     """
     uri, _, wanted = address.partition("#")
-    if not wanted:
+    if not wanted or Path(address).is_file():
         return read_file(address)
     folder, name = posixpath.split(absolute_uri(uri))
     dataset_uri, group = posixpath.split(folder)
@@ -45,25 +59,30 @@ def facts_of(address: str) -> dict[str, Any]:
     """
     content = read_picture(address)
     try:
-        return read_facts(content)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{address} is no picture") from error
-    except (OSError, ValueError) as error:
+        open_image(content).load()
+        facts = read_facts(content)
+    except RowRefused as refused:
+        raise ValueError(f"{address} cannot be read as a picture: {refused.reason}, {refused.detail}") from refused
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's, for damaged ones
         raise ValueError(f"{address}: {error}") from error
+    for name, kinds in FACTS.items():
+        if not isinstance(facts.get(name), kinds):
+            raise ValueError(f"{address} was not drawn by this project: its facts say {name}={facts.get(name)!r:.60}")
+    return facts
 
 
 def settings_of(address: str) -> dict[str, Any]:
     """The settings of `jobs.sample` that draw a picture again, by their dotted names.
 
     A picture that began with another one, or was steered by one, needs that one again: its path is among the settings if the
-    picture knows it.
+    picture knows it. None stands for what a YAML file may say, and the picture had not.
 
     Raises as `facts_of`; and ValueError if its noise came from a generator without a seed.
     """
     facts = facts_of(address)
     if facts.get("seed") is None:
         raise ValueError(f"{address} was drawn from a generator's noise, not from a seed: it cannot be drawn again")
-    drawn = facts.get("settings", {})
+    drawn = facts.get("settings") or {}
     found = {
         "sample.prompts": [facts["prompt"]],
         "sample.pipeline": facts.get("model"),
@@ -76,7 +95,9 @@ def settings_of(address: str) -> dict[str, Any]:
         found |= {"sample.start.strength": drawn["strength"]}
         found |= {f"sample.start.{name}": facts[name] for name in ("image", "mask") if name in facts}
     known = {name: value for name, value in found.items() if value is not None}
+    plain = {"sample.start": drawn.get("strength"), "sample.control": drawn.get("control_scale")}
+    known |= {name: None for name, value in plain.items() if value is None}
     if drawn.get("control_scale") is not None:
         known |= {"sample.control.scale": drawn["control_scale"]}
-        known |= {f"sample.control.{name}": value for name, value in facts.get("control", {}).items()}
+        known |= {f"sample.control.{name}": value for name, value in (facts.get("control") or {}).items()}
     return known

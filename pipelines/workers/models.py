@@ -17,6 +17,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 
 from sana_model.files.places import published_address, resolve
+from sana_model.zoo.published import name_near
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,7 @@ def is_hub_id(path: str) -> bool:
     if not HUB_ID.fullmatch(path):
         raise FileNotFoundError(
             f"no file or folder {path!r}, and no id of the Hugging Face hub either: that is owner/name (short names "
-            "of published models: python -m jobs.zoo published)"
+            f"of published models: python -m jobs.zoo published){name_near(path)}"
         )
     return True
 

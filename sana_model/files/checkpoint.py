@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, fields
+from functools import reduce
 from pathlib import Path
 from typing import Any, get_args
 
@@ -124,7 +125,10 @@ def bare_names(state: dict[str, Tensor], subfolders: tuple[str, ...]) -> dict[st
 def fill(model: nn.Module, state: dict[str, Tensor], key_map: KeyMap, source: Path, dtype: torch.dtype | None) -> None:
     """Give `model`, made on the meta device, exactly the tensors of `state`.
 
-    Raises ValueError that names the tensors that are missing, extra or misshapen.
+    Args:
+        dtype: None keeps that of the file; of several, the one that holds the values of all, and bfloat16 for 8-bit floats.
+
+    Raises ValueError that names the tensors that are missing, extra, misshapen or no floating-point numbers.
     """
     ours: dict[str, Tensor] = {}
     problems, used = [], set()
@@ -138,15 +142,20 @@ def fill(model: nn.Module, state: dict[str, Tensor], key_map: KeyMap, source: Pa
             for name in foreign.names
             if name in state and tuple(state[name].shape) != shape
         ]
-        problems += missing + misshapen
-        if not missing and not misshapen:
-            tensor = to_ours(foreign, state)
-            ours[key] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        not_floating = [
+            f"no floating-point numbers in {name}: {state[name].dtype} (quantized weights are not read)"
+            for name in foreign.names
+            if name in state and not state[name].is_floating_point()
+        ]
+        problems += missing + misshapen + not_floating
+        if not missing and not misshapen and not not_floating:
+            ours[key] = to_ours(foreign, state)
     problems += [f"extra {name}" for name in state if name not in used]
     if problems:
         shown = "\n  ".join(problems[:8]) + (f"\n  and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise ValueError(f"{source} does not fit a {type(model).__name__}:\n  {shown}")
-    model.load_state_dict(ours, assign=True)
+    one = dtype or reduce(torch.promote_types, {torch.bfloat16 if t.itemsize == 1 else t.dtype for t in ours.values()})
+    model.load_state_dict({key: tensor.to(one) for key, tensor in ours.items()}, assign=True)
     model.requires_grad_(True).eval()
 
 

@@ -46,6 +46,7 @@ def load_controlnet(
     form: ControlForm | None = None,
     num_cross_heads: int | None = None,
     variant: str | None = None,
+    use_ema: bool = False,
 ) -> SanaControlNet:
     """Load a ControlNet, in eval mode. The layout is recognised by the content.
 
@@ -56,12 +57,12 @@ def load_controlnet(
         form: the function that the weights were trained with. None: that of the layout. "nvlabs" for weights of NVlabs that
             were converted to diffusers' layout.
         num_cross_heads: of a `.pth` whose width is no published one.
-        variant: as in `load_transformer`.
+        variant, use_ema: as in `load_transformer`.
 
     Raises FileNotFoundError if nothing is there. Raises ValueError if the weights are another model's, if a file is damaged, or
     if tensors are missing, extra or misshapen; the message names them.
     """
-    found = open_checkpoint(path, ("controlnet",), variant=variant, dtype=dtype)
+    found = open_checkpoint(path, ("controlnet",), use_ema=use_ema, variant=variant, dtype=dtype)
     config, key_map = _recognise(found, form, num_cross_heads)
     state = found.state
     if key_map is key_maps.CONTROLNET_NVLABS:
@@ -147,7 +148,7 @@ def _config_from_nvlabs(
     shape = shape_from_weights(state, key_maps.CONTROLNET_NVLABS, source)
     # Of the form "nvlabs" only the transformer has positions.
     found = state.get(key_maps.NVLABS_POSITIONS)
-    positions = {} if found is None else positions_from_nvlabs(found)
+    positions = {} if found is None else positions_from_nvlabs(found, source)
     heads = cross_heads(shape["dim"], num_cross_heads, source)
     return ControlNetConfig(
         **shape, **positions, num_cross_heads=heads, time_input="whole", null_caption="caption_mask", form="nvlabs"

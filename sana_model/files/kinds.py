@@ -5,7 +5,6 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from sana_model.files.json_files import read_json
-from sana_model.zoo.published import find_published
 
 GUIDANCE_EMBEDDERS = ("cfg_embedder.", "guidance_embedder.", "time_embed.guidance_1.")
 """Parts of tensors' names, in NVlabs' layout, diffusers' and ours, that only Sana-Sprint has."""
@@ -17,12 +16,9 @@ def is_sprint(place: Path) -> bool:
     What cannot be read is taken as none: loading it says what is wrong.
     """
     folder = next((place / name for name in ("transformer", "") if (place / name / "config.json").is_file()), None)
-    known = find_published(place)
     try:
         if folder is not None:
             return bool(read_json(folder / "config.json").get("guidance_embeds"))
-        if known is not None and known.config is not None:
-            return known.config.guidance_embeds
         return any(part in name for name in _names_of_tensors(place) for part in GUIDANCE_EMBEDDERS)
     except (OSError, ValueError):
         return False

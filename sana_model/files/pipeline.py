@@ -144,13 +144,15 @@ def load_parts(
     text_source, tokenizer = companions.text_encoder, companions.tokenizer
     if text_encoder is not None:
         text_source, tokenizer = str(text_encoder), None
-    transformer = load_transformer(local, use_ema=use_ema, dtype=dtype, variant=variant, **overrides)
-    controlnet = controlnet or companions.controlnet or in_one_file(local)
-    if isinstance(controlnet, str | Path):
-        heads = transformer.config.num_cross_heads
-        controlnet = load_controlnet(controlnet, dtype=dtype, num_cross_heads=heads, variant=variant)
     autoencoder = str(autoencoder or companions.autoencoder)
-    _check_parts(local, [autoencoder, text_source, tokenizer])
+    is_folder = any((local / index).exists() for index in PIPELINE_INDEXES)
+    _check_parts(local, [str(local / "transformer") if is_folder else None, autoencoder, text_source, tokenizer])
+    transformer = load_transformer(local, use_ema=use_ema, dtype=dtype, variant=variant, **overrides)
+    in_it = None if controlnet or companions.controlnet else in_one_file(local)
+    controlnet = controlnet or companions.controlnet or in_it
+    if isinstance(controlnet, str | Path):
+        heads, averaged = transformer.config.num_cross_heads, use_ema and in_it is not None
+        controlnet = load_controlnet(controlnet, dtype=dtype, num_cross_heads=heads, variant=variant, use_ema=averaged)
     return PipelineParts(
         transformer=transformer,
         controlnet=None if controlnet is None else controlnet.to(transformer.head.weight.dtype),

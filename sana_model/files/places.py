@@ -20,7 +20,7 @@ from sana_model.files.filesystems import open_filesystem
 from sana_model.files.inside import check_inside, path_inside
 from sana_model.files.redact import HIDDEN, redact
 from sana_model.files.retry import call_patiently
-from sana_model.zoo.published import find_published
+from sana_model.zoo.published import find_published, name_near
 
 ZOO_DIR = Path(__file__).parents[1] / "zoo"
 CACHE_DIR = Path(os.environ.get("SANA_CACHE", Path.home() / ".cache" / "sana_model"))  # of files copied from fsspec URIs
@@ -43,7 +43,9 @@ def resolve(path: str | Path) -> Path:
         if (published := published_address(text)) is not None:
             return resolve(published)
         if not (local := Path(text).expanduser()).exists():
-            raise FileNotFoundError(f"no file or folder {text!r}; a model on the Hugging Face hub is written hf://owner/name")
+            raise FileNotFoundError(
+                f"no file or folder {text!r}; a model on the Hugging Face hub is written hf://owner/name{name_near(text)}"
+            )
         return local
     protocol, _, rest = text.partition("://")
     if protocol == "file":
@@ -76,6 +78,9 @@ def _from_hub(address: str) -> Path:
     if not name:
         raise ValueError(f"hf://{address} names no repository: write hf://owner/name[@revision][/folder]")
     name, _, revision = name.partition("@")
+    known = find_published(f"{owner}/{name}")
+    if known is not None and known.id == f"{owner}/{name}" and known.kind == "not read":
+        raise ValueError(f"hf://{address} is not read here: {known.note}")
     if folder:
         check_inside(folder)
     try:

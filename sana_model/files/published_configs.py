@@ -43,10 +43,20 @@ def transformer_config_from_diffusers(settings: dict[str, Any], state: dict[str,
     scale = settings.get("timestep_scale", 1.0)
     if scale not in (1.0, UNIT_SCALE):
         raise ValueError(f"{source}: timestep_scale={scale} is not supported: published are 1.0 and {UNIT_SCALE}")
+    names = ("attention_head_dim", "num_cross_attention_heads", "sample_size", "patch_size")
+    for name in names:
+        if type(settings.get(name)) is not int or settings[name] < 1:
+            raise ValueError(f"{source}: {name}={settings.get(name)!r} in its configuration must be a whole number from 1")
     if settings["attention_head_dim"] != LINEAR_HEAD_DIM:
         raise ValueError(f"{source}: attention_head_dim={settings['attention_head_dim']}, Sana's is {LINEAR_HEAD_DIM}")
+    shape = shape_from_weights(state, TRANSFORMER_DIFFUSERS, source)
+    if settings["patch_size"] != shape["patch_size"]:
+        raise ValueError(
+            f"{source}: its configuration says patch_size={settings['patch_size']}, and its weights are of "
+            f"{shape['patch_size']}: the two are of different models"
+        )
     return SanaConfig(
-        **shape_from_weights(state, TRANSFORMER_DIFFUSERS, source),
+        **shape,
         num_cross_heads=settings["num_cross_attention_heads"],
         position_scale=settings.get("interpolation_scale"),
         base_size=settings["sample_size"] // settings["patch_size"],
@@ -85,6 +95,8 @@ def config_from_tensors(
     guided = any(part in name for name in state for part in GUIDANCE_EMBEDDERS)
     known = find_published(source)
     published = None if known is None else known.config
+    if published is not None and (published.qk_norm, published.guidance_embeds) != (shape["qk_norm"], guided):
+        published = None  # the name is another model's
     time_input: TimeInput = "unit" if guided else "whole"
     if published is not None:
         time_input = published.time_input
@@ -112,7 +124,7 @@ def _positions(
     ValueError for other shapes, unless `overrides` has `position_scale`.
     """
     if NVLABS_POSITIONS in state:
-        return positions_from_nvlabs(state[NVLABS_POSITIONS])
+        return positions_from_nvlabs(state[NVLABS_POSITIONS], source)
     if published is not None:
         return {"base_size": published.base_size, "position_scale": published.position_scale}
     if "position_scale" in overrides:
@@ -142,7 +154,7 @@ def cross_heads(dim: int, given: int | None, source: Path) -> int:
 
     Raises ValueError if it is neither given nor known.
     """
-    heads = given or PUBLISHED_CROSS_HEADS.get(dim)
+    heads = PUBLISHED_CROSS_HEADS.get(dim) if given is None else given
     if heads is None:
         raise ValueError(
             f"{source} has width {dim}, which is not a published one ({PUBLISHED_CROSS_HEADS}): "
@@ -184,16 +196,25 @@ def shape_from_weights(state: dict[str, Tensor], key_map: KeyMap, source: Path) 
     }
 
 
-def positions_from_nvlabs(pos_embed: Tensor) -> dict[str, Any]:
+def positions_from_nvlabs(pos_embed: Tensor, source: Path) -> dict[str, Any]:
     """`base_size` and `position_scale` from NVlabs' `pos_embed` (1, base_size^2, D).
 
     It is all zeros if the model has no positional embedding. Else the scale is read from the first value of the second column:
     its frequency is 1, so it is sin(1 / interpolation scale).
+
+    Raises ValueError for a tensor that is no such embedding.
     """
-    base_size = math.isqrt(pos_embed.shape[1])
-    if not pos_embed.any():
+    count = pos_embed.shape[1] if pos_embed.ndim == 3 and len(pos_embed) == 1 else 0
+    base_size = math.isqrt(count)
+    if count and base_size**2 == count and not pos_embed.any():
         return {"base_size": base_size}
-    return {"base_size": base_size, "position_scale": round(1 / math.asin(float(pos_embed[0, 1, 0])), 2)}
+    first = float(pos_embed[0, 1, 0]) if count > 1 else 0.0
+    if base_size**2 != count or not 0 < first <= 1:
+        raise ValueError(
+            f"{source}: pos_embed {tuple(pos_embed.shape)} is no sine-cosine embedding of a square picture, "
+            "(1, base_size^2, width): the file is damaged, or of another model"
+        )
+    return {"base_size": base_size, "position_scale": round(1 / math.asin(first), 2)}
 
 
 def positions_for_nvlabs(config: SanaConfig, dtype: torch.dtype) -> Tensor:

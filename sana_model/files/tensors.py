@@ -184,6 +184,10 @@ def _read_pth(path: Path, *, is_zip: bool, use_ema: bool) -> tuple[dict[str, Ten
     not_tensors = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
     if not_tensors:
         raise ValueError(f"{path}: these entries are not tensors: {', '.join(not_tensors[:5])}")
+    for name, value in state.items():
+        if not isinstance(name, str) or value.is_meta or value.layout is not torch.strided:
+            kind = "on the device meta, without values" if value.is_meta else f"{value.layout}"
+            raise ValueError(f"{path}: {name!r} must be the name of a plain tensor, and its tensor is {kind}")
     told = content.get(CONFIG_ENTRY) if isinstance(content, dict) else None
     return state, told if isinstance(told, dict) else {}
 

@@ -1,5 +1,6 @@
 """Configurations of the transformer, the autoencoder and the text encoder, the published ones by name. Imports no torch."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -38,6 +39,12 @@ def check_sizes(*, least: int = 1, most: int, **sizes: int) -> None:
     for name, size in sizes.items():
         if type(size) is not int or not least <= size <= most:
             raise ValueError(f"{name}={size!r} must be a whole number from {least} to {most}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise ValueError for what is no finite number above 0."""
+    if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}={value!r} must be a finite number above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +92,8 @@ class SanaConfig:
                 f"dim={self.dim} must be a multiple of the linear head size {LINEAR_HEAD_DIM} "
                 f"and of num_cross_heads={self.num_cross_heads}"
             )
+        if self.position_scale is not None:
+            check_positive("position_scale", self.position_scale)
         if self.position_scale is not None and self.dim % 4:
             raise ValueError(f"dim={self.dim} must be a multiple of 4 for a positional embedding")
 
@@ -163,6 +172,7 @@ class AutoencoderConfig:
     """None: that of `variant`."""
 
     def __post_init__(self) -> None:
+        check_positive("scaling_factor", self.scaling_factor)
         for index, (width, *depths) in enumerate(zip(self.widths, self.encoder_depths, self.decoder_depths, strict=False)):
             check_sizes(**{f"widths[{index}]": width}, latent_channels=self.latent_channels, most=LARGEST_SIZE)
             named = zip(("encoder", "decoder"), depths, strict=True)

@@ -94,11 +94,12 @@ class SanaControlNet(nn.Module):
         dtype: torch.dtype | None = None,
         form: ControlForm | None = None,
         num_cross_heads: int | None = None,
+        use_ema: bool = False,
     ) -> "SanaControlNet":
         """Load our own, a diffusers or an NVlabs checkpoint: see `files.controlnet.load_controlnet`."""
         from sana_model.files.controlnet import load_controlnet
 
-        return load_controlnet(path, dtype=dtype, form=form, num_cross_heads=num_cross_heads)
+        return load_controlnet(path, dtype=dtype, form=form, num_cross_heads=num_cross_heads, use_ema=use_ema)
 
     def save_pretrained(self, path: str | Path, *, layout: str = "sana", transformer: SanaTransformer | None = None) -> None:
         """Write the weights in the layout "sana", "diffusers" or "nvlabs": see `files.controlnet.save_controlnet`."""

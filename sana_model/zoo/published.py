@@ -1,6 +1,7 @@
 """The published models of Sana by name: what their files do not tell, and where they lie. Imports no torch."""
 
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +133,26 @@ def _autoencoders() -> list[PublishedModel]:
 
 
 PUBLISHED = (*_transformers(), *_others(), *_autoencoders())
+BY_SHORT = {model.short: model for model in PUBLISHED if model.short}
+BY_NAME = {model.id.rpartition("/")[2]: model for model in PUBLISHED}
 
 
 def find_published(path: str | Path) -> PublishedModel | None:
-    """The published model that a path names: by its short name, its id, its folder in the hub's cache, or its file's name."""
+    """The published model that a path names: by its short name, its id, its folder in the hub's cache, or its file's name.
+
+    Of several names in one path the last counts: a file's own comes before its folder's.
+    """
     text = str(path).removeprefix("hf://")
-    names = {part.partition("@")[0] for part in text.split("/")}
-    names |= {part.rpartition("--")[2] for part in names} | {Path(text).stem if text.endswith((".pth", ".safetensors")) else ""}
-    named = [model for model in PUBLISHED if text == model.short or model.id.rpartition("/")[2] in names]
-    return max(named, key=lambda model: len(model.id), default=None)
+    if text in BY_SHORT:
+        return BY_SHORT[text]
+    *folders, last = text.split("/")
+    last = Path(last).stem if last.endswith((".pth", ".safetensors")) else last
+    names = (part.partition("@")[0].rpartition("--")[2] for part in (last, *reversed(folders)))
+    return next((BY_NAME[name] for name in names if name in BY_NAME), None)
+
+
+def name_near(path: str) -> str:
+    """What somebody may have meant by a path that is not there: "; did you mean ...?"; "" if nothing is near."""
+    ids = {model.id.lower(): f"hf://{model.id}" for model in PUBLISHED}
+    near = get_close_matches(path.lower(), [*BY_SHORT, *ids], n=1, cutoff=0.85)
+    return f"; did you mean {ids.get(near[0], near[0])}?" if near else ""

@@ -1,5 +1,6 @@
 """Conversions of models that were never trained here: bit for bit, and what is refused."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,3 +51,28 @@ def test_what_a_file_does_not_tell_is_asked_for(tmp_path: Path, capsys: pytest.C
     assert "may hold Sana 1.5 or a teacher of Sana-Sprint" in capsys.readouterr().err
     assert main([*command, "--time_input", "unit"]) == 0
     assert SanaTransformer.from_pretrained(tmp_path / "out").config.time_input == "unit"
+
+
+def test_a_setting_that_does_not_apply_is_refused_and_not_ignored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("x")
+    pipeline, transformer, autoencoder = "zoo://pipeline", "zoo://pipeline/transformer", "zoo://pipeline/autoencoder"
+    cases = [
+        (pipeline, "out", ["--layout=sana", "--ema=true"], "ema=True does not apply: zoo://pipeline is a pipeline's folder"),
+        (transformer, "out", ["--layout=sana", "--scaling_factor=2"], "scaling_factor=2.0 does not apply: .* a transformer"),
+        (autoencoder, "out", ["--layout=sana", "--time_input=unit"], "time_input=unit does not apply: .* is an autoencoder"),
+        (autoencoder, "out", ["--layout=sana", "--scaling_factor=0"], "scaling_factor=0.0 must be a finite number above 0"),
+        (transformer, ".", ["--layout=nvlabs"], "is a folder, and layout nvlabs writes a file"),
+        (transformer, "file", ["--layout=sana"], "is a file, and layout sana writes a folder"),
+    ]
+    for source, output, flags, message in cases:
+        assert main([source, str(tmp_path / output), *flags]) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert re.search(message, error), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_layout_leaves_out_of_a_pipeline_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["zoo://pipeline", str(tmp_path / "x.pth"), "--layout", "nvlabs"]) == 0
+    assert "x.pth: a pipeline's transformer, without its other models, in the layout nvlabs" in capsys.readouterr().out
+    assert main(["zoo://pipeline", str(tmp_path / "x"), "--layout", "diffusers"]) == 0
+    assert "diffusers prompts with its own instruction" in capsys.readouterr().out

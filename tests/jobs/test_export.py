@@ -154,6 +154,7 @@ def test_what_cannot_be_exported_is_said(tmp_path: Path, table: Table, capsys: p
         return capsys.readouterr().err
 
     assert "holds no checkpoint" in refused(str(tmp_path))
+    assert "zoo://pipeline is no training: python -m jobs.convert changes the layout" in refused("zoo://pipeline")
     train(tmp_path, table, EngineConfig(zero_stage=0, dtype="fp32"))
     checkpoint = tmp_path / "run" / "checkpoints" / "step-000005"
     weights = checkpoint / "rank-00000-average.safetensors"

@@ -96,19 +96,42 @@ def test_the_settings_of_a_picture_stand_between_the_yaml_and_the_command_line(t
     assert start is not None and (start.image, start.mask, start.strength) == ("a.png", "b.png", 0.3)
 
 
+def test_what_a_yaml_file_starts_from_is_not_part_of_a_picture_drawn_from_noise(tmp_path: Path) -> None:
+    (tmp_path / "a#1.png").write_bytes(png(FACTS))  # a file, and no picture of a table
+    (tmp_path / "x.yaml").write_text("{dataset_uri: d, sample: {name: x, start: {image: a.png}, control: {image: b.png}}}")
+    again = ["--config", str(tmp_path / "x.yaml"), "--from_picture", str(tmp_path / "a#1.png")]
+    sample = parse(again).sample
+    assert sample.start is None and sample.control is None
+    other = parse([*again, "--sample.start.image", "z.png"]).sample
+    assert other.start is not None and other.start.image == "z.png" and other.control is None
+
+
 def test_the_example_of_a_controlnet_is_taken() -> None:
     sample = parse(["--config", "jobs/configs/sample_control.yaml", "--sample.control.detector", "canny"]).sample
     assert sample.control is not None and (sample.control.detector, sample.control.scribble) == ("canny", 2)
 
 
 def test_a_picture_that_cannot_be_drawn_again_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = {"plain.png": png(None), "text.png": b"text", "noise.png": png(FACTS | {"seed": None})}
+    image = Image.new("RGB", (8, 8))
+    image.info["sana"] = "[1]"
+    files = {
+        "plain.png": png(None), "text.png": b"text", "noise.png": png(FACTS | {"seed": None}), "list.png": to_png(image),
+        "cut.png": png(FACTS)[:150], "no_prompt.png": png({"seed": 1}), "odd.png": png(FACTS | {"settings": [1]}),
+        "start.png": png(FACTS | {"settings": {"strength": 0.3}}),
+        "control.png": png(FACTS | {"settings": {"control_scale": 1}}),
+    }  # fmt: skip
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "x.yaml").write_text(f"from_picture: {tmp_path}/plain.png")
     told = {
         "plain.png": "plain.png: the picture does not say how it was drawn",
-        "text.png": "text.png is no picture",
+        "text.png": "text.png cannot be read as a picture: not_an_image",
+        "list.png": "holds a list, not an object",
+        "cut.png": "cut.png cannot be read as a picture: truncated",
+        "no_prompt.png": "no_prompt.png was not drawn by this project: its facts say prompt=None",
+        "odd.png": "its facts say settings=[1]",
+        "start.png": "does not say which picture its start was: give it by --sample.start.image",
+        "control.png": "does not say which picture its control was: give it by --sample.control.image",
         "noise.png": "was drawn from a generator's noise",
         "absent.png": "absent.png",
         "latents/x#1": "is no picture of a samples table",

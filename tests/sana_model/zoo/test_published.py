@@ -8,6 +8,9 @@ import torch
 from diffusers import SanaTransformer2DModel
 
 from jobs.zoo import main
+from pipelines.workers.models import is_hub_id
+from sana_model.files.kinds import is_sprint
+from sana_model.files.places import resolve
 from sana_model.files.published_configs import diffusers_transformer_config, transformer_config_from_diffusers
 from sana_model.nn.transformer import SanaTransformer
 from sana_model.zoo.published import PUBLISHED, PublishedModel, find_published
@@ -41,12 +44,15 @@ def test_names_are_found_and_unique() -> None:
     for path in ("sana-1.6b-1024", f"hub/models--Efficient-Large-Model--{name}/snapshots/0", f"{name}.pth"):
         found = find_published(path)
         assert found is not None and found.id == "Efficient-Large-Model/Sana_1600M_1024px_BF16", path
+    nested = find_published(f"models/{name}_ControlNet_HED/checkpoints/Sana_600M_512px.pth")
+    assert nested is not None and nested.short == "sana-0.6b-512"  # a file's own name counts before its folder's
     assert find_published("mine.pth") is None and find_published("zoo://pipeline") is None
 
 
 def test_the_command_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["published"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(PUBLISHED)
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.startswith("short name") and len(lines) == len(PUBLISHED)
 
 
 @torch.inference_mode()
@@ -62,3 +68,22 @@ def test_a_published_file_is_known_by_its_name(tmp_path: Path) -> None:
     assert SanaTransformer.from_pretrained(teacher).config.time_input == "unit"
     torch.save({"state_dict": nvlabs_weights(PLAIN)}, tmp_path / "mine.pth")
     assert SanaTransformer.from_pretrained(tmp_path / "mine.pth").config.time_input == "whole"
+    for name in ("Sana_Sprint_0.6B_1024px.pth", "Sana_Sprint_0.6B_1024px_teacher.pth"):  # names of others
+        named = (tmp_path / "mine.pth").rename(tmp_path / name)
+        assert SanaTransformer.from_pretrained(named).config.time_input == "whole" and not is_sprint(named)
+        named.rename(tmp_path / "mine.pth")
+
+
+def test_what_is_not_there_or_not_read_is_told_with_what_was_meant() -> None:
+    meant = {
+        "sana-1.6b-1025": "did you mean sana-1.6b-102",
+        "Sana-Sprint-1.6B": "did you mean sana-sprint-1.6b?",
+        "efficient-large-model/sana_600m_512px": r"did you mean hf://Efficient-Large-Model/Sana_600M_512px\?",
+    }
+    for path, message in meant.items():
+        with pytest.raises(FileNotFoundError, match=message):
+            resolve(path)
+    with pytest.raises(FileNotFoundError, match=r"did you mean sana-sprint-1\.6b\?"):
+        is_hub_id("Sana-Sprint-1.6B")
+    with pytest.raises(ValueError, match="nunchaku-sana is not read here: 4-bit SVDQuant weights are not read"):
+        resolve("hf://nunchaku-tech/nunchaku-sana")
