@@ -145,7 +145,7 @@ def fill(model: nn.Module, state: dict[str, Tensor], key_map: KeyMap, source: Pa
         not_floating = [
             f"no floating-point numbers in {name}: {state[name].dtype} (quantized weights are not read)"
             for name in foreign.names
-            if name in state and not state[name].is_floating_point()
+            if expected.is_floating_point() and name in state and not state[name].is_floating_point()
         ]
         problems += missing + misshapen + not_floating
         if not missing and not misshapen and not not_floating:
@@ -154,8 +154,10 @@ def fill(model: nn.Module, state: dict[str, Tensor], key_map: KeyMap, source: Pa
     if problems:
         shown = "\n  ".join(problems[:8]) + (f"\n  and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise ValueError(f"{source} does not fit a {type(model).__name__}:\n  {shown}")
-    one = dtype or reduce(torch.promote_types, {torch.bfloat16 if t.itemsize == 1 else t.dtype for t in ours.values()})
-    model.load_state_dict({key: tensor.to(one) for key, tensor in ours.items()}, assign=True)
+    floats = {tensor.dtype for tensor in ours.values() if tensor.is_floating_point()}  # a batch norm also counts its batches
+    one = dtype or reduce(torch.promote_types, {torch.bfloat16 if found.itemsize == 1 else found for found in floats})
+    cast = {key: tensor.to(one) if tensor.is_floating_point() else tensor for key, tensor in ours.items()}
+    model.load_state_dict(cast, assign=True)
     model.requires_grad_(True).eval()
 
 
