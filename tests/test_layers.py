@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("sana_model", "pipelines", "jobs")
 
 ROOMS = (
+    "sana_model/arguments",
+    "sana_model/pixels",
     "sana_model/kernels",
     "sana_model/nn",
     "sana_model/zoo",
@@ -22,7 +24,6 @@ ROOMS = (
     "sana_model/files",
     "sana_model/pictures",
     "sana_model/controls",
-    "sana_model/arguments",
     "sana_model/pipeline",
     "sana_model",
     "pipelines/storage",
