@@ -15,7 +15,7 @@ import contextlib, importlib, io, sys
 from jobs.common.commands import COMMANDS
 
 def answer(name, *arguments):
-    inside = {{"demo": "demo.main", "benchmark": "benchmark.__main__"}}
+    inside = {{"demo": "demo.main", "benchmark": "benchmark.__main__", "paper": "paper.__main__"}}
     module = importlib.import_module("jobs." + inside.get(name, name))
     with contextlib.redirect_stdout(io.StringIO()) as shown:
         try:
