@@ -170,7 +170,7 @@ FOLDERS: dict[str, tuple[str, Callable[[Path], object], type[Exception], str]] =
         "sana",
         lambda folder: shutil.rmtree(folder / "transformer"),
         FileNotFoundError,
-        r"holds no .safetensors file",
+        r"has no transformer/: the pipeline is incomplete",
     ),
     "no tokenizer among the text encoder's files": (
         "sana",
