@@ -12,18 +12,19 @@ from pipelines.evaluate.metric_config import FIGURES
 from pipelines.evaluate.registry import METRICS, metric_class
 from pipelines.storage.files import read_file
 from pipelines.tables.errors import MissingTableError
+from pipelines.tables.identity import flatten
 from pipelines.tables.schema import SAMPLES, samples_path
 from pipelines.tables.table import Table
 
 NUM_RESAMPLES = 1000
 PUBLISHED: Mapping[str, Mapping[str, float]] = {
-    "Sana-0.6B, 1024 px": {"fid": 5.61, "clip_score": 28.80, "geneval": 0.68, "dpg": 0.842},
-    "Sana-1.6B, 1024 px": {"fid": 5.92, "clip_score": 28.94, "geneval": 0.69, "dpg": 0.845},
-    "Sana-1.5 1.6B": {"fid": 5.70, "clip_score": 29.12, "geneval": 0.82, "dpg": 0.845},
-    "Sana-1.5 4.8B": {"fid": 5.99, "clip_score": 29.23, "geneval": 0.81, "dpg": 0.847},
-    "FLUX-dev": {"fid": 10.15, "clip_score": 27.47, "geneval": 0.67, "dpg": 0.840},
+    "Sana-0.6B, 1024 px": {"fid": 5.61, "clip_score": 28.80, "geneval": 0.68, "dpg": 84.2},
+    "Sana-1.6B, 1024 px": {"fid": 5.92, "clip_score": 28.94, "geneval": 0.69, "dpg": 84.5},
+    "Sana-1.5 1.6B": {"fid": 5.70, "clip_score": 29.12, "geneval": 0.82, "dpg": 84.5},
+    "Sana-1.5 4.8B": {"fid": 5.99, "clip_score": 29.23, "geneval": 0.81, "dpg": 84.7},
+    "FLUX-dev": {"fid": 10.15, "clip_score": 27.47, "geneval": 0.67, "dpg": 84.0},
 }
-"""Of NVlabs' README: FID and CLIP score on 30,000 prompts of MJHQ, GenEval on 553, DPG-Bench on 1,065 (as a share)."""
+"""Of NVlabs' README: FID and CLIP score on 30,000 prompts of MJHQ, GenEval on 553, DPG-Bench on 1,065."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def compare_samples(dataset_uri: str, names: Sequence[str], *, seed: int = 0) ->
                 figures.setdefault(figure, {})[name] = value
     if not figures:
         raise MissingTableError(f"none of {', '.join(names)} was evaluated: run jobs.evaluate --evaluate.name {names[0]} first")
-    flat = [_flatten(asdict(manifest.identity())) for manifest in manifests]
+    flat = [flatten(asdict(manifest.identity())) for manifest in manifests]
     keys = dict.fromkeys(key for settings in flat for key in settings)
     rows = {key: [settings.get(key) for settings in flat] for key in keys}
     differing = {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
@@ -102,12 +103,6 @@ def bootstrap(metric: Any, table: Table, *, seed: int = 0) -> dict[str, tuple[fl
         low, high = np.percentile([total / count for total, count in drawn], [2.5, 97.5])
         found[figure] = (float(low), float(high))
     return found
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {key: inner for name, own in value.items() for key, inner in _flatten(own, f"{prefix}.{name}".strip(".")).items()}
 
 
 def figures_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:

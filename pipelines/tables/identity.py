@@ -134,7 +134,7 @@ def _now() -> str:
 
 def describe_differences(old: Identity, new: Identity) -> list[str]:
     """A line "field: old -> new" for each field that differs."""
-    before, after = _flatten(old.values()), _flatten(new.values())
+    before, after = flatten(old.values()), flatten(new.values())
     absent = "(absent)"
     return [
         f"{name}: {_shorten(before.get(name, absent))} -> {_shorten(after.get(name, absent))}"
@@ -143,12 +143,13 @@ def describe_differences(old: Identity, new: Identity) -> list[str]:
     ]
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """The values in nested dicts, by their dotted names."""
     if not isinstance(value, dict):
         return {prefix: value}
     flat: dict[str, Any] = {}
     for name, inner in value.items():
-        flat |= _flatten(inner, f"{prefix}.{name}" if prefix else name)
+        flat |= flatten(inner, f"{prefix}.{name}" if prefix else name)
     return flat
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from jobs import compare
 from jobs.common.exit_codes import ExitCode
-from pipelines.evaluate.compare import FIGURES, bootstrap, compare_samples
+from pipelines.evaluate.compare import FIGURES, PUBLISHED, bootstrap, compare_samples
+from pipelines.evaluate.dpg.questions import ScoreSums
 from pipelines.evaluate.metric import metric_table
 from pipelines.evaluate.registry import metric_class
 from pipelines.tables.identity import Identity
@@ -44,6 +45,12 @@ def write_scores(uri: str, name: str, scores: list[tuple[str, float]], *, shards
     figures = {"clip_score": float(np.mean([score for _, score in scores])), "fid": 6.0}
     table.write_file(FIGURES, json.dumps(figures).encode())
     return table
+
+
+def test_published_figures_of_dpg_bench_are_in_the_unit_of_ours() -> None:
+    sums = ScoreSums()
+    sums.add("a cat", 0.845, [("entity", True)])
+    assert sums.figures()["score"] == pytest.approx(PUBLISHED["Sana-1.5 1.6B"]["dpg"])
 
 
 def test_a_page_a_table_and_a_vote(dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
