@@ -90,10 +90,15 @@ def run_command(
     """Parse the command line and run a command that needs no Ray; returns the exit code, which is `run`'s if it returns one."""
     config = parse_command(config_class, argv, name=name)
     with hiding(secrets_of(config)):
-        try:
-            return run(config) or ExitCode.DONE
-        except Exception as error:
-            return report_error(error, expected=is_expected(error) or isinstance(error, OSError))
+        return run_reporting(run, config)
+
+
+def run_reporting(run: Callable[[Config], ExitCode | None], config: Config) -> ExitCode:
+    """Call `run`; what it raises is printed as `report_error` does. Returns the exit code."""
+    try:
+        return run(config) or ExitCode.DONE
+    except Exception as error:
+        return report_error(error, expected=is_expected(error) or isinstance(error, OSError))
 
 
 def parse_command(config_class: type[Config], argv: Sequence[str] | None, *, name: str) -> Config:

@@ -7,6 +7,7 @@ from typing import Any
 from jobs.common.commands import COMMANDS, choose, program
 from jobs.common.config import parse_config
 from jobs.common.exit_codes import ExitCode
+from jobs.common.job import run_reporting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,4 +31,4 @@ def run_subcommand(name: str, parts: Mapping[str, Subcommand], argv: Sequence[st
     chosen, arguments = choose(prog, {COMMANDS[name]: {key: part.line for key, part in parts.items()}}, argv)
     part = parts[chosen]
     config = parse_config(part.config_class, arguments, prog=f"{prog} {chosen}", description=part.line)
-    return part.run(config) or ExitCode.DONE
+    return run_reporting(part.run, config)

@@ -3,8 +3,6 @@
 import sys
 from collections.abc import Sequence
 
-from jobs.common.exit_codes import is_expected
-from jobs.common.job import report_error
 from jobs.common.subcommands import Subcommand, run_subcommand
 from jobs.paper.config import AttentionConfig, MacsConfig, ParametersConfig, ReconstructionConfig, SolverCurveConfig
 
@@ -59,10 +57,7 @@ PARTS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        return run_subcommand("paper", PARTS, argv)
-    except Exception as error:
-        return report_error(error, expected=is_expected(error) or isinstance(error, OSError))
+    return run_subcommand("paper", PARTS, argv)
 
 
 if __name__ == "__main__":
