@@ -4,17 +4,14 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from jobs.common.job import JobConfig, run_job
+from jobs.common.metric_job import judge_pictures
 from jobs.common.stage_job import LazyRun, track_stage
 from jobs.common.text_table import format_table
 from pipelines.draw.config import SampleConfig
 from pipelines.evaluate.best_of.config import BestOfConfig
 from pipelines.stages.contract import StageResult
-
-if TYPE_CHECKING:
-    from pipelines.evaluate.metric_config import MetricConfig
 
 FIGURES = "best_of.json"
 """The file beside the kept pictures with the figures by the number of candidates."""
@@ -50,6 +47,7 @@ def run(job: BestOfJob) -> StageResult:
     from pipelines.draw.sample import run_sample
     from pipelines.evaluate.best_of.figures import best_of_figures
     from pipelines.evaluate.best_of.run import NO_PICTURE, run_best_of
+    from pipelines.evaluate.pictures import sampled_pictures
 
     sample, best_of = job.candidates, job.best_of
     with LazyRun(job, f"best_of {best_of.name}") as shared:
@@ -59,7 +57,10 @@ def run(job: BestOfJob) -> StageResult:
             lambda on_progress, leases: run_sample(job.dataset_uri, sample, on_progress=on_progress, leases=leases),
             shared=shared,
         )
-        judged = {metric: _judge(job, metric, config, shared) for metric, config in best_of.chosen.items()}
+        pictures = sampled_pictures(job.dataset_uri, sample.name)
+        judged = {
+            metric: judge_pictures(job, pictures, metric, config, shared=shared) for metric, config in best_of.chosen.items()
+        }
         kept = track_stage(
             job,
             f"best_of {best_of.name}",
@@ -77,21 +78,6 @@ def run(job: BestOfJob) -> StageResult:
         print(f"{num_without} prompts have no picture: {best_of.judge} refused all their candidates", flush=True)
     print("\n".join([_gain(figures, best_of.keep), *_cost(job, drawn, judged)]), flush=True)
     return kept
-
-
-def _judge(job: BestOfJob, metric: str, config: "MetricConfig", shared: LazyRun) -> StageResult:
-    from pipelines.evaluate.pictures import sampled_pictures
-    from pipelines.evaluate.run import run_metric
-
-    pictures = sampled_pictures(job.dataset_uri, job.sample.name)
-    return track_stage(
-        job,
-        f"evaluate {pictures.name} {metric}",
-        lambda on_progress, leases: run_metric(
-            job.dataset_uri, pictures, metric, config, on_progress=on_progress, leases=leases
-        ),
-        shared=shared,
-    )
 
 
 def _gain(figures: Mapping[int, Mapping[str, float]], keep: int) -> str:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from jobs.common.exit_codes import is_expected
 from jobs.common.job import JobConfig, run_job
+from jobs.common.metric_job import judge_pictures
 from jobs.common.resources import check_local
-from jobs.common.stage_job import LazyRun, require_tables, track_stage
+from jobs.common.stage_job import LazyRun, require_tables
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.metric_config import FIGURES
 from pipelines.stages.contract import StageResult
@@ -19,7 +20,6 @@ from sana_model.files.redact import redact
 
 if TYPE_CHECKING:
     from pipelines.evaluate.metric_config import MetricConfig
-    from pipelines.evaluate.pictures import Pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,32 +61,20 @@ def _run_metric(job: EvaluateJob, metric: str, config: "MetricConfig", shared: L
     from pipelines.evaluate.pictures import sampled_pictures
     from pipelines.evaluate.registry import metric_class
 
-    check_local(job, f"evaluate.{metric}")
+    section = f"evaluate.{metric}"
+    check_local(job, section)
     kind = metric_class(metric)
     reference = kind.reference(job.dataset_uri, config)
     if reference is not None:
-        _judge(job, reference, metric, config, None)
-    result = _judge(job, sampled_pictures(job.dataset_uri, job.evaluate.name), metric, config, shared)
+        judge_pictures(job, reference, metric, config, section=section)
+    drawn = sampled_pictures(job.dataset_uri, job.evaluate.name)
+    result = judge_pictures(job, drawn, metric, config, shared=shared, section=section)
     figures = kind.summarize(result.table, config)
     result.table.write_file(FIGURES, (json.dumps(figures, indent=2) + "\n").encode())
     if shared.run is not None:
         shared.run.log_metrics(figures)
     print("  ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
     return result
-
-
-def _judge(job: EvaluateJob, pictures: "Pictures", metric: str, config: "MetricConfig", shared: LazyRun | None) -> StageResult:
-    from pipelines.evaluate.run import run_metric
-
-    return track_stage(
-        job,
-        f"evaluate {pictures.name} {metric}",
-        lambda on_progress, leases: run_metric(
-            job.dataset_uri, pictures, metric, config, on_progress=on_progress, leases=leases
-        ),
-        shared=shared,
-        section=f"evaluate.{metric}",
-    )
 
 
 def look_first(job: EvaluateJob) -> bool:
