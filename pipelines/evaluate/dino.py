@@ -7,8 +7,7 @@ from PIL import Image
 
 from pipelines.evaluate.distances import Array, precision_recall
 from pipelines.evaluate.feature_config import DinoConfig
-from pipelines.evaluate.features import FeatureMetric, FeatureSet, frechet
-from pipelines.evaluate.inception import NEIGHBORS
+from pipelines.evaluate.features import NEIGHBORS, FeatureMetric, FeatureSet, frechet, sample_both
 from pipelines.tables.schema import Row
 
 if TYPE_CHECKING:
@@ -56,8 +55,8 @@ class Dino(FeatureMetric[DinoConfig]):
     @classmethod
     def compare(cls, drawn: FeatureSet, real: FeatureSet, config: DinoConfig) -> dict[str, float]:
         figures = {"fd_dinov2": frechet(drawn, real)}
-        some, others = drawn.sample(config.max_features), real.sample(config.max_features)
-        if some is not None and others is not None and min(len(some), len(others)) > NEIGHBORS:
+        if (both := sample_both(drawn, real, config.max_features)) is not None:
+            some, others = both
             precision, recall = precision_recall(others, some, neighbors=NEIGHBORS)
             figures |= {"precision_dinov2": precision, "recall_dinov2": recall}
         return figures

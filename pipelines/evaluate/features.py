@@ -23,6 +23,8 @@ from pipelines.tables.table import Table, absolute_uri
 
 Config = TypeVar("Config", bound=FeatureConfig)
 ROWS_AT_ONCE = 1000
+NEIGHBORS = 3
+"""Of precision and recall, as published: a set needs more features than these."""
 
 
 class FeatureSet(Protocol):
@@ -161,3 +163,11 @@ def frechet(drawn: FeatureSet, real: FeatureSet) -> float:
             f"the reference has features of {len(other_mean)} numbers, the pictures of {len(mean)}: another model's"
         )
     return frechet_distance(mean, covariance, other_mean, other_covariance)
+
+
+def sample_both(drawn: FeatureSet, real: FeatureSet, limit: int) -> tuple[Array, Array] | None:
+    """At most `limit` features of each set, for figures that compare all pairs; None where there are too few or none."""
+    some, others = drawn.sample(limit), real.sample(limit)
+    if some is None or others is None or min(len(some), len(others)) <= NEIGHBORS:
+        return None
+    return some, others

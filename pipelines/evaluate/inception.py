@@ -4,13 +4,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipelines.evaluate.distances import Array, kernel_distance, precision_recall
 from pipelines.evaluate.feature_config import InceptionConfig
-from pipelines.evaluate.features import FeatureMetric, FeatureSet, frechet
+from pipelines.evaluate.features import NEIGHBORS, FeatureMetric, FeatureSet, frechet, sample_both
 from pipelines.tables.schema import Row
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-NEIGHBORS = 3
 
 
 class Inception(FeatureMetric[InceptionConfig]):
@@ -50,8 +48,8 @@ class Inception(FeatureMetric[InceptionConfig]):
     @classmethod
     def compare(cls, drawn: FeatureSet, real: FeatureSet, config: InceptionConfig) -> dict[str, float]:
         figures = {"fid": frechet(drawn, real)}
-        some, others = drawn.sample(config.max_features), real.sample(config.max_features)
-        if some is not None and others is not None and min(len(some), len(others)) > NEIGHBORS:
+        if (both := sample_both(drawn, real, config.max_features)) is not None:
+            some, others = both
             figures["kid"], figures["kid_std"] = kernel_distance(others, some)
             figures["precision"], figures["recall"] = precision_recall(others, some, neighbors=NEIGHBORS)
         return figures

@@ -24,10 +24,12 @@ class Metric(ABC, Generic[Config]):
     """One way to judge pictures. Its module loads neither torch nor transformers when it is imported.
 
     `name` is that of its table `evaluations/<pictures>/<name>`, whose columns are in METRIC_COLUMNS of
-    `pipelines/tables/schema.py`, and of its section in `EvaluateConfig`.
+    `pipelines/tables/schema.py`, and of its section in `MetricsConfig`.
     """
 
     name: ClassVar[str]
+    more_models: ClassVar[tuple[str, ...]] = ()
+    """Settings that name further models; the revision of each stands under its name with `_revision`."""
 
     @abstractmethod
     def __init__(self, config: Config):
@@ -40,13 +42,18 @@ class Metric(ABC, Generic[Config]):
     def find_models(cls, config: Config) -> tuple[Config, dict[str, str]]:
         """Find the models, on the driver: the configuration that names these very versions, and the version of each by a name.
 
-        The versions are part of the table's fingerprint. This finds the one of `config.model`; a metric with more models
-        overrides it. Raises as `find_model`.
+        The versions are part of the table's fingerprint. Raises as `find_model`.
         """
         from pipelines.workers.models import find_model
 
-        model = find_model(config.model, config.revision)
-        return replace(config, model=model.path, revision=model.revision), {"model": model.version}
+        pinned: dict[str, Any] = {}
+        versions: dict[str, str] = {}
+        for name in ("model", *cls.more_models):
+            revision = "revision" if name == "model" else f"{name}_revision"
+            found = find_model(getattr(config, name), getattr(config, revision))
+            pinned |= {name: found.path, revision: found.revision}
+            versions[name] = found.version
+        return replace(config, **pinned), versions
 
     @classmethod
     def reference(cls, dataset_uri: str, config: Config) -> Pictures | None:

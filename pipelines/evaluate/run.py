@@ -65,9 +65,10 @@ class MetricWorker:
         ready = prepare_ahead(iter_rows(table), self.metric.prepare, num_ahead=size, num_threads=self.config.prepare_threads)
         for batch in iter(lambda: list(islice(ready, size)), []):
             usable = [_with_picture(row, picture) for row, picture in batch if not isinstance(picture, RowRefused)]
-            judged = iter(self._judge(usable))
+            judged: list[Row | RowRefused] = run_halving(self.metric.judge, usable) if usable else []
+            answers = iter(judged)
             for row, picture in batch:
-                answer = picture if isinstance(picture, RowRefused) else next(judged)
+                answer = picture if isinstance(picture, RowRefused) else next(answers)
                 if not isinstance(answer, RowRefused):
                     answer = self._refuse_not_finite(answer)
                 if isinstance(answer, RowRefused):
@@ -75,12 +76,6 @@ class MetricWorker:
                 else:
                     rows.append({"id": row["id"], "prompt": row["prompt"], **answer})
         return ShardOutput(rows, rejects)
-
-    def _judge(self, rows: list[Row]) -> list[Row | RowRefused]:
-        if not rows:
-            return []
-        answers = run_halving(self.metric.judge, rows)
-        return answers
 
     def _refuse_not_finite(self, answer: Row) -> Row | RowRefused:
         for name, value in answer.items():

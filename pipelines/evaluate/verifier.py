@@ -1,28 +1,27 @@
 """The verifier of Sana 1.5's inference-time scaling: a VLM says whether a picture fits its prompt."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from pipelines.evaluate.dpg.questions import read_answer
-from pipelines.evaluate.metric import Metric, iter_shards
+from pipelines.evaluate.metric import iter_shards
 from pipelines.evaluate.verifier_config import PROMPT, VerifierConfig
+from pipelines.evaluate.vlm import VlmMetric
 from pipelines.tables.errors import StageError
 from pipelines.tables.rejects import RowRefused
 from pipelines.tables.schema import Row
 from pipelines.tables.table import Table
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from pipelines.caption.rows import Outcome
 
 SPACES = " \u0120\u2581"
 """As tokenizers spell it, too: BPE and SentencePiece."""
 
 
-class Verifier(Metric[VerifierConfig]):
+class Verifier(VlmMetric[VerifierConfig]):
     """Xie et al. 2025 (SANA 1.5, arXiv 2501.18427). Figure: `verifier`, the share of pictures of which the VLM says yes.
 
     Which of two pictures is the better one is as in NVlabs' `nvila_sana_pick.py`: yes is better than no; of two yes, the surer;
@@ -31,24 +30,6 @@ class Verifier(Metric[VerifierConfig]):
     """
 
     name: ClassVar = "verifier"
-
-    def __init__(self, config: VerifierConfig):
-        from pipelines.caption.asking import make_asker
-
-        self.config = config
-        self.asker = make_asker(config.judge)
-
-    @classmethod
-    def find_models(cls, config: VerifierConfig) -> tuple[VerifierConfig, dict[str, str]]:
-        from pipelines.caption.run import find_models
-
-        judge, versions = find_models(config.judge)
-        return replace(config, model=judge.model, revision=judge.revision), versions
-
-    def prepare(self, row: Row) -> "Image.Image":
-        image: Image.Image = super().prepare(row)
-        image.thumbnail((self.config.max_image_size,) * 2)
-        return image
 
     def judge(self, rows: list[Row]) -> list[Row | RowRefused]:
         from pipelines.caption.rows import Question, as_text
@@ -77,8 +58,8 @@ class Verifier(Metric[VerifierConfig]):
 
     @classmethod
     def summarize(cls, table: Table, config: VerifierConfig) -> dict[str, float]:
-        said = [value for _, _, value in cls.scores(table)]
-        return {cls.name: sum(said) / len(said)} if said else {}
+        said = Counter(value for _, _, value in cls.scores(table))
+        return {cls.name: said[1.0] / said.total()} if said else {}
 
     @classmethod
     def scores(cls, table: Table) -> Iterator[tuple[str, str, float]]:
@@ -94,7 +75,5 @@ def word_log_prob(first_tokens: Mapping[str, float], word: str) -> float:
         first_tokens: the log-probabilities of the likeliest first tokens, by their texts. A word that is not among them is at
             most as likely as the least likely of them: that is returned.
     """
-    own = [
-        value for token, value in first_tokens.items() if token.strip(" \u0120\u2581").lower() == word
-    ]  # and tokenizers' spaces
+    own = [value for token, value in first_tokens.items() if token.strip(SPACES).lower() == word]
     return math.log(sum(math.exp(value) for value in own)) if own else min(first_tokens.values(), default=-100.0)

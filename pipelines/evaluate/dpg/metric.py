@@ -1,7 +1,6 @@
 """DPG-Bench: a VLM answers questions about each picture."""
 
 import hashlib
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -16,18 +15,17 @@ from pipelines.evaluate.dpg.questions import (
     read_answer,
     read_questions,
 )
-from pipelines.evaluate.metric import Metric, iter_shards
+from pipelines.evaluate.metric import iter_shards
+from pipelines.evaluate.vlm import VlmMetric
 from pipelines.tables.rejects import RowRefused
 from pipelines.tables.schema import Row
 from pipelines.tables.table import Table
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from pipelines.caption.rows import Outcome
 
 
-class DpgBench(Metric[DpgConfig]):
+class DpgBench(VlmMetric[DpgConfig]):
     """Hu et al. 2024 (ELLA, arXiv 2403.05135); published results are over 1,065 prompts with 4 pictures each.
 
     Figures, from 0 to 100: `dpg`, the mean over the prompts; `dpg.<category>` the share of its questions answered with yes, for
@@ -38,26 +36,16 @@ class DpgBench(Metric[DpgConfig]):
     name: ClassVar = "dpg"
 
     def __init__(self, config: DpgConfig):
-        from pipelines.caption.asking import make_asker
-
-        self.config = config
         self.book = read_book(config.questions)
-        self.asker = make_asker(config.judge)
+        super().__init__(config)
 
     @classmethod
     def find_models(cls, config: DpgConfig) -> tuple[DpgConfig, dict[str, str]]:
-        from pipelines.caption.run import find_models
-
         read_book(config.questions)  # before a model is fetched
         place = _questions_file(config.questions)
         version = f"sha256:{hashlib.sha256(place.read_bytes()).hexdigest()[:32]}"
-        judge, versions = find_models(config.judge)
-        return replace(config, model=judge.model, revision=judge.revision), {**versions, "questions": version}
-
-    def prepare(self, row: Row) -> "Image.Image":
-        image: Image.Image = super().prepare(row)
-        image.thumbnail((self.config.max_image_size,) * 2)
-        return image
+        found, versions = super().find_models(config)
+        return found, {**versions, "questions": version}
 
     def judge(self, rows: list[Row]) -> list[Row | RowRefused]:
         from pipelines.caption import rows as captioning

@@ -1,6 +1,5 @@
 """GenEval: whether pictures show the objects that their prompts name, in number, color and place."""
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipelines.evaluate.geneval.config import GenEvalConfig
@@ -33,6 +32,7 @@ class GenEval(Metric[GenEvalConfig]):
     """
 
     name: ClassVar = "geneval"
+    more_models: ClassVar = ("clip",)
 
     def __init__(self, config: GenEvalConfig):
         from pipelines.evaluate.geneval.colors import ColorNamer
@@ -52,14 +52,6 @@ class GenEval(Metric[GenEvalConfig]):
         clip = ClipModel(config.clip, revision=config.clip_revision, dtype=config.dtype, device=config.device)
         self.colors = ColorNamer(clip, config.colors, config.color_templates, config.background)
         self.reader = PromptReader(self.detector.names, config.colors)
-
-    @classmethod
-    def find_models(cls, config: GenEvalConfig) -> tuple[GenEvalConfig, dict[str, str]]:
-        from pipelines.workers.models import find_model
-
-        found, versions = super().find_models(config)
-        clip = find_model(config.clip, config.clip_revision)
-        return replace(found, clip=clip.path, clip_revision=clip.revision), {**versions, "clip": clip.version}
 
     def prepare(self, row: Row) -> tuple["Image.Image", Any]:
         image: Image.Image = super().prepare(row)

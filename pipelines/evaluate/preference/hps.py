@@ -1,6 +1,5 @@
 """HPSv2.1: how much people would like a picture for its prompt."""
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from pipelines.evaluate.metric import Metric
@@ -20,6 +19,7 @@ class Hps(Metric[HpsConfig]):
     """
 
     name: ClassVar = "hps"
+    more_models: ClassVar = ("processor",)
 
     def __init__(self, config: HpsConfig):
         from pipelines.evaluate.preference.open_clip import OpenClip
@@ -30,15 +30,6 @@ class Hps(Metric[HpsConfig]):
             dtype=config.dtype,
             device=config.device,
         )
-
-    @classmethod
-    def find_models(cls, config: HpsConfig) -> tuple[HpsConfig, dict[str, str]]:
-        from pipelines.workers.models import find_model
-
-        found, versions = super().find_models(config)
-        processor = find_model(config.processor, config.processor_revision)
-        pinned = replace(found, processor=processor.path, processor_revision=processor.revision)
-        return pinned, {**versions, "processor": processor.version}
 
     def prepare(self, row: Row) -> "Tensor":
         return self.clip.prepare_image(super().prepare(row))["pixel_values"]

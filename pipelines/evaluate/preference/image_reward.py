@@ -1,6 +1,5 @@
 """ImageReward: how people would rank a picture for its prompt."""
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from pipelines.evaluate.metric import Metric
@@ -19,6 +18,7 @@ class ImageReward(Metric[ImageRewardConfig]):
     """
 
     name: ClassVar = "image_reward"
+    more_models: ClassVar = ("tokenizer",)
 
     def __init__(self, config: ImageRewardConfig):
         import torch
@@ -35,15 +35,6 @@ class ImageReward(Metric[ImageRewardConfig]):
         path, options = pretrained(config.tokenizer, config.tokenizer_revision)
         self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
         self.plain = PlainText(self.tokenizer)
-
-    @classmethod
-    def find_models(cls, config: ImageRewardConfig) -> tuple[ImageRewardConfig, dict[str, str]]:
-        from pipelines.workers.models import find_model
-
-        found, versions = super().find_models(config)
-        tokenizer = find_model(config.tokenizer, config.tokenizer_revision)
-        pinned = replace(found, tokenizer=tokenizer.path, tokenizer_revision=tokenizer.revision)
-        return pinned, {**versions, "tokenizer": tokenizer.version}
 
     def prepare(self, row: Row) -> "Tensor":
         return self.model.prepare_image(super().prepare(row))

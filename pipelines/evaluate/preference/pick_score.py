@@ -1,6 +1,5 @@
 """PickScore: which picture people would pick for its prompt."""
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from pipelines.evaluate.metric import Metric
@@ -19,6 +18,7 @@ class PickScore(Metric[PickScoreConfig]):
     """
 
     name: ClassVar = "pick_score"
+    more_models: ClassVar = ("processor",)
 
     def __init__(self, config: PickScoreConfig):
         from pipelines.workers.clip import ClipModel
@@ -30,15 +30,6 @@ class PickScore(Metric[PickScoreConfig]):
             device=config.device,
             processor=(config.processor, config.processor_revision),
         )
-
-    @classmethod
-    def find_models(cls, config: PickScoreConfig) -> tuple[PickScoreConfig, dict[str, str]]:
-        from pipelines.workers.models import find_model
-
-        found, versions = super().find_models(config)
-        processor = find_model(config.processor, config.processor_revision)
-        pinned = replace(found, processor=processor.path, processor_revision=processor.revision)
-        return pinned, {**versions, "processor": processor.version}
 
     def prepare(self, row: Row) -> "PreparedImage":
         return self.clip.prepare_image(super().prepare(row))
