@@ -38,7 +38,7 @@ class VllmAsker:
         )
 
     def ask(self, questions: list[Question]) -> list[Outcome]:
-        return run_halving(self._ask_together, questions, refuse=_refuse) if questions else []
+        return run_halving(self._ask_together, questions, refuse=_refuse)
 
     def _ask_together(self, questions: list[Question]) -> list[Answer]:
         from vllm import SamplingParams

@@ -148,7 +148,7 @@ class Sampler:
             rejects += refused
             counts = self.pipeline.text_encoder.count_tokens([row["prompt"] for row in batch]) if batch else []
             num_cut += sum(count > self.pipeline.text_encoder.config.max_tokens for count in counts)
-            for row, image in zip(batch, run_halving(self.draw, batch, refuse=_refuse) if batch else [], strict=True):
+            for row, image in zip(batch, run_halving(self.draw, batch, refuse=_refuse), strict=True):
                 number, _ = row.pop("number"), row.pop("control")
                 if isinstance(image, RowRefused):
                     rejects.append(reject(row, image))

@@ -65,8 +65,7 @@ class MetricWorker:
         ready = prepare_ahead(iter_rows(table), self.metric.prepare, num_ahead=size, num_threads=self.config.prepare_threads)
         for batch in iter(lambda: list(islice(ready, size)), []):
             usable = [_with_picture(row, picture) for row, picture in batch if not isinstance(picture, RowRefused)]
-            judged: list[Row | RowRefused] = run_halving(self.metric.judge, usable) if usable else []
-            answers = iter(judged)
+            answers = iter(run_halving(self.metric.judge, usable))
             for row, picture in batch:
                 answer = picture if isinstance(picture, RowRefused) else next(answers)
                 if not isinstance(answer, RowRefused):

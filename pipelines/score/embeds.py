@@ -89,7 +89,7 @@ class ImageEmbedder:
         ready = prepare_ahead(iter_rows(table), self._prepare, num_ahead=size, num_threads=self.config.prepare_threads)
         for batch in iter(lambda: list(islice(ready, size)), []):
             good = [image for _, image in batch if not isinstance(image, RowRefused)]
-            embedded = iter(run_halving(self._embed, good) if good else [])
+            embedded = iter(run_halving(self._embed, good))
             for row, image in batch:
                 vector = image if isinstance(image, RowRefused) else next(embedded)
                 if not isinstance(vector, RowRefused) and not bool(vector.isfinite().all()):

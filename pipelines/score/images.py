@@ -105,7 +105,7 @@ class ImageScorer:
         )
         for batch in iter(lambda: list(islice(ready, self.config.batch_size)), []):
             images = [pixels for _, pixels in batch if not isinstance(pixels, RowRefused)]
-            scores = iter(run_halving(self._score, images) if images else [])
+            scores = iter(run_halving(self._score, images))
             for row, pixels in batch:
                 score = pixels if isinstance(pixels, RowRefused) else next(scores)
                 if isinstance(score, RowRefused):

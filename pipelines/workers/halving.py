@@ -28,10 +28,14 @@ def run_halving(
 ) -> list[Result | RowRefused]:
     """What `model` makes of each item of a batch, in order; a RowRefused for an item that fails even alone.
 
+    The model is not called for an empty batch.
+
     Args:
         refuse: is told what the model raised and how many items it was given. Returns the refusal of an item that fails so
             alone; None if the items are not at fault: then the error is raised.
     """
+    if not batch:
+        return []
     try:
         return list(model(batch))
     except Exception as error:

@@ -57,7 +57,7 @@ class DpgBench(VlmMetric[DpgConfig]):
             if not isinstance(own, RowRefused)
             for question in own
         ]
-        outcomes = iter(self.asker.ask(asked) if asked else [])
+        outcomes = iter(self.asker.ask(asked))
         return [own if isinstance(own, RowRefused) else _judge_picture(own, [next(outcomes) for _ in own]) for own in questions]
 
     def _questions(self, prompt: str) -> list[Question] | RowRefused:

@@ -66,3 +66,8 @@ def test_a_caller_may_say_which_other_errors_are_an_items_own() -> None:
     assert [getattr(value, "reason", value) for value in found] == [2, 4, "odd", 8] and sizes == [4, 2, 1]
     with pytest.raises(TypeError, match="a bug"):
         run_halving(Model(TypeError, "a bug"), [99], refuse=refuse)
+
+
+def test_an_empty_batch_asks_nothing() -> None:
+    model = Model(MemoryError, "none")
+    assert run_halving(model, []) == [] and model.calls == []
