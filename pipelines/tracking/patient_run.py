@@ -147,5 +147,6 @@ class PatientRun:
         """Keep MLflow's monitor of the machine running: it ends with the first request that fails; start it again then."""
         if self._monitor is not None and self._monitor._process is not None and self._monitor._process.is_alive():
             return
-        self._monitor = SystemMetricsMonitor(run.run_id, resume_logging=True, tracking_uri=run.uri)
-        self._monitor.start()
+        monitor = SystemMetricsMonitor(run.run_id, resume_logging=True, tracking_uri=run.uri)
+        monitor.start()
+        self._monitor = monitor
