@@ -2,9 +2,10 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jobs import extract, ingest, train
 from jobs.common.job import JobConfig, run_job
@@ -13,6 +14,9 @@ from pipelines.ingest.config import IngestConfig
 from pipelines.shapes.grammar import phrasings, write_caption
 from pipelines.shapes.scenes import Scene, ShapesConfig, sample_scene
 from pipelines.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 FIRST_SCENE = 50_000_000
 FIRST_PROMPT = 60_000_000
@@ -53,7 +57,7 @@ def run(job: LearningJob) -> None:
     shared = {"dataset_uri": job.dataset_uri, "ray": job.ray, "tracking": job.tracking}
     ingest.run(ingest.IngestJob(**shared, ingest=job.ingest))  # type: ignore[arg-type]
     extract.run(extract.ExtractJob(**shared, extract=job.extract))  # type: ignore[arg-type]
-    asked = asked_scenes(job)
+    asked = sample_asked(job.shapes, FIRST_PROMPT, job.num_prompts)
     grid = replace(job.train.grid, prompts=[write_caption(scene, phrasings(scene)[0]) for scene in asked])
     train.run(train.TrainJob(**shared, train=replace(job.train, grid=grid), name=job.name))  # type: ignore[arg-type]
     folder = Path(job.dataset_uri, job.name)
@@ -63,26 +67,33 @@ def run(job: LearningJob) -> None:
         print(f"step {step:>6}  " + "  ".join(f"{name} {share:.0%}" for name, share in accuracy.items()), flush=True)
 
 
-def asked_scenes(job: LearningJob) -> list[Scene]:
-    """One-object scenes of the same kind as the drawn ones, drawn from other rows."""
-    config = replace(job.shapes, pair_share=0.0)
-    return [sample_scene(FIRST_PROMPT + number, config) for number in range(job.num_prompts)]
+def sample_asked(shapes: ShapesConfig, first: int, count: int) -> list[Scene]:
+    """The one-object scenes of rows `first` to `first + count`, of the same kind as the drawn ones."""
+    config = replace(shapes, pair_share=0.0)
+    return [sample_scene(first + number, config) for number in range(count)]
 
 
 def judge_grids(folder: Path, asked: Sequence[Scene], clip: str, *, size: int, columns: int) -> dict[str, dict[str, float]]:
     """By step, the shares of pictures whose shape, color, background, and all three are right, as the CLIP reads them."""
-    from PIL import Image
-
     from pipelines.evaluate.shapes import ATTRIBUTES, AttributeJudge, attribute_accuracy
     from pipelines.workers.clip import ClipModel
-    from pipelines.workers.images import cut_grid
 
     judge = AttributeJudge(ClipModel(clip))
-    figures = {}
+    return {
+        str(step): attribute_accuracy(asked, judge.read(pictures), ATTRIBUTES)
+        for step, pictures in read_grids(folder, len(asked), size=size, columns=columns)
+    }
+
+
+def read_grids(folder: Path, count: int, *, size: int, columns: int) -> "Iterator[tuple[int, list[Image]]]":
+    """The step and the `count` RGB pictures of each grid that a training drew in a local folder, in the order of the steps."""
+    from PIL import Image
+
+    from pipelines.workers.images import cut_grid
+
     for path in sorted(folder.glob("step-*.png")):
-        pictures = cut_grid(Image.open(path).convert("RGB"), len(asked), size=size, columns=columns)
-        figures[str(int(path.stem.removeprefix("step-")))] = attribute_accuracy(asked, judge.read(pictures), ATTRIBUTES)
-    return figures
+        grid = Image.open(path).convert("RGB")
+        yield int(path.stem.removeprefix("step-")), cut_grid(grid, count, size=size, columns=columns)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

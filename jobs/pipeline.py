@@ -27,8 +27,8 @@ Stage = TypeVar("Stage", bound=JobConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
-class StagesJob(JobConfig):
-    """Configuration of every stage.
+class TrainingStagesJob(JobConfig):
+    """Configuration of the stages from raw images to a trained pipeline.
 
     Args:
         ingest: what to read, and what to refuse.
@@ -36,7 +36,6 @@ class StagesJob(JobConfig):
         scorer: the CLIP, and whose captions it scores. It judges the pictures too.
         extract: the autoencoder and the resolution.
         train: the training on the latents that `extract` makes.
-        draw: how pictures are drawn.
     """
 
     ingest: IngestConfig
@@ -44,7 +43,6 @@ class StagesJob(JobConfig):
     scorer: ScorerConfig
     extract: ExtractConfig
     train: TrainConfig
-    draw: DrawConfig = field(default_factory=DrawConfig)
 
     def __post_init__(self) -> None:
         names = [captioner.name for captioner in self.captioners]
@@ -59,6 +57,17 @@ class StagesJob(JobConfig):
             raise ValueError(f"captioners {sorted(unscored)} compete in train, and scorer.captioners does not name them")
         if extracted.uri not in [source.table.uri for source in own]:
             raise ValueError(f"train.latents={self.train.latents} is not what extract makes, {self.extract.path}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagesJob(TrainingStagesJob):
+    """Configuration of every stage.
+
+    Args:
+        draw: how pictures are drawn.
+    """
+
+    draw: DrawConfig = field(default_factory=DrawConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +94,7 @@ def run(job: PipelineJob) -> None:
     raise_first(failures)
 
 
-def make_training_table(job: StagesJob, source: IngestConfig, timings: Timings) -> dict[str, Exception]:
+def make_training_table(job: TrainingStagesJob, source: IngestConfig, timings: Timings) -> dict[str, Exception]:
     """Run the stages from raw images to latents. Returns the failures of captioners that `scorer` does not name."""
     timings.measure("ingest", lambda: ingest.run(stage_job(ingest.IngestJob, job, ingest=source)))
     failures = caption_all(job, timings)
@@ -96,7 +105,7 @@ def make_training_table(job: StagesJob, source: IngestConfig, timings: Timings) 
     return failures
 
 
-def caption_all(job: StagesJob, timings: Timings) -> dict[str, Exception]:
+def caption_all(job: TrainingStagesJob, timings: Timings) -> dict[str, Exception]:
     """Run every captioner, also after one has failed. Returns the failures by name."""
     from ray.exceptions import RayError
 
@@ -142,7 +151,7 @@ def draw_and_judge(
     timings.measure(f"evaluate {name}", lambda: evaluate.run(stage_job(evaluate.EvaluateJob, job, evaluate=judge)))
 
 
-def stage_job(job_class: Callable[..., Stage], job: StagesJob, **settings: object) -> Stage:
+def stage_job(job_class: Callable[..., Stage], job: TrainingStagesJob, **settings: object) -> Stage:
     """The job of one stage, on the same dataset, Ray and MLflow."""
     shared = {field.name: getattr(job, field.name) for field in fields(JobConfig)}
     return job_class(**shared | settings)

@@ -68,7 +68,11 @@ def run_job(
         name: the command's name in `COMMANDS`.
         look_first: called before Ray starts; if it returns True, the job is done.
     """
-    job = parse_command(job_class, argv, name=name)
+    return run_parsed(parse_command(job_class, argv, name=name), run, look_first=look_first)
+
+
+def run_parsed(job: Job, run: Callable[[Job], object], *, look_first: Callable[[Job], bool] = lambda job: False) -> ExitCode:
+    """As `run_job`, with a configuration that was read already."""
     job = replace(job, dataset_uri=absolute_uri(job.dataset_uri))
     with hiding(secrets_of(job)):
         try:

@@ -1,6 +1,5 @@
 """Figures of a dataset's captioners and of the selection: mean scores and, where the truth is known, exact captions."""
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,8 +9,8 @@ import numpy as np
 from pipelines.score.candidates import Candidates
 from pipelines.score.config import SelectionConfig
 from pipelines.score.selection import Caption, choose_caption
+from pipelines.shapes.drawing import read_truth
 from pipelines.shapes.grammar import parse
-from pipelines.shapes.scenes import Scene
 from pipelines.tables.schema import IMAGES, IMAGES_PATH
 from pipelines.tables.table import Table
 
@@ -85,15 +84,9 @@ class _Mean:
 def _scored_images(candidates: Candidates, selection: SelectionConfig, seed: int) -> Iterator[_Scored]:
     images = Table(candidates.dataset_uri, IMAGES_PATH, IMAGES)
     for shard in candidates.list_scored():
-        truths = {row["id"]: _truth(row["metadata"]) for row in images.read_shard(shard, ["id", "metadata"]).to_pylist()}
+        truths = {row["id"]: read_truth(row["metadata"]) for row in images.read_shard(shard, ["id", "metadata"]).to_pylist()}
         for row_id, captions in candidates.read(shard).items():
             truth = truths[row_id]
             choice = choose_caption(captions, selection, seed=seed, epoch=0, sample_id=row_id)
             exact = None if truth is None else [parse(caption["caption"]) == truth for caption in captions]
             yield _Scored(captions, exact, None if choice is None else captions.index(choice))
-
-
-def _truth(metadata: str | None) -> Scene | None:
-    """The scene that `shapes.write_folder` noted beside the image."""
-    truth = json.loads(metadata).get("truth") if metadata else None
-    return parse(truth) if isinstance(truth, str) else None

@@ -15,6 +15,8 @@ from pipelines.tables.schema import Row
 from pipelines.tables.table import Table
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pipelines.workers.clip import ClipModel
 
 ATTRIBUTES = ("shape", "color", "background")
@@ -81,7 +83,11 @@ class AttributeJudge:
 
     def read(self, images: Sequence[Image.Image]) -> list[Scene]:
         """The scene that each RGB picture shows."""
-        best = (self.clip.embed_images(images) @ self.embeds.T).argmax(1)
+        return self.read_embeds(self.clip.embed_images(images))
+
+    def read_embeds(self, embeds: "Tensor") -> list[Scene]:
+        """The scene that each picture shows, from the CLIP's embeddings of the pictures, (B, D)."""
+        best = (embeds @ self.embeds.T).argmax(1)
         return [self.scenes[index] for index in best.tolist()]
 
     def describe(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[str | None]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from pipelines.shapes.grammar import full_caption, sample_caption
+from pipelines.shapes.grammar import full_caption, parse, sample_caption
 from pipelines.shapes.scenes import (
     BACKGROUNDS,
     BASE_SIZE,
@@ -55,6 +55,12 @@ def write_folder(
             facts["caption"] = sample_caption(scene, np.random.default_rng(index))
         path.with_suffix(".json").write_text(json.dumps(facts))
         Image.fromarray(pixels).save(path)
+
+
+def read_truth(metadata: str | None) -> Scene | None:
+    """The scene of an image of `write_folder`, from its column `metadata` in the images table; None for any other image."""
+    truth = json.loads(metadata).get("truth") if metadata else None
+    return parse(truth) if isinstance(truth, str) else None
 
 
 def draw_scene(scene: Scene, rng: np.random.Generator, image_size: int = BASE_SIZE) -> np.ndarray:
