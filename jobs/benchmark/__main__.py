@@ -1,10 +1,11 @@
-"""`python -m jobs.benchmark model|train|solver|tiling|stage|duplicates|startup`; `--help` after any of them."""
+"""`python -m jobs.benchmark model|train|solver|tiling|stage|judging|duplicates|startup`; `--help` after any of them."""
 
 import sys
 from collections.abc import Sequence
 
 from jobs.benchmark.config import (
     DuplicatesConfig,
+    JudgingConfig,
     ModelConfig,
     SolverConfig,
     StageConfig,
@@ -45,6 +46,12 @@ def run_stage(config: StageConfig) -> None:
     benchmark_stage(config)
 
 
+def run_judging(config: JudgingConfig) -> None:
+    from jobs.benchmark.judging import benchmark_judging
+
+    benchmark_judging(config)
+
+
 def run_duplicates(config: DuplicatesConfig) -> None:
     from jobs.benchmark.duplicates import benchmark_duplicates
 
@@ -70,6 +77,11 @@ PARTS = {
         line="Measure a stage's speed against the bare loop over its model, and its memory.",
         config_class=StageConfig,
         run=run_stage,
+    ),
+    "judging": Subcommand(
+        line="Measure how fast metrics judge pictures, against the bare loop over their models.",
+        config_class=JudgingConfig,
+        run=run_judging,
     ),
     "duplicates": Subcommand(
         line="Measure the search for near duplicates by embeddings, and which changed pictures it finds.",

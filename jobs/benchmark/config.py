@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from pipelines.evaluate.config import ClipScoreConfig, MetricsConfig
+from pipelines.evaluate.feature_config import CmmdConfig
+
 PARTS = ("forward", "training", "sampling", "sprint", "controlnet", "autoencoder", "text")
 
 
@@ -131,6 +134,32 @@ class DuplicatesConfig:
     clip: str = "zoo://clip"
     pictures: str | None = None
     num_cpus: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgingConfig(MetricsConfig):
+    """Configuration of the measurement of how fast metrics judge; each has a section of its name, as in `jobs.evaluate`.
+
+    Args:
+        num_pictures: drawn ones.
+        side: of a picture in pixels.
+        num_threads: of torch; a metric's `prepare_threads` come besides.
+        repeats: timings of each way, in turns; the median counts.
+    """
+
+    metrics: tuple[str, ...] = ("clip_score", "cmmd", "shapes")
+    clip_score: ClipScoreConfig = field(default_factory=lambda: ClipScoreConfig(model="zoo://clip"))
+    cmmd: CmmdConfig = field(default_factory=lambda: CmmdConfig(model="zoo://clip"))
+    num_pictures: int = 512
+    side: int = 256
+    num_threads: int = 1
+    repeats: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_pictures", "side", "num_threads", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

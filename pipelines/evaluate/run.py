@@ -64,7 +64,7 @@ class MetricWorker:
         size = self.config.batch_size
         ready = prepare_ahead(iter_rows(table), self.metric.prepare, num_ahead=size, num_threads=self.config.prepare_threads)
         for batch in iter(lambda: list(islice(ready, size)), []):
-            usable = [_with_picture(row, picture) for row, picture in batch if not isinstance(picture, RowRefused)]
+            usable = [as_judged(row, picture) for row, picture in batch if not isinstance(picture, RowRefused)]
             answers = iter(run_halving(self.metric.judge, usable))
             for row, picture in batch:
                 answer = picture if isinstance(picture, RowRefused) else next(answers)
@@ -84,7 +84,7 @@ class MetricWorker:
         return answer
 
 
-def _with_picture(row: Row, picture: Any) -> Row:
+def as_judged(row: Row, picture: Any) -> Row:
     """A row as `Metric.judge` takes it."""
     metadata = row.get("metadata")
     kept = {name: value for name, value in row.items() if name != "image_bytes"}

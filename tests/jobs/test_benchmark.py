@@ -120,6 +120,13 @@ def test_stage_command_prints_the_ratio_and_the_memory(local_ray: None, capsys: 
     assert all(int(figure) > 0 for row in rows for figure in row[3:5]), "memory of driver and workers"
 
 
+def test_judging_command_prints_the_ratio_to_the_bare_loop_of_each_metric(capsys: pytest.CaptureFixture[str]):
+    lines = run_benchmark(capsys, "judging", "--num_pictures=3", "--side=64", "--repeats=1", "--metrics=[clip_score,shapes]")
+    rows = {line.split()[0]: line.split()[1:] for line in lines[2:4]}
+    assert rows.keys() == {"clip_score", "shapes"}
+    assert all(len(row) == 5 and float(row[0]) > 0 and row[-1].endswith("%") for row in rows.values()), rows
+
+
 def test_duplicates_command_prints_recall_and_what_changed_pictures_are_found(
     tmp_path: Path, local_ray: None, capsys: pytest.CaptureFixture[str]
 ):
