@@ -1,10 +1,20 @@
-"""`python -m jobs.paper parameters|macs|attention|solver|autoencoder`; `--help` after any of them."""
+"""`python -m jobs.paper parameters|macs|attention|solver|autoencoder|blocks|captions`; `--help` after any of them."""
 
 import sys
 from collections.abc import Sequence
 
+from jobs.common.exit_codes import ExitCode
+from jobs.common.job import run_parsed
 from jobs.common.subcommands import Subcommand, run_subcommand
-from jobs.paper.config import AttentionConfig, MacsConfig, ParametersConfig, ReconstructionConfig, SolverCurveConfig
+from jobs.paper.config import (
+    AttentionConfig,
+    BlocksConfig,
+    CaptionsJob,
+    MacsConfig,
+    ParametersConfig,
+    ReconstructionConfig,
+    SolverCurveConfig,
+)
 
 
 def run_parameters(config: ParametersConfig) -> None:
@@ -37,6 +47,21 @@ def run_autoencoder(config: ReconstructionConfig) -> None:
     print_reconstruction(config)
 
 
+def run_blocks(config: BlocksConfig) -> None:
+    from jobs.paper.block_training import compare_blocks
+
+    compare_blocks(config)
+
+
+def run_captions(job: CaptionsJob) -> ExitCode:
+    def ablate(job: CaptionsJob) -> None:
+        from jobs.paper.captions import ablate_captions
+
+        ablate_captions(job)
+
+    return run_parsed(job, ablate)
+
+
 PARTS = {
     "parameters": Subcommand(line="Count the weights of every model.", config_class=ParametersConfig, run=run_parameters),
     "macs": Subcommand(line="Count the multiply-accumulates of a forward.", config_class=MacsConfig, run=run_macs),
@@ -52,6 +77,16 @@ PARTS = {
         line="Measure PSNR and SSIM of an autoencoder on a folder of pictures.",
         config_class=ReconstructionConfig,
         run=run_autoencoder,
+    ),
+    "blocks": Subcommand(
+        line="Compare designs of the block: their cost, and how fast they learn drawn scenes.",
+        config_class=BlocksConfig,
+        run=run_blocks,
+    ),
+    "captions": Subcommand(
+        line="Train on captions chosen at random, by CLIP and by the truth, on drawn scenes.",
+        config_class=CaptionsJob,
+        run=run_captions,
     ),
 }
 

@@ -3,6 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jobs.demo.config import WorldConfig
+from jobs.pipeline import TrainingStagesJob
+from pipelines.storage.files import is_local
+
 PUBLISHED_MODELS = ("sana-0.6b", "sana-1.6b", "sana-4.8b")
 
 
@@ -124,6 +128,74 @@ class ReconstructionConfig:
         for name, value in {"size": self.size, "batch_size": self.batch_size, "limit": self.limit}.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionsJob(TrainingStagesJob):
+    """Configuration of the caption-selection ablation on drawn scenes of one object.
+
+    Args:
+        world: the drawn scenes, which are written to `ingest.source`, and the number of prompts of each grid.
+        seeds: each selection is trained once with each.
+    """
+
+    world: WorldConfig = field(default_factory=WorldConfig)
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_seeds(self.seeds)
+        if not (is_local(self.dataset_uri) and is_local(self.ingest.source)):
+            raise ValueError(f"dataset_uri={self.dataset_uri}, ingest.source={self.ingest.source}: give local folders")
+        if self.world.shapes.pair_share:
+            raise ValueError(f"world.shapes.pair_share={self.world.shapes.pair_share} must be 0: prompts are about one object")
+        if self.train.data.clip != self.scorer.name:
+            raise ValueError(f"train.data.clip={self.train.data.clip} must be scorer.name={self.scorer.name}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlocksConfig:
+    """Configuration of the comparison of designs of the block, on drawn scenes of one object.
+
+    Args:
+        num_steps: of each training; 0: only the costs are printed.
+        seeds: each design is trained once with each.
+        every: steps between two drawings of the prompts.
+        num_images: drawn scenes to train on.
+        num_prompts: about other scenes, whose pictures are judged.
+        micro_batch_size: scenes in a step.
+        lr: learning rate of AdamW after 50 steps of warm-up; it falls along a cosine.
+        solver_steps: of each picture.
+        guidance_scale: of each picture.
+        num_threads: of torch.
+        output: where the figures of every seed are written, as JSON.
+    """
+
+    num_steps: int = 600
+    seeds: tuple[int, ...] = (0, 1, 2)
+    every: int = 200
+    num_images: int = 6000
+    num_prompts: int = 128
+    micro_batch_size: int = 32
+    lr: float = 1e-3
+    solver_steps: int = 8
+    guidance_scale: float = 4.0
+    num_threads: int = 1
+    output: str = "outputs/paper_blocks.json"
+
+    def __post_init__(self) -> None:
+        check_seeds(self.seeds)
+        for name in ("every", "num_images", "num_prompts", "micro_batch_size", "solver_steps", "num_threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.num_steps < 0:
+            raise ValueError(f"num_steps={self.num_steps} must be 0 or more")
+
+
+def check_seeds(seeds: tuple[int, ...]) -> None:
+    """Raise ValueError unless there are seeds, all of them different."""
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={list(seeds)} must be one or more, each of them once")
 
 
 def check_sizes(sizes: list[int]) -> None:

@@ -83,10 +83,9 @@ def print_macs(config: MacsConfig) -> None:
             rows.append([name, f"{size} px", f"{ours:.3g}", *cells])
     print(format_table(["10^12 MACs of one forward", "side", "ours", "published", "ratio"], rows))
     print(
-        "published: counted from the published configurations with 300 caption tokens. Not comparable: Table 8 of the paper,\n"
-        "which compares designs of the block that are not built here (softmax attention, plain feed-forward, an F8\n"
-        "autoencoder), with throughput on an A100. With guidance a step takes two forwards; real captions are shorter, and\n"
-        "only their real tokens are computed here (--caption_tokens)."
+        "published: counted from the published configurations with 300 caption tokens. With guidance a step takes two\n"
+        "forwards; real captions are shorter, and only their real tokens are computed here (--caption_tokens). Table 8 of the\n"
+        "paper, which compares designs of the block: python -m jobs.paper blocks --num_steps 0."
     )
 
 
