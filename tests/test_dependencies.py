@@ -16,7 +16,6 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 LOADED_BY_NAME = {
     "s3fs": "fsspec loads it for s3:// URIs",
-    "scipy": "transformers' Mask2Former, which is GenEval's detector, wants it",
 }
 """Declared, and imported by another library."""
 
