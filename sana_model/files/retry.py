@@ -30,6 +30,8 @@ TRANSIENT_NAMES = {
     "botocore.parsers.ResponseParserError",
     "fsspec.exceptions.FSTimeoutError",
 }
+LASTING_NAMES = {"huggingface_hub.errors.OfflineModeIsEnabled"}
+"""A ConnectionError by its type, and yet what its user asked for (`HF_HUB_OFFLINE`)."""
 TRANSIENT_ERRNO = {
     getattr(errno, name)
     for name in ("EAGAIN", "EBUSY", "ENETUNREACH", "EHOSTUNREACH", "ETIMEDOUT", "ECONNRESET", "ESTALE", "EREMOTEIO")
@@ -98,6 +100,9 @@ def is_transient(error: BaseException) -> bool:
     if isinstance(error, FileNotFoundError):
         return False
     for cause in causes(error):
+        names = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(cause).__mro__}
+        if names & LASTING_NAMES:
+            return False
         response = getattr(cause, "response", None)
         if isinstance(response, dict):  # botocore's ClientError
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -107,7 +112,7 @@ def is_transient(error: BaseException) -> bool:
             return status in TRANSIENT_STATUS
         if isinstance(cause, TRANSIENT_TYPES) or (isinstance(cause, OSError) and cause.errno in TRANSIENT_ERRNO):
             return True
-        if any(f"{kind.__module__}.{kind.__qualname__}" in TRANSIENT_NAMES for kind in type(cause).__mro__):
+        if names & TRANSIENT_NAMES:
             return True
     return False
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from jobs.benchmark import model
 from jobs.benchmark.__main__ import main
 from jobs.benchmark.model import make_transformers
 from jobs.benchmark.solver import STEPS, mixture_errors
@@ -61,7 +62,8 @@ def test_solver_command_prints_the_table(capsys: pytest.CaptureFixture[str]):
     assert rows["steps"] == [str(n) for n in STEPS] and len(rows["flow_dpm_solver"]) == len(STEPS)
 
 
-def test_model_command_prints_a_ratio_for_every_part(capsys: pytest.CaptureFixture[str]):
+def test_model_command_prints_a_ratio_for_every_part(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(model, "NUM_STEPS", 3)
     options = [
         "--depth=1",
         "--text_depth=1",

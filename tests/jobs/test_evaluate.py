@@ -55,7 +55,7 @@ def test_a_metric_that_reserves_more_than_ray_has_stops_no_other_and_one_that_is
     assert best_of.not_reserved == [name for name in METRICS if name not in ("hps", "dpg")]
 
 
-@pytest.mark.usefixtures("local_ray")
+@pytest.mark.usefixtures("local_ray", "without_ray")
 def test_a_metric_that_fails_stops_no_other_and_decides_the_exit_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -218,6 +218,7 @@ def test_exit_codes_of_drawing_tell_the_truth(
     pipeline: Path,
     tmp_path: Path,
     local_ray: None,
+    without_ray: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:

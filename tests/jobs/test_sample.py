@@ -44,8 +44,9 @@ def parse(arguments: list[str]) -> SampleJob:
     return parse_config(SampleJob, take_from_picture(arguments), prog="sample", description="")
 
 
+@pytest.mark.usefixtures("local_ray", "without_ray")
 def test_pictures_from_a_picture_are_drawn_again_from_one_of_them(
-    tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(job_module, "start_ray", lambda config: nullcontext())
     start = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))

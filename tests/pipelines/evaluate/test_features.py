@@ -100,7 +100,7 @@ class Stopped(Exception):
     """Ends a run from its callback."""
 
 
-@pytest.mark.usefixtures("local_ray")
+@pytest.mark.usefixtures("without_ray")
 def test_a_run_that_stops_and_goes_on_gives_an_equal_table(tmp_path: Path) -> None:
     """CMMD of drawn pictures against a folder with some of the same."""
     uri = str(tmp_path / "data")

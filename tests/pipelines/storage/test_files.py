@@ -93,7 +93,9 @@ def test_only_what_is_asked_for_is_fetched(proxy: FaultyProxy) -> None:
     assert table.read_shard("00000", ["id"]).num_rows == 60
     assert proxy.sent < 300_000
     with open_file(f"{URI}/ranges/samples/x/00000.parquet") as file:
+        proxy.requests.clear()
         whole = file.read()
+        assert proxy.requests["GET"] == 1
         file.seek(-4, os.SEEK_END)
         assert file.read() == b"PAR1" == whole[-4:] == whole[:4] and len(whole) > 3_000_000
 

@@ -9,6 +9,7 @@ from email.utils import format_datetime
 import pytest
 from aiohttp import ClientPayloadError, ClientResponseError, RequestInfo
 from botocore.exceptions import ClientError, EndpointConnectionError, ReadTimeoutError
+from huggingface_hub.errors import OfflineModeIsEnabled
 from multidict import CIMultiDict, CIMultiDictProxy
 from tenacity import Future, RetryCallState, Retrying
 from yarl import URL
@@ -90,6 +91,7 @@ def test_statuses_that_do_not_pass(status: int) -> None:
         (OSError(116, "Stale file handle"), True),
         (OSError(28, "No space left on device"), False),
         (FileNotFoundError(2, "gone"), False),
+        (OfflineModeIsEnabled("as the user wishes"), False),
         (ValueError("a fault of ours"), False),
     ],
 )
@@ -98,7 +100,7 @@ def test_errors_that_pass(error: Exception, passes: bool) -> None:
 
 
 def test_every_name_of_a_library_s_error_is_right() -> None:
-    for name in retry.TRANSIENT_NAMES:
+    for name in retry.TRANSIENT_NAMES | retry.LASTING_NAMES:
         assert issubclass(pkgutil.resolve_name(name), Exception), name
 
 

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -233,7 +234,10 @@ def test_ways_to_save_memory_change_no_weight(config: EngineConfig, tmp_path: Pa
     assert_close(resumed.gather_weights(), engine.gather_weights() or {}, 0.0)
 
 
-def test_compiled_blocks_change_no_weight() -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_blocks_change_no_weight(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor's C++ takes a minute to compile; aot_eager is all of torch.compile but that."""
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend))
     weights, _, norms = plain_loop()
     engine = make_engine(EngineConfig(zero_stage=2, dtype="fp32", compile_blocks=True))
     assert train(engine, EMA(engine.master_weights(), EmaConfig()), range(NUM_STEPS)) == pytest.approx(norms, rel=1e-3)
