@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from jobs.common.checkpoints import find_source
 from jobs.common.job import JobConfig, run_job
 from jobs.common.metric_job import judge_pictures
 from jobs.common.stage_job import LazyRun, track_stage
@@ -50,11 +51,14 @@ def run(job: BestOfJob) -> StageResult:
     from pipelines.evaluate.pictures import sampled_pictures
 
     sample, best_of = job.candidates, job.best_of
+    source = find_source(sample.pipeline)
     with LazyRun(job, f"best_of {best_of.name}") as shared:
         drawn = track_stage(
             job,
             f"sample {sample.name}",
-            lambda on_progress, leases: run_sample(job.dataset_uri, sample, on_progress=on_progress, leases=leases),
+            lambda on_progress, leases: run_sample(
+                job.dataset_uri, sample, source=source, on_progress=on_progress, leases=leases
+            ),
             shared=shared,
         )
         pictures = sampled_pictures(job.dataset_uri, sample.name)

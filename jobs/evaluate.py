@@ -1,6 +1,5 @@
 """`python -m jobs.evaluate --config jobs/configs/evaluate.yaml`: pictures -> a table and figures of each metric."""
 
-import json
 import sys
 import traceback
 from collections.abc import Sequence
@@ -13,7 +12,6 @@ from jobs.common.metric_job import judge_pictures
 from jobs.common.resources import check_local
 from jobs.common.stage_job import LazyRun, require_tables
 from pipelines.evaluate.config import EvaluateConfig
-from pipelines.evaluate.metric_config import FIGURES
 from pipelines.stages.contract import StageResult
 from pipelines.tables.schema import samples_path
 from sana_model.files.redact import redact
@@ -36,7 +34,9 @@ class EvaluateJob(JobConfig):
 def run(job: EvaluateJob) -> list[StageResult]:
     """Run every metric, also after one has failed, in one MLflow run, on the Ray that is connected.
 
-    Each metric's table gets its figures as `metrics.json`. Returns the results. Raises the first failure at the end.
+    Each metric's table gets its figures as `metrics.json`, and its page. Returns the results.
+
+    Raises the first failure at the end.
     """
     results: dict[str, StageResult] = {}
     failures: dict[str, Exception] = {}
@@ -60,6 +60,8 @@ def _run_metric(job: EvaluateJob, metric: str, config: "MetricConfig", shared: L
     """Run a metric on what its pictures are compared with, if there is such, and on the pictures."""
     from pipelines.evaluate.pictures import sampled_pictures
     from pipelines.evaluate.registry import metric_class
+    from pipelines.evaluate.run import write_figures
+    from pipelines.reports.evaluations import evaluation_report
 
     section = f"evaluate.{metric}"
     check_local(job, section)
@@ -69,10 +71,12 @@ def _run_metric(job: EvaluateJob, metric: str, config: "MetricConfig", shared: L
         judge_pictures(job, reference, metric, config, section=section)
     drawn = sampled_pictures(job.dataset_uri, job.evaluate.name)
     result = judge_pictures(job, drawn, metric, config, shared=shared, section=section)
-    figures = kind.summarize(result.table, config)
-    result.table.write_file(FIGURES, (json.dumps(figures, indent=2) + "\n").encode())
+    figures = write_figures(result.table, metric, config)
+    html = evaluation_report(job.dataset_uri, drawn, metric, figures, reference=reference)
+    result.table.write_report(html)
     if shared.run is not None:
         shared.run.log_metrics(figures)
+        shared.run.log_html(html, f"{metric}.html")
     print("  ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
     return result
 

@@ -14,13 +14,10 @@ from jobs.common.instruction import note_instruction
 from jobs.common.job import run_command
 from pipelines.tables.table import absolute_uri
 from pipelines.train.config import TrainConfig
-from pipelines.train.record import CHECKPOINTS_DIR, read_config
+from pipelines.train.record import read_config
 from sana_model.files.layout import Layout
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from sana_model.nn.transformer import SanaTransformer
     from sana_model.pipeline import TextToImage
 
 
@@ -29,7 +26,7 @@ class ExportConfig:
     """Configuration of an export.
 
     Args:
-        source: a training's folder (any fsspec URI), or one of its checkpoints.
+        source: a training's folder (any fsspec URI), or one of its checkpoints; `<folder>/checkpoints/best` is the best one.
         output: the folder to write; for nvlabs, the .pth file.
         layout: the code that is to read it.
         ema: take the average of the weights; else the trained weights themselves.
@@ -55,57 +52,16 @@ def export(config: ExportConfig) -> "TextToImage":
 
     Raises FileNotFoundError or ValueError, of which BadCheckpointError is one, if something is not there or not whole.
     """
-    from pipelines.train.engine.checkpoints import read_weights
-    from pipelines.train.models import load_start
+    from pipelines.train.checkpoint_pipeline import find_checkpoint, load_checkpoint_pipeline
 
     if config.source.startswith(("zoo://", "hf://")):
         raise ValueError(f"source={config.source} is no training: python -m jobs.convert changes the layout of such models")
     checkpoint, training_uri = find_checkpoint(absolute_uri(config.source))
     trained = from_dict(TrainConfig, read_config(training_uri))
-    pipeline = load_start(trained if config.init is None else replace(trained, init=config.init))
-    pipeline.transformer = with_weights(pipeline.transformer, trained, read_weights(checkpoint, average=config.ema))
+    moved = trained if config.init is None else replace(trained, init=config.init)
+    pipeline = load_checkpoint_pipeline(moved, checkpoint, average=config.ema)
     pipeline.save_pretrained(Path(config.output), layout=config.layout)
     return pipeline
-
-
-def find_checkpoint(source: str) -> tuple[str, str]:
-    """URIs of the checkpoint and of its training's folder. Raises BadCheckpointError or FileNotFoundError."""
-    from pipelines.train.engine.checkpoints import BadCheckpointError, Checkpoint, list_checkpoints
-
-    parent, _, name = source.rstrip("/").rpartition("/")
-    if name.startswith("step-"):
-        Checkpoint.open(source)
-        return source, parent.rpartition("/")[0]
-    problems = []
-    for uri in list_checkpoints(f"{source}/{CHECKPOINTS_DIR}"):
-        try:
-            return Checkpoint.open(uri).uri, source
-        except BadCheckpointError as error:
-            problems.append(str(error))
-    if problems:
-        raise BadCheckpointError(f"none of the checkpoints in {source} is whole: {problems[0]}")
-    raise FileNotFoundError(
-        f"{source} holds no checkpoint: give the folder of a training, or one of its "
-        "checkpoints/step-...; a model that was not trained here is converted by python -m jobs.convert"
-    )
-
-
-def with_weights(start: "SanaTransformer", config: TrainConfig, weights: "dict[str, Tensor]") -> "SanaTransformer":
-    """`start` with the weights of a checkpoint; adapters are merged into its own weights."""
-    import torch
-
-    from pipelines.train.engine.lora import add_lora, merge_lora
-    from sana_model.nn.transformer import SanaTransformer
-
-    if config.lora is not None:
-        add_lora(start, config.lora, seed=config.seed)
-        weights = merge_lora(start.state_dict() | weights, config.lora)
-    with torch.device("meta"):
-        transformer = SanaTransformer(start.config)
-    transformer.load_state_dict(weights, assign=True)
-    for name, tensor in start.logvar.items():
-        setattr(transformer, name, tensor)
-    return transformer.eval()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,6 +12,7 @@ from jobs.common.job import JobConfig, run_job
 from jobs.common.timings import Timings, print_section
 from pipelines.caption.config import CaptionerConfig
 from pipelines.draw.config import DrawConfig, SampleConfig
+from pipelines.evaluate.checkpoint_config import CheckpointMetricsConfig
 from pipelines.evaluate.config import ClipScoreConfig, EvaluateConfig, ShapesJudgeConfig
 from pipelines.extract.config import ExtractConfig
 from pipelines.ingest.config import IngestConfig
@@ -64,9 +65,11 @@ class StagesJob(TrainingStagesJob):
     """Configuration of every stage.
 
     Args:
+        validation: see `TrainJob`.
         draw: how pictures are drawn.
     """
 
+    validation: CheckpointMetricsConfig | None = None
     draw: DrawConfig = field(default_factory=DrawConfig)
 
 
@@ -130,7 +133,8 @@ def raise_first(failures: Mapping[str, Exception]) -> None:
 
 def train_pipeline(job: StagesJob, timings: Timings) -> "TrainResult":
     """Run the train stage."""
-    return timings.measure("train", lambda: train.run(stage_job(train.TrainJob, job, train=job.train, on_stale="refuse")))
+    settings: dict[str, Any] = {"train": job.train, "validation": job.validation, "on_stale": "refuse"}
+    return timings.measure("train", lambda: train.run(stage_job(train.TrainJob, job, **settings)))
 
 
 def draw_and_judge(

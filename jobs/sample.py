@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from jobs.common.checkpoints import find_source
 from jobs.common.exit_codes import is_expected
 from jobs.common.job import JobConfig, report_error, run_job
 from jobs.common.stage_job import track_stage
@@ -46,10 +47,13 @@ def run(job: SampleJob) -> StageResult:
         result.table.write_file(GRID, to_png(grid))
         run.log_image(grid, "samples", job.step)
 
+    source = find_source(job.sample.pipeline)
     result = track_stage(
         job,
         f"sample {job.sample.name}",
-        lambda on_progress, leases: run_sample(job.dataset_uri, job.sample, on_progress=on_progress, leases=leases),
+        lambda on_progress, leases: run_sample(
+            job.dataset_uri, job.sample, source=source, on_progress=on_progress, leases=leases
+        ),
         log=log_grid,
     )
     if num_cut := int(result.figures.get(CUT_PROMPTS, 0)):

@@ -3,12 +3,14 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from jobs.common.config import to_dict
 from jobs.common.job import JobConfig, run_job
 from jobs.common.resources import telling_what_is_awaited
 from jobs.common.status_line import StatusLine
+from pipelines.evaluate.checkpoint_config import CheckpointMetricsConfig
 from pipelines.storage.errors import StorageError
 from pipelines.storage.files import write_file
 from pipelines.tables.schema import TABLE_SCHEMAS, check_folder_name
@@ -16,7 +18,9 @@ from pipelines.tables.table import REJECTS_FOLDER, REPORT, absolute_uri
 from pipelines.train.config import TrainConfig
 
 if TYPE_CHECKING:
+    from pipelines.reports.runs import Section
     from pipelines.train.desk import TrainProgress
+    from pipelines.train.judging import Judging
     from pipelines.train.run import TrainResult
 
 
@@ -26,12 +30,15 @@ class TrainJob(JobConfig):
 
     Args:
         train: the training.
+        validation: pictures of a small prompt set, judged beside the training; None: none. (The loss on held-out samples is
+            `train.validation`.)
         name: name of the training's folder in the dataset, which holds its checkpoints, pictures and pipeline.
         dry_run: print what it will take (weights, memory, steps, the dataset against the batch), and start nothing.
         device_gib: memory of each GPU in GiB, for `dry_run` to compare with.
     """
 
     train: TrainConfig
+    validation: CheckpointMetricsConfig | None = None
     name: str = "train"
     dry_run: bool = False
     device_gib: float = 80.0
@@ -79,6 +86,7 @@ def run(job: TrainJob) -> "TrainResult":
             output_dir=output_uri,
             run_request=run_request,
             lease=job.lease,
+            judging=make_judging(job, output_uri),
             on_progress=show,
             on_notice=lambda notice: line.say(f"{job.name:<22} {notice}"),
         )
@@ -92,6 +100,23 @@ def run(job: TrainJob) -> "TrainResult":
     if result.unsent is not None:
         raise StorageError(f"the training is finished, but {result.unsent}; the same command sends them, once MLflow answers")
     return result
+
+
+def make_judging(job: TrainJob, output_uri: str) -> "Judging | None":
+    """How the training's checkpoints are judged."""
+    from pipelines.evaluate.checkpoints import judge_checkpoint, with_absolute_references
+    from pipelines.train.judging import Judging
+
+    if (config := job.validation) is None:
+        return None
+    own = with_absolute_references(config, absolute_uri(job.dataset_uri))
+    return Judging(
+        judge=partial(judge_checkpoint, own, output_uri),
+        every=config.every,
+        resources=config.resources,
+        best=config.best,
+        wait_seconds=config.wait_seconds,
+    )
 
 
 def show_preflight(job: TrainJob) -> None:
@@ -112,6 +137,8 @@ def make_report(job: TrainJob, result: "TrainResult") -> str:
         rows = [(source.table.uri, source.manifest.num_rows, f"{source.weight:g}") for source in (first, *others)]
         text = "A weight is how often each sample of the table is drawn in an epoch. Rows above are the first table's."
         sections = [Section(title="Tables", text=text, columns=("table", "rows", "weight"), rows=rows)]
+    if result.judgements:
+        sections.append(judgements_section(result))
     return training_report(
         first.table.dataset_uri,
         first.table.path,
@@ -121,6 +148,29 @@ def make_report(job: TrainJob, result: "TrainResult") -> str:
         config=to_dict(job.train),
         sections=sections,
     )
+
+
+def judgements_section(result: "TrainResult") -> "Section":
+    """The part of the page with the figures of the judged checkpoints, and what they cost."""
+    from pipelines.reports.runs import Section
+
+    names = list(dict.fromkeys(name for one in result.judgements for name in one.figures))
+    rows = [
+        (
+            f"{one.step} (the best)" if result.best is not None and one.step == result.best.step else f"{one.step}",
+            *(one.figures.get(name, "") for name in names),
+            f"{one.seconds['total']:.1f}" if "total" in one.seconds else "",
+            one.where,
+            f"{one.held_seconds:.2f}",
+            "; ".join(f"{name}: {problem}" for name, problem in one.problems.items()),
+        )
+        for one in result.judgements
+    ]
+    text = (
+        "Pictures of the validation's prompts, drawn with the average weights of a checkpoint and judged beside the training."
+    )
+    columns = ("step", *names, "seconds", "where", "steps held, s", "problems")
+    return Section(title="Judged checkpoints", text=text, columns=columns, rows=rows)
 
 
 def describe_progress(name: str, progress: "TrainProgress") -> str:
@@ -147,7 +197,11 @@ def describe_result(name: str, result: "TrainResult") -> str:
 
 
 def look_first(job: TrainJob) -> bool:
-    """Show the preflight of a dry run; True if that was all."""
+    """Refuse prompts that are not there; show the preflight of a dry run. True if that was all."""
+    if job.validation is not None:
+        from pipelines.draw.prompts import read_prompt_set
+
+        read_prompt_set(job.validation.prompts)
     if job.dry_run:
         show_preflight(job)
     return job.dry_run

@@ -153,10 +153,12 @@ class SampleConfig:
     Args:
         name: of the table written under samples/.
         pipeline: a folder, or a zoo://, hf:// or fsspec URI; ours, diffusers' SanaPipeline, or an NVlabs .pth. Or the short
-            name of a published model (`python -m jobs.zoo published`).
+            name of a published model (`python -m jobs.zoo published`). Or a checkpoint of a training here:
+            <training>/checkpoints/step-001000, or <training>/checkpoints/best.
         prompts: the prompts, or a single one; or the path or URI of a file: text with one on each line, JSON lines, JSON, CSV
             or TSV with a field `prompt`, or a folder of .txt files; or the name of a published set: geneval, dpg-bench,
             partiprompts, imagereward (shipped), mjhq-30k (of the hub), coco-30k, drawbench (of a file that you give).
+        num_prompts: draw only so many of them, spread evenly over all; None: all.
         images_per_prompt: pictures of each prompt, one after another.
         start: pictures to start from; None: every picture begins as noise.
         control: control pictures for a ControlNet; None: nothing steers.
@@ -164,13 +166,14 @@ class SampleConfig:
         draw: how the pipeline draws.
     """
 
-    # The hashes of their pictures stand for `start` and `control`.
-    NO_VALUE: ClassVar = ("name", "start", "control", "max_reject_share")
+    # The hashes of their pictures stand for `start` and `control`, the hash of the prompts that are drawn for `num_prompts`.
+    NO_VALUE: ClassVar = ("name", "num_prompts", "start", "control", "max_reject_share")
     SINCE: ClassVar = ("images_per_prompt",)
 
     name: str
     pipeline: str
     prompts: list[str] | str
+    num_prompts: int | None = None
     images_per_prompt: int = 1
     start: StartConfig | None = None
     control: ControlConfig | None = None
@@ -179,5 +182,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         check_folder_name("name", self.name)
-        if self.images_per_prompt < 1:
-            raise ValueError(f"images_per_prompt={self.images_per_prompt} must be at least 1")
+        for name in ("num_prompts", "images_per_prompt"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")

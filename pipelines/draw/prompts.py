@@ -42,6 +42,15 @@ class PromptSet:
     metadata: list[str] | None = None
     """A JSON object for each prompt."""
 
+    def spread(self, count: int | None) -> "PromptSet":
+        """So many of the prompts, spread evenly over all of them, in order; None: all."""
+        total = len(self.prompts)
+        if count is None or count >= total:
+            return self
+        chosen = [number * total // count for number in range(count)]
+        ids, metadata = (None if texts is None else [texts[number] for number in chosen] for texts in (self.ids, self.metadata))
+        return PromptSet([self.prompts[number] for number in chosen], ids, metadata)
+
     @property
     def hash(self) -> str | None:
         """Of ids and metadata; None if there are none."""

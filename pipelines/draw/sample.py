@@ -1,11 +1,12 @@
 """The sample stage: prompts -> pictures, drawn by actors that each hold the whole pipeline."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial, reduce
 from io import BytesIO
 from operator import or_
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 from PIL import Image, ImageOps
@@ -27,6 +28,11 @@ from pipelines.workers.models import FoundModel, find_model, pick_device
 from sana_model.files.kinds import is_sprint
 from sana_model.files.places import resolve
 from sana_model.files.png import read_facts, set_facts, to_png
+
+if TYPE_CHECKING:
+    import torch
+
+    from sana_model.pipeline import TextToImage
 
 CUT_PROMPTS = "num_cut_prompts"
 """The figure that counts the prompts which are too long for the text encoder."""
@@ -55,17 +61,46 @@ def sample_identity(
     return Identity("sample", settings, models, {})
 
 
+@dataclass(frozen=True, kw_only=True)
+class PipelineSource:
+    """A pipeline that is not loaded by its path, such as that of a training's checkpoint.
+
+    version: differs whenever its weights do.
+    is_sprint: whether it is Sana-Sprint.
+    load: called on an actor with the dtype of the weights, or None for their own.
+    """
+
+    version: str
+    is_sprint: bool
+    load: Callable[["torch.dtype | None"], "TextToImage"]
+
+
 def run_sample(
-    dataset_uri: str, config: SampleConfig, *, on_progress: OnProgress = lambda _: None, leases: Leases | None = None
+    dataset_uri: str,
+    config: SampleConfig,
+    *,
+    source: PipelineSource | None = None,
+    on_progress: OnProgress = lambda _: None,
+    leases: Leases | None = None,
+    in_process: bool = False,
 ) -> StageResult:
     """Draw the pictures of each prompt and write them to `samples/<name>`.
 
+    Args:
+        source: how to load what `config.pipeline` names; None: by this name.
+        in_process: see `run_shards`.
+
     Raises what `read_prompt_set`, `read_start`, `read_control` and `run_shards` raise.
     """
-    prompt_set = read_prompt_set(config.prompts)
+    prompt_set = read_prompt_set(config.prompts).spread(config.num_prompts)
     prompts = prompt_set.prompts
-    pipeline = find_model(config.pipeline)
-    draw = config.draw.for_model(config.pipeline, is_sprint=is_sprint(resolve(pipeline.path)))
+    if source is not None and config.control is not None:
+        raise ValueError(
+            f"control steers no checkpoint, such as {config.pipeline}: export it by jobs.export, and draw with that"
+        )
+    pipeline = source or find_model(config.pipeline)
+    sprint = pipeline.is_sprint if isinstance(pipeline, PipelineSource) else is_sprint(resolve(pipeline.path))
+    draw = config.draw.for_model(config.pipeline, is_sprint=sprint)
     config = replace(config, draw=draw)
     has_size = config.draw.height is not None and config.draw.width is not None
     start = read_start(config.start, len(prompts), has_size=has_size) if config.start else None
@@ -84,6 +119,7 @@ def run_sample(
         max_reject_share=config.max_reject_share,
         on_progress=on_progress,
         leases=leases,
+        in_process=in_process,
     )
 
 
@@ -103,7 +139,7 @@ class Sampler:
     """Ray Data actor: prompts -> pictures, whose PNGs say how they were drawn.
 
     Args:
-        pipeline: the configured one, as the driver found it.
+        pipeline: the configured one, as the driver found it, or how it is loaded.
         start, control: the pictures to start from, and the control pictures, if there are any.
 
     Raises ValueError for a size that does not divide, and as `TextToImage`.
@@ -112,7 +148,7 @@ class Sampler:
     def __init__(
         self,
         config: SampleConfig,
-        pipeline: FoundModel,
+        pipeline: FoundModel | PipelineSource,
         start: StartFiles | None = None,
         control: ControlFiles | None = None,
     ):
@@ -125,7 +161,10 @@ class Sampler:
         device = pick_device(self.config.device)
         dtype = getattr(torch, self.config.dtype) if self.config.dtype else None
         controlnet = control.controlnet.path if control is not None and control.controlnet is not None else None
-        self.pipeline = TextToImage.from_pretrained(pipeline.path, dtype=dtype, controlnet=controlnet).to(device)
+        if isinstance(pipeline, PipelineSource):
+            self.pipeline = pipeline.load(dtype).to(device)
+        else:
+            self.pipeline = TextToImage.from_pretrained(pipeline.path, dtype=dtype, controlnet=controlnet).to(device)
         if control is not None and self.pipeline.controlnet is None:
             raise ValueError(f"control came, and {config.pipeline} holds no ControlNet: give control.controlnet too")
         self.detector = control.make_detector(device) if control is not None else None

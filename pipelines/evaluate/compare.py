@@ -1,6 +1,7 @@
 """Compare samples tables by their evaluations: figures with intervals, and what differs in how the pictures were drawn."""
 
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -29,7 +30,7 @@ PUBLISHED: Mapping[str, Mapping[str, float]] = {
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of one samples table; `low` and `high` are the ends of its 95 % interval, if it is a mean over pictures."""
+    """A figure of one samples table; `low` and `high` are the ends of its 95 % interval, if it has one (see `bootstrap`)."""
 
     value: float
     low: float | None = None
@@ -89,20 +90,24 @@ def _figures(dataset_uri: str, name: str, metric: str, seed: int) -> dict[str, F
 
 
 def bootstrap(metric: Any, table: Table, *, seed: int = 0) -> dict[str, tuple[float, float]]:
-    """The 95 % intervals of those of a metric's figures that are means over pictures (`Metric.scores`), by prompts."""
+    """The 95 % intervals of those of a metric's figures that are means over pictures, or means of such, by prompts.
+
+    They are those of `Metric.scores` and `Metric.means_of`; the prompts of each are drawn by themselves.
+    """
     sums: dict[str, dict[str, list[float]]] = {}
     for figure, prompt, value in metric.scores(table):
         total = sums.setdefault(figure, {}).setdefault(prompt, [0.0, 0.0])
         total[0] += value
         total[1] += 1
-    found = {}
+    means: dict[str, Any] = {}
     for figure, by_prompt in sums.items():
         totals = np.array([by_prompt[prompt] for prompt in sorted(by_prompt)])  # neither shards nor their order matter
-        generator = np.random.default_rng(seed)
+        generator = np.random.default_rng([seed, zlib.crc32(figure.encode())])
         drawn = [totals[generator.integers(0, len(totals), len(totals))].sum(0) for _ in range(NUM_RESAMPLES)]
-        low, high = np.percentile([total / count for total, count in drawn], [2.5, 97.5])
-        found[figure] = (float(low), float(high))
-    return found
+        means[figure] = np.array([total / count for total, count in drawn])
+    means |= {mean: np.mean([means[name] for name in names], 0) for mean, names in metric.means_of(means).items() if names}
+    ends = {figure: np.percentile(drawn, [2.5, 97.5]) for figure, drawn in means.items()}
+    return {figure: (float(low), float(high)) for figure, (low, high) in ends.items()}
 
 
 def figures_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:

@@ -4,7 +4,7 @@ A metric is one file with one subclass of `Metric`; README.md in this folder say
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -91,7 +91,7 @@ class Metric(ABC, Generic[Config]):
         Names are unique among all metrics: they are the names in MLflow. This gives the mean of each column of numbers, under
         the column's name; empty for a table without rows.
         """
-        names = cls._numbers()
+        names = cls.numbers()
         sums, count = np.zeros(len(names)), 0
         for shard in iter_shards(table, names):
             sums += [np.sum(shard[name].to_numpy(), dtype=np.float64) for name in names]
@@ -102,11 +102,16 @@ class Metric(ABC, Generic[Config]):
     def scores(cls, table: Table) -> Iterator[tuple[str, str, float]]:
         """Figure, prompt and value of each picture, for the figures that are means over pictures: they get intervals.
 
-        By default as in `summarize`: each column of numbers.
+        Values are in the unit of the figure. By default as in `summarize`: each column of numbers.
         """
-        for shard in iter_shards(table, ["prompt", *cls._numbers()]):
+        for shard in iter_shards(table, ["prompt", *cls.numbers()]):
             for row in shard.to_pylist():
-                yield from ((name, row["prompt"], row[name]) for name in cls._numbers())
+                yield from ((name, row["prompt"], row[name]) for name in cls.numbers())
+
+    @classmethod
+    def means_of(cls, figures: Iterable[str]) -> dict[str, list[str]]:
+        """Figures that are the mean of several of those of `scores`, whose prompts are others: they get intervals too."""
+        return {}
 
     @classmethod
     def rank(cls, row: Row) -> tuple[float, ...]:
@@ -114,10 +119,16 @@ class Metric(ABC, Generic[Config]):
 
         By default its columns of numbers. A metric that compares sets of pictures has none: `best_of` does not take it.
         """
-        return tuple(row[name] for name in cls._numbers())
+        return tuple(row[name] for name in cls.numbers())
 
     @classmethod
-    def _numbers(cls) -> list[str]:
+    def describe(cls, row: Row) -> list[str]:
+        """What the metric says of a picture, by its row in the table, in lines for people. By default its numbers."""
+        return [f"{name} {row[name]:.4g}" for name in cls.numbers()]
+
+    @classmethod
+    def numbers(cls) -> list[str]:
+        """The names of its columns of numbers."""
         return [column.name for column in METRIC_COLUMNS[cls.name] if pa.types.is_floating(column.type)]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.evaluate.metric import Metric, metric_table
-from pipelines.evaluate.metric_config import MetricConfig
+from pipelines.evaluate.metric_config import FIGURES, MetricConfig
 from pipelines.evaluate.pictures import Pictures
 from pipelines.evaluate.registry import metric_class
 from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
@@ -18,6 +18,7 @@ from pipelines.storage.lease import Leases
 from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.schema import Row
+from pipelines.tables.table import Table
 from pipelines.workers.halving import run_halving
 from pipelines.workers.prepare import iter_rows, prepare_ahead
 
@@ -30,10 +31,11 @@ def run_metric(
     *,
     on_progress: OnProgress = lambda _: None,
     leases: Leases | None = None,
+    in_process: bool = False,
 ) -> StageResult:
     """Judge pictures by one metric, and write the judgements to `evaluations/<pictures.name>/<metric>`.
 
-    Raises what the metric's `find_models` and `run_shards` raise.
+    `in_process`: see `run_shards`. Raises what the metric's `find_models` and `run_shards` raise.
     """
     found, versions = metric_class(metric).find_models(config)
     settings = {"metric": metric, **value_settings(config), **pictures.settings}
@@ -47,7 +49,15 @@ def run_metric(
         max_reject_share=config.max_reject_share,
         on_progress=on_progress,
         leases=leases,
+        in_process=in_process,
     )
+
+
+def write_figures(table: Table, metric: str, config: MetricConfig) -> dict[str, float]:
+    """Compute a metric's figures over its finished table, write them beside it as FIGURES, and return them."""
+    figures = metric_class(metric).summarize(table, config)
+    table.write_file(FIGURES, (json.dumps(figures, indent=2) + "\n").encode())
+    return figures
 
 
 class MetricWorker:

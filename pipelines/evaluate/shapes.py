@@ -49,6 +49,14 @@ class ShapesJudge(Metric[ShapesJudgeConfig]):
         return [{"asked": prompt if caption else None, "seen": caption} for prompt, caption in zip(prompts, seen, strict=True)]
 
     @classmethod
+    def describe(cls, row: Row) -> list[str]:
+        if row["asked"] is None:
+            return ["asks for something else than one object"]
+        wrong = [name for name, value in accuracy_figures([row]).items() if not value and name != "accuracy.all"]
+        told = ", ".join(name.partition(".")[2] for name in wrong)
+        return [f"shows {row['seen']}", f"wrong: {told}" if wrong else "all as asked"]
+
+    @classmethod
     def summarize(cls, table: Table, config: ShapesJudgeConfig) -> dict[str, float]:
         return accuracy_figures(read_judgements(table))
 

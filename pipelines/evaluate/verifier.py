@@ -57,6 +57,10 @@ class Verifier(VlmMetric[VerifierConfig]):
         return (1.0, row["log_prob"]) if row["yes"] else (0.0, -row["log_prob"])
 
     @classmethod
+    def describe(cls, row: Row) -> list[str]:
+        return [f"{'yes' if row['yes'] else 'no'}, log-probability {row['log_prob']:.4g}"]
+
+    @classmethod
     def summarize(cls, table: Table, config: VerifierConfig) -> dict[str, float]:
         said = Counter(value for _, _, value in cls.scores(table))
         return {cls.name: said[1.0] / said.total()} if said else {}

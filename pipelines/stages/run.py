@@ -9,7 +9,7 @@ from functools import partial
 from ray.exceptions import RayError, RayTaskError
 
 from pipelines.stages.contract import OnProgress, Outcome, Progress, ReadShard, Resources, ShardWorker, StageResult
-from pipelines.stages.shards import MAX_FAILED_SHARDS, RETRIES, STOPS, ShardJob, stream_shards
+from pipelines.stages.shards import MAX_FAILED_SHARDS, RETRIES, STOPS, ShardJob, stream_in_process, stream_shards
 from pipelines.storage.files import NUM_THREADS, remove_leftovers
 from pipelines.storage.lease import Lease, Leases, Ticket, shared
 from pipelines.tables.errors import DamagedShardError, ShardError, TooManyRejectsError
@@ -39,8 +39,12 @@ def run_shards(
     max_reject_share: float,
     on_progress: OnProgress = lambda progress: None,
     leases: Leases | None = None,
+    in_process: bool = False,
 ) -> StageResult:
     """Make the missing shards of `output`, each by one call of a worker.
+
+    Args:
+        in_process: work in this process, without actors: it has reserved what the worker needs.
 
     Raises as `run_stream`; and ShardError if some shards could not be made (all others are), or more than a few failed.
     """
@@ -54,7 +58,7 @@ def run_shards(
             make_worker=make_worker,
             resources=resources,
         )
-        return _make_shards(job, missing)
+        return _make_shards(job, missing, in_process)
 
     return run_stream(
         output, identity, shards, stream, max_reject_share=max_reject_share, on_progress=on_progress, leases=leases
@@ -127,16 +131,17 @@ def _run(
     return _complete(output, shards, progress, start, lease.ticket)
 
 
-def _make_shards(job: ShardJob, missing: list[str]) -> Iterator[Outcome]:
+def _make_shards(job: ShardJob, missing: list[str], in_process: bool) -> Iterator[Outcome]:
     """Yield the outcome of each shard when it is written. Failed shards are tried once more, by new actors, after all others.
 
     Raises StorageError, StageError, LeaseLostError, ShardError.
     """
     failed: dict[str, str] = {}
+    stream_part = stream_in_process if in_process else stream_shards
     for again in (False, True):
         failed = dict.fromkeys(missing, DIED)
         try:
-            for outcome in stream_shards(job, missing, alone=again) if missing else ():
+            for outcome in stream_part(job, missing, alone=again) if missing else ():
                 if outcome.error is None:
                     del failed[outcome.shard]
                     yield outcome

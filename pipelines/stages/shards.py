@@ -81,6 +81,15 @@ def stream_shards(job: ShardJob, shards: list[str], *, alone: bool) -> Iterator[
         yield to_outcome(row)
 
 
+def stream_in_process(job: ShardJob, shards: list[str], *, alone: bool) -> Iterator[Outcome]:
+    """The same in this process, one shard after another (`alone` or not), without actors: `job.resources` does not matter."""
+    worker = _Worker(job.make_worker, job.output.schema)
+    for shard in shards:
+        batch = worker(_read(pa.table({"shard": [shard]}), job.read_shard))
+        (row,) = _write(batch, job.output, job.fingerprint, job.ticket).to_pylist()
+        yield to_outcome(row)
+
+
 def to_outcome(row: Row) -> Outcome:
     """The outcome that a row of the Ray dataset's end tells."""
     error = row["error"] or {"stops": "", "message": None}

@@ -29,11 +29,20 @@ class PatientRun:
         run_request: the run to log to.
         say: called with notices for the user.
         waiting: entries of earlier starts; they are sent first.
+        monitors: whether MLflow's monitor of the machine runs along.
     """
 
-    def __init__(self, run_request: RunRequest, *, say: Callable[[str], None], waiting: Sequence[Entry] = ()):
+    def __init__(
+        self,
+        run_request: RunRequest,
+        *,
+        say: Callable[[str], None],
+        waiting: Sequence[Entry] = (),
+        monitors: bool = True,
+    ):
         self._request = run_request
         self._say = say
+        self._monitors = monitors
         self._run: TrackedRun | None = None
         self._monitor: SystemMetricsMonitor | None = None
         self._started = time.time()
@@ -120,7 +129,8 @@ class PatientRun:
             run = self._request.connect()
             self._last_steps = run.last_steps()
             self._run = run
-        self._keep_monitoring(self._run)
+        if self._monitors:
+            self._keep_monitoring(self._run)
         if self._is_known(entry):
             return
         try:

@@ -1,7 +1,7 @@
 """The desk: a small Ray actor through which the driver of a training and its workers tell each other things.
 
-Workers leave progress and notices there for the driver; the driver leaves its wish to stop for the workers. The actor runs on
-the driver's node, so it survives when the node of a worker is lost.
+Workers leave progress, notices and checkpoints to judge there for the driver; the driver leaves its wish to stop for them. The
+actor runs on the driver's node, so it survives when the node of a worker is lost.
 """
 
 import signal
@@ -39,16 +39,28 @@ class TrainProgress:
     checkpoint_time: float
 
 
+@dataclass(frozen=True)
+class ToJudge:
+    """A whole checkpoint that the workers ask the driver to judge. `held_seconds`: how long it held the slowest of them."""
+
+    step: int
+    held_seconds: float
+
+
 OnTrainProgress = Callable[[TrainProgress], None]
 OnNotice = Callable[[str], None]
+OnLook = Callable[[list[ToJudge]], None]
+"""Called every POLL_SECONDS, with the checkpoints that the workers ask to be judged since the last call."""
 
 
 class Desk:
-    """The actor's class. Workers call `show`, `say` and `stop_reason`; the driver calls `look` and `ask_to_stop`."""
+    """The actor's class. Workers call `show`, `say`, `add_part` and `stop_reason`; the driver `look` and `ask_to_stop`."""
 
     def __init__(self) -> None:
         self._progress: TrainProgress | None = None
         self._notices: list[str] = []
+        self._parts: dict[int, dict[int, float]] = {}
+        self._to_judge: list[ToJudge] = []
         self._stop: str | None = None
 
     def show(self, progress: TrainProgress) -> None:
@@ -59,9 +71,17 @@ class Desk:
         """Add a notice, a message for a person."""
         self._notices.append(notice)
 
-    def look(self, num_heard: int) -> tuple[TrainProgress | None, list[str]]:
-        """Return the last progress, and the notices after the first `num_heard`."""
-        return self._progress, self._notices[num_heard:]
+    def add_part(self, step: int, rank: int, num_parts: int, held_seconds: float) -> None:
+        """Note that a rank's part of a checkpoint that is to be judged is written; with all parts, it is asked for."""
+        parts = self._parts.setdefault(step, {})
+        parts[rank] = held_seconds
+        if len(parts) == num_parts:
+            self._to_judge.append(ToJudge(step, max(self._parts.pop(step).values())))
+
+    def look(self, num_heard: int) -> tuple[TrainProgress | None, list[str], list[ToJudge]]:
+        """Return the last progress, the notices after the first `num_heard`, and what is to be judged since the last look."""
+        to_judge, self._to_judge = self._to_judge, []
+        return self._progress, self._notices[num_heard:], to_judge
 
     def ask_to_stop(self, reason: str) -> None:
         """Ask the workers to save a checkpoint and end."""
@@ -73,15 +93,18 @@ class Desk:
 
 
 @contextmanager
-def open_desk(on_progress: OnTrainProgress, on_notice: OnNotice, *, on_stop: Callable[[], None]) -> Iterator[Any]:
+def open_desk(
+    on_progress: OnTrainProgress, on_notice: OnNotice, *, on_stop: Callable[[], None], on_look: OnLook = lambda to_judge: None
+) -> Iterator[Any]:
     """Start the desk and yield the actor's handle. Within, SIGTERM makes the workers save a checkpoint and end.
 
     Args:
         on_progress: called with each new progress.
         on_notice: called with each new notice.
         on_stop: called soon after SIGTERM, since `ray job stop` may kill this process before the workers have ended.
+        on_look: called with each look at the desk.
 
-    All three are called from one other thread.
+    All four are called from one other thread.
     """
     desk: Any = ray.remote(Desk).options(num_cpus=0, scheduling_strategy=on_this_node()).remote()
     ended, stopping = threading.Event(), threading.Event()
@@ -93,13 +116,14 @@ def open_desk(on_progress: OnTrainProgress, on_notice: OnNotice, *, on_stop: Cal
             if stopping.is_set() and not told_of_stop:
                 told_of_stop = True
                 on_stop()
-            progress, notices = ray.get(desk.look.remote(num_heard))
+            progress, notices, to_judge = ray.get(desk.look.remote(num_heard))
             num_heard += len(notices)
             for notice in notices:
                 on_notice(notice)
             if progress is not None and progress != shown:
                 shown = progress
                 on_progress(progress)
+            on_look(to_judge)
 
     def ask_to_stop(signum: int, frame: FrameType | None) -> None:
         stopping.set()

@@ -16,6 +16,8 @@ from pipelines.storage.files import list_folder, read_file, remove_file, write_f
 from pipelines.tracking.patient_run import PatientRun
 from pipelines.tracking.unsent import Entry, read_unsent, write_unsent
 from pipelines.train.desk import TrainProgress
+from pipelines.train.engine.checkpoint_store import CheckpointStore
+from pipelines.train.engine.checkpoints import Snapshot
 from pipelines.train.meter import MeterReport
 from pipelines.train.record import GRIDS_DIR
 from pipelines.train.stream.samples import MicroBatch
@@ -36,12 +38,13 @@ class TrainOutputs:
         self._num_notices = 0
         self._drawn = DrawnLog(f"{task.output_uri}/{DRAWN_DIR}", rank) if task.config.record_samples else None
 
-    def begin(self, step: int, waiting: Sequence[tuple[int, Mapping[str, float]]]) -> None:
-        """Prepare the outputs for the steps after `step`. Collective call.
+    def begin(self, step: int, waiting: Sequence[tuple[int, Mapping[str, float]]], store: CheckpointStore) -> None:
+        """Prepare the outputs for the steps after `step`; ask the driver to judge what an earlier start left. Collective call.
 
         Args:
             step: step of the checkpoint that the training resumes from, or 0.
             waiting: steps and metrics from the checkpoint that had not reached MLflow.
+            store: of the checkpoints.
         """
         if self.rank == 0:
             if self._drawn is not None:
@@ -50,6 +53,7 @@ class TrainOutputs:
                 entries = [*self._kept(step), *(Entry("metrics", dict(metrics), at_step) for at_step, metrics in waiting)]
                 self.run = PatientRun(self.task.run_request, say=self.tell_driver, waiting=entries)
                 self.run.log_inputs(self.task.dataset_uri, self.task.inputs, "training")
+            self._try(lambda: self._ask_again(store))
         torch.distributed.barrier()
         if step:
             self.say(f"goes on from the checkpoint of step {step}")
@@ -140,6 +144,21 @@ class TrainOutputs:
         self._try(lambda: write_file(f"{self.task.output_uri}/{GRIDS_DIR}/step-{step:06d}.png", to_png(picture)))
         if self.run is not None:
             self.run.log_image(picture, "samples", step)
+
+    def judging(self, snapshot: Snapshot, held_seconds: float) -> Callable[[], None]:
+        """Return what to call once this rank's part of a checkpoint is written that is to be judged: it tells the driver.
+
+        `held_seconds`: how long this rank's steps were held to copy the part.
+        """
+        return lambda: self._ask(snapshot.step, snapshot.world_size, held_seconds)
+
+    def _ask_again(self, store: CheckpointStore) -> None:
+        for step in store.unjudged():
+            self._ask(step, 1, 0.0)
+
+    def _ask(self, step: int, num_parts: int, held_seconds: float) -> None:
+        if self.task.desk is not None:
+            self.task.desk.add_part.remote(step, self.rank, num_parts, held_seconds)
 
     def waiting(self) -> list[Any]:
         """Return the metrics that have not reached MLflow yet, for the checkpoint."""

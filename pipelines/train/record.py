@@ -8,13 +8,15 @@ from typing import Any
 from pipelines.storage.files import list_folder, read_file, write_file
 from pipelines.tables.errors import StaleTableError
 from pipelines.tables.identity import Identity, describe_differences
+from pipelines.train.engine.checkpoint_places import CHECKPOINTS_DIR, list_checkpoints
 from sana_model.files.json_files import parse_json
 from sana_model.files.redact import redact_values
 
 RECORD = "training.json"
 CONFIG = "train_config.json"
-CHECKPOINTS_DIR, GRIDS_DIR, PIPELINE_DIR = "checkpoints", "samples", "pipeline"
-"""Folders in the output folder: of checkpoints, of grids of pictures on the way, and of the trained pipeline."""
+GRIDS_DIR, PIPELINE_DIR, BEST_DIR, VALIDATION_DIR = "samples", "pipeline", "best", "validation"
+"""Folders in the output folder: of grids of pictures on the way, of the trained pipeline, of that of the best checkpoint, and
+of the pictures by which checkpoints are judged."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,6 @@ class TrainingRecord:
 
 
 def _last_checkpoint(output_uri: str) -> str:
-    from pipelines.train.engine.checkpoints import list_checkpoints  # imports torch, which other readers do without
-
     folder = f"{output_uri}/{CHECKPOINTS_DIR}"
     return next(iter(list_checkpoints(folder)), f"{folder}/step-...")
 

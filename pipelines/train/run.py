@@ -5,7 +5,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from pipelines.tracking.unsent import Entry
 from pipelines.train.config import TrainConfig
 from pipelines.train.desk import OnNotice, OnTrainProgress, open_desk
 from pipelines.train.driver_run import DriverRun
+from pipelines.train.engine.checkpoint_places import CHECKPOINTS_DIR
+from pipelines.train.engine.judgements import BestCheckpoint, Judgement, find_named, read_best, read_judgements
+from pipelines.train.judging import CheckpointJudge, Judging
 from pipelines.train.record import GRIDS_DIR, PIPELINE_DIR, TrainingRecord, write_config
 from pipelines.train.stream.captions import check_caption_embeds
 from pipelines.train.stream.mixture import Source, check_complete
@@ -44,6 +47,8 @@ class TrainResult:
     fingerprint: fingerprint of the training.
     samples_per_second: speed of the steps alone, since the last start.
     startup_seconds: time before the first step. seconds: time of the whole call.
+    judgements: of the checkpoints that were judged, in order.
+    best: the best of them, if one was to be chosen; its pipeline is in BEST_DIR of the output folder.
     was_done: the training had finished before this call.
     unsent: why something could not be sent to MLflow and waits in the output folder, for the next call to send; None: all was.
     """
@@ -60,6 +65,8 @@ class TrainResult:
     samples_per_second: float
     startup_seconds: float
     seconds: float
+    judgements: list[Judgement] = field(default_factory=list)
+    best: BestCheckpoint | None = None
     was_done: bool = False
     unsent: str | None = None
 
@@ -91,6 +98,7 @@ def run_train(
     output_dir: str,
     run_request: RunRequest | None = None,
     lease: LeaseConfig = DEFAULT_LEASE,
+    judging: Judging | None = None,
     on_progress: OnTrainProgress = lambda progress: None,
     on_notice: OnNotice = lambda notice: None,
 ) -> TrainResult:
@@ -102,6 +110,7 @@ def run_train(
         output_dir: any fsspec URI, or a folder that all nodes see.
         run_request: the MLflow run that the workers log to; None: no MLflow.
         lease: how other trainings are kept from `output_dir`.
+        judging: how checkpoints are judged beside the training; None: they are not.
         on_progress: called from another thread with each report.
         on_notice: called from another thread with messages for a person.
 
@@ -126,7 +135,7 @@ def run_train(
             return replace(_to_result(record, was_done=True), unsent=unsent)
         write_config(output_uri, config)
         check_tables(dataset_uri, config)
-        return _train(record, config, dataset_uri, start, run_request, on_progress, on_notice)
+        return _train(record, config, dataset_uri, start, run_request, judging, on_progress, on_notice)
 
 
 def _train(
@@ -135,25 +144,36 @@ def _train(
     dataset_uri: str,
     start: float,
     run_request: RunRequest | None,
+    judging: Judging | None,
     on_progress: OnTrainProgress,
     on_notice: OnNotice,
 ) -> TrainResult:
     """Start or resume the training on its workers, and wait for its end. Raises TrainingStopped or TrainingError."""
     output_uri, run = record.output_uri, DriverRun(run_request, record.output_uri, on_notice)
+    judge = CheckpointJudge(judging, config, output_uri, on_notice)
     run.begin()
-    with open_desk(on_progress, on_notice, on_stop=run.mark_killed) as desk:
-        inputs = {**record.identity.inputs, **_inputs(dataset_uri, config.validation_sources(dataset_uri))}
-        task = TrainTask(
-            config=config, dataset_uri=dataset_uri, inputs=inputs, output_uri=output_uri, run_request=run_request, desk=desk
-        )
-        try:
+    judge.begin(run_request)
+    try:
+        with open_desk(on_progress, on_notice, on_stop=run.mark_killed, on_look=judge.poll) as desk:
+            task = TrainTask(
+                config=config,
+                dataset_uri=dataset_uri,
+                inputs={**record.identity.inputs, **_inputs(dataset_uri, config.validation_sources(dataset_uri))},
+                output_uri=output_uri,
+                run_request=run_request,
+                desk=desk,
+                judge_every=judging.every if judging is not None else None,
+            )
             figures = _figures(_fit(task))
-        except BaseException as error:
-            run.end("KILLED" if isinstance(error, TrainingStopped) else end_status(error))
-            raise
+        unsent = judge.finish()
+        judge.write_best_pipeline()
+    except BaseException as error:
+        judge.abandon()
+        run.end("KILLED" if isinstance(error, TrainingStopped) else end_status(error))
+        raise
     figures["startup_seconds"] = figures.pop("started_at") - start
     result = _to_result(record.finish({**figures, "seconds": time.time() - start}), was_done=False)
-    return replace(result, unsent=run.send(*_last_entries(result)))
+    return replace(result, unsent=run.send(*unsent, *_last_entries(result)))
 
 
 def _last_entries(result: TrainResult) -> list[Entry]:
@@ -191,7 +211,7 @@ def _figures(ended: Result) -> dict[str, Any]:
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """Make the local paths of a configuration absolute, since Ray's workers run in other folders."""
+    """Make the local paths of a configuration absolute, since Ray's workers run in other folders; name the best checkpoint."""
 
     def absolute(path: str | None) -> str | None:
         return absolute_uri(path) if path is not None and Path(path).exists() else path
@@ -206,7 +226,7 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
         config,
         latents=latents,
         init=absolute(config.init),
-        resume_from=absolute(config.resume_from),
+        resume_from=absolute(find_named(config.resume_from) if config.resume_from is not None else None),
         text_encoder=absolute(config.text_encoder),
         autoencoder=absolute(config.autoencoder),
     )
@@ -263,6 +283,7 @@ def _to_result(record: TrainingRecord, *, was_done: bool) -> TrainResult:
     assert record.result is not None
     folder = f"{record.output_uri}/{GRIDS_DIR}"
     names = [name for name in list_folder(folder) if name.startswith("step-")]
+    checkpoints = f"{record.output_uri}/{CHECKPOINTS_DIR}"
     figures = record.result | {"losses": [(step, loss) for step, loss in record.result["losses"]]}
     return TrainResult(
         pipeline=f"{record.output_uri}/{PIPELINE_DIR}",
@@ -270,6 +291,8 @@ def _to_result(record: TrainingRecord, *, was_done: bool) -> TrainResult:
         grids=[(int(name.removeprefix("step-").removesuffix(".png")), f"{folder}/{name}") for name in names],
         inputs=dict(record.identity.inputs),
         fingerprint=record.identity.fingerprint,
+        judgements=[judgement for _, judgement in sorted(read_judgements(checkpoints).items())],
+        best=read_best(checkpoints),
         was_done=was_done,
         **figures,
     )

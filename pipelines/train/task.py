@@ -18,6 +18,8 @@ class TrainTask:
     output_uri: output folder, any fsspec URI.
     run_request: the MLflow run to log to; None: no MLflow.
     desk: handle of the desk (see `desk.py`); None: no driver listens.
+    judge_every: steps between two checkpoints that the driver is asked to judge; the last step makes one too. None: it judges
+        none.
     """
 
     config: TrainConfig
@@ -26,3 +28,4 @@ class TrainTask:
     output_uri: str
     run_request: RunRequest | None = None
     desk: Any = None
+    judge_every: int | None = None

@@ -1,6 +1,7 @@
 """The training loop of a worker: steps, and between them reports, pictures, validation and checkpoints."""
 
 import math
+import time
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
@@ -13,7 +14,8 @@ from torch import Tensor
 from pipelines.tables.errors import TrainingError, TrainingInputError
 from pipelines.train.bad_steps import BadStepGuard
 from pipelines.train.desk import StopWatch, watch_for_sigterm
-from pipelines.train.engine.checkpoint_store import CheckpointStore
+from pipelines.train.engine.checkpoint_places import CHECKPOINTS_DIR
+from pipelines.train.engine.checkpoint_store import TO_JUDGE, CheckpointStore
 from pipelines.train.engine.checkpoints import BadCheckpointError, CheckpointReader, take_snapshot
 from pipelines.train.engine.collective import any_rank, first_problem, gather_objects
 from pipelines.train.engine.deepspeed import Engine
@@ -22,7 +24,6 @@ from pipelines.train.engine.optim import learning_rate
 from pipelines.train.meter import LossHistory, TrainingMeter, step_flops
 from pipelines.train.models import TrainModels
 from pipelines.train.outputs import TrainOutputs
-from pipelines.train.record import CHECKPOINTS_DIR
 from pipelines.train.stream.captions import encode_captions, pad_embeds
 from pipelines.train.stream.mixture import check_channels
 from pipelines.train.stream.noise import draw_noise, fixed_noise
@@ -96,6 +97,7 @@ class TrainWorker:
             keep_last=self.config.keep_checkpoints,
             keep_every=self.config.keep_every,
             keep_best=self.config.keep_best,
+            judged=task.judge_every is not None,
             say=self.outputs.tell_driver,
         )
 
@@ -144,7 +146,7 @@ class TrainWorker:
                 self.source.load_all_states([state["stream"] for state in reader.checkpoint.states])
         except (BadCheckpointError, ValueError) as error:
             raise TrainingError(str(error)) from error
-        self.outputs.begin(self.step, waiting)
+        self.outputs.begin(self.step, waiting, self.store)
         self.stream = PrefetchedStream(self.source, self.config.data.prefetch)
 
     def _take_over(self, reader: CheckpointReader) -> list[Any]:
@@ -259,8 +261,9 @@ class TrainWorker:
             self.draw_grid()
         watch = self.stop_watch
         self.stopped, noticed = any_rank(watch.asked_to_stop(), watch.noticed(ask_ray=reports), device=self.device)
-        if last or self.stopped or noticed or self.step % config.checkpoint_every == 0:
-            self.save()
+        to_judge = self.task.judge_every is not None and (last or self.step % self.task.judge_every == 0)
+        if last or self.stopped or noticed or to_judge or self.step % config.checkpoint_every == 0:
+            self.save(to_judge=to_judge)
 
     def log(self) -> None:
         """Report losses and speed since the last report, over all ranks, to MLflow and to the driver."""
@@ -299,21 +302,24 @@ class TrainWorker:
             if picture is not None:
                 self.outputs.show_picture(self.step, picture)
 
-    def save(self) -> None:
+    def save(self, *, to_judge: bool = False) -> None:
         """Start to write a checkpoint in the background. Raises TrainingError if several in a row could not be written."""
         with self.meter.paused():
+            start = time.monotonic()
             state = {
                 "stream": self.stream.state_dict(),
                 "history": self.history.state_dict(),
                 "guard": self.guard.state_dict(),
                 "metrics": self.metrics,
                 "waiting": self.outputs.waiting(),
+                TO_JUDGE: to_judge,
             }
             self.outputs.flush_batches(self.step)
             if problem := first_problem(self.store.given_up()):
                 raise TrainingError(f"checkpoints cannot be written: {problem}; once they can, run it again to resume")
             self.outputs.log_checkpoint(self.store.last_written)
-            self.store.write(take_snapshot(self.engine, self.ema, state, step=self.step))
+            snapshot = take_snapshot(self.engine, self.ema, state, step=self.step)
+            self.store.write(snapshot, then=self.outputs.judging(snapshot, time.monotonic() - start) if to_judge else None)
 
     def finish(self) -> dict[str, Any]:
         """Wait for the last checkpoint and write the final pipeline.

@@ -114,16 +114,16 @@ def pretrained(address: str, revision: str | None = None) -> tuple[str, dict[str
 
 
 def pick_device(device: str | None) -> "torch.device":
-    """The configured device; if None, the first GPU that Ray gave this actor, or else the CPU.
+    """The configured device; if None, the first GPU that Ray gave this actor or task, or else the CPU.
 
-    Ray does not hide a node's GPUs from an actor that reserved none; they belong to other actors.
+    Ray does not hide a node's GPUs from an actor or task that reserved none; they belong to others.
     """
     import torch
 
     if device is not None:
         return torch.device(device)
-    in_actor = ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
-    given = not in_actor or bool(ray.get_gpu_ids())
+    of_ray = ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
+    given = not of_ray or bool(ray.get_gpu_ids())
     return torch.device("cuda" if given and torch.cuda.is_available() else "cpu")
 
 

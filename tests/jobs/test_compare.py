@@ -12,7 +12,9 @@ import pytest
 from jobs import compare
 from jobs.common.exit_codes import ExitCode
 from pipelines.evaluate.compare import FIGURES, PUBLISHED, bootstrap, compare_samples
+from pipelines.evaluate.dpg.config import DpgConfig
 from pipelines.evaluate.dpg.questions import ScoreSums
+from pipelines.evaluate.geneval.config import GenEvalConfig
 from pipelines.evaluate.metric import metric_table
 from pipelines.evaluate.registry import metric_class
 from pipelines.tables.identity import Identity
@@ -81,6 +83,55 @@ def test_intervals_are_by_prompts_and_depend_on_no_shard(tmp_path: Path) -> None
     assert once == pytest.approx(often, abs=1e-4)
     mean, error = np.mean([*scores.values()]), 1.96 * np.std([*scores.values()]) / 10
     assert once == pytest.approx((mean - error, mean + error), abs=0.2)
+
+
+def test_the_score_of_geneval_has_the_interval_of_a_mean_over_tasks_whose_prompts_are_others(tmp_path: Path) -> None:
+    table = metric_table(str(tmp_path), "x", "geneval")
+    generator = np.random.default_rng(0)
+    rows = [
+        {
+            "id": f"{at}",
+            "prompt": f"{task} {at}",
+            "task": task,
+            "correct": bool(generator.random() < 0.5),
+            "faults": [],
+            "objects": [],
+        }
+        for task in ("counting", "position")
+        for at in range(80)
+    ]
+    table.write_shard("00000", pa.Table.from_pylist(rows, table.schema))
+    intervals = bootstrap(metric_class("geneval"), table)
+    figures = metric_class("geneval").summarize(table, GenEvalConfig())
+    assert intervals.keys() == figures.keys()
+    widths = {name: (high - low) / (2 * 1.96) for name, (low, high) in intervals.items()}
+    for name, deviation in (
+        ("geneval.counting", 0.5 / 80**0.5),
+        ("geneval", 0.5 / 160**0.5),
+        ("geneval.correct_prompts", 0.5 / 160**0.5),
+    ):
+        assert widths[name] == pytest.approx(deviation, rel=0.12)
+        assert intervals[name][0] < figures[name] < intervals[name][1]
+
+
+def test_the_intervals_of_dpg_bench_are_in_the_unit_of_its_figures(tmp_path: Path) -> None:
+    table = metric_table(str(tmp_path), "x", "dpg")
+    said = {"question": 1, "answer": "yes", "counts": True, "unclear": False}
+    rows = [
+        {
+            "id": f"{at}",
+            "prompt": f"{at}",
+            "dpg": at % 2,
+            "answers": [{**said, "category": "entity - whole", "yes": at % 4 > 0}],
+        }
+        for at in range(40)
+    ]
+    table.write_shard("00000", pa.Table.from_pylist(rows, table.schema))
+    intervals = bootstrap(metric_class("dpg"), table)
+    figures = metric_class("dpg").summarize(table, DpgConfig())
+    assert figures == {"dpg": 50.0, "dpg.entity": 75.0, "dpg.entity - whole": 75.0, "dpg_unclear": 0.0}
+    assert intervals.keys() == figures.keys() and intervals["dpg_unclear"] == (0.0, 0.0)
+    assert all(low <= figures[name] <= high for name, (low, high) in intervals.items())
 
 
 def test_what_cannot_be_compared_is_told(dataset: str, capsys: pytest.CaptureFixture[str]) -> None:

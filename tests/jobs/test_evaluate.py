@@ -15,6 +15,7 @@ from pipelines.evaluate.best_of.config import BestOfConfig
 from pipelines.evaluate.config import ClipScoreConfig, EvaluateConfig
 from pipelines.evaluate.feature_config import CmmdConfig
 from pipelines.evaluate.metric import metric_table
+from pipelines.evaluate.metric_config import FIGURES
 from pipelines.evaluate.registry import METRICS
 from pipelines.tables.identity import Identity
 from pipelines.tables.schema import SAMPLES, Row
@@ -67,7 +68,7 @@ def test_a_metric_that_fails_stops_no_other_and_decides_the_exit_code(
     assert exit_code(failed.value) == 1  # type: ignore[arg-type]
     told = capsys.readouterr().err
     assert "evaluate night clip_score failed: no file or folder" in told and "failed: clip_score; done: shapes" in told
-    figures = json.loads((tmp_path / "evaluations/night/shapes" / evaluate.FIGURES).read_text())
+    figures = json.loads((tmp_path / "evaluations/night/shapes" / FIGURES).read_text())
     assert figures["accuracy.all"] > 0.5
     assert metric_table(uri, "night", "shapes").require().num_rows == 6
     (tmp_path / "real").mkdir()
@@ -81,7 +82,7 @@ def test_a_metric_that_fails_stops_no_other_and_decides_the_exit_code(
     )
     results = evaluate.run(evaluate.EvaluateJob(dataset_uri=uri, evaluate=mended))
     assert [(result.was_done, result.num_rows) for result in results] == [(False, 6), (False, 6), (True, 6)]
-    assert set(json.loads((tmp_path / "evaluations/night/cmmd" / evaluate.FIGURES).read_text())) == {"cmmd"}
+    assert set(json.loads((tmp_path / "evaluations/night/cmmd" / FIGURES).read_text())) == {"cmmd"}
     tables = {table.path: table for table in dataset_status(uri).tables if table.path.startswith("evaluations/")}
     assert tables.keys() == {*(f"evaluations/night/{name}" for name in mended.metrics), "evaluations/real/cmmd"}
     assert all(not table.stale and not table.problems and table.ended for table in tables.values())

@@ -7,14 +7,13 @@ For tests of what a stage makes, refuses, resumes or rebuilds. That each stage d
 import pickle
 from collections.abc import Iterator
 
-import pyarrow as pa
 import pytest
 import ray
 from ray import cloudpickle
 
-from pipelines.stages import run, shards
+from pipelines.stages import run
 from pipelines.stages.contract import Outcome
-from pipelines.stages.shards import ShardJob
+from pipelines.stages.shards import ShardJob, stream_in_process
 
 
 def run_without_ray(patch: pytest.MonkeyPatch) -> None:
@@ -24,8 +23,4 @@ def run_without_ray(patch: pytest.MonkeyPatch) -> None:
 
 def _stream_shards(job: ShardJob, missing: list[str], *, alone: bool) -> Iterator[Outcome]:
     job = ray.get(ray.put(job)) if ray.is_initialized() else pickle.loads(cloudpickle.dumps(job))  # as an actor gets it
-    worker = shards._Worker(job.make_worker, job.output.schema)
-    for shard in missing:
-        batch = worker(shards._read(pa.table({"shard": [shard]}), job.read_shard))
-        (row,) = shards._write(batch, job.output, job.fingerprint, job.ticket).to_pylist()
-        yield shards.to_outcome(row)
+    yield from stream_in_process(job, missing, alone=alone)

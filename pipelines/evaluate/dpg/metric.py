@@ -1,6 +1,7 @@
 """DPG-Bench: a VLM answers questions about each picture."""
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -10,6 +11,7 @@ from pipelines.evaluate.dpg.questions import (
     QuestionBook,
     ScoreSums,
     apply_dependencies,
+    groups_of,
     picture_score,
     prompt_key,
     read_answer,
@@ -81,6 +83,26 @@ class DpgBench(VlmMetric[DpgConfig]):
                 count += len(row["answers"])
         figures = {cls.name if name == "score" else f"{cls.name}.{name}": value for name, value in sums.figures().items()}
         return figures | ({"dpg_unclear": unclear / count} if count else {})
+
+    @classmethod
+    def describe(cls, row: Row) -> list[str]:
+        told = [
+            f"question {answer['question']} ({answer['category']}): {answer['answer']!r}"
+            + ("" if not answer["yes"] else ", but what it depends on is not there")
+            for answer in row["answers"]
+            if not answer["counts"]
+        ]
+        return [f"{100 * row['dpg']:.4g} % of {len(row['answers'])} questions", *told]
+
+    @classmethod
+    def scores(cls, table: Table) -> Iterator[tuple[str, str, float]]:
+        for shard in iter_shards(table, ["prompt", "dpg", "answers"]):
+            for row in shard.to_pylist():
+                yield cls.name, row["prompt"], 100 * row["dpg"]
+                for answer in row["answers"]:
+                    for category in groups_of(answer["category"]):
+                        yield f"{cls.name}.{category}", row["prompt"], 100.0 * answer["yes"]
+                    yield "dpg_unclear", row["prompt"], float(answer["unclear"])
 
 
 def _judge_picture(questions: list[Question], outcomes: "list[Outcome]") -> Row | RowRefused:

@@ -136,6 +136,11 @@ def read_answer(text: str) -> bool | None:
     return {"yes": True, "no": False}.get(words[0]) if words else None
 
 
+def groups_of(category: str) -> list[str]:
+    """A category and the group that it belongs to, such as "attribute - color" and "attribute"."""
+    return list(dict.fromkeys((category.split("-")[0].strip(), category)))
+
+
 @dataclass
 class ScoreSums:
     """Sums over judged pictures, filled picture by picture."""
@@ -148,7 +153,7 @@ class ScoreSums:
         total = self.prompts.setdefault(prompt, [0.0, 0])
         total[0], total[1] = total[0] + score, total[1] + 1
         for category, is_yes in answers:
-            for name in dict.fromkeys((category.split("-")[0].strip(), category)):
+            for name in groups_of(category):
                 sums = self.categories.setdefault(name, [0, 0])
                 sums[0], sums[1] = sums[0] + is_yes, sums[1] + 1
 

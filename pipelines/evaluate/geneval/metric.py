@@ -1,10 +1,14 @@
 """GenEval: whether pictures show the objects that their prompts name, in number, color and place."""
 
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipelines.evaluate.geneval.config import GenEvalConfig
 from pipelines.evaluate.geneval.prompts import PromptReader, request_of
 from pipelines.evaluate.geneval.rules import (
+    CORRECT_PICTURES,
+    CORRECT_PROMPTS,
     Detection,
     Kept,
     Request,
@@ -124,6 +128,27 @@ class GenEval(Metric[GenEvalConfig]):
     def rank(cls, row: Row) -> tuple[float, ...]:
         """Correct pictures first, then those with the fewest faults."""
         return float(row["correct"]), -float(len(row["faults"]))
+
+    @classmethod
+    def describe(cls, row: Row) -> list[str]:
+        found = Counter(" ".join(filter(None, (one["color"], one["name"]))) for one in row["objects"])
+        seen = ", ".join(f"{count} {name}" for name, count in found.items()) or "nothing"
+        return [f"{row['task']}: {'correct' if row['correct'] else 'wrong'}", *row["faults"], f"found: {seen}"]
+
+    @classmethod
+    def scores(cls, table: Table) -> Iterator[tuple[str, str, float]]:
+        prompts: dict[str, bool] = {}
+        for shard in iter_shards(table, ["prompt", "task", "correct"]):
+            for row in shard.to_pylist():
+                for name in (row["task"], CORRECT_PICTURES):
+                    yield f"{cls.name}.{name}", row["prompt"], float(row["correct"])
+                prompts[row["prompt"]] = prompts.get(row["prompt"], False) or row["correct"]
+        yield from ((f"{cls.name}.{CORRECT_PROMPTS}", prompt, float(correct)) for prompt, correct in prompts.items())
+
+    @classmethod
+    def means_of(cls, figures: Iterable[str]) -> dict[str, list[str]]:
+        others = {f"{cls.name}.{name}" for name in (CORRECT_PICTURES, CORRECT_PROMPTS)}
+        return {cls.name: [name for name in figures if name not in others]}
 
     @classmethod
     def summarize(cls, table: Table, config: GenEvalConfig) -> dict[str, float]:

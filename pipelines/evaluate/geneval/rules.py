@@ -13,6 +13,8 @@ TASKS = ("single_object", "two_object", "counting", "colors", "position", "color
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 POSITIONS = ("left of", "right of", "above", "below")
 COUNTING = "counting"
+CORRECT_PICTURES, CORRECT_PROMPTS = "correct_pictures", "correct_prompts"
+"""The figures that are shares of all pictures, and of all prompts: of a prompt any picture may be the correct one."""
 NO_OFFSET = 1e-3  # pixels
 
 Box = tuple[float, float, float, float]
@@ -241,6 +243,6 @@ class TaskCounts:
         return {
             "score": sum(shares.values()) / len(shares),
             **shares,
-            "correct_pictures": sum(self.correct.values()) / sum(self.pictures.values()),
-            "correct_prompts": sum(self.prompts.values()) / len(self.prompts),
+            CORRECT_PICTURES: sum(self.correct.values()) / sum(self.pictures.values()),
+            CORRECT_PROMPTS: sum(self.prompts.values()) / len(self.prompts),
         }

@@ -3,37 +3,43 @@
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch.distributed
 
 from pipelines.storage.errors import StorageError
+from pipelines.train.engine.checkpoint_places import checkpoint_uri, list_checkpoints
 from pipelines.train.engine.checkpoints import (
     BadCheckpointError,
     Checkpoint,
     CheckpointReader,
     Snapshot,
     UnfinishedCheckpointError,
-    checkpoint_uri,
-    list_checkpoints,
     remove_checkpoint,
     write_part,
 )
 from pipelines.train.engine.collective import from_rank_zero, gather_objects
 from pipelines.train.engine.deepspeed import Engine
+from pipelines.train.engine.judgements import read_best, read_judgements
 
 MAX_FAILED_WRITES = 3
 """Failed writes in a row after which the training should stop."""
+TO_JUDGE = "to_judge"
+"""The key, in the state of a checkpoint, that says whether it is to be judged."""
 
 
 class CheckpointStore:
     """One rank's access to the checkpoints of a training.
+
+    The checkpoint that was judged the best (`judgements.py`) is always kept.
 
     Args:
         root_uri: folder of the checkpoints, any fsspec URI.
         keep_last: how many of the newest checkpoints are kept.
         keep_every: checkpoints whose step is a multiple of this are kept too.
         keep_best: the checkpoint with the lowest value of this metric is kept too.
+        judged: those whose state says TO_JUDGE are kept until they are judged.
         say: called with messages for a person.
     """
 
@@ -44,12 +50,14 @@ class CheckpointStore:
         keep_last: int,
         keep_every: int | None = None,
         keep_best: str | None = None,
+        judged: bool = False,
         say: Callable[[str], None],
     ):
         self.root_uri = root_uri
         self.keep_last = keep_last
         self.keep_every = keep_every
         self.keep_best = keep_best
+        self.judged = judged
         self.say = say
         self._thread: threading.Thread | None = None
         self._error: StorageError | None = None
@@ -62,10 +70,13 @@ class CheckpointStore:
     def uri(self, step: int) -> str:
         return checkpoint_uri(self.root_uri, step)
 
-    def write(self, snapshot: Snapshot) -> None:
-        """Write this rank's part in the background; wait first for the pending write, if any."""
+    def write(self, snapshot: Snapshot, *, then: Callable[[], None] | None = None) -> None:
+        """Write this rank's part in the background; wait first for the pending write, if any.
+
+        `then` is called in the background once this part is written.
+        """
         self._join()
-        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint-writer")
+        self._thread = threading.Thread(target=self._write, args=(snapshot, then), name="checkpoint-writer")
         self._thread.start()
 
     def wait(self) -> str | None:
@@ -83,10 +94,12 @@ class CheckpointStore:
             self._thread.join()
             self._thread = None
 
-    def _write(self, snapshot: Snapshot) -> None:
+    def _write(self, snapshot: Snapshot, then: Callable[[], None] | None) -> None:
         uri = self.uri(snapshot.step)
         try:
             write_part(uri, snapshot)
+            if then is not None:
+                then()
             if snapshot.rank == 0:
                 self._prune()
             self._error, self._num_failed, self.last_written, self.written_at = None, 0, uri, time.time()
@@ -108,9 +121,31 @@ class CheckpointStore:
             kept |= {checkpoint.uri for checkpoint in whole if checkpoint.step % self.keep_every == 0}
         if self.keep_best:
             kept |= best_of(whole, self.keep_best)
+        kept |= {self.uri(step) for step in self._steps_in_use(whole)}
         for checkpoint in whole:
             if checkpoint.uri not in kept:
                 remove_checkpoint(checkpoint.uri)
+
+    def _steps_in_use(self, whole: Sequence[Checkpoint]) -> list[int]:
+        """The steps of checkpoints that are to be judged, and of the best one. All are in use if that cannot be read."""
+        try:
+            best = read_best(self.root_uri)
+            return [*self._find_unjudged(whole), *([best.step] if best is not None else [])]
+        except ValueError as error:
+            self.say(f"no checkpoint is removed: {error}")
+            return [checkpoint.step for checkpoint in whole]
+
+    def _find_unjudged(self, whole: Sequence[Checkpoint]) -> list[int]:
+        due = [checkpoint.step for checkpoint in whole if self.judged and checkpoint.states[0].get(TO_JUDGE)]
+        return [step for step in due if step not in read_judgements(self.root_uri)] if due else []
+
+    def unjudged(self) -> list[int]:
+        """The steps of whole checkpoints that are to be judged still, newest first. Raises ValueError, StorageError."""
+        whole = []
+        for uri in list_checkpoints(self.root_uri) if self.judged else []:
+            with suppress(BadCheckpointError):
+                whole.append(Checkpoint.open(uri))
+        return self._find_unjudged(whole)
 
     def find(self, engine: Engine, *, fallback: str | None = None) -> CheckpointReader | None:
         """Open the newest whole checkpoint and remove newer ones, whose steps will be repeated. Collective call.

@@ -7,7 +7,6 @@ the flattened parameter that this rank holds. A checkpoint is whole when the par
 
 import hashlib
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipelines.storage.files import find_files, is_local, list_folder, read_file, remove_file, write_file
+from pipelines.storage.files import find_files, is_local, read_file, remove_file, write_file
 from pipelines.storage.retry import call
 from pipelines.train.engine.deepspeed import WHOLE, Engine
 from pipelines.train.engine.ema import EMA
@@ -146,16 +145,6 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def list_checkpoints(root_uri: str) -> list[str]:
-    """Return the URIs of the checkpoints in a folder, newest first, whole or not."""
-    steps = [int(name.removeprefix("step-")) for name in list_folder(root_uri) if re.fullmatch(r"step-\d+", name)]
-    return [checkpoint_uri(root_uri, step) for step in sorted(steps, reverse=True)]
-
-
-def checkpoint_uri(root_uri: str, step: int) -> str:
-    return f"{root_uri}/step-{step:06d}"
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint whose files all exist with their listed sizes. `parts`: content of each rank's JSON file."""
@@ -192,6 +181,11 @@ class Checkpoint:
     def states(self) -> list[dict[str, Any]]:
         """State of each rank, as given to `take_snapshot`."""
         return [dict(part["state"]) for part in self.parts]
+
+    def hash_of(self, kind: str) -> str:
+        """A hash of the contents of all files of a kind."""
+        listed = [part["files"].get(f"{part_name(rank)}-{kind}.safetensors") for rank, part in enumerate(self.parts)]
+        return f"sha256:{hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:32]}"
 
     @contextmanager
     def fetch(self, names: Sequence[str]) -> Iterator[dict[str, Path]]:

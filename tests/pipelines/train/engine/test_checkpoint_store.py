@@ -9,15 +9,17 @@ from s3fs import S3FileSystem
 
 from pipelines.storage.errors import StorageError
 from pipelines.tables.identity import Identity
-from pipelines.train.engine.checkpoint_store import CheckpointStore
-from pipelines.train.engine.checkpoints import Checkpoint, Snapshot, UnfinishedCheckpointError, list_checkpoints, read_weights
+from pipelines.train.engine.checkpoint_places import list_checkpoints
+from pipelines.train.engine.checkpoint_store import TO_JUDGE, CheckpointStore
+from pipelines.train.engine.checkpoints import Checkpoint, Snapshot, UnfinishedCheckpointError, read_weights
+from pipelines.train.engine.judgements import BestCheckpoint, Judgement, write_best, write_judgements
 from pipelines.train.record import TrainingRecord
 from sana_model.files import retry
 from sana_model.files.retry import Backoff
 from tests.support.s3 import BUCKET, FaultyProxy, s3_environment, serve_s3
 
 
-def make_snapshot(step: int, *, rank: int = 0, world_size: int = 1, loss: float = 1.0) -> Snapshot:
+def make_snapshot(step: int, *, rank: int = 0, world_size: int = 1, loss: float = 1.0, to_judge: bool = False) -> Snapshot:
     """Of a model with one parameter of 6 elements, shared out evenly."""
     numel = 6 // world_size
     run = torch.arange(6.0)[rank * numel : (rank + 1) * numel] + step
@@ -31,7 +33,7 @@ def make_snapshot(step: int, *, rank: int = 0, world_size: int = 1, loss: float 
         shapes={"w": [2, 3]},
         moments=["m"],
         others={},
-        state={"metrics": {"loss": loss}},
+        state={"metrics": {"loss": loss}, TO_JUDGE: to_judge},
     )
 
 
@@ -87,6 +89,26 @@ def test_the_best_the_newest_and_every_fourth_stay(tmp_path: Path) -> None:
         store.write(make_snapshot(step, loss=loss))
         store.wait()
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-00000{step}" for step in (3, 4, 8, 9)]
+
+
+def test_the_best_judged_one_stays_and_those_that_are_not_judged_yet(tmp_path: Path) -> None:
+    def steps() -> list[int]:
+        return sorted(int(path.name.removeprefix("step-")) for path in tmp_path.glob("step-*"))
+
+    written: list[int] = []
+    store = CheckpointStore(str(tmp_path), keep_last=1, judged=True, say=print)
+    for step in range(1, 7):
+        store.write(make_snapshot(step, to_judge=step < 4), then=lambda step=step: written.append(step))  # type: ignore[misc]
+        store.wait()
+        if step == 4:
+            assert steps() == [1, 2, 3, 4] and store.unjudged() == [3, 2, 1]
+            write_judgements(str(tmp_path), [Judgement(step=1, problems={"task": "died"}), Judgement(step=2)])
+            write_best(str(tmp_path), BestCheckpoint(step=2, figure="fid", direction="lowest", value=5.0))
+    assert steps() == [2, 3, 6] and store.unjudged() == [3] and written == list(range(1, 7))
+    without = CheckpointStore(str(tmp_path), keep_last=1, say=print)  # the training goes on without judging
+    without.write(make_snapshot(7))
+    without.wait()
+    assert steps() == [2, 7] and without.unjudged() == []
 
 
 def test_the_newest_is_that_of_the_highest_step(tmp_path: Path) -> None:

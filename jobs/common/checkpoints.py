@@ -1,0 +1,26 @@
+"""Drawing with a training's checkpoint where a command takes a pipeline."""
+
+from typing import TYPE_CHECKING
+
+from jobs.common.config import from_dict
+from pipelines.tables.table import absolute_uri
+from pipelines.train.engine.checkpoint_places import is_checkpoint
+
+if TYPE_CHECKING:
+    from pipelines.draw.sample import PipelineSource
+
+
+def find_source(pipeline: str) -> "PipelineSource | None":
+    """How the checkpoint that a pipeline's address names (.../checkpoints/step-001000, .../checkpoints/best) is loaded.
+
+    None for any other pipeline. Raises FileNotFoundError or ValueError if it is not there or not whole.
+    """
+    if not is_checkpoint(pipeline):
+        return None
+    from pipelines.draw.checkpoints import checkpoint_source
+    from pipelines.train.checkpoint_pipeline import find_checkpoint
+    from pipelines.train.config import TrainConfig
+    from pipelines.train.record import read_config
+
+    uri, training_uri = find_checkpoint(absolute_uri(pipeline))
+    return checkpoint_source(from_dict(TrainConfig, read_config(training_uri)), uri)
