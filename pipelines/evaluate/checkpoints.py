@@ -4,6 +4,7 @@ The tables lie in the training's folder, under VALIDATION_DIR, which is a datase
 `evaluations/step-001000/<metric>`. `jobs.compare` puts steps side by side.
 """
 
+import math
 import time
 import traceback
 from collections.abc import Mapping
@@ -50,6 +51,9 @@ def judge_checkpoint(
         output_uri: the training's folder.
         training: its configuration.
     """
+    import torch
+
+    torch.set_num_threads(config.resources.num_threads or max(math.ceil(config.resources.num_cpus), 1))
     home, name = f"{output_uri}/{VALIDATION_DIR}", f"step-{step:06d}"
     figures: dict[str, float] = {}
     problems: dict[str, str] = {}

@@ -58,7 +58,7 @@ def evaluation_report(
             table,
             manifest,
             title=f"{pictures.name} by {metric}",
-            about=" ".join((kind.__doc__ or "").split("\n\n")[0].split()),
+            about=" ".join((kind.__doc__ or "").split("\n\n")[0].replace("`", "").split()),
             facts={"Pictures": light.rows.num_rows},
             origin=asdict(manifest.identity()),
         ),
@@ -72,11 +72,10 @@ def evaluation_report(
     )
 
 
-def _cells(figure: Figure) -> tuple[str, str]:
-    """The value, and its interval or a dash."""
-    whole = str(figure)
-    value, _, interval = whole.partition(" (")
-    return value, interval.rstrip(")") or "–"
+def _cells(figure: Figure) -> tuple[str, str | None]:
+    """The value, and its interval."""
+    value, _, interval = str(figure).partition(" (")
+    return value, interval.rstrip(")") or None
 
 
 def read_judged(table: Table, pictures: Pictures, metric: str, sample: ReportScope) -> list[Row]:

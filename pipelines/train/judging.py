@@ -120,9 +120,7 @@ class CheckpointJudge:
         resources = self.judging.resources
         options = {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus, "resources": resources.custom or None}
         task = ray.remote(_judge).options(name=f"judge step {step}", max_retries=1, **options)
-        threads = resources.num_threads or max(math.ceil(resources.num_cpus), 1)
-        judge = partial(self.judging.judge, self.config, step, checkpoint_uri(self.root_uri, step))
-        return task.remote(judge, threads)
+        return task.remote(partial(self.judging.judge, self.config, step, checkpoint_uri(self.root_uri, step)))
 
     def _end(self, one: ToJudge, task: Any) -> None:
         self._running = None
@@ -209,11 +207,8 @@ class CheckpointJudge:
         return ", ".join(f"{amount:g} {name}" for name, amount in amounts.items() if amount) or "nothing"
 
 
-def _judge(judge: Callable[[], Judgement], num_threads: int) -> Judgement:
+def _judge(judge: Callable[[], Judgement]) -> Judgement:
     """The Ray task."""
-    import torch
-
-    torch.set_num_threads(num_threads)
     start = time.monotonic()
     judgement = judge()
     devices = ", ".join(f"GPU {number}" for number in ray.get_gpu_ids()) or "CPU"

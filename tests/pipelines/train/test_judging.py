@@ -1,18 +1,28 @@
 """The driver's part of judging checkpoints, with real Ray tasks and a judge that has no model."""
 
+import os
+import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
+from pipelines.tables.errors import TrainingStopped
 from pipelines.train.config import TrainConfig, WorkerResources
-from pipelines.train.desk import Desk, ToJudge
+from pipelines.train.desk import Desk, OnTrainProgress, ToJudge, TrainProgress
 from pipelines.train.engine.checkpoint_places import checkpoint_uri
+from pipelines.train.engine.checkpoints import read_weights
+from pipelines.train.engine.config import EngineConfig
 from pipelines.train.engine.judgements import BestConfig, Judgement, read_best, read_judgements
 from pipelines.train.judging import CheckpointJudge, Judging
+from pipelines.train.run import TrainResult, run_train
+from sana_model.pipeline import TextToImage
 from tests.support.training_ranks import tiny_config
+from tests.support.training_world import make_pipeline, make_shards, make_table
 from tests.support.waiting_judge import PATIENCE, judge_badly, judge_when_told
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -87,6 +97,49 @@ def test_a_judge_that_fails_or_does_not_end_is_told(tmp_path: Path) -> None:
     abandoned.poll([ToJudge(6, 0.0)])
     abandoned.abandon()
     assert read_judgements(str(tmp_path / "abandoned/checkpoints")) == {}  # for the next start
+
+
+@pytest.mark.slow
+def test_what_a_stopped_training_left_unjudged_is_judged_by_the_next_start(tmp_path: Path) -> None:
+    """Two workers; SIGTERM comes while the first judgement runs."""
+    make_table(tmp_path / "dataset", make_shards([30, 20]))
+    engine = EngineConfig(zero_stage=2, dtype="fp32")
+    config = replace(tiny_config(make_pipeline(tmp_path / "init")), num_workers=2, num_steps=4000, engine=engine)
+    config = replace(config, keep_checkpoints=1, checkpoint_every=50)
+    scores = dict.fromkeys(range(0, 4001, 100), 1.0) | {100: 5.0}
+    judging = Judging(
+        judge=partial(judge_when_told, str(tmp_path), scores),
+        every=100,
+        resources=WorkerResources(num_cpus=0.5),
+        best=BestConfig(figure="score", direction="highest"),
+        wait_seconds=PATIENCE,
+    )
+    said: list[str] = []
+    checkpoints = tmp_path / "run/checkpoints"
+
+    def start(on_progress: OnTrainProgress = lambda progress: None) -> TrainResult:
+        out, dataset = str(tmp_path / "run"), str(tmp_path / "dataset")
+        return run_train(dataset, config, output_dir=out, judging=judging, on_progress=on_progress, on_notice=said.append)
+
+    def stop(progress: TrainProgress) -> None:
+        if (tmp_path / "began-100").exists() and progress.step > 250:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(TrainingStopped):
+        start(stop)
+    assert (checkpoints / "step-000100").is_dir() and 100 not in read_judgements(str(checkpoints))
+    assert 200 in read_judgements(str(checkpoints))  # skipped
+    (tmp_path / "go").touch()
+    result = start()
+    judged = {one.step: dict(one.figures) for one in result.judgements}
+    assert judged[100] == {"score": 5.0} and judged[4000] == {"score": 1.0} and judged[200] == {}
+    assert result.best is not None and result.best.step == 100
+    kept = sorted(path.name for path in checkpoints.glob("step-*"))
+    assert kept == ["step-000100", "step-004000"]
+    weights = read_weights(str(checkpoints / "step-000100"))
+    written = TextToImage.from_pretrained(tmp_path / "run/best").transformer.state_dict()
+    assert all(torch.equal(weights[name], weight) for name, weight in written.items())
+    assert any(line.startswith("step 100: score 5") and line.endswith("it is the best so far") for line in said)
 
 
 def test_a_checkpoint_is_asked_for_when_the_parts_of_all_ranks_are_written() -> None:
