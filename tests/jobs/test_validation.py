@@ -20,10 +20,11 @@ from pipelines.workers.images import decode
 from sana_model.pipeline import TextToImage
 from tests.support.training_world import CLIP, PATH, make_pipeline, make_shards, make_table
 
-VALIDATION = ["--validation.prompts", '["a red square", "a blue square", "a green square"]', "--validation.num_prompts", "2"]
+PROMPTS = ["--validation.prompts", '["a red square", "a blue square", "a green square"]']
 
 
 def arguments(data: Path, init: str) -> list[str]:
+    """Of a training."""
     settings = {
         "dataset_uri": data,
         "train.latents": PATH,
@@ -36,15 +37,11 @@ def arguments(data: Path, init: str) -> list[str]:
         "train.engine.zero_stage": 0,
         "train.engine.dtype": "fp32",
         "train.keep_checkpoints": 1,
-        "validation.every": 4,
-        "validation.metrics": "[clip_score, hps]",
-        "validation.clip_score.model": "zoo://clip",
-        "validation.hps.model": data / "gone",
-        "validation.draw.num_steps": 2,
-        "validation.draw.guidance_scale": 1.0,
-        "validation.best.figure": "clip_score",
-        "validation.best.direction": "highest",
     }
+    return spell(settings)
+
+
+def spell(settings: dict[str, object]) -> list[str]:
     return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
 
 
@@ -54,7 +51,17 @@ def test_pictures_are_judged_beside_the_training_and_the_best_checkpoint_is_kept
 ) -> None:
     data, out = tmp_path / "data", tmp_path / "data/train"
     make_table(data, make_shards([30, 20]))
-    assert train.main([*arguments(data, make_pipeline(tmp_path / "init")), *VALIDATION]) == ExitCode.DONE
+    validation = {
+        "validation.every": 4,
+        "validation.num_prompts": 2,
+        "validation.metrics": "[clip_score, hps]",
+        "validation.clip_score.model": "zoo://clip",
+        "validation.hps.model": data / "gone",
+        "validation.draw": '{"num_steps": 2, "guidance_scale": 1.0}',
+        "validation.best": '{"figure": "clip_score", "direction": "highest"}',
+    }
+    given = [*arguments(data, make_pipeline(tmp_path / "init")), *PROMPTS, *spell(validation)]
+    assert train.main(given) == ExitCode.DONE
     judged = read_judgements(str(out / "checkpoints"))
     assert set(judged) == {4, 8, 12}  # the second while the first ran
     told = capsys.readouterr().err
@@ -93,16 +100,16 @@ def test_what_cannot_be_judged_is_refused_at_once(tmp_path: Path, capsys: pytest
     given = arguments(tmp_path, "zoo://pipeline")
     for more, code, said in (
         (["--validation.prompts", "gone.txt"], ExitCode.WRONG_INPUT, "there is no file 'gone.txt'"),
-        ([*VALIDATION, "--validation.clip_score.resources.num_gpus", "1"], ExitCode.USAGE, "give validation.resources instead"),
-        ([*VALIDATION, "--validation.metrics", "[]"], ExitCode.USAGE, "metrics=[] names none"),
-        ([*VALIDATION, "--validation.every", "0"], ExitCode.USAGE, "every=0 must be at least 1"),
+        ([*PROMPTS, "--validation.clip_score.resources.num_gpus", "1"], ExitCode.USAGE, "give validation.resources instead"),
+        ([*PROMPTS, "--validation.metrics", "[]"], ExitCode.USAGE, "metrics=[] names none"),
+        ([*PROMPTS, "--validation.every", "0"], ExitCode.USAGE, "every=0 must be at least 1"),
     ):
         try:
             assert train.main([*given, *more]) == code
         except SystemExit as ended:
             assert ended.code == code
         assert said in capsys.readouterr().err
-    job = parse_config(train.TrainJob, [*given, *VALIDATION], prog="train", description="")
+    job = parse_config(train.TrainJob, [*given, *PROMPTS], prog="train", description="")
     assert [need.setting for need in find_needs(job)] == ["train.resources", "validation.resources"]
     assert job.validation is not None
     compared = replace(job.validation, metrics=("cmmd",), cmmd=replace(job.validation.cmmd, reference="images"))

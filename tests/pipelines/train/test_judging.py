@@ -104,9 +104,9 @@ def test_what_a_stopped_training_left_unjudged_is_judged_by_the_next_start(tmp_p
     """Two workers; SIGTERM comes while the first judgement runs."""
     make_table(tmp_path / "dataset", make_shards([30, 20]))
     engine = EngineConfig(zero_stage=2, dtype="fp32")
-    config = replace(tiny_config(make_pipeline(tmp_path / "init")), num_workers=2, num_steps=4000, engine=engine)
+    config = replace(tiny_config(make_pipeline(tmp_path / "init")), num_workers=2, num_steps=1500, engine=engine)
     config = replace(config, keep_checkpoints=1, checkpoint_every=50)
-    scores = dict.fromkeys(range(0, 4001, 100), 1.0) | {100: 5.0}
+    scores = dict.fromkeys(range(0, 1501, 100), 1.0) | {100: 5.0}
     judging = Judging(
         judge=partial(judge_when_told, str(tmp_path), scores),
         every=100,
@@ -132,10 +132,10 @@ def test_what_a_stopped_training_left_unjudged_is_judged_by_the_next_start(tmp_p
     (tmp_path / "go").touch()
     result = start()
     judged = {one.step: dict(one.figures) for one in result.judgements}
-    assert judged[100] == {"score": 5.0} and judged[4000] == {"score": 1.0} and judged[200] == {}
+    assert judged[100] == {"score": 5.0} and judged[1500] == {"score": 1.0} and judged[200] == {}
     assert result.best is not None and result.best.step == 100
     kept = sorted(path.name for path in checkpoints.glob("step-*"))
-    assert kept == ["step-000100", "step-004000"]
+    assert kept == ["step-000100", "step-001500"]
     weights = read_weights(str(checkpoints / "step-000100"))
     written = TextToImage.from_pretrained(tmp_path / "run/best").transformer.state_dict()
     assert all(torch.equal(weights[name], weight) for name, weight in written.items())
