@@ -88,6 +88,17 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
             read_prompt_set(name)
 
 
+def test_some_of_a_set_are_spread_over_all_of_it() -> None:
+    found = read_prompt_set("geneval")
+    some = found.spread(6)
+    assert some.metadata is not None and some.ids is not None
+    assert some.ids == ["00000", "00092", "00184", "00276", "00368", "00460"]
+    tags = [json.loads(row)["tag"] for row in some.metadata]
+    assert tags == ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
+    assert found.spread(None) is found and found.spread(1000) is found
+    assert read_prompt_set(["a", "b", "c"]).spread(2).prompts == ["a", "b"]
+
+
 def test_rows_of_samples_keep_id_and_metadata_and_plain_prompts_stay_as_they_were() -> None:
     draw = DrawConfig(rows_per_shard=3)
     config = SampleConfig(name="x", pipeline="p", prompts="geneval", images_per_prompt=4, draw=draw)
