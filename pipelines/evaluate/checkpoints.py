@@ -25,6 +25,7 @@ from pipelines.tables.table import absolute_uri
 from pipelines.train.config import TrainConfig
 from pipelines.train.engine.judgements import Judgement
 from pipelines.train.record import VALIDATION_DIR
+from sana_model.files.redact import redact
 
 PICTURES = "pictures"
 """The part of a judgement that draws."""
@@ -101,4 +102,4 @@ def _describe(error: Exception) -> str:
     """What a person needs to know of an error; the log has the rest."""
     traceback.print_exception(error)
     known = hasattr(error, "error_kind") or isinstance(error, (FileNotFoundError, ValueError, ConnectionError))
-    return str(error) if known else f"{type(error).__name__}: {error}"
+    return redact(str(error) if known else f"{type(error).__name__}: {error}")

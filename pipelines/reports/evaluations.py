@@ -17,7 +17,7 @@ from pipelines.reports.pictures import Picture, no_picture, thumbnail
 from pipelines.reports.rejects import read_rejects
 from pipelines.reports.templates import render
 from pipelines.tables.sampling import DEFAULT_SCOPE, ReportScope, read_light, spread
-from pipelines.tables.schema import Row
+from pipelines.tables.schema import FEATURES, Row
 from pipelines.tables.table import Table
 
 
@@ -85,9 +85,10 @@ def read_judged(table: Table, pictures: Pictures, metric: str, sample: ReportSco
     """
     kind = metric_class(metric)
     shards = table.list_shards()
+    columns = [name for name in table.schema.names if name != FEATURES.name]  # thousands of numbers a row
     rows: list[Row] = []
     for shard in (shards[index] for index in spread(len(shards), sample.picture_shards)):
-        for row in table.read_shard(shard).to_pylist():
+        for row in table.read_shard(shard, columns).to_pylist():
             rows.append({**row, "shard": shard, "rank": kind.rank(row)})
     rows.sort(key=lambda row: (row["rank"], row["id"]))
     half = min(sample.num_images // 2, len(rows) // 2)
