@@ -65,6 +65,7 @@ def test_pods_have_no_rights_and_limits(overlay: str) -> None:
         for container in pod["containers"]:
             assert container["securityContext"] == container["securityContext"] | {
                 "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
                 "capabilities": {"drop": ["ALL"]},
             }
             assert {"cpu", "memory"} <= set(container["resources"]["limits"]), container["name"]

@@ -14,6 +14,7 @@ from urllib.parse import urlparse
 
 import pytest
 import yaml
+from ray.autoscaler._private.kuberay.autoscaling_config import _get_ray_resources_from_group_spec
 
 from jobs.common.config import parse_config
 from jobs.common.job import JobConfig
@@ -240,6 +241,28 @@ def offer(group: Document) -> dict[str, float]:
     """The logical resources of a pod of a group, as KubeRay hands them to `ray start`."""
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     params = group["rayStartParams"]
-    custom = json.loads(json.loads(params["resources"])) if "resources" in params else {}
     cpus = float(params["num-cpus"]) if "num-cpus" in params else quantity(limits["cpu"])
-    return {"CPU": cpus, "GPU": quantity(limits.get("nvidia.com/gpu", 0)), **custom}
+    return {"CPU": cpus, "GPU": float(params.get("num-gpus", 0)), **by_operator(params.get("resources", "{}"))}
+
+
+def by_operator(resources: str) -> dict[str, float]:
+    """Custom resources as KubeRay 1.7 reads them (getResourcesMap in pod.go): without outer quotes, and nothing unescaped."""
+    read: dict[str, float] = json.loads(resources.strip("'\"` "))
+    return read
+
+
+def test_operator_autoscaler_and_ray_start_read_the_same_resources() -> None:
+    groups = [
+        group for document in render("cluster") for inner in walk(document) for group in inner.get("workerGroupSpecs", [])
+    ]
+    assert sum("resources" in group["rayStartParams"] for group in groups) > 3
+    for group in groups:
+        offered, limits = offer(group), group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        assert offered["GPU"] == quantity(limits.get("nvidia.com/gpu", 0)), group["groupName"]
+        autoscaler = _get_ray_resources_from_group_spec(group, is_head=False)
+        assert {name: autoscaler.get(name, 0) for name in offered} == offered
+        if text := group["rayStartParams"].get("resources"):
+            (argument,) = shlex.split(f"--resources={text}")  # the operator writes the command for a shell
+            assert json.loads(argument.removeprefix("--resources=")) == by_operator(text)
+    with pytest.raises(json.JSONDecodeError):
+        by_operator(r'"{\"training\": 8}"')  # the form of Ray's own examples
