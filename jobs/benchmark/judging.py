@@ -2,7 +2,8 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -44,10 +45,24 @@ def model_alone(metric: Metric[Any], ready: list[Row], batch_size: int) -> None:
         metric.judge(ready[start : start + batch_size])
 
 
+def time_in_turns(ways: Sequence[Callable[[], object]], repeats: int, name: str) -> tuple[list[float], list[float]]:
+    """The medians of each way's seconds, and of the CPU seconds of this process with all its threads."""
+    wall: list[list[float]] = [[] for _ in ways]
+    cpu: list[list[float]] = [[] for _ in ways]
+    for _ in tqdm(range(repeats), desc=name, leave=False):
+        for number, way in enumerate(ways):
+            started, worked = time.perf_counter(), time.process_time()
+            way()
+            wall[number].append(time.perf_counter() - started)
+            cpu[number].append(time.process_time() - worked)
+    return [statistics.median(seconds) for seconds in wall], [statistics.median(seconds) for seconds in cpu]
+
+
 def benchmark_judging(config: JudgingConfig) -> None:
     """Print for each metric the pictures a second of the worker, of the bare loop and of the model alone, in turns; medians.
 
-    Raises as `Metric.find_models`, and ValueError if a metric refuses pictures.
+    The bare loop prepares and judges batch by batch in one thread. Raises as `Metric.find_models`, and ValueError if a metric
+    refuses pictures.
     """
     torch.set_num_threads(config.num_threads)
     pictures = drawn_pictures(config.num_pictures, config.side)
@@ -58,23 +73,19 @@ def benchmark_judging(config: JudgingConfig) -> None:
         if refused := worker.process(pictures).rejects:  # warms up too
             raise ValueError(f"{name} refuses {len(refused)} of {pictures.num_rows} pictures: {refused[0]['detail']}")
         ready = [as_judged(row, worker.metric.prepare(row)) for row in pictures.to_pylist()]
-        ways: list[Callable[[], object]] = [
-            lambda worker=worker: worker.process(pictures),  # type: ignore[misc]
-            lambda worker=worker: bare_loop(worker.metric, pictures.to_pylist(), worker.config.batch_size),  # type: ignore[misc]
-            lambda worker=worker, ready=ready: model_alone(worker.metric, ready, worker.config.batch_size),  # type: ignore[misc]
-        ]
-        seconds: list[list[float]] = [[] for _ in ways]
-        for _ in tqdm(range(config.repeats), desc=name, leave=False):
-            for way, kept in zip(ways, seconds, strict=True):
-                start = time.perf_counter()
-                way()
-                kept.append(time.perf_counter() - start)
-        speeds = [config.num_pictures / statistics.median(kept) for kept in seconds]
-        rows.append(
-            [name, *(f"{speed:.1f}" for speed in speeds), f"{speeds[0] / speeds[1]:.1%}", f"{speeds[0] / speeds[2]:.1%}"]
+        wall, cpu = time_in_turns(
+            [
+                partial(worker.process, pictures),
+                partial(bare_loop, worker.metric, pictures.to_pylist(), settings.batch_size),
+                partial(model_alone, worker.metric, ready, settings.batch_size),
+            ],
+            config.repeats,
+            name,
         )
-    columns = ["pictures/s", "the stage's worker", "bare loop", "model alone", "worker/loop", "worker/model"]
+        speeds = [config.num_pictures / seconds for seconds in wall]
+        ratios = [speeds[0] / speeds[1], speeds[0] / speeds[2], cpu[1] / cpu[0]]
+        rows.append([name, *(f"{speed:.1f}" for speed in speeds), *(f"{ratio:.1%}" for ratio in ratios)])
+    columns = ["pictures/s", "the stage's worker", "bare loop", "model alone", "worker/loop", "worker/model", "by CPU seconds"]
     print(format_table(columns, rows))
-    print(
-        f"{config.num_pictures} pictures of {config.side} px, {config.num_threads} threads of torch, {config.repeats} repeats"
-    )
+    print(f"medians of {config.repeats} over {config.num_pictures} pictures of {config.side} px")
+    print("by CPU seconds: worker/loop, which other work on the machine changes least")

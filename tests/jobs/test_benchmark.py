@@ -126,7 +126,7 @@ def test_judging_command_prints_the_ratio_to_the_bare_loop_of_each_metric(capsys
     lines = run_benchmark(capsys, "judging", "--num_pictures=3", "--side=64", "--repeats=1", "--metrics=[clip_score,shapes]")
     rows = {line.split()[0]: line.split()[1:] for line in lines[2:4]}
     assert rows.keys() == {"clip_score", "shapes"}
-    assert all(len(row) == 5 and float(row[0]) > 0 and row[-1].endswith("%") for row in rows.values()), rows
+    assert all(len(row) == 6 and float(row[0]) > 0 and row[-1].endswith("%") for row in rows.values()), rows
 
 
 def test_duplicates_command_prints_recall_and_what_changed_pictures_are_found(
