@@ -31,12 +31,15 @@ def resize_pytorch_fid(image: Image.Image, size: int) -> Tensor:
 
 
 def resize_clean_fid(image: Image.Image, size: int) -> Tensor:
-    """As clean-fid does: bicubic with antialias, each channel in float, neither rounded nor cropped. `size` plays no part."""
+    """As clean-fid does: bicubic with antialias, each channel in float, clipped to 0 to 255 and not rounded; no center crop.
+
+    `size` plays no part.
+    """
     channels = [
         np.asarray(Image.fromarray(channel).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
         for channel in np.asarray(image, np.float32).transpose(2, 0, 1)
     ]
-    return (torch.from_numpy(np.stack(channels)) - 128) / 128
+    return (torch.from_numpy(np.stack(channels)).clamp(0, 255) - 128) / 128
 
 
 def resize_torch_fidelity(image: Image.Image, size: int) -> Tensor:

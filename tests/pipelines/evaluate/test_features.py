@@ -168,6 +168,16 @@ def test_features_are_those_of_torch_fidelity_and_pytorch_fid() -> None:
             assert features.mean().item() == pytest.approx(mean, rel=1e-5), name
 
 
+def test_clean_fid_s_resizing_is_that_of_its_package() -> None:
+    """Values of clean-fid 0.1.35 (`build_resizer("clean")`, then its network's scaling), the same bit by bit. It clips: beside
+    sharp edges a bicubic filter overshoots."""
+    found = RESIZE["clean-fid"](gradient_picture(), 256)
+    assert found[:, 150, 150].tolist() == [-0.0027727484703063965, -0.003880143165588379, -0.06091278791427612]
+    assert found[2, 100, :4].tolist() == [-0.9408353567123413, 0.02199077606201172, 0.15027880668640137, -0.402069091796875]
+    assert found.mean((1, 2)).tolist() == pytest.approx([-0.009765075, -0.010938309, -0.025163306], abs=1e-5)
+    assert (found.min(), found.max()) == (-1, 127 / 128)
+
+
 def test_weights_that_are_not_of_this_network_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"x\.pth holds no weights of FID's Inception V3"):
         load_inception({"layer.weight": torch.zeros(1)}, "x.pth")
