@@ -1,0 +1,7 @@
+"""MLflow, as the other rooms use it."""
+
+import os
+
+# A job tells MLflow's makers nothing of itself, unless its user wishes so. Their client also changes the environment from a
+# thread, while MLflow copies it elsewhere: now and then a job ended with KeyError '_MLFLOW_TELEMETRY_SESSION_ID'.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

@@ -1,5 +1,6 @@
 """How an MLflow run ends: as what it tracks does."""
 
+import os
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -58,3 +59,11 @@ def test_tables_of_other_datasets_are_named_by_their_uri(tmp_path: Path) -> None
     assert set(tags.values()) == {"f00d", "beef", "cafe"} and tags["table.s3:/bucket/far/latents/b"] == "beef"
     sources = {read.dataset.digest: read.dataset.source for read in found.inputs.dataset_inputs}
     assert sources == {"f00d": "s3://own/latents/a", "beef": "s3://bucket/far/latents/b", "cafe": "/data/far/latents/c"}
+
+
+def test_mlflow_s_makers_are_told_nothing_unless_its_user_wishes_so() -> None:
+    code = "import pipelines.tracking.runs, mlflow.telemetry.client as telemetry; print(telemetry.get_telemetry_client() is None)"
+    plain = {"PATH": os.environ["PATH"]}  # without what tells MLflow that it is tested
+    for environment, told in ((plain, "True\n"), (plain | {"MLFLOW_DISABLE_TELEMETRY": "false"}, "False\n")):
+        run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert run.stdout == told
