@@ -62,7 +62,7 @@ def test_tables_of_other_datasets_are_named_by_their_uri(tmp_path: Path) -> None
 
 
 def test_mlflow_s_makers_are_told_nothing_unless_its_user_wishes_so() -> None:
-    code = "import pipelines.tracking.runs, mlflow.telemetry.client as telemetry; print(telemetry.get_telemetry_client() is None)"
+    code = "import pipelines.tracking.runs, mlflow.telemetry.client as told; print(told.get_telemetry_client() is None)"
     plain = {"PATH": os.environ["PATH"]}  # without what tells MLflow that it is tested
     for environment, told in ((plain, "True\n"), (plain | {"MLFLOW_DISABLE_TELEMETRY": "false"}, "False\n")):
         run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
