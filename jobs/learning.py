@@ -51,7 +51,7 @@ class LearningJob(JobConfig):
 def run(job: LearningJob) -> None:
     """Run every stage, then write to `learning.json` what share of each grid's pictures shows what was asked for."""
     from pipelines.shapes.drawing import write_folder
-    from pipelines.train.record import GRIDS_DIR
+    from pipelines.train.loop.record import GRIDS_DIR
 
     write_folder(job.ingest.source, FIRST_SCENE, job.num_images, job.shapes, captioned=True)
     shared = {"dataset_uri": job.dataset_uri, "ray": job.ray, "tracking": job.tracking}

@@ -1,4 +1,4 @@
-"""`python -m jobs.zoo clip|autoencoder|text_encoder|captioner|transformer|measure`: makes and measures the tiny checkpoints."""
+"""`python -m jobs.zoo clip|scenes|text_encoder|captioner|transformer|measure`: makes and measures the tiny checkpoints."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ from jobs.common.exit_codes import ExitCode
 from jobs.common.subcommands import Subcommand, run_subcommand
 from pipelines.zoo.config import (
     MeasureConfig,
-    TinyAutoencoderConfig,
+    ScenesConfig,
     TinyCaptionerConfig,
     TinyClipConfig,
     TinyTextEncoderConfig,
@@ -24,10 +24,10 @@ def make_clip(config: TinyClipConfig) -> None:
     train_clip(config)
 
 
-def make_autoencoder(config: TinyAutoencoderConfig) -> None:
-    from pipelines.zoo.autoencoder import train_autoencoder
+def draw_scenes(config: ScenesConfig) -> None:
+    from pipelines.shapes.drawing import write_folder
 
-    train_autoencoder(config)
+    write_folder(config.output_dir, config.first, config.num_rows)
 
 
 def make_text_encoder(config: TinyTextEncoderConfig) -> None:
@@ -90,7 +90,9 @@ PARTS = {
         config_class=TinyClipConfig,
         run=make_clip,
     ),
-    "autoencoder": Subcommand(line="Train the tiny DC-AE.", config_class=TinyAutoencoderConfig, run=make_autoencoder),
+    "scenes": Subcommand(
+        line="Draw the scenes that the tiny DC-AE is trained on, as files.", config_class=ScenesConfig, run=draw_scenes
+    ),
     "text_encoder": Subcommand(line="Train the tiny Gemma-2.", config_class=TinyTextEncoderConfig, run=make_text_encoder),
     "captioner": Subcommand(line="Train one of the two tiny VLMs.", config_class=TinyCaptionerConfig, run=make_captioner),
     "transformer": Subcommand(

@@ -19,7 +19,9 @@ LOADED_BY_NAME = {
 }
 """Declared, and imported by another library."""
 
-WITH_EXTRAS = {"jobs/benchmark/": "dev", "pipelines/caption/vllm": "vllm", "sana_model/files/opencv": "controls"}
+WITH_EXTRAS = {"jobs/benchmark/": "dev", "pipelines/caption/vllm": "vllm", "sana_model/files/opencv": "controls"} | {
+    "pipelines/train_autoencoder/perceptual": "lpips"
+}
 """Files that begin so may import what an extra of pyproject.toml declares."""
 
 

@@ -1,9 +1,10 @@
-"""`python -m jobs.benchmark model|train|solver|tiling|stage|judging|duplicates|startup`; `--help` after any of them."""
+"""`python -m jobs.benchmark model|train|autoencoder|solver|tiling|stage|judging|duplicates|startup`; `--help` after any."""
 
 import sys
 from collections.abc import Sequence
 
 from jobs.benchmark.config import (
+    AutoencoderStepConfig,
     DuplicatesConfig,
     JudgingConfig,
     ModelConfig,
@@ -26,6 +27,12 @@ def run_train(config: TrainStepConfig) -> None:
     from jobs.benchmark.train import benchmark_train
 
     benchmark_train(config)
+
+
+def run_autoencoder(config: AutoencoderStepConfig) -> None:
+    from jobs.benchmark.autoencoder import benchmark_autoencoder
+
+    benchmark_autoencoder(config)
 
 
 def run_solver(config: SolverConfig) -> None:
@@ -68,6 +75,9 @@ PARTS = {
     "model": Subcommand(line="Time the model against diffusers, part by part.", config_class=ModelConfig, run=run_model),
     "train": Subcommand(
         line="Time a training step against the published recipe's.", config_class=TrainStepConfig, run=run_train
+    ),
+    "autoencoder": Subcommand(
+        line="Time a training step of DC-AE against diffusers'.", config_class=AutoencoderStepConfig, run=run_autoencoder
     ),
     "solver": Subcommand(
         line="Compare the solvers' errors where the velocity is known exactly.", config_class=SolverConfig, run=run_solver

@@ -65,6 +65,25 @@ class TrainStepConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AutoencoderStepConfig:
+    """Configuration of the comparison of DC-AE's training step with that of diffusers' modules.
+
+    Args:
+        device: "cpu" or "cuda".
+        sizes: image sides in pixels.
+        dtype: float32 or bfloat16.
+        batch_size: images of a step.
+        repeats: timings of each size.
+    """
+
+    device: str = "cpu"
+    sizes: list[int] = field(default_factory=lambda: [128, 256])
+    dtype: str = "float32"
+    batch_size: int = 1
+    repeats: int = 5
+
+
+@dataclass(frozen=True, kw_only=True)
 class SolverConfig:
     """Configuration of the comparison of solvers.
 

@@ -20,7 +20,7 @@ def find_source(pipeline: str) -> "PipelineSource | None":
     from pipelines.draw.checkpoints import checkpoint_source
     from pipelines.train.checkpoint_pipeline import find_checkpoint
     from pipelines.train.config import TrainConfig
-    from pipelines.train.record import read_config
+    from pipelines.train.loop.record import read_config
 
     uri, training_uri = find_checkpoint(absolute_uri(pipeline))
     return checkpoint_source(from_dict(TrainConfig, read_config(training_uri)), uri)

@@ -25,6 +25,7 @@ GROUPS: Mapping[str, Lines] = {
     },
     "Training and pictures": {
         "train": "Train the linear DiT on latents, with Ray Train and DeepSpeed.",
+        "train_autoencoder": "Train a DC-AE on images: its three phases, or one's own pictures on a published one.",
         "export": "Write a training's weights for diffusers, NVlabs' code or this project. Needs no Ray and no GPU.",
         "convert": "Write a model that was not trained here in another layout. Needs no Ray and no GPU.",
         "sample": "Draw pictures of prompts, and a grid of them.",

@@ -69,7 +69,7 @@ class TrainMetrics:
         data_wait_share: float,
         checkpoint_time: float,
     ) -> None:
-        """Set the gauges; the figures are those of `pipelines.train.desk.TrainProgress`."""
+        """Set the gauges; the figures are those of `pipelines.train.loop.desk.TrainProgress`."""
         self._step.set(step)
         self._num_steps.set(num_steps)
         self._loss.set(loss)

@@ -4,38 +4,16 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from jobs.common.text_table import format_table
 from jobs.paper.config import ReconstructionConfig
 from pipelines.evaluate.pictures import Pictures, folder_pictures
+from pipelines.evaluate.reconstruction import ssim
 from pipelines.extract.encode import psnr
 from pipelines.tables.rejects import RowRefused
 from pipelines.workers.images import decode
 from sana_model.nn.autoencoder import DCAutoencoder
-
-WINDOW, SPREAD = 11, 1.5  # of SSIM's Gaussian window, as published
-C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-
-
-def ssim(image: Tensor, other: Tensor) -> float:
-    """Structural similarity of two images (3, H, W) of 0 to 255, the mean over pixels and channels (Wang et al. 2004).
-
-    Windows lie wholly in the image. Raises ValueError if a side is shorter than the window.
-    """
-    if min(image.shape[1:]) < WINDOW:
-        raise ValueError(f"an image of {image.shape[2]}x{image.shape[1]} px is smaller than SSIM's window of {WINDOW} px")
-    offsets = torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2
-    line = torch.exp(-(offsets**2) / (2 * SPREAD**2))
-    window = (line[:, None] * line / line.sum() ** 2)[None, None]
-    x, y = image.double()[:, None], other.double()[:, None]
-    mean_x, mean_y, square_x, square_y, product = (F.conv2d(part, window) for part in (x, y, x * x, y * y, x * y))
-    covariance = product - mean_x * mean_y
-    variances = square_x - mean_x**2 + square_y - mean_y**2
-    found = (2 * mean_x * mean_y + C1) * (2 * covariance + C2) / ((mean_x**2 + mean_y**2 + C1) * (variances + C2))
-    return found.mean().item()
 
 
 def read_pictures(pictures: Pictures, config: ReconstructionConfig) -> Iterator[tuple[str, np.ndarray | RowRefused]]:

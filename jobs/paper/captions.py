@@ -23,7 +23,7 @@ from pipelines.shapes.grammar import full_caption
 from pipelines.shapes.scenes import Scene
 from pipelines.tables.schema import image_embeds_path, image_embeds_schema
 from pipelines.tables.table import Table
-from pipelines.train.record import GRIDS_DIR
+from pipelines.train.loop.record import GRIDS_DIR
 from pipelines.train.stream.config import StreamConfig
 from pipelines.workers.clip import ClipModel
 

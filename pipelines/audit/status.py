@@ -19,7 +19,7 @@ from pipelines.tables.errors import DamagedFileError
 from pipelines.tables.identity import LaterVersionError, Manifest
 from pipelines.tables.schema import IMAGES_PATH, NESTED, TABLE_SCHEMAS, form_of, schema_of
 from pipelines.tables.table import REBUILD, Table, is_elsewhere
-from pipelines.train.record import RECORD
+from pipelines.train.loop.record import RECORD
 
 SHORT = 8  # digits of a fingerprint that are shown
 

@@ -8,8 +8,8 @@ from pipelines.draw.config import DrawConfig
 from pipelines.evaluate.config import MetricsConfig
 from pipelines.evaluate.registry import METRICS
 from pipelines.stages.contract import Resources
-from pipelines.train.config import WorkerResources
 from pipelines.train.engine.judgements import BestConfig
+from pipelines.train.loop.config import WorkerResources
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from pipelines.tables.schema import IMAGES_PATH
 from pipelines.tables.table import absolute_uri
 from pipelines.train.config import TrainConfig
 from pipelines.train.engine.judgements import Judgement
-from pipelines.train.record import VALIDATION_DIR
+from pipelines.train.loop.record import VALIDATION_DIR
 from sana_model.files.redact import redact
 
 PICTURES = "pictures"

@@ -9,6 +9,7 @@ from pipelines.evaluate.feature_config import CmmdConfig, DinoConfig, InceptionC
 from pipelines.evaluate.geneval.config import GenEvalConfig
 from pipelines.evaluate.metric_config import MetricConfig
 from pipelines.evaluate.preference.config import AestheticConfig, HpsConfig, ImageRewardConfig, PickScoreConfig
+from pipelines.evaluate.reconstruction_config import ReconstructionConfig
 from pipelines.evaluate.registry import METRICS
 from pipelines.evaluate.verifier_config import VerifierConfig
 from pipelines.tables.schema import check_folder_name
@@ -56,6 +57,7 @@ class MetricsConfig:
         pick_score: settings of PickScore.
         aesthetic: settings of LAION's aesthetic predictor.
         verifier: settings of the VLM that says whether a picture fits its prompt.
+        reconstruction: settings of the judgement of an autoencoder, which gives the pictures back.
         shapes: settings of the judge of the Shapes world.
     """
 
@@ -71,6 +73,7 @@ class MetricsConfig:
     pick_score: PickScoreConfig = field(default_factory=PickScoreConfig)
     aesthetic: AestheticConfig = field(default_factory=AestheticConfig)
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     shapes: ShapesJudgeConfig = field(default_factory=ShapesJudgeConfig)
 
     def __post_init__(self) -> None:

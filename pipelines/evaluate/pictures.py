@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from pipelines.stages.contract import ReadShard
 from pipelines.storage.files import NUM_THREADS, find_files, read_file
+from pipelines.tables.chance import is_held_out
 from pipelines.tables.schema import IMAGES, IMAGES_PATH, SAMPLES, samples_path
 from pipelines.tables.table import Table
 
@@ -63,6 +64,20 @@ def table_pictures(dataset_uri: str, name: str, images_uri: str) -> Pictures:
         inputs={IMAGES_PATH: fingerprint} if own else {},
         settings={} if own else {"images": fingerprint},
     )
+
+
+def held_out_pictures(pictures: Pictures, share: float) -> Pictures:
+    """Those of the pictures that trainings with this `held_out_share` do not see."""
+    return replace(
+        pictures,
+        read_shard=partial(_read_held_out, pictures.read_shard, share),
+        settings={**pictures.settings, "held_out_share": share},
+    )
+
+
+def _read_held_out(read_shard: ReadShard, share: float, shard: str) -> pa.Table:
+    rows = read_shard(shard)
+    return rows.filter(pa.array([is_held_out(row_id, share) for row_id in rows["id"].to_pylist()], pa.bool_()))
 
 
 def _read_images(images: Table, shard: str) -> pa.Table:

@@ -19,6 +19,7 @@ METRICS: Mapping[str, str] = {
     "pick_score": "pipelines.evaluate.preference.pick_score.PickScore",
     "aesthetic": "pipelines.evaluate.preference.aesthetic.Aesthetic",
     "verifier": "pipelines.evaluate.verifier.Verifier",
+    "reconstruction": "pipelines.evaluate.reconstruction.Reconstruction",
     "shapes": "pipelines.evaluate.shapes.ShapesJudge",
 }
 """The class of each metric, by the metric's name."""

@@ -54,7 +54,7 @@ def find_encoder(autoencoder: str) -> FoundModel:
         raise ValueError(f"autoencoder={autoencoder}: its weights {', '.join(bad[:3])} are not finite: take another copy of it")
     config = model.config
     shape = (config.latent_channels, config.widths, config.encoder_depths, config.variant, config.scaling_factor)
-    digest = hashlib.sha256(repr(shape).encode())
+    digest = hashlib.sha256(repr(shape if config.residual else (*shape, "no shortcuts")).encode())
     for name, value in sorted(model.encoder.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)}".encode())
         digest.update(value.contiguous().numpy().tobytes())

@@ -10,7 +10,7 @@ from pipelines.reports.page import page_head
 from pipelines.reports.pictures import Picture, no_picture, thumbnail
 from pipelines.reports.templates import render
 from pipelines.storage.files import read_file
-from pipelines.tables.schema import IMAGES, IMAGES_PATH, LATENTS, Row
+from pipelines.tables.schema import IMAGES, IMAGES_PATH, Row, schema_of
 from pipelines.tables.table import Table
 
 GRID_SIDE = 1600  # px
@@ -53,33 +53,47 @@ def training_report(
     facts: Mapping[str, object] | None = None,
     config: Mapping[str, object] | None = None,
     sections: Sequence[Section] = (),
+    about: str = "The transformer learns to draw what the captions say.",
+    y_label: str = "flow loss (mean square)",
+    about_samples: str = "The same prompts and noise at each step, so that what differs is what the model has learnt.",
 ) -> str:
     """The page of a training, as HTML: its loss over steps, and the pictures that the model drew during training.
 
     Args:
-        path: the latents table that it was trained on, or the first of them; the head shows its rows and rejects.
+        path: the table that it was trained on, or the first of them; the head shows its rows and rejects.
         losses: (step, loss).
         samples: (step, path or URI of a grid of pictures).
         facts: further entries of the head, such as {"Steps": 400}.
         config: the resolved configuration, shown at the end of the page.
         sections: parts that follow the pictures.
+        about: what the model learns.
+        y_label: what the loss is.
+        about_samples: what the pictures show.
 
     A picture that cannot be read is replaced by a line that says so. Raises MissingTableError if there is no such table.
     """
-    table = Table(dataset_uri, path, LATENTS)
+    table = Table(dataset_uri, path, schema_of(path, {}))
     manifest = table.require()
     head = page_head(
         table,
         manifest,
         kind=f"trained on {path}",
         title="Training",
-        about="The transformer learns to draw what the captions say.",
+        about=about,
         facts={"Rows": manifest.num_rows, "Rejects": manifest.num_rejects, **(facts or {})},
         origin=config,
     )
-    chart = curve(losses, title="Training loss", x_label="step", y_label="flow loss (mean square)")
+    chart = curve(losses, title="Training loss", x_label="step", y_label=y_label)
     pictures = [(step, _grid(uri, f"samples at step {step}")) for step, uri in samples]
-    return render("training.html.jinja", head=head, losses=losses, chart=chart, samples=pictures, sections=_loaded(sections))
+    return render(
+        "training.html.jinja",
+        head=head,
+        losses=losses,
+        chart=chart,
+        samples=pictures,
+        about_samples=about_samples,
+        sections=_loaded(sections),
+    )
 
 
 def demo_report(dataset_uri: str, sections: Sequence[Section], *, links: Sequence[Link] = (), notice: str = "") -> str:

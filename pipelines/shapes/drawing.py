@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 from pipelines.shapes.grammar import full_caption, parse, sample_caption
 from pipelines.shapes.scenes import (
@@ -45,7 +46,7 @@ def write_folder(
     phrasing; ingest takes that as the image's original caption. Files that exist are not written again.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for index in range(first, first + count):
+    for index in tqdm(range(first, first + count), desc="drawing scenes", disable=count < 2000):
         path = Path(folder, f"{index:09d}.png")
         if path.exists():
             continue

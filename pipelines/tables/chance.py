@@ -12,3 +12,8 @@ def uniform(*key: object) -> float:
 def row_seed(seed: int, row_id: str) -> int:
     """The seed of one row, independent of its batch and shard; below 2**31, as servers require."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{row_id}".encode()).digest()[:4]) >> 1
+
+
+def is_held_out(sample_id: str, share: float) -> bool:
+    """Return whether a sample is kept from training. Depends on its id alone, so all trainings hold out the same samples."""
+    return uniform("held out", sample_id) < share

@@ -154,6 +154,13 @@ METRIC_COLUMNS: Mapping[str, tuple[pa.Field, ...]] = {
         pa.field("yes", pa.bool_(), nullable=False),
         pa.field("log_prob", pa.float32(), nullable=False),  # of "yes" as the answer's first word where it is yes, else of "no"
     ),
+    "reconstruction": (
+        pa.field("psnr", pa.float32(), nullable=False),  # dB, of 8-bit pictures
+        pa.field("ssim", pa.float32(), nullable=False),
+        pa.field("perceptual", pa.float32()),
+        pa.field("features", FEATURES.type),  # of the picture, and of the decoded one
+        pa.field("features_again", FEATURES.type),
+    ),
     "shapes": (
         pa.field("asked", pa.string()),  # the prompt, if it asks for one object of the Shapes world
         pa.field("seen", pa.string()),  # what the judge sees in the picture then, as a caption

@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pipelines.score.config import check_proportions
 from pipelines.tables.schema import check_folder_name
-from pipelines.train.engine.config import EmaConfig, EngineConfig, LoraConfig, OptimConfig
+from pipelines.train.engine.config import LoraConfig
+from pipelines.train.loop.config import LoopConfig
 from pipelines.train.stream.config import FlowConfig, StreamConfig, ValidationConfig, WeightedTable
 from pipelines.train.stream.mixture import Source, find_sources, validation_sources
 from sana_model.nn.config import PRESETS, NullCaption, TextEncoderConfig, TimeInput
@@ -30,46 +31,6 @@ class PositionConfig:
         """The settings as fields of `SanaConfig`, without those that stay unchanged."""
         named = {"base_size": self.base_size, "position_scale": self.scale}
         return {name: value for name, value in named.items() if value is not None}
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkerResources:
-    """Resources that Ray reserves for each training worker.
-
-    Args:
-        num_cpus: CPUs of a worker.
-        num_gpus: GPUs of a worker; without one it trains on the CPU.
-        custom: custom Ray resources of a worker, such as {"trainer": 1}.
-        num_threads: torch's threads in a worker; None: num_cpus, rounded up.
-    """
-
-    num_cpus: float = 1.0
-    num_gpus: float = 0.0
-    custom: dict[str, float] = field(default_factory=dict)
-    num_threads: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class BadStepConfig:
-    """Policy for bad steps, whose gradients are not finite or whose loss is many times the usual loss.
-
-    Args:
-        policy: "stop" ends the training with a message; "skip" leaves weights, optimizer and average as they are and continues
-            with the next samples; "roll_back" returns to those of the last checkpoint and continues with the next samples.
-        spike_factor: a step is bad if its loss is more than this many times the median of the last 50 steps; None: only steps
-            whose gradients are not finite are bad.
-        max_in_a_row: the training ends, whatever the policy, after this many bad steps in a row.
-    """
-
-    policy: Literal["stop", "skip", "roll_back"] = "stop"
-    spike_factor: float | None = None
-    max_in_a_row: int = 10
-
-    def __post_init__(self) -> None:
-        if self.spike_factor is not None and self.spike_factor <= 1:
-            raise ValueError(f"spike_factor={self.spike_factor} must be above 1")
-        if self.max_in_a_row < 1:
-            raise ValueError(f"max_in_a_row={self.max_in_a_row} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +62,7 @@ class GridConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(LoopConfig):
     """A training on one latents table, or on a mixture of several.
 
     Args:
@@ -119,36 +80,15 @@ class TrainConfig:
             "continuous" for a preset.
         null_caption: what it sees in place of a dropped caption, see `NullCaption`; None: as the weights of `init` were
             trained, or "own_mask" for a preset.
-        num_steps: optimizer steps.
-        micro_batch_size: samples of one worker's forward pass.
-        global_batch_size: samples of one step; a multiple of micro_batch_size * num_workers.
-        num_workers: workers that train together, each on its own shards.
         data: whose captions compete, which of them are drawn, and for which images.
         flow: the noise levels to train at.
         lora: train adapters, and leave the weights of `init` as they are; None: train all weights.
-        optim: optimizer and learning rate.
-        ema: the moving average of the weights.
-        engine: how DeepSpeed distributes and computes the training.
-        bad_steps: what to do if gradients are not finite or the loss leaps.
         validation: the loss on samples that are not trained on.
         grid: pictures drawn during the training.
-        resources: resources of each worker.
-        checkpoint_every: steps between two checkpoints; the last step makes one too.
-        keep_checkpoints: how many of the newest checkpoints are kept.
-        keep_every: checkpoints whose step is a multiple of this are kept too.
-        keep_best: the checkpoint with the lowest value of this metric is kept too.
-        resume_from: URI of another training's checkpoint to continue exactly, as long as this training has none of its own.
-        record_samples: write down which samples each step used, in `drawn/` of the output folder.
-        log_every: steps between two reports of losses and speed.
-        max_failures: how often lost workers are replaced, from the last checkpoint, before the training fails.
         seed: seed of the order of samples, of captions, noise and adapters, and of a new transformer.
     """
 
-    # May change while a training goes on: no weight changes beyond rounding.
-    NO_VALUE: ClassVar = (
-        *("num_workers", "micro_batch_size", "resources", "max_failures", "grid", "log_every", "record_samples"),
-        *("checkpoint_every", "keep_checkpoints", "keep_every", "keep_best", "validation"),
-    )
+    NO_VALUE: ClassVar[tuple[str, ...]] = (*LoopConfig.NO_VALUE, "grid", "validation")
 
     SINCE: ClassVar = ("time_input", "null_caption")
 
@@ -162,38 +102,20 @@ class TrainConfig:
     positions: PositionConfig = field(default_factory=PositionConfig)
     time_input: TimeInput | None = None
     null_caption: NullCaption | None = None
-    num_steps: int
-    micro_batch_size: int
-    global_batch_size: int
-    num_workers: int = 1
     data: StreamConfig
     flow: FlowConfig = field(default_factory=FlowConfig)
     lora: LoraConfig | None = None
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    ema: EmaConfig = field(default_factory=EmaConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    bad_steps: BadStepConfig = field(default_factory=BadStepConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     grid: GridConfig = field(default_factory=GridConfig)
-    resources: WorkerResources = field(default_factory=WorkerResources)
-    checkpoint_every: int = 1000
-    keep_checkpoints: int = 2
-    keep_every: int | None = None
-    keep_best: Literal["loss", "validation_loss"] | None = None
-    resume_from: str | None = None
-    record_samples: bool = False
-    log_every: int = 10
-    max_failures: int = 3
-    seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         sources = self.sources("")  # raises ValueError if `latents` is wrong
         if self.caption_embeds is not None:
             check_folder_name("caption_embeds", self.caption_embeds)
         if self.data.selection.policy == "proportions":
             competing = dict.fromkeys(captioner for source in sources for captioner in source.captioners)
             check_proportions(self.data.selection.proportions, list(competing))
-        self.optim.check_sharding(self.engine.zero_stage)
         if self.lora is not None and self.engine.zero_stage == 3:
             raise ValueError(
                 "lora with zero_stage=3: frozen weights would be gathered in every step; set engine.zero_stage to 0, 1 or 2"
@@ -204,29 +126,14 @@ class TrainConfig:
             raise ValueError(f"preset={self.preset} is none of {', '.join(PRESETS)}")
         if self.init is None and (self.text_encoder is None or self.autoencoder is None):
             raise ValueError(f"preset={self.preset} is a transformer only: give text_encoder and autoencoder too")
-        for name in ("num_steps", "micro_batch_size", "num_workers", "checkpoint_every", "keep_checkpoints", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.keep_every is not None and self.keep_every < 1:
-            raise ValueError(f"keep_every={self.keep_every} must be at least 1")
         if self.keep_best == "validation_loss" and not (self.validation.latents or self.data.held_out_share):
             raise ValueError("keep_best=validation_loss needs validation.latents or data.held_out_share")
-        together = self.micro_batch_size * self.num_workers
-        if self.global_batch_size < 1 or self.global_batch_size % together:
-            raise ValueError(
-                f"global_batch_size={self.global_batch_size} must be a multiple of micro_batch_size * num_workers = {together}"
-            )
 
     @property
     def transformer_overrides(self) -> dict[str, Any]:
         """The settings that replace fields of the transformer's `SanaConfig`."""
         named = {"time_input": self.time_input, "null_caption": self.null_caption}
         return self.positions.overrides | {name: value for name, value in named.items() if value is not None}
-
-    @property
-    def grad_accum_steps(self) -> int:
-        """Micro-batches of each worker in a step."""
-        return self.global_batch_size // (self.micro_batch_size * self.num_workers)
 
     def sources(self, dataset_uri: str) -> list[Source]:
         """Return the tables to train on. Raises ValueError if none is named, or one twice."""

@@ -19,8 +19,7 @@ from pipelines.storage.errors import StorageError
 from pipelines.tracking.patient_run import PatientRun
 from pipelines.tracking.runs import RunRequest
 from pipelines.tracking.unsent import Entry
-from pipelines.train.config import TrainConfig, WorkerResources
-from pipelines.train.desk import OnNotice, ToJudge
+from pipelines.train.config import TrainConfig
 from pipelines.train.engine.checkpoint_places import CHECKPOINTS_DIR, checkpoint_uri, list_checkpoints
 from pipelines.train.engine.judgements import (
     SKIPPED,
@@ -32,7 +31,9 @@ from pipelines.train.engine.judgements import (
     write_best,
     write_judgements,
 )
-from pipelines.train.record import BEST_DIR
+from pipelines.train.loop.config import WorkerResources
+from pipelines.train.loop.desk import OnNotice, ToJudge
+from pipelines.train.loop.record import BEST_DIR
 
 POLL_SECONDS = 0.2
 """Pause between two looks at a task at the end of the training."""
@@ -160,7 +161,10 @@ class CheckpointJudge:
         return "; it is the best so far"
 
     def finish(self) -> list[Entry]:
-        """Wait for the judgements that are to come, for `wait_seconds` at most. Returns entries that MLflow has not got."""
+        """Wait for the judgements that are to come, for `wait_seconds` at most, and write the best checkpoint's pipeline.
+
+        Returns entries that MLflow has not got.
+        """
         wait_seconds = self.judging.wait_seconds if self.judging is not None else 0.0
         deadline = time.monotonic() + wait_seconds
         self.poll([])
@@ -175,7 +179,9 @@ class CheckpointJudge:
         for one in late:
             why = f"it has not ended {wait_seconds:g} s after the training (it reserves {self._reserved})"
             self._add(Judgement(step=one.step, problems={SKIPPED: why}, held_seconds=one.held_seconds))
-        return self._run.close() if self._run is not None else []
+        unsent = self._run.close() if self._run is not None else []
+        self.write_best_pipeline()
+        return unsent
 
     def write_best_pipeline(self) -> None:
         """Write the pipeline of the best checkpoint, if there is one, into BEST_DIR of the output folder, by a Ray task."""

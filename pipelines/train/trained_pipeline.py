@@ -14,8 +14,8 @@ from pipelines.train.engine.config import LoraConfig
 from pipelines.train.engine.deepspeed import Engine
 from pipelines.train.engine.ema import EMA
 from pipelines.train.engine.lora import merge_lora, save_lora
+from pipelines.train.loop.record import PIPELINE_DIR
 from pipelines.train.models import TrainModels
-from pipelines.train.record import PIPELINE_DIR
 from pipelines.workers.images import image_grid
 from sana_model.nn.finite import NotFiniteError
 from sana_model.nn.transformer import SanaTransformer

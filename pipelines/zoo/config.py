@@ -58,18 +58,18 @@ class TinyClipConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TinyAutoencoderConfig:
-    """Training of the tiny DC-AE.
+class ScenesConfig:
+    """Drawn scenes as files, which `jobs.ingest` reads: the tiny DC-AE is trained on them by `jobs.train_autoencoder`.
 
     Args:
         output_dir: the folder to write.
-        cache_dir: keeps the drawn scenes.
-        loop: the training.
+        first: the first row of the world that is drawn; those from 10,000,000 on are kept for measuring.
+        num_rows: how many are drawn.
     """
 
     output_dir: str
-    cache_dir: str = CACHE_DIR
-    loop: LoopConfig = LoopConfig(num_steps=20_000, micro_batch_size=16, lr=1e-3, weight_decay=1e-3, minutes=40)
+    first: int = 0
+    num_rows: int = 30_000
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -203,7 +203,9 @@ def save_autoencoder(model: DCAutoencoder, path: str | Path, *, layout: str = "s
     """
     path, state = local_target(path), model.state_dict()
     told = {"model_type": "dc_autoencoder", **asdict(model.config)}
-    if check_layout(layout) == "nvlabs":
+    if check_layout(layout) != "sana" and not model.config.residual:
+        raise ValueError(f"layout={layout} has no autoencoder without residual shortcuts (residual=false): take sana")
+    if layout == "nvlabs":
         write_weights_file(path, export(state, key_maps.efficientvit_names(model.config)), told)
     elif layout == "sana":
         write_folder(path, "model", state, told)

@@ -22,8 +22,9 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         for i, kernel in enumerate(_make_phase_kernels(weight))
     )
     if torch.is_grad_enabled():
-        by_row = torch.stack(list(phases), dim=-1).unflatten(-1, (2, 2))  # (B, C_out, H, W, row, column)
-        return by_row.permute(0, 1, 2, 4, 3, 5).reshape(batch_size, len(weight), 2 * height, 2 * width)
+        pixels = [phase.permute(0, 2, 3, 1) for phase in phases]  # the channels of a pixel lie side by side
+        blocks = torch.stack(pixels, dim=3).unflatten(3, (2, 2))  # (B, H, W, row, column, C_out)
+        return blocks.transpose(2, 3).reshape(batch_size, 2 * height, 2 * width, len(weight)).permute(0, 3, 1, 2)
     shape = (batch_size, len(weight), 2 * height, 2 * width)
     output = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     for i, phase in enumerate(phases):

@@ -28,7 +28,7 @@ class Encoder(nn.Module):
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         widths, depths, variant = config.widths, config.encoder_depths, config.variant
-        self.latent_channels = config.latent_channels
+        self.latent_channels, self.residual = config.latent_channels, config.residual
         if depths[0] > 0:
             self.conv_in: nn.Module = nn.Conv2d(3, widths[0], 3, padding=1)
         else:
@@ -37,7 +37,7 @@ class Encoder(nn.Module):
         for index, (width, depth) in enumerate(zip(widths, depths, strict=True)):
             blocks = make_encoder_stage(index, width, depth, variant)
             if depth > 0 and index + 1 < len(widths):
-                blocks.append(Downsample(width, widths[index + 1], variant))
+                blocks.append(Downsample(width, widths[index + 1], variant, shortcut=config.residual))
             self.stages.append(nn.Sequential(*blocks))
         self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
 
@@ -45,7 +45,8 @@ class Encoder(nn.Module):
         x = self.conv_in(image.contiguous(memory_format=torch.channels_last))
         for stage in self.stages:
             x = stage(x)
-        return self.conv_out(x) + average_channels(x, self.latent_channels)
+        latents = self.conv_out(x)
+        return latents + average_channels(x, self.latent_channels) if self.residual else latents
 
 
 class Decoder(nn.Module):
@@ -54,12 +55,13 @@ class Decoder(nn.Module):
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         widths, depths, variant = config.widths, config.decoder_depths, config.decoder
+        self.residual = config.residual
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
         self.stages = nn.ModuleList()
         for index, (width, depth) in enumerate(zip(widths, depths, strict=True)):
             blocks = make_decoder_stage(index, width, depth, variant)
             if depth > 0 and index + 1 < len(widths):
-                blocks.insert(0, Upsample(widths[index + 1], width, variant))
+                blocks.insert(0, Upsample(widths[index + 1], width, variant, shortcut=config.residual))
             self.stages.append(nn.Sequential(*blocks))
         last_width = widths[0] if depths[0] > 0 else widths[1]
         self.norm_out = ChannelRMSNorm(last_width)
@@ -71,7 +73,9 @@ class Decoder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         latents = latents.contiguous(memory_format=torch.channels_last)
-        x = self.conv_in(latents) + duplicate_channels(latents, self.conv_in.out_channels)
+        x = self.conv_in(latents)
+        if self.residual:
+            x = x + duplicate_channels(latents, self.conv_in.out_channels)
         for stage in reversed(self.stages):
             x = stage(x)
         return self.conv_out(self.activation_out(self.norm_out(x)))

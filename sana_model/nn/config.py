@@ -170,6 +170,8 @@ class AutoencoderConfig:
     scaling_factor: float
     decoder_variant: DecoderVariant | None = None
     """None: that of `variant`."""
+    residual: bool = True
+    """Whether there are the shortcuts from space to channels and back, which all published models have. For comparisons."""
 
     def __post_init__(self) -> None:
         check_positive("scaling_factor", self.scaling_factor)

@@ -14,7 +14,7 @@ from mlflow.entities import Run
 
 from infra.local.cluster import Cluster
 from pipelines.tables.table import Table
-from pipelines.train.record import TrainingRecord
+from pipelines.train.loop.record import TrainingRecord
 from sana_model.files.filesystems import open_filesystem
 from tests.support.cluster.faults import FAULTS, Fault, Jobs, longest_pause, wait_for_middle
 from tests.support.cluster.sockets import listeners, unguarded

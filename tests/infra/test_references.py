@@ -19,7 +19,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _get_ray_resource
 from jobs.common.config import parse_config
 from jobs.common.job import JobConfig
 from pipelines.stages.contract import Resources
-from pipelines.train.config import WorkerResources
+from pipelines.train.loop.config import WorkerResources
 from tests.infra.test_manifests import quantity
 from tests.support.manifests import ROOT, Document, find, overlays, pod_specs, render, walk
 

@@ -15,8 +15,8 @@ from pipelines.tables.table import Table
 from pipelines.train.config import TrainConfig
 from pipelines.train.engine.config import EngineConfig, LoraConfig, OptimConfig
 from pipelines.train.engine.lora import merge_lora
-from pipelines.train.record import write_config
-from pipelines.train.task import TrainTask
+from pipelines.train.loop.record import write_config
+from pipelines.train.loop.task import TrainTask
 from pipelines.train.worker import TrainWorker
 from sana_model.nn.transformer import SanaTransformer
 from sana_model.pipeline import TextToImage

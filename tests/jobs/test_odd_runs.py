@@ -20,7 +20,7 @@ from pipelines.draw.prompts import read_prompt_set
 from pipelines.storage.home import expand_home
 from pipelines.tracking.stores import make_database
 from pipelines.tracking.unsent import UNSENT, Entry, write_unsent
-from pipelines.train.record import TrainingRecord
+from pipelines.train.loop.record import TrainingRecord
 from pipelines.train.run import train_identity
 from sana_model.pipeline import TextToImage
 from tests.support.training_world import CLIP, PATH, make_shards, make_table

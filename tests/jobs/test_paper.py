@@ -9,8 +9,8 @@ from PIL import Image
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from jobs.paper.__main__ import main
-from jobs.paper.autoencoder import ssim
 from jobs.paper.model import MACS, PARAMETERS, count_macs, count_parameters
+from pipelines.evaluate.reconstruction import ssim
 from pipelines.shapes.drawing import draw_row
 
 

@@ -30,8 +30,8 @@ from pipelines.tracking.config import TrackingConfig
 from pipelines.tracking.runs import RunRequest
 from pipelines.tracking.unsent import UNSENT, Entry, read_unsent, write_unsent
 from pipelines.train.config import GridConfig
-from pipelines.train.outputs import TrainOutputs
-from pipelines.train.task import TrainTask
+from pipelines.train.loop.outputs import TrainOutputs
+from pipelines.train.loop.task import TrainTask
 from pipelines.workers.images import to_png
 from pipelines.workers.models import FoundModel
 from sana_model.files.models import load_autoencoder, save_autoencoder

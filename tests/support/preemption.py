@@ -17,8 +17,9 @@ from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
-from pipelines.train.config import TrainConfig, WorkerResources
-from pipelines.train.desk import TrainProgress
+from pipelines.train.config import TrainConfig
+from pipelines.train.loop.config import WorkerResources
+from pipelines.train.loop.desk import TrainProgress
 from pipelines.train.run import run_train
 from tests.support.training_world import PATH, STREAM, make_pipeline, make_shards, make_table
 

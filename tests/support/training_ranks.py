@@ -6,6 +6,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.multiprocessing
@@ -15,8 +16,11 @@ from pipelines.tracking.config import TrackingConfig
 from pipelines.tracking.runs import RunRequest
 from pipelines.train.config import TrainConfig
 from pipelines.train.engine.config import EngineConfig, OptimConfig
-from pipelines.train.task import TrainTask
+from pipelines.train.loop.config import LoopConfig
+from pipelines.train.loop.task import TrainTask
 from pipelines.train.worker import TrainWorker
+from pipelines.train_autoencoder.config import TrainAutoencoderConfig
+from pipelines.train_autoencoder.worker import AutoencoderWorker
 from tests.support.training_world import PATH, STREAM
 
 BUCKETS = ("64x64", "64x64", "32x128")
@@ -51,7 +55,7 @@ class Trained:
 def train_on_ranks(
     folder: Path,
     dataset: Path,
-    configs: Sequence[tuple[str, TrainConfig]],
+    configs: Sequence[tuple[str, LoopConfig]],
     *,
     output_root: str | None = None,
     tracking: TrackingConfig | None = None,
@@ -79,7 +83,7 @@ def _run_rank(
     environment: dict[str, str],
     folder: Path,
     dataset: Path,
-    configs: Sequence[tuple[str, TrainConfig]],
+    configs: Sequence[tuple[str, LoopConfig]],
     output_root: str,
     tracking: TrackingConfig | None,
 ) -> None:
@@ -98,9 +102,10 @@ def _run_rank(
     torch.distributed.destroy_process_group()
 
 
-def _train(task: TrainTask) -> Trained:
+def _train(task: TrainTask[Any]) -> Trained:
+    worker_class: Any = AutoencoderWorker if isinstance(task.config, TrainAutoencoderConfig) else TrainWorker
     try:
-        worker = TrainWorker(task, device=torch.device("cpu"))
+        worker = worker_class(task, device=torch.device("cpu"))
         worker.restore()
     except TrainingError as raised:
         return Trained({}, str(raised), {}, 0, 0.0)

@@ -9,8 +9,8 @@ from pipelines.evaluate.metric_config import MetricConfig
 from pipelines.evaluate.registry import METRICS
 from pipelines.tables.schema import check_folder_name
 
-JUDGES = tuple(name for name in METRICS if name not in ("inception", "cmmd", "dino"))
-"""The metrics that say how good a single picture is; the others compare sets of pictures."""
+JUDGES = tuple(name for name in METRICS if name not in ("inception", "cmmd", "dino", "reconstruction"))
+"""The metrics that say how good a single picture is; the others compare sets of pictures, or judge an autoencoder."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,10 @@ import torch.distributed
 
 from pipelines.storage.errors import StorageError
 from pipelines.train.engine.checkpoint_places import checkpoint_uri, list_checkpoints
+from pipelines.train.engine.checkpoint_reader import CheckpointReader
 from pipelines.train.engine.checkpoints import (
     BadCheckpointError,
     Checkpoint,
-    CheckpointReader,
     Snapshot,
     UnfinishedCheckpointError,
     remove_checkpoint,
@@ -147,11 +147,14 @@ class CheckpointStore:
                 whole.append(Checkpoint.open(uri))
         return self._find_unjudged(whole)
 
-    def find(self, engine: Engine, *, fallback: str | None = None) -> CheckpointReader | None:
+    def find(
+        self, engine: Engine, *, companions: Mapping[str, Engine] | None = None, fallback: str | None = None
+    ) -> CheckpointReader | None:
         """Open the newest whole checkpoint and remove newer ones, whose steps will be repeated. Collective call.
 
         Args:
             engine: what the checkpoint will be loaded into.
+            companions: the engines of the training's further models, by name.
             fallback: URI of the checkpoint to open if the training has none yet.
 
         Returns the same checkpoint on all ranks, fetched and ready to be loaded; None if there is none to resume from.
@@ -162,7 +165,7 @@ class CheckpointStore:
         candidates = from_rank_zero(lambda: list_checkpoints(self.root_uri))
         damaged: list[str] = []
         for index, uri in enumerate(candidates):
-            reader, problems = self._open(uri, engine)
+            reader, problems = self._open(uri, engine, companions)
             if not problems:
                 self._remove(candidates[:index])
                 return reader
@@ -176,16 +179,18 @@ class CheckpointStore:
         self._remove(candidates)
         if fallback is None:
             return None
-        reader, problems = self._open(fallback, engine)
+        reader, problems = self._open(fallback, engine, companions)
         if problems:
             raise problems[0]
         return reader
 
-    def _open(self, uri: str, engine: Engine) -> tuple[CheckpointReader | None, list[BadCheckpointError]]:
+    def _open(
+        self, uri: str, engine: Engine, companions: Mapping[str, Engine] | None
+    ) -> tuple[CheckpointReader | None, list[BadCheckpointError]]:
         """Open a checkpoint on all ranks or on none: returns the reader, and the problems that ranks found. Collective call."""
         reader, problem = None, None
         try:
-            reader = CheckpointReader(Checkpoint.open(uri), engine)
+            reader = CheckpointReader(Checkpoint.open(uri), engine, companions)
         except BadCheckpointError as error:
             problem = error
         problems = [error for error in gather_objects(problem) if error is not None]

@@ -3,6 +3,8 @@
 The part of a rank is a few files and, written last, `rank-00000.json`, which lists these files with their sizes and hashes. The
 files hold weights, averages and moments of the optimizer as safetensors: by the name of each parameter, the run of elements of
 the flattened parameter that this rank holds. A checkpoint is whole when the parts of all ranks are there with the listed files.
+
+A training of several models, each with its optimizer, has a checkpoint of each further one, its companions, in a folder within.
 """
 
 import hashlib
@@ -10,9 +12,9 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,7 @@ class Snapshot:
     moments: names of the optimizer's moments.
     others: the optimizer's other states, see `Engine.other_states`.
     state: this rank's state of the training (stream, losses, ...), which JSON can hold.
+    companions: name -> the part of a further model.
     """
 
     step: int
@@ -66,18 +69,27 @@ class Snapshot:
     moments: Sequence[str]
     others: Mapping[str, Any]
     state: Mapping[str, Any]
+    companions: Mapping[str, "Snapshot"] = field(default_factory=dict)
 
 
-def take_snapshot(engine: Engine, ema: EMA, state: Mapping[str, Any], *, step: int) -> Snapshot:
+def take_snapshot(
+    engine: Engine,
+    ema: EMA | None,
+    state: Mapping[str, Any],
+    *,
+    step: int,
+    companions: Mapping[str, Snapshot] | None = None,
+) -> Snapshot:
     """Copy this rank's part of a checkpoint; later steps do not change the copy.
 
     Args:
         engine: holds the weights and the optimizer.
-        ema: the average of the weights.
+        ema: the average of the weights, if there is one.
         state: this rank's other state: numbers, strings and containers that JSON can hold.
         step: number of steps done.
+        companions: name -> snapshot of a further model of the training.
     """
-    lists = {WEIGHTS: {"": engine.master_weights()}, AVERAGE: {"": ema.averages}}
+    lists = {WEIGHTS: {"": engine.master_weights()}, AVERAGE: {"": [] if ema is None else ema.averages}}
     lists[MOMENTS] = {f"{name}/": tensors for name, tensors in engine.moments().items()}
     fragments = engine.own_fragments
     tensors = {
@@ -85,6 +97,7 @@ def take_snapshot(engine: Engine, ema: EMA, state: Mapping[str, Any], *, step: i
             prefix + fragment.name: fragment.of(masters).to("cpu", copy=True)
             for prefix, masters in prefixed.items()
             for fragment in fragments
+            if masters
         }
         for kind, prefixed in lists.items()
     }
@@ -99,12 +112,15 @@ def take_snapshot(engine: Engine, ema: EMA, state: Mapping[str, Any], *, step: i
         shapes=engine.shapes,
         moments=list(engine.moments()),
         others=others,
-        state=deepcopy({**state, "ema_updates": ema.num_updates}),
+        state=deepcopy({**state, **({} if ema is None else {"ema_updates": ema.num_updates})}),
+        companions=companions or {},
     )
 
 
 def write_part(folder_uri: str, snapshot: Snapshot) -> None:
     """Write a rank's part into the checkpoint's folder, its JSON file last. Raises StorageError."""
+    for companion, part_of_it in snapshot.companions.items():
+        write_part(f"{folder_uri}/{companion}", part_of_it)
     name = part_name(snapshot.rank)
     files: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=_scratch(folder_uri)) as scratch:
@@ -115,7 +131,7 @@ def write_part(folder_uri: str, snapshot: Snapshot) -> None:
             files[path.name] = {"size": path.stat().st_size, "sha256": _hash(path)}
             _put(path, f"{folder_uri}/{path.name}")
     names = ("step", "rank", "world_size", "layout", "pieces", "shapes", "moments", "state")
-    part = {field: getattr(snapshot, field) for field in names} | {"files": files}
+    part = {one: getattr(snapshot, one) for one in names} | {"files": files, "companions": list(snapshot.companions)}
     write_file(f"{folder_uri}/{name}.json", json.dumps(part).encode())
 
 
@@ -147,10 +163,14 @@ def _hash(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose files all exist with their listed sizes. `parts`: content of each rank's JSON file."""
+    """A checkpoint whose files all exist with their listed sizes.
+
+    parts: content of each rank's JSON file. companions: the checkpoints of the training's further models, by name.
+    """
 
     uri: str
     parts: Sequence[Mapping[str, Any]]
+    companions: Mapping[str, "Checkpoint"] = field(default_factory=dict)
 
     @classmethod
     def open(cls, uri: str) -> "Checkpoint":
@@ -171,7 +191,7 @@ class Checkpoint:
                     raise BadCheckpointError(
                         f"{uri} is not whole: {name} has {found.get(name, 'no')} bytes in place of {file['size']}"
                     )
-        return cls(uri, parts)
+        return cls(uri, parts, {name: cls.open(f"{uri}/{name}") for name in first.get("companions", ())})
 
     @property
     def step(self) -> int:
@@ -204,7 +224,7 @@ class Checkpoint:
         return [
             f"{part_name(rank)}-{kind}.safetensors"
             for rank, part in enumerate(self.parts)
-            if any(name in pieces and _overlap(pieces[name], piece) for name, piece in part["pieces"].items())
+            if any(name in pieces and overlap(pieces[name], piece) for name, piece in part["pieces"].items())
         ]
 
 
@@ -228,63 +248,9 @@ def _get(uri: str, scratch: Path) -> Path:
     return scratch
 
 
-def _overlap(one: Sequence[int], other: Sequence[int]) -> range:
+def overlap(one: Sequence[int], other: Sequence[int]) -> range:
     """Return the elements that two runs (start, numel) have in common."""
     return range(max(one[0], other[0]), min(one[0] + one[1], other[0] + other[1]))
-
-
-class CheckpointReader:
-    """The files of a checkpoint that this rank needs, fetched and verified when opened, so that `load` finds no damage.
-
-    Raises BadCheckpointError if a file has changed since it was written; ValueError if the checkpoint is of another model.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, engine: Engine):
-        self.checkpoint = checkpoint
-        self.engine = engine
-        pieces = {fragment.name: (fragment.start, fragment.numel) for fragment in engine.fragments}
-        first = checkpoint.parts[0]
-        if first["shapes"] != engine.shapes:
-            raise ValueError(
-                f"{checkpoint.uri} is of another model: its weights have other names or shapes than this training's; "
-                "set init, preset and lora as they were when it was written, or leave resume_from out"
-            )
-        rank = torch.distributed.get_rank()
-        own = rank if first["layout"] == engine.layout != WHOLE else 0
-        self._others = f"{part_name(own)}-{OPTIMIZER}"
-        names = [name for kind in (WEIGHTS, AVERAGE, MOMENTS) for name in checkpoint.files_with(kind, pieces)]
-        self._open = ExitStack()
-        self._paths = self._open.enter_context(checkpoint.fetch([*names, self._others]))
-
-    def load(self, ema: EMA) -> None:
-        """Load weights and optimizer into the engine, and the average into `ema`. Collective call."""
-        first = self.checkpoint.parts[0]
-        others = torch.load(self._paths[self._others], map_location="cpu", weights_only=True)
-        self.engine.prepare_states(first["moments"], others, layout=first["layout"])
-        self._copy(WEIGHTS, {"": self.engine.master_weights()})
-        self._copy(AVERAGE, {"": ema.averages})
-        self._copy(MOMENTS, {f"{name}/": tensors for name, tensors in self.engine.moments().items()})
-        self.engine.apply_master_weights()
-        ema.num_updates = first["state"]["ema_updates"]
-
-    def close(self) -> None:
-        """Delete the fetched files."""
-        self._open.close()
-
-    @torch.no_grad()
-    def _copy(self, kind: str, lists: Mapping[str, Sequence[Tensor]]) -> None:
-        for rank, part in enumerate(self.checkpoint.parts):
-            path = self._paths.get(f"{part_name(rank)}-{kind}.safetensors")
-            if path is None:
-                continue
-            with safe_open(path, "pt") as file:
-                for fragment in self.engine.fragments:
-                    piece = part["pieces"].get(fragment.name)
-                    if piece is None or not (common := _overlap(piece, (fragment.start, fragment.numel))):
-                        continue
-                    for prefix, masters in lists.items():
-                        source = file.get_slice(prefix + fragment.name)[common.start - piece[0] : common.stop - piece[0]]
-                        fragment.of(masters)[common.start - fragment.start : common.stop - fragment.start].copy_(source)
 
 
 def read_weights(uri: str, *, average: bool = True) -> dict[str, Tensor]:
@@ -313,7 +279,7 @@ def read_weights(uri: str, *, average: bool = True) -> dict[str, Tensor]:
 
 def remove_checkpoint(uri: str) -> None:
     """Delete a checkpoint, its JSON files first, so that it is never whole while files are missing. Raises StorageError."""
-    for name in sorted(find_files(uri), key=lambda name: not name.endswith(".json")):
+    for name in sorted(find_files(uri), key=lambda name: (not name.endswith(".json"), name.count("/"))):
         remove_file(f"{uri}/{name}")
     if is_local(uri):
         _, path = open_filesystem(uri)

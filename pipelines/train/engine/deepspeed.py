@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from pipelines.train.engine.config import EngineConfig, OptimConfig
 from pipelines.train.engine.fragments import Fragment, find_fragments
 from pipelines.train.engine.optim import make_optimizer
-from sana_model.nn.transformer import SanaTransformer
 
 WHOLE = "whole"
 """The layout of ZeRO 0, in which every rank holds all elements."""
@@ -29,7 +28,8 @@ class Engine:
     It needs a process group, and all ranks must make the same calls.
 
     Args:
-        model: the transformer, on the CPU; the engine moves it to `device`.
+        model: what is trained, on the CPU; the engine moves it to `device`. To recompute activations or to compile blocks, it
+            has `enable_gradient_checkpointing` and `blocks` as `SanaTransformer` does.
         config: how DeepSpeed distributes and computes.
         optim: the optimizer; `step` is given the learning rate.
         micro_batch_size: samples of a forward pass.
@@ -39,7 +39,7 @@ class Engine:
 
     def __init__(
         self,
-        model: SanaTransformer,
+        model: nn.Module,
         config: EngineConfig,
         optim: OptimConfig,
         *,
@@ -60,10 +60,11 @@ class Engine:
             **config.deepspeed_settings(),
         }
         model = model.to(device)
+        blocks: Any = model
         if config.checkpoint_blocks:
-            model.enable_gradient_checkpointing(config.checkpoint_blocks)
+            blocks.enable_gradient_checkpointing(config.checkpoint_blocks)
         if config.compile_blocks:
-            for block in model.blocks:
+            for block in blocks.blocks:
                 block.compile()
         self._deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=make_optimizer(model.parameters(), optim), config=settings
@@ -75,10 +76,15 @@ class Engine:
         )
         self.shapes = {name: list(_full_shape(weight)) for name, weight in model.named_parameters() if weight.requires_grad}
 
-    def __call__(self, latents: Tensor, timestep: Tensor, caption_embeds: Tensor, caption_mask: Tensor) -> Tensor:
-        """Predict the velocity like `SanaTransformer.forward`. Inputs may have any floating dtype."""
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Call the model. Floating-point inputs are turned to its dtype, but for a number for each sample (B,): timesteps."""
         dtype = self.config.torch_dtype
-        return self._deepspeed(latents.to(dtype), timestep, caption_embeds.to(dtype), caption_mask)
+        return self._deepspeed(*(one.to(dtype) if one.is_floating_point() and one.ndim > 1 else one for one in inputs))
+
+    @property
+    def module(self) -> Any:
+        """The model itself, on the engine's device."""
+        return self._deepspeed.module
 
     def backward(self, loss: Tensor) -> None:
         """Add a micro-batch's gradients, weighted 1 / grad_accum_steps; after the last one, average the sum over the ranks."""
@@ -112,7 +118,23 @@ class Engine:
         else:
             self._deepspeed.step()
             grad_norm = self._deepspeed.get_global_grad_norm()
+        self._average_buffers()
         return float(grad_norm)
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """The model's stored buffers by name, such as the statistics of batch norms."""
+        weights = {name for name, _ in self.module.named_parameters()}
+        return {name: value for name, value in self.module.state_dict().items() if name not in weights}
+
+    @torch.no_grad()
+    def _average_buffers(self) -> None:
+        """Give all ranks the same buffers, since each has seen other samples."""
+        world_size = torch.distributed.get_world_size()
+        for buffer in self._buffers().values() if world_size > 1 else ():
+            if buffer.is_floating_point():
+                shared = buffer.float()
+                torch.distributed.all_reduce(shared)
+                buffer.copy_(shared / world_size)
 
     def master_weights(self) -> list[Tensor]:
         """Return the float32 tensors that the optimizer updates: all trained weights, or with ZeRO this rank's part of them."""
@@ -121,7 +143,7 @@ class Engine:
         return [weight for group in self._deepspeed.optimizer.param_groups for weight in group["params"]]
 
     def gather_weights(self) -> dict[str, Tensor] | None:
-        """Return all weights of the model, in float32 on the CPU, on rank 0; None on other ranks. Collective call.
+        """Return all weights of the model, in float32 on the CPU, and its buffers, on rank 0; None on others. Collective call.
 
         Trained weights are taken from the master weights as they are now.
         """
@@ -136,6 +158,8 @@ class Engine:
                 full = next(masters) if self.config.zero_stage == 0 else safe_get_full_fp32_param(parameter)
             if torch.distributed.get_rank() == 0:
                 gathered[name] = full.detach().cpu().clone()
+        if torch.distributed.get_rank() == 0:
+            gathered |= {name: buffer.detach().cpu().clone() for name, buffer in self._buffers().items()}
         return gathered or None
 
     @property
@@ -162,16 +186,17 @@ class Engine:
         return {name: [state[name] for state in states] for name in names}
 
     def other_states(self) -> dict[str, Any]:
-        """Return copies on the CPU of all other states: of the optimizer, for each master tensor, and of the loss scale."""
+        """Return copies on the CPU of all other states: the optimizer's for each master tensor, the loss scale, buffers."""
         moments, cpu = self.moments(), torch.device("cpu")
         states = [
             {name: _copy_to(cpu, value) for name, value in state.items() if name not in moments}
             for state in self._optimizer_states()
         ]
-        return {"states": states, "loss_scale": self._loss_scale_state()}
+        buffers = {name: _copy_to(cpu, buffer) for name, buffer in self._buffers().items()}
+        return {"states": states, "loss_scale": self._loss_scale_state(), "buffers": buffers}
 
     def prepare_states(self, moments: Sequence[str], others: Mapping[str, Any], *, layout: str) -> None:
-        """Replace the optimizer's states by those of a checkpoint, with zeros for the moments, which are then copied in.
+        """Take a checkpoint's buffers and states of the optimizer, with zeros for the moments, which are then copied in.
 
         Args:
             moments: names of the moments.
@@ -196,6 +221,8 @@ class Engine:
             values = {name: _copy_to(master.device, value) for name, value in state.items()}
             optimizer_state[master] = values | {name: torch.zeros_like(master) for name in moments}
         self._load_loss_scale(others["loss_scale"])
+        for name, buffer in self._buffers().items():
+            buffer.copy_(others["buffers"][name])
 
     def apply_master_weights(self) -> None:
         """Copy the master weights, after they were changed in place, to the weights of the forward pass. Collective call."""

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pipelines.score.selection import Caption, caption_probabilities
+from pipelines.tables.chance import is_held_out
 from pipelines.tables.errors import MissingTableError, StaleTableError
 from pipelines.train.config import TrainConfig
 from pipelines.train.preflight.models import ModelShapes
 from pipelines.train.stream.captions import check_caption_embeds
 from pipelines.train.stream.mixture import Source, check_complete
-from pipelines.train.stream.samples import is_held_out
 from pipelines.train.stream.stream import TrainingStream
 from sana_model.nn.text_encoder import TextEncoder
 

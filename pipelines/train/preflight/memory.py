@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from pipelines.train.config import TrainConfig
 from pipelines.train.engine.config import EngineConfig, OptimConfig
 from pipelines.train.engine.lora import add_lora
+from pipelines.train.loop.config import LoopConfig
 from sana_model.nn.autoencoder import DCAutoencoder
 from sana_model.nn.config import AutoencoderConfig, SanaConfig
 from sana_model.nn.text_encoder import MAX_FORWARD_TOKENS
@@ -104,16 +105,18 @@ def fake_transformer(config: SanaConfig, training: TrainConfig) -> Iterator[Sana
             add_lora(model, training.lora, seed=0)
     model.enable_gradient_checkpointing(training.engine.checkpoint_blocks)
     with FakeTensorMode():
-        _make_fake(model, training.engine.torch_dtype)
+        make_fake(model, training.engine.torch_dtype)
         yield model.train()
 
 
-def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace the weights on the meta device by fake ones of this dtype, which `Module.to` cannot do."""
+def make_fake(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace weights and buffers on the meta device by fake ones of this dtype, which `Module.to` cannot do."""
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
             fake = nn.Parameter(torch.empty(weight.shape, dtype=dtype), requires_grad=weight.requires_grad)
             module.register_parameter(name, fake)
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(name, torch.empty(buffer.shape, dtype=dtype if buffer.is_floating_point() else buffer.dtype))
 
 
 def count_weights(model: nn.Module) -> tuple[int, int]:
@@ -133,7 +136,7 @@ def count_activations(model: SanaTransformer, shape: StepShape, dtype: torch.dty
     config = model.config
     for weight in model.parameters():
         if weight.requires_grad:
-            weight.register_post_accumulate_grad_hook(_forget_gradient)
+            weight.register_post_accumulate_grad_hook(forget_gradient)
     counter = LiveBytes()
     counter.leave_out(dict(model.named_parameters()))
     with counter:
@@ -151,7 +154,7 @@ def count_activations(model: SanaTransformer, shape: StepShape, dtype: torch.dty
     return counter.peak
 
 
-def _forget_gradient(weight: Tensor) -> None:
+def forget_gradient(weight: Tensor) -> None:
     weight.grad = None
 
 
@@ -218,6 +221,12 @@ class Memory:
     parts: Mapping[str, int]
     moment: str
 
+    @classmethod
+    def largest(cls, fixed: Mapping[str, int], moments: Mapping[str, Mapping[str, int]]) -> "Memory":
+        """The moment that takes most, with what is always held. moments: name -> name of the part -> bytes."""
+        moment = max(moments, key=lambda name: sum(moments[name].values()))
+        return cls(parts={name: size for name, size in {**fixed, **moments[moment]}.items() if size}, moment=moment)
+
     @property
     def total(self) -> int:
         """Bytes of all parts."""
@@ -244,56 +253,63 @@ def estimate_memory(
         on_gpu: the device is a GPU, on which CUDA takes memory too.
     """
     engine = training.engine
-    fixed = _held_always(training, sizes) | {"CUDA context and libraries": CONTEXT_BYTES if on_gpu else 0}
-    gradients, bucket = _gradients(training, sizes)
+    fixed = {
+        **held_always(training, sizes.transformer, sizes.trained),
+        "text encoder": engine.torch_dtype.itemsize * sizes.text_encoder,
+        "autoencoder, for grids": engine.torch_dtype.itemsize * sizes.autoencoder,
+        "CUDA context and libraries": CONTEXT_BYTES if on_gpu else 0,
+    }
+    gradients, bucket = gradient_bytes(training, sizes.trained)
     # ZeRO 2 allocates its share of the gradients after the backward pass, when the activations are freed.
     kept = 0 if engine.zero_stage == 2 and training.grad_accum_steps == 1 else gradients
     moments = {
         "forward and backward": {"gradients": kept, "buckets of gradients": bucket, "activations": activations},
-        "the optimizer's step": {"gradients": gradients, "step": _step_bytes(engine, sizes)},
+        "the optimizer's step": {"gradients": gradients, "step": step_bytes(engine, sizes.trained)},
         "encoding captions": {"gradients": gradients, "text encoder's activations": text_activations},
     }
     if training.grid.prompts:
         copy_bytes = sizes.transformer * engine.torch_dtype.itemsize
         moments["drawing a grid"] = {"a copy of the weights": copy_bytes, "decoding": decoding}
-    moment = max(moments, key=lambda name: sum(moments[name].values()))
-    parts = {name: size for name, size in (fixed | moments[moment]).items() if size}
-    return Memory(parts=parts, moment=moment)
+    return Memory.largest(fixed, moments)
 
 
-def _held_always(training: TrainConfig, sizes: ModelSizes) -> dict[str, int]:
-    """Return the bytes of the parts that are in memory during the whole training."""
+def held_always(training: LoopConfig, total: int, trained: int) -> dict[str, int]:
+    """Return the bytes of what DeepSpeed holds of a model during the whole training, by part.
+
+    Args:
+        training: the training.
+        total: number of the model's weights.
+        trained: those of them that are trained.
+    """
     engine, size = training.engine, training.engine.torch_dtype.itemsize
     share = training.num_workers if engine.zero_stage else 1
-    weights = size * sizes.transformer
+    weights = size * total
     if engine.zero_stage == 3:  # this worker's part, and the weights that are gathered at a time
         part = 0 if engine.offload_weights else weights // training.num_workers
-        weights = part + size * min(sizes.transformer, LIVE_WEIGHTS) * (training.num_workers > 1)
+        weights = part + size * min(total, LIVE_WEIGHTS) * (training.num_workers > 1)
     has_masters = engine.dtype != "fp32" or engine.zero_stage > 0
     on_device = 0 if engine.offload_optimizer else 1
     return {
         "weights": weights,
-        "float32 weights of the optimizer": on_device * has_masters * 4 * sizes.trained // share,
-        "states of the optimizer": on_device * int(optimizer_bytes(training.optim) * sizes.trained) // share,
-        "average of the weights": on_device * 4 * sizes.trained // share,  # the average lies where the master weights lie
-        "text encoder": size * sizes.text_encoder,
-        "autoencoder, for grids": size * sizes.autoencoder,
+        "float32 weights of the optimizer": on_device * has_masters * 4 * trained // share,
+        "states of the optimizer": on_device * int(optimizer_bytes(training.optim) * trained) // share,
+        "average of the weights": on_device * 4 * trained // share,  # the average lies where the master weights lie
     }
 
 
-def _gradients(training: TrainConfig, sizes: ModelSizes) -> tuple[int, int]:
-    """Return the bytes of the gradients, and of the buckets in which they are sent."""
+def gradient_bytes(training: LoopConfig, trained: int) -> tuple[int, int]:
+    """Return the bytes of the gradients of so many weights, and of the buckets in which they are sent."""
     engine, size = training.engine, training.engine.torch_dtype.itemsize
     if engine.zero_stage < 2:
         # In 16 bits, ZeRO 1 also sums all gradients in float32, on each worker, beside those of the backward pass.
         whole = 4 if engine.zero_stage == 1 and engine.dtype != "fp32" else 0
-        return (size + whole) * sizes.trained, 0
-    kept = 0 if engine.offload_optimizer else 4 * sizes.trained // training.num_workers
+        return (size + whole) * trained, 0
+    kept = 0 if engine.offload_optimizer else 4 * trained // training.num_workers
     if engine.zero_stage == 3:  # which sums gradients in the bucket itself
         size = {"fp32": 4, "bf16": 2}[engine.reduce_dtype]
     return kept, size * BUCKET
 
 
-def _step_bytes(engine: EngineConfig, sizes: ModelSizes) -> int:
+def step_bytes(engine: EngineConfig, trained: int) -> int:
     """Return the bytes that only the optimizer's step takes: ZeRO 0 copies the gradients to float32."""
-    return 4 * sizes.trained if engine.zero_stage == 0 and engine.dtype != "fp32" else 0
+    return 4 * trained if engine.zero_stage == 0 and engine.dtype != "fp32" else 0

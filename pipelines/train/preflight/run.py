@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from pipelines.train.config import TrainConfig
-from pipelines.train.meter import PEAK_FLOPS, step_flops
+from pipelines.train.loop.meter import PEAK_FLOPS
+from pipelines.train.meter import step_flops
 from pipelines.train.preflight.dataset import DatasetFacts, read_dataset
 from pipelines.train.preflight.memory import (
     Memory,

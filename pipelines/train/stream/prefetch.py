@@ -3,28 +3,46 @@
 import queue
 import threading
 import time
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
-from pipelines.train.stream.samples import MicroBatch
-from pipelines.train.stream.stream import TrainingStream
+Batch = TypeVar("Batch")
+Batches = TypeVar("Batches", covariant=True)
 
 
-class PrefetchedStream:
+class SampleStream(Protocol[Batches]):
+    """An endless stream of micro-batches that can continue where any number of ranks left off.
+
+    prefetch: number of micro-batches to prepare ahead.
+    """
+
+    prefetch: int
+
+    def __iter__(self) -> Iterator[Batches]: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position, with its "epoch", as values for JSON."""
+
+    def load_all_states(self, states: Sequence[dict[str, Any]]) -> None:
+        """Continue a training from the states of all its ranks, in their order; the number of ranks may differ."""
+
+
+class PrefetchedStream(Generic[Batch]):
     """Micro-batches of `stream`, one for each `next`; up to `depth` of them are read ahead in a thread.
 
     `next` raises what the stream raises. `wait_seconds` is the total time that `next` has waited.
     """
 
-    def __init__(self, stream: TrainingStream, depth: int):
+    def __init__(self, stream: SampleStream[Batch], depth: int):
         self._stream = stream
         self._state = stream.state_dict()
-        self._ready: queue.Queue[tuple[MicroBatch, dict[str, Any]] | Exception] = queue.Queue(depth)
+        self._ready: queue.Queue[tuple[Batch, dict[str, Any]] | Exception] = queue.Queue(depth)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._read_ahead, name="training-stream", daemon=True)
         self._thread.start()
         self.wait_seconds = 0.0
 
-    def __next__(self) -> MicroBatch:
+    def __next__(self) -> Batch:
         start = time.monotonic()
         ready = self._ready.get()
         self.wait_seconds += time.monotonic() - start
@@ -50,7 +68,7 @@ class PrefetchedStream:
         except Exception as error:  # `next` raises it again
             self._put(error)
 
-    def _put(self, ready: tuple[MicroBatch, dict[str, Any]] | Exception) -> bool:
+    def _put(self, ready: tuple[Batch, dict[str, Any]] | Exception) -> bool:
         """Wait for room in the queue. Returns False if the stream was closed meanwhile."""
         while not self._closed.is_set():
             try:

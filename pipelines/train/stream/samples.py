@@ -83,11 +83,6 @@ def collate(samples: Sequence[Sample], *, with_embeds: bool) -> MicroBatch:
     )
 
 
-def is_held_out(sample_id: str, share: float) -> bool:
-    """Return whether a sample is kept from training. Depends on its id alone, so all trainings hold out the same samples."""
-    return uniform("held out", sample_id) < share
-
-
 class ShardRows:
     """The rows of one shard, in memory, and the samples made of them. Raises like `Table.read_shard`.
 

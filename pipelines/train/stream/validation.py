@@ -6,9 +6,10 @@ from itertools import chain, islice, zip_longest
 
 import torch
 
+from pipelines.tables.chance import is_held_out
 from pipelines.train.stream.config import StreamConfig, ValidationConfig
 from pipelines.train.stream.mixture import Source
-from pipelines.train.stream.samples import MicroBatch, Sample, ShardRows, collate, is_held_out
+from pipelines.train.stream.samples import MicroBatch, Sample, ShardRows, collate
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from pipelines.stages.contract import Resources
 from pipelines.tables.identity import Identity
 from pipelines.tables.schema import IMAGE_SCORES
 from pipelines.tables.table import Table
-from pipelines.train.config import WorkerResources
+from pipelines.train.loop.config import WorkerResources
 from tests.support.empty_stage import empty_stage
 
 FILELESS = [

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from pipelines.tables.errors import TrainingStopped
-from pipelines.train.config import TrainConfig, WorkerResources
-from pipelines.train.desk import Desk, OnTrainProgress, ToJudge, TrainProgress
+from pipelines.train.config import TrainConfig
 from pipelines.train.engine.checkpoint_places import checkpoint_uri
 from pipelines.train.engine.checkpoints import read_weights
 from pipelines.train.engine.config import EngineConfig
 from pipelines.train.engine.judgements import BestConfig, Judgement, read_best, read_judgements
 from pipelines.train.judging import CheckpointJudge, Judging
+from pipelines.train.loop.config import WorkerResources
+from pipelines.train.loop.desk import Desk, OnTrainProgress, ToJudge, TrainProgress
 from pipelines.train.run import TrainResult, run_train
 from sana_model.pipeline import TextToImage
 from tests.support.training_ranks import tiny_config

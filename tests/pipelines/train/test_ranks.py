@@ -15,13 +15,14 @@ import pytest
 import torch
 from s3fs import S3FileSystem
 
+from pipelines.tables.chance import is_held_out
 from pipelines.tables.errors import TrainingError
 from pipelines.tracking.config import TrackingConfig
-from pipelines.train.config import BadStepConfig, TrainConfig
+from pipelines.train.config import TrainConfig
 from pipelines.train.engine.checkpoints import Checkpoint, read_weights
 from pipelines.train.engine.config import EngineConfig, OptimConfig
+from pipelines.train.loop.config import BadStepConfig
 from pipelines.train.stream.config import ValidationConfig, WeightedTable
-from pipelines.train.stream.samples import is_held_out
 from pipelines.train.stream.stream import TrainingStream
 from pipelines.train.worker import TrainWorker
 from tests.support.drawn import read_drawn
@@ -273,7 +274,7 @@ def test_skewed_buckets_on_two_workers_of_the_demo_model(tmp_path: Path, config:
 
 def test_a_problem_of_one_worker_alone_is_worth_another_try(monkeypatch: pytest.MonkeyPatch) -> None:
     """And that of all of them is not."""
-    monkeypatch.setattr("pipelines.train.worker.gather_objects", lambda problem: [problem, "the hub did not answer"])
+    monkeypatch.setattr("pipelines.train.loop.worker.gather_objects", lambda problem: [problem, "the hub did not answer"])
     worker: Any = SimpleNamespace(world_size=2)
     with pytest.raises(RuntimeError, match="the hub did not answer") as caught:
         TrainWorker._raise_together(worker, None)

@@ -17,9 +17,9 @@ from pipelines.tables.errors import MissingTableError, StaleTableError, Training
 from pipelines.tracking.config import TrackingConfig
 from pipelines.tracking.runs import RunRequest
 from pipelines.train.config import GridConfig, TrainConfig
-from pipelines.train.desk import OnNotice, OnTrainProgress, TrainProgress
 from pipelines.train.engine.checkpoints import read_weights
 from pipelines.train.engine.config import EngineConfig, OptimConfig
+from pipelines.train.loop.desk import OnNotice, OnTrainProgress, TrainProgress
 from pipelines.train.run import TrainResult, run_train
 from pipelines.train.stream.captions import DroppedCaption, encode_captions
 from pipelines.train.stream.config import FlowConfig

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipelines.train.engine.checkpoints import BadCheckpointError, Checkpoint
-from pipelines.train.record import TrainingRecord, read_config
+from pipelines.train.loop.record import TrainingRecord, read_config
 from pipelines.workers.clip import ClipModel
 from pipelines.workers.models import pretrained
 from sana_model.files.models import load_autoencoder, load_text_encoder, load_transformer

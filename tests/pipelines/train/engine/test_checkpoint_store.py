@@ -13,7 +13,7 @@ from pipelines.train.engine.checkpoint_places import list_checkpoints
 from pipelines.train.engine.checkpoint_store import TO_JUDGE, CheckpointStore
 from pipelines.train.engine.checkpoints import Checkpoint, Snapshot, UnfinishedCheckpointError, read_weights
 from pipelines.train.engine.judgements import BestCheckpoint, Judgement, write_best, write_judgements
-from pipelines.train.record import TrainingRecord
+from pipelines.train.loop.record import TrainingRecord
 from sana_model.files import retry
 from sana_model.files.retry import Backoff
 from tests.support.s3 import BUCKET, FaultyProxy, s3_environment, serve_s3

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipelines.train.engine.checkpoint_reader import CheckpointReader
 from pipelines.train.engine.checkpoints import (
     BadCheckpointError,
     Checkpoint,
-    CheckpointReader,
     read_weights,
     take_snapshot,
     write_part,

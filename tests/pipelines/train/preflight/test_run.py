@@ -9,8 +9,9 @@ from pipelines.score.config import ImageFilter
 from pipelines.tables.identity import Identity
 from pipelines.tables.schema import IMAGE_SCORES
 from pipelines.tables.table import Table
-from pipelines.train.config import GridConfig, PositionConfig, TrainConfig, WorkerResources
+from pipelines.train.config import GridConfig, PositionConfig, TrainConfig
 from pipelines.train.engine.config import EngineConfig, LoraConfig, OptimConfig
+from pipelines.train.loop.config import WorkerResources
 from pipelines.train.preflight.run import GIB, Preflight, format_preflight, run_preflight
 from sana_model.nn.config import TextEncoderConfig
 from tests.support.training_world import PATH, STREAM, add_captioner, make_pipeline, make_shards, make_table, write_table

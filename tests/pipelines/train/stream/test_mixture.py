@@ -13,7 +13,7 @@ import torch
 
 from pipelines.tables.errors import MissingTableError, StaleTableError
 from pipelines.tables.table import Table
-from pipelines.train.record import TrainingRecord
+from pipelines.train.loop.record import TrainingRecord
 from pipelines.train.run import train_identity
 from pipelines.train.stream.config import WeightedTable
 from pipelines.train.stream.mixture import Source, check_channels, check_complete, find_sources

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from pipelines.score.config import SelectionConfig
+from pipelines.tables.chance import is_held_out
 from pipelines.tables.errors import MissingTableError
 from pipelines.tables.schema import LATENTS
 from pipelines.tables.table import Table
 from pipelines.train.stream.config import StreamConfig
-from pipelines.train.stream.samples import MicroBatch, is_held_out
-from pipelines.train.stream.stream import TrainingStream, deal
+from pipelines.train.stream.order import deal
+from pipelines.train.stream.samples import MicroBatch
+from pipelines.train.stream.stream import TrainingStream
 from tests.support.training_world import PATH, STREAM, assert_same, make_row, make_shards, make_source, make_table
 
 BUCKETS = ("64x64", "64x64", "32x128", "64x64", "128x32")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.tables.chance import is_held_out
 from pipelines.tables.table import Table
 from pipelines.train.stream.config import ValidationConfig
-from pipelines.train.stream.samples import is_held_out
 from pipelines.train.stream.validation import ValidationSet
 from tests.support.training_world import PATH, STREAM, make_row, make_shards, make_source, make_table
 

@@ -8,7 +8,7 @@ import pytest
 
 from pipelines.tables.errors import StaleTableError
 from pipelines.tables.identity import Identity
-from pipelines.train.record import RECORD, TrainingRecord
+from pipelines.train.loop.record import RECORD, TrainingRecord
 
 BEFORE = Identity(
     "train", {"num_steps": 5, "data": {"caption_dropout": 0.1}}, {"init": "sha256:1"}, {"latents/tiny-64": "1234"}

@@ -17,6 +17,10 @@ CONFIG = "train_config.json"
 GRIDS_DIR, PIPELINE_DIR, BEST_DIR, VALIDATION_DIR = "samples", "pipeline", "best", "validation"
 """Folders in the output folder: of grids of pictures on the way, of the trained pipeline, of that of the best checkpoint, and
 of the pictures by which checkpoints are judged."""
+AUTOENCODER_DIR = "autoencoder"
+"""Folder of the trained autoencoder, in the output folder."""
+COMPARISON = "comparison.png"
+"""File of fixed pictures, as they are, as an autoencoder gave them back before and after its training, and the difference."""
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from pipelines.train.bad_steps import NUM_RECENT, BadStepGuard
-from pipelines.train.config import BadStepConfig
+from pipelines.train.loop.bad_steps import NUM_RECENT, BadStepGuard
+from pipelines.train.loop.config import BadStepConfig
 from tests.support.one_worker import one_worker
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.train.config import BadStepConfig
+from pipelines.train.loop.config import BadStepConfig
 
 NUM_RECENT = 50
 """The usual loss is the median over this many steps; before a training has made them, no leap is detected."""

@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from pipelines.tracking.runs import RunRequest
-from pipelines.train.config import TrainConfig
+from pipelines.train.loop.config import LoopConfig
+
+Config = TypeVar("Config", bound=LoopConfig, covariant=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainTask:
+class TrainTask(Generic[Config]):
     """A training for the workers to do.
 
     config: the training.
@@ -22,7 +24,7 @@ class TrainTask:
         none.
     """
 
-    config: TrainConfig
+    config: Config
     dataset_uri: str
     inputs: Mapping[str, str]
     output_uri: str

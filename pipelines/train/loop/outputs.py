@@ -6,7 +6,7 @@ The files in the output folder are grids of pictures and, with `record_samples`,
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -15,23 +15,34 @@ from pipelines.storage.errors import StorageError
 from pipelines.storage.files import list_folder, read_file, remove_file, write_file
 from pipelines.tracking.patient_run import PatientRun
 from pipelines.tracking.unsent import Entry, read_unsent, write_unsent
-from pipelines.train.desk import TrainProgress
 from pipelines.train.engine.checkpoint_store import CheckpointStore
 from pipelines.train.engine.checkpoints import Snapshot
-from pipelines.train.meter import MeterReport
-from pipelines.train.record import GRIDS_DIR
-from pipelines.train.stream.samples import MicroBatch
-from pipelines.train.task import TrainTask
+from pipelines.train.loop.config import LoopConfig
+from pipelines.train.loop.desk import TrainProgress
+from pipelines.train.loop.meter import MeterReport
+from pipelines.train.loop.record import GRIDS_DIR
+from pipelines.train.loop.task import TrainTask
 from pipelines.workers.images import to_png
 
 DRAWN_DIR = "drawn"
 """Folder of the record of samples, in the output folder."""
 
 
+class DrawnBatch(Protocol):
+    """A micro-batch whose samples have a table, a number of the draw, and an id each."""
+
+    @property
+    def tables(self) -> list[str]: ...
+    @property
+    def epochs(self) -> list[int]: ...
+    @property
+    def ids(self) -> list[str]: ...
+
+
 class TrainOutputs:
     """The outputs of one rank. Metrics, pictures and most notices come from rank 0 alone; the other ranks' calls do nothing."""
 
-    def __init__(self, task: TrainTask, rank: int):
+    def __init__(self, task: TrainTask[LoopConfig], rank: int):
         self.task = task
         self.rank = rank
         self.run: PatientRun | None = None
@@ -90,7 +101,7 @@ class TrainOutputs:
         if self.task.desk is not None:
             self.task.desk.say.remote(notice)
 
-    def add_batch(self, step: int, batch: MicroBatch) -> None:
+    def add_batch(self, step: int, batch: DrawnBatch) -> None:
         """Note which samples `step` uses, if they are recorded."""
         if self._drawn is not None:
             self._drawn.add(step, batch)
@@ -183,7 +194,7 @@ class DrawnLog:
         self._lines: list[str] = []
         self._first_step = 0
 
-    def add(self, step: int, batch: MicroBatch) -> None:
+    def add(self, step: int, batch: DrawnBatch) -> None:
         """Note the samples of a micro-batch, in memory."""
         if not self._lines:
             self._first_step = step

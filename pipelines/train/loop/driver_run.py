@@ -6,7 +6,7 @@ from pipelines.storage.errors import StorageError
 from pipelines.tracking.faults import describe, is_passing, tell_waiting
 from pipelines.tracking.runs import RunEnd, RunRequest
 from pipelines.tracking.unsent import Entry, send_or_keep
-from pipelines.train.desk import OnNotice
+from pipelines.train.loop.desk import OnNotice
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,132 @@
+"""`python -m jobs.train_autoencoder --config jobs/configs/dc-ae/phase1.yaml`: images -> a trained DC-AE."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from jobs.common.config import to_dict
+from jobs.common.job import run_job
+from jobs.common.metric_job import judge_pictures
+from jobs.common.stage_job import LazyRun
+from jobs.common.training_job import TrainingJobConfig, track_training
+from pipelines.evaluate.reconstruction_config import ReconstructionConfig
+from pipelines.tables.schema import IMAGES_PATH
+from pipelines.tables.table import absolute_uri
+from pipelines.train_autoencoder.config import TrainAutoencoderConfig
+
+if TYPE_CHECKING:
+    from pipelines.evaluate.pictures import Pictures
+    from pipelines.train_autoencoder.run import TrainAutoencoderResult
+
+Judged = tuple[int, str, dict[str, float]]
+"""Size of the pictures, "before" or "after", and the figures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainAutoencoderJob(TrainingJobConfig):
+    """Configuration of the training of an autoencoder.
+
+    Args:
+        train: the training.
+        name: name of the training's folder in the dataset, which holds its checkpoints, pictures and autoencoder.
+        judge_sizes: sizes of pictures at which the autoencoder is judged at the end, and so is the one it began with, on all
+            pictures that are held out. null: that of the fixed pictures. []: none.
+        reconstruction: how it is judged; its model and size are given by the training.
+    """
+
+    train: TrainAutoencoderConfig
+    name: str = "dc-ae"
+    judge_sizes: tuple[int, ...] | None = None
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The sizes of `judge_sizes`."""
+        if not self.train.holds_out:
+            return ()
+        return (self.train.picture_size,) if self.judge_sizes is None else self.judge_sizes
+
+
+def run(job: TrainAutoencoderJob) -> "TrainAutoencoderResult":
+    """Train in one MLflow run, and judge what came of it. Raises as `run_train_autoencoder` and `track_training`."""
+    from pipelines.train_autoencoder.run import run_train_autoencoder
+
+    train = partial(run_train_autoencoder, job.dataset_uri, job.train)
+    return track_training(job, "train_autoencoder", train, lambda result: make_report(job, result, list(judge(job, result))))
+
+
+def judge(job: TrainAutoencoderJob, result: "TrainAutoencoderResult") -> Iterator[Judged]:
+    """Judge the autoencoder and the one that the training began with, at each size, and print the figures."""
+    from pipelines.evaluate.reconstruction import Reconstruction
+
+    models = {"before": job.train.init, "after": result.autoencoder}
+    with LazyRun(job, f"evaluate {job.name}") as shared:
+        for size in job.sizes:
+            for when, model in models.items():
+                if model is None:
+                    continue
+                config = replace(job.reconstruction, model=model, size=size)
+                pictures = _pictures(job, f"{job.name}-{when}-{size}")
+                table = judge_pictures(
+                    job, pictures, Reconstruction.name, config, shared=shared, section="reconstruction"
+                ).table
+                figures = Reconstruction.summarize(table, config)
+                print(f"{size} px, {when}: {'  '.join(f'{name} {value:.4g}' for name, value in figures.items())}", flush=True)
+                yield size, when, figures
+
+
+def _pictures(job: TrainAutoencoderJob, name: str) -> "Pictures":
+    """The pictures that the training did not see."""
+    from pipelines.evaluate.pictures import held_out_pictures, table_pictures
+
+    other = job.train.validation.dataset_uri
+    images_uri = f"{absolute_uri(other or job.train.data.sources[0].dataset_uri or job.dataset_uri)}/{IMAGES_PATH}"
+    pictures = table_pictures(job.dataset_uri, name, images_uri)
+    return pictures if other is not None else held_out_pictures(pictures, job.train.data.held_out_share)
+
+
+def make_report(job: TrainAutoencoderJob, result: "TrainAutoencoderResult", judged: Sequence[Judged]) -> str:
+    """The training's page."""
+    from pipelines.reports.runs import Section, training_report
+    from pipelines.train.loop.record import COMPARISON
+
+    facts: dict[str, object] = {"Steps": result.num_steps, "Images/s": f"{result.samples_per_second:.1f}"}
+    if result.psnr is not None:
+        facts["PSNR of the fixed pictures"] = f"{result.psnr:.2f} dB"
+    facts["Scale of latents"] = f"{result.scaling_factor:g}"
+    names = list(dict.fromkeys(name for *_, figures in judged for name in figures))
+    rows = [(size, when, *(f"{figures[name]:.4g}" for name in names)) for size, when, figures in judged]
+    comparison = [("picture, before, after, difference to after (four times as strong)", f"{job.output_uri}/{COMPARISON}")]
+    return training_report(
+        job.train.data.sources[0].dataset_uri or job.dataset_uri,
+        IMAGES_PATH,
+        result.losses,
+        result.grids,
+        facts=facts,
+        config=to_dict(job.train),
+        sections=[
+            Section(title="Before and after", columns=("pixels", "", *names), rows=rows, pictures=comparison),
+        ],
+        about="The autoencoder learns to give pictures back from their latents.",
+        y_label="loss (sum of its parts)",
+        about_samples="Each picture, as it is given back, and the difference four times as strong (white: none).",
+    )
+
+
+def look_first(job: TrainAutoencoderJob) -> bool:
+    """Show the preflight of a dry run; True if that was all."""
+    if job.dry_run:
+        from pipelines.train_autoencoder.preflight import format_preflight, run_preflight
+
+        print(format_preflight(run_preflight(job.dataset_uri, job.train, device_gib=job.device_gib)), flush=True)
+    return job.dry_run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_job(TrainAutoencoderJob, run, argv, name="train_autoencoder", look_first=look_first)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

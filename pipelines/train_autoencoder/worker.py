@@ -1,0 +1,257 @@
+"""The training of an autoencoder in a worker: its models, its step, fixed pictures, and the trained autoencoder."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipelines.tables.chance import uniform
+from pipelines.train.engine.deepspeed import Engine
+from pipelines.train.engine.ema import EMA
+from pipelines.train.loop.task import TrainTask
+from pipelines.train.loop.worker import TrainingLoop
+from pipelines.train_autoencoder.adversary import Adversary, BalanceWatch
+from pipelines.train_autoencoder.config import TrainAutoencoderConfig
+from pipelines.train_autoencoder.losses import latent_losses, latent_noise, picture_losses, to_image, weighted_sum
+from pipelines.train_autoencoder.meter import AutoencoderMeter
+from pipelines.train_autoencoder.models import load_start
+from pipelines.train_autoencoder.parts import TrainableAutoencoder, describe_parts, keep_first
+from pipelines.train_autoencoder.perceptual import load_perceptual
+from pipelines.train_autoencoder.pictures import psnrs, read_pictures, show, to_crops, to_pixels
+from pipelines.train_autoencoder.stream import CropBatch, CropStream, find_sources
+from pipelines.train_autoencoder.trained import write_autoencoder
+from sana_model.nn.autoencoder import DCAutoencoder
+
+DISCRIMINATOR = "discriminator"
+"""Name of the discriminator's part of a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A micro-batch after the autoencoder's forward pass: image and decoded (B, 3, H, W), its loss (B,) and the parts of it."""
+
+    image: Tensor
+    decoded: Tensor
+    loss: Tensor
+    parts: Mapping[str, Tensor]
+
+    def detached(self) -> "Decoded":
+        """The same without what gradients need."""
+        return replace(self, decoded=self.decoded.detach(), loss=self.loss.detach(), parts={})
+
+
+class AutoencoderWorker(TrainingLoop[TrainAutoencoderConfig]):
+    """One rank of an autoencoder's training."""
+
+    source: CropStream
+    meter: AutoencoderMeter
+
+    def __init__(
+        self,
+        task: TrainTask[TrainAutoencoderConfig],
+        *,
+        device: torch.device,
+        preempted: Callable[[], object | None] = lambda: None,
+    ):
+        super().__init__(task, device=device, preempted=preempted)
+        config = self.config
+        model = self.load_together(self._load)
+        self.autoencoder = model.config
+        # Frozen weights are taken from it at the end: a 16-bit engine rounds its own.
+        self.start = {name: value.clone() for name, value in model.state_dict().items()} if self.rank == 0 else {}
+        adversarial = config.losses.adversarial
+        adaptive = adversarial is not None and adversarial.adaptive
+        trained = TrainableAutoencoder(model, config.parts, keeps_features=adaptive).train()
+        self.parts = describe_parts(trained, config.parts)
+        sizes: Any = {
+            "micro_batch_size": config.micro_batch_size,
+            "grad_accum_steps": config.grad_accum_steps,
+            "device": self.device,
+        }
+        self.engine = Engine(trained, config.engine, config.optim, **sizes)
+        self.ema = EMA(self.engine.master_weights(), config.ema)
+        self.adversary: Adversary | None = None
+        if adversarial is not None:
+            self.adversary = Adversary(
+                adversarial, num_steps=config.num_steps, dtype=config.engine.dtype, seed=config.seed, **sizes
+            )
+            self.companions[DISCRIMINATOR] = self.adversary.engine
+        self.balance = BalanceWatch()
+        self.psnr: float | None = None
+        """On the fixed pictures, at the last validation."""
+        self.num_refused = 0  # images of this rank that could not be decoded
+        self.meter = AutoencoderMeter(self.device)
+
+    def _load(self) -> DCAutoencoder:
+        """Load the models, open the tables, and read the fixed pictures. Returns the autoencoder to train."""
+        config, dataset_uri = self.config, self.task.dataset_uri
+        model = load_start(config)
+        self.perceptual: nn.Module | None = None
+        if config.losses.perceptual is not None:
+            dtype = torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32
+            self.perceptual = load_perceptual(config.losses.perceptual).to(self.device, dtype)
+        self.source = CropStream(
+            find_sources(dataset_uri, config.data),
+            config.data,
+            micro_batch_size=config.micro_batch_size,
+            grad_accum_steps=config.grad_accum_steps,
+            seed=config.seed,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+        self.pictures = read_pictures(dataset_uri, config)
+        return model
+
+    def restore(self) -> None:
+        super().restore()
+        self.outputs.say(self.parts)
+
+    def train_step(self) -> bool:
+        config, lr = self.config, self.lr
+        learns = self.adversary is not None and self.adversary.learns(self.step)
+        kept: list[Decoded] = []
+        for index in range(config.grad_accum_steps):
+            batch = next(self.stream)
+            made = self.reconstruct(batch)
+            last = index == config.grad_accum_steps - 1
+            self.engine.backward(self.guard.watch(made.loss.mean(), share=1 / config.grad_accum_steps, last=last))
+            self._count(batch, made)
+            if learns:
+                kept.append(made.detached())
+        grad_norm = self.engine.step(lr)
+        if self.guard.is_bad(grad_norm, self.meter.step_losses, scaled=config.engine.dtype == "fp16"):
+            self.handle_bad_step(grad_norm)
+            return False
+        if learns and not self.train_discriminator(kept):
+            return False
+        self.ema.update(self.engine.master_weights())
+        self.meter.end_step(lr=lr, grad_norm=grad_norm)
+        return True
+
+    def reconstruct(self, batch: CropBatch) -> Decoded:
+        """Encode and decode a micro-batch, and compute its loss."""
+        config = self.config
+        image = to_image(batch.images, self.device)
+        side = image.shape[-1] // self.autoencoder.compression
+        shape = (self.autoencoder.latent_channels, side, side)
+        noise = latent_noise(batch, shape, config.losses, seed=config.seed).to(self.device)
+        decoded, latents = self.engine(image, self.keep(self.num_channels), noise)
+        decoded = decoded.float().view_as(decoded)  # of another tensor than the engine's output: see `last_gradient`
+        parts = picture_losses(config.losses, self.perceptual, decoded, image) | latent_losses(config.losses, latents)
+        loss = weighted_sum(config.losses, parts)
+        if self.adversary is not None and self.adversary.teaches(self.step):
+            adversarial = self.adversary.generator_loss(decoded)
+            weight = self.adversary.weight(loss.mean(), adversarial.mean(), decoded, self.engine.module)
+            loss = loss + weight * adversarial
+            parts |= {"adversarial": adversarial, "adversarial_weight": weight}
+        return Decoded(image, decoded, loss, {f"loss.{name}": part for name, part in parts.items()})
+
+    @property
+    def num_channels(self) -> int:
+        """How many channels of the latents the current step keeps; the same on all ranks."""
+        choices = self.config.latent_channels or (self.autoencoder.latent_channels,)
+        return choices[int(uniform(self.config.seed, self.step, "channels") * len(choices))]
+
+    def keep(self, count: int) -> Tensor:
+        """The `keep` of `TrainableAutoencoder.forward` for the first `count` channels."""
+        return keep_first(count, self.autoencoder.latent_channels, self.device)
+
+    def train_discriminator(self, kept: list[Decoded]) -> bool:
+        """Make the discriminator's step on the step's crops. Returns False if it was bad."""
+        assert self.adversary is not None
+        for made in kept:
+            self.meter.add_parts(self.adversary.backward(made.image, made.decoded))
+        grad_norm = self.adversary.step(self.step)
+        self.meter.add_parts({"discriminator.grad_norm": torch.tensor(grad_norm)})
+        if self.guard.is_bad(grad_norm, [], scaled=False):
+            self.handle_bad_step(grad_norm, whose="discriminator's gradients")
+            return False
+        return True
+
+    def _count(self, batch: CropBatch, made: Decoded) -> None:
+        """Add a micro-batch to the measurements and to the record of samples."""
+        self.meter.add(made.loss, made.parts)
+        self.outputs.add_batch(self.step + 1, batch)
+        if batch.num_refused:
+            self.num_refused += batch.num_refused
+            self.outputs.tell_driver(
+                f"{batch.num_refused} images of a micro-batch cannot be decoded, others stand in for them "
+                f"({self.num_refused} so far on worker {self.rank})"
+            )
+
+    def look_at(self, metrics: Mapping[str, float]) -> None:
+        if (problem := self.balance.look(self.step, metrics)) is not None:
+            self.outputs.say(problem)
+
+    def more_state(self) -> dict[str, Any]:
+        return {"balance": self.balance.state_dict(), "psnr": self.psnr}
+
+    def load_more_state(self, state: Mapping[str, Any]) -> None:
+        self.balance.load_state_dict(state["balance"])
+        self.psnr = state["psnr"]
+
+    def between_steps(self, *, last: bool) -> None:
+        if not (last or self.step % self.config.validation.every == 0):
+            return
+        with self.meter.paused(), self.averaged():
+            if self.config.holds_out:
+                self.validate()
+            if self.config.validation.grid:
+                self.show_grid()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the autoencoder has the average weights and is in evaluation mode, without gradients. Collective."""
+        with torch.no_grad(), self.engine.evaluating():
+            with self.ema.in_place_of(self.engine.master_weights()):
+                self.engine.apply_master_weights()
+                yield
+            self.engine.apply_master_weights()
+
+    def decode_again(self, image: Tensor, num_channels: int) -> tuple[Tensor, Tensor]:
+        """Image (B, 3, H, W) to the decoded one and its latents."""
+        decoded, latents = self.engine(image, self.keep(num_channels), torch.zeros(1, 1, 1, 1, device=self.device))
+        return decoded.float(), latents
+
+    def validate(self) -> None:
+        """Measure PSNR and loss on the fixed pictures, shared out among the ranks, and send them to MLflow."""
+        config = self.config
+        everything = self.autoencoder.latent_channels
+        counts = sorted({everything, *config.latent_channels})
+        sums = torch.zeros(len(counts) + 2, dtype=torch.float64, device=self.device)
+        for start in range(self.rank * config.micro_batch_size, len(self.pictures), self.world_size * config.micro_batch_size):
+            image = to_image(to_crops(self.pictures[start : start + config.micro_batch_size]), self.device)
+            for index, count in enumerate(counts):
+                decoded, latents = self.decode_again(image, count)
+                sums[index] += psnrs(decoded, image).sum()
+            parts = picture_losses(config.losses, self.perceptual, decoded, image) | latent_losses(config.losses, latents)
+            sums[-2] += weighted_sum(config.losses, parts).sum()
+            sums[-1] += len(image)
+        torch.distributed.all_reduce(sums)
+        *found, loss = (sums[:-1] / sums[-1]).tolist()
+        by_count = {f"psnr.channels_{count}": value for count, value in zip(counts, found, strict=True) if count != everything}
+        self.metrics["validation_loss"] = loss
+        self.psnr = found[-1]
+        self.outputs.log_metrics(self.step, {"validation_loss": loss, "psnr": found[-1], **by_count})
+
+    def show_grid(self) -> None:
+        """Write the grid of fixed pictures and their reconstructions as a PNG file, and send it to MLflow."""
+        if self.rank == 0:
+            chosen = self.pictures[: self.config.validation.grid]
+            rows = [
+                to_pixels(self.decode_again(to_image(to_crops([one]), self.device), self.autoencoder.latent_channels)[0])[0]
+                for one in chosen
+            ]
+            self.outputs.show_picture(self.step, show(np.stack(chosen), np.stack(rows)))
+
+    def write_result(self) -> dict[str, Any]:
+        with self.ema.in_place_of(self.engine.master_weights()):
+            weights = self.engine.gather_weights()
+        if weights is None:
+            return {}
+        figures = write_autoencoder(self.task.output_uri, self.config, self.autoencoder, self.start, weights, self.pictures)
+        return figures | ({} if self.psnr is None else {"psnr": self.psnr})
