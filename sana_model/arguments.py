@@ -32,6 +32,22 @@ def real_number(name: str, value: Any) -> float:
     raise ValueError(f"{name}={value!r} must be a finite number")
 
 
+def check_size(height: Any, width: Any, unit: int) -> tuple[int, int]:
+    """Return a picture's size in pixels. Raises ValueError unless both are positive multiples of `unit`."""
+    for name, value in (("height", height), ("width", width)):
+        size = whole_number(name, value)
+        if size <= 0 or size % unit:
+            raise ValueError(
+                f"{name}={size} must be a positive multiple of {unit}; the nearest is {nearest_multiple(size, unit)}"
+            )
+    return int(height), int(width)
+
+
+def nearest_multiple(size: int, unit: int) -> int:
+    """The positive multiple of `unit` nearest to `size`."""
+    return max(round(size / unit), 1) * unit
+
+
 def interval(name: str, value: Any) -> tuple[float, float]:
     """Return two finite numbers, of a pair of any kind. Raises ValueError for anything else."""
     try:

@@ -5,7 +5,7 @@ x_t = (1 - sigma) x_0 + sigma eps: sigma 0 is clean, sigma 1 is pure noise, and 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Literal
 
@@ -169,3 +169,18 @@ def loss_by_sigma(loss: Tensor, sigma: Tensor, *, num_bins: int = 10) -> tuple[T
     total = loss.new_zeros(num_bins).index_add(0, index, loss.detach())
     count = torch.bincount(index, minlength=num_bins)
     return total / count, count
+
+
+def noise_source(
+    shape: tuple[int, ...], seeds: Sequence[int] | None, generator: torch.Generator | None, device: torch.device
+) -> Callable[[], Tensor]:
+    """Make a function that draws new noise, float32 of `shape`, at each call.
+
+    From `seeds`, one for each image, it is drawn on the CPU, so that a seed gives the same image in every batch and on every
+    device. Without seeds, `generator` draws that of the whole batch at once.
+    """
+    if seeds is None:
+        assert generator is not None
+        return lambda: torch.randn(shape, generator=generator, device=generator.device).to(device)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return lambda: torch.stack([torch.randn(shape[1:], generator=one) for one in generators]).to(device)

@@ -10,14 +10,25 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sana_model.arguments import describe_cut, image_seeds, interval, real_number, text, whole_number
+from sana_model.arguments import (
+    check_size,
+    describe_cut,
+    image_seeds,
+    interval,
+    nearest_multiple,
+    real_number,
+    text,
+    whole_number,
+)
+from sana_model.files.lora import read_lora
 from sana_model.files.pipeline import PipelineParts, load_parts, save_parts
 from sana_model.files.png import set_facts
-from sana_model.flow import DEFAULT_FLOW_SHIFT
+from sana_model.flow import DEFAULT_FLOW_SHIFT, noise_source
 from sana_model.guidance import Caption, embedded_guidance_velocity, guided_velocity
 from sana_model.nn.autoencoder import DCAutoencoder
 from sana_model.nn.controlnet import Control, SanaControlNet
 from sana_model.nn.finite import NotFiniteError, check_finite, name_dtype
+from sana_model.nn.lora import attach_changes, detach_changes, merge_changes
 from sana_model.nn.text_encoder import TextEncoder
 from sana_model.nn.transformer import SanaTransformer
 from sana_model.pictures import ControlPictures, GuidePictures, Pictures, StartPictures, decode_pictures, redraw
@@ -65,6 +76,7 @@ class TextToImage(nn.Module):
         self.controlnet = None if controlnet is None else controlnet.eval()
         self.flow_shift = flow_shift
         self.name = name
+        self.loras: list[dict[str, Any]] = []
 
     @classmethod
     def from_pretrained(
@@ -111,8 +123,10 @@ class TextToImage(nn.Module):
     def save_pretrained(self, path: str | Path, *, layout: str = "sana") -> None:
         """Write a folder with all models ("sana", "diffusers"), or a `.pth` file with the transformer alone ("nvlabs").
 
-        See `files.pipeline.save_parts`.
+        Raises ValueError as `files.pipeline.save_parts`, and if adapters lie beside the weights.
         """
+        if any(not lora["merged"] for lora in self.loras):
+            raise ValueError("adapters beside the weights would not be saved: load them with merge=True, or unload_lora()")
         parts = PipelineParts(
             transformer=self.transformer,
             autoencoder=self.autoencoder,
@@ -121,6 +135,28 @@ class TextToImage(nn.Module):
             controlnet=self.controlnet,
         )
         save_parts(parts, path, layout=layout)
+
+    def load_lora(self, path: str | Path, *, scale: float = 1.0, merge: bool = False) -> None:
+        """Draw with an adapter (LoRA, LoHa, LoKr) from now on; adapters that are loaded already keep their effect.
+
+        Args:
+            path: of a file or folder, see `files.lora.read_lora`.
+            scale: how strongly it acts; 1: as it was trained, 0: not at all, below 0: the other way.
+            merge: add it to the weights, for good: costs no time in drawing, but weights of 16 bits round small changes away.
+                Otherwise it is computed beside them, and `unload_lora` takes it away.
+
+        Warns of tensors in the file that fit nothing. Raises as `files.lora.read_lora`.
+        """
+        scale, adapter = real_number("scale", scale), read_lora(path, self.transformer)
+        (merge_changes if merge else attach_changes)(self.transformer, adapter.changes, scale)
+        self.loras.append({"path": str(path), "scale": scale, "merged": merge})
+        if (unread := adapter.describe_unread()) is not None:
+            warnings.warn(f"{path}: {unread}", stacklevel=2)
+
+    def unload_lora(self) -> None:
+        """Take away all adapters that are not merged."""
+        detach_changes(self.transformer)
+        self.loras = [lora for lora in self.loras if lora["merged"]]
 
     @property
     def device(self) -> torch.device:
@@ -198,7 +234,9 @@ class TextToImage(nn.Module):
         if (cut := self.describe_cut(prompts)) is not None:
             warnings.warn(cut, stacklevel=2)
         control = self._control(guide, height, width, len(prompts) * num_images_per_prompt, control_scale)
-        draw_noise = self._noise_source(len(prompts) * num_images_per_prompt, height, width, seeds, generator)
+        size = (height // self.autoencoder.compression, width // self.autoencoder.compression)
+        shape = (len(prompts) * num_images_per_prompt, self.transformer.config.in_channels, *size)
+        draw_noise = noise_source(shape, seeds, generator, self.device)
         noise = draw_noise()
         predict_velocity = self._predictor(captions, guidance_scale, guidance_interval, negative_prompt, control)
         solve, sigmas = self._make_solver(solver, num_steps, draw_noise)
@@ -256,7 +294,9 @@ class TextToImage(nn.Module):
     def _note(self, images: list[Image.Image], prompts: list[str], seeds: list[int] | None, settings: dict[str, Any]) -> None:
         """Note in each image how it was drawn; those of a prompt follow each other."""
         each = len(images) // len(prompts)
-        facts = {"model": self.name, "dtype": name_dtype(self.transformer.head.weight.dtype), "flow_shift": self.flow_shift}
+        dtype = name_dtype(self.transformer.head.weight.dtype)
+        facts: dict[str, Any] = {"model": self.name, "dtype": dtype, "flow_shift": self.flow_shift}
+        facts |= {"lora": self.loras} if self.loras else {}
         for index, image in enumerate(images):
             own = {"prompt": prompts[index // each], "seed": seeds[index] if seeds else None}
             set_facts(image, own | facts | {"settings": settings})
@@ -305,30 +345,6 @@ class TextToImage(nn.Module):
         unit = factor * config.patch_size
         if height is None or width is None:
             own = (config.base_size * unit,) * 2 if given is None else given.size
-            height = _nearest(own[0], unit) if height is None else height
-            width = _nearest(own[1], unit) if width is None else width
-        height, width = whole_number("height", height), whole_number("width", width)
-        for name, size in (("height", height), ("width", width)):
-            if size <= 0 or size % unit:
-                raise ValueError(f"{name}={size} must be a positive multiple of {unit}; the nearest is {_nearest(size, unit)}")
-        return height, width
-
-    def _noise_source(
-        self, count: int, height: int, width: int, seeds: list[int] | None, generator: torch.Generator | None
-    ) -> Callable[[], Tensor]:
-        """Make a function that draws new noise (B, C, h, w) float32 at each call.
-
-        From seeds on the CPU, one for each image, so that a seed gives the same image in every batch and on every device.
-        """
-        factor = self.autoencoder.compression
-        shape = (self.transformer.config.in_channels, height // factor, width // factor)
-        if seeds is None:
-            assert generator is not None
-            return lambda: torch.randn((count, *shape), generator=generator, device=generator.device).to(self.device)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return lambda: torch.stack([torch.randn(shape, generator=one) for one in generators]).to(self.device)
-
-
-def _nearest(size: int, unit: int) -> int:
-    """The positive multiple of `unit` nearest to `size`."""
-    return max(round(size / unit), 1) * unit
+            height = nearest_multiple(own[0], unit) if height is None else height
+            width = nearest_multiple(own[1], unit) if width is None else width
+        return check_size(height, width, unit)

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 
 from pipelines.train.engine.config import LoraConfig
-from sana_model.files.key_maps import TRANSFORMER_DIFFUSERS, translate
-from sana_model.files.tensors import write_safetensors
+from sana_model.files.lora import write_lora
 from sana_model.nn.transformer import SanaTransformer
 
-LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers' load_lora_weights looks for in a folder
 TARGETS = (
     "attention.qkv",
     "attention.proj",
@@ -52,15 +50,8 @@ def merge_lora(weights: Mapping[str, Tensor], config: LoraConfig) -> dict[str, T
 
 def save_lora(folder: Path, weights: Mapping[str, Tensor], config: LoraConfig) -> None:
     """Write the adapters in `weights` to `folder`, for diffusers' `SanaPipeline.load_lora_weights`. They include the scale."""
-    adapter: dict[str, Tensor] = {}
-    for name, up in weights.items():
-        if UP not in name:
-            continue
-        down, module = weights[name.replace(UP, DOWN)], name.split(UP)[0]
-        foreign = translate(f"{module}.weight", TRANSFORMER_DIFFUSERS)
-        parts = (config.scale * up).chunk(len(foreign.names))  # q, k and v share one `down`
-        for their_name, part in zip(foreign.names, parts, strict=True):
-            for kind, matrix in (("lora_A", down.clone()), ("lora_B", part)):
-                key = f"transformer.{their_name.removesuffix('weight')}{kind}.weight"
-                adapter[key] = matrix[:, :, None, None] if foreign.is_1x1 else matrix
-    write_safetensors(folder / LORA_FILE, adapter)
+    ups = {name: up for name, up in weights.items() if UP in name}
+    write_lora(
+        folder,
+        {f"{name.split(UP)[0]}.weight": (weights[name.replace(UP, DOWN)], config.scale * up) for name, up in ups.items()},
+    )
