@@ -39,7 +39,8 @@ class SampleJob(JobConfig):
 
 def run(job: SampleJob) -> StageResult:
     """Run the stage in an MLflow run, on the Ray that is connected; the table gets a grid of the first pictures."""
-    from pipelines.draw.sample import CUT_PROMPTS, read_pictures, run_sample
+    from pipelines.draw.sample import read_pictures, run_sample
+    from pipelines.draw.sampler import CUT_PROMPTS
     from pipelines.workers.images import image_grid, to_png
 
     def log_grid(run: "TrackedRun", result: StageResult) -> None:

@@ -7,7 +7,7 @@ from pipelines.tables.table import absolute_uri
 from pipelines.train.engine.checkpoint_places import is_checkpoint
 
 if TYPE_CHECKING:
-    from pipelines.draw.sample import PipelineSource
+    from pipelines.draw.sampler import PipelineSource
 
 
 def find_source(pipeline: str) -> "PipelineSource | None":

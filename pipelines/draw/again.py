@@ -24,6 +24,7 @@ FACTS: dict[str, Any] = {
     "model": (str, NoneType),
     "settings": (dict, NoneType),
     "control": (dict, NoneType),
+    "lora": (list, NoneType),
 }
 """What a picture's facts are, at least."""
 
@@ -97,6 +98,7 @@ def settings_of(address: str) -> dict[str, Any]:
     known = {name: value for name, value in found.items() if value is not None}
     plain = {"sample.start": drawn.get("strength"), "sample.control": drawn.get("control_scale")}
     known |= {name: None for name, value in plain.items() if value is None}
+    known["sample.lora"] = [{name: lora[name] for name in ("path", "scale")} for lora in facts.get("lora") or []]
     if drawn.get("control_scale") is not None:
         known |= {"sample.control.scale": drawn["control_scale"]}
         known |= {f"sample.control.{name}": value for name, value in (facts.get("control") or {}).items()}

@@ -3,7 +3,7 @@
 from functools import partial
 from typing import TYPE_CHECKING
 
-from pipelines.draw.sample import PipelineSource
+from pipelines.draw.sampler import PipelineSource
 from pipelines.train.config import TrainConfig
 from sana_model.files.kinds import is_sprint
 from sana_model.files.places import resolve

@@ -147,6 +147,23 @@ class ControlConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraFileConfig:
+    """An adapter to draw with: LoRA, LoHa or LoKr, of this project, diffusers, peft, SimpleTuner or OneTrainer.
+
+    Args:
+        path: of its .safetensors, or the folder that holds it; local or a URI.
+        scale: how strongly it acts; 1: as it was trained.
+    """
+
+    path: str
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise ValueError(f"scale={self.scale} must be a finite number; 0 has no effect")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleConfig:
     """Prompts, and the pipeline that draws their pictures.
 
@@ -162,12 +179,13 @@ class SampleConfig:
         images_per_prompt: pictures of each prompt, one after another.
         start: pictures to start from; None: every picture begins as noise.
         control: control pictures for a ControlNet; None: nothing steers.
+        lora: adapters to draw with, whose effects add up.
         max_reject_share: the job fails when a larger share of the pictures cannot be drawn.
         draw: how the pipeline draws.
     """
 
-    # The hashes of their pictures stand for `start` and `control`, the hash of the prompts that are drawn for `num_prompts`.
-    NO_VALUE: ClassVar = ("name", "num_prompts", "start", "control", "max_reject_share")
+    # The hashes of their files stand for `start`, `control` and `lora`, that of the prompts that are drawn for `num_prompts`.
+    NO_VALUE: ClassVar = ("name", "num_prompts", "start", "control", "lora", "max_reject_share")
     SINCE: ClassVar = ("images_per_prompt",)
 
     name: str
@@ -177,6 +195,7 @@ class SampleConfig:
     images_per_prompt: int = 1
     start: StartConfig | None = None
     control: ControlConfig | None = None
+    lora: list[LoraFileConfig] = field(default_factory=list)
     max_reject_share: float = 0.0
     draw: DrawConfig = field(default_factory=DrawConfig)
 

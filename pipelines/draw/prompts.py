@@ -80,6 +80,14 @@ def read_prompt_set(prompts: list[str] | str) -> PromptSet:
     return found
 
 
+def names_file(text: str) -> bool:
+    """Whether a text is taken for the name of a file, a folder or a set, and not for a prompt."""
+    try:
+        return text.strip().lower() in SETS or "://" in text or bool(FILE_NAME.fullmatch(text)) or Path(text).is_file()
+    except (OSError, ValueError):  # longer than any name
+        return False
+
+
 def read_named(name: str) -> PromptSet:
     """A published set by its name. Raises FileNotFoundError, with what to do, if it is not shipped and cannot be reached."""
     name = name.strip().lower()

@@ -6,12 +6,12 @@ and the configuration that its workers get names that very version: a hub that m
 
 import hashlib
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
-import ray
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.file_download import repo_folder_name
@@ -69,10 +69,18 @@ def find_model(path: str, revision: str | None = None) -> FoundModel:
     if is_hub_id(path):
         commit = hub_commit(path, revision)
         return FoundModel(path, commit, f"{path}@{commit}")
+    return find_place(path)
+
+
+def find_place(path: str, *, with_version: bool = True) -> FoundModel:
+    """Find what is read by `resolve`: as `find_model`, but no hub id without hf://.
+
+    Without `with_version` no file is read; where the place does not tell the version, it is "". Raises as `resolve`.
+    """
     pinned, place = locate(path)
     if place.parent.name == "snapshots":  # of the hub's cache
         return FoundModel(pinned, None, place.name)
-    return FoundModel(pinned, None, _hash_files(place))
+    return FoundModel(pinned, None, _hash_files(place) if with_version else "")
 
 
 def locate(path: str) -> tuple[str, Path]:
@@ -122,8 +130,9 @@ def pick_device(device: str | None) -> "torch.device":
 
     if device is not None:
         return torch.device(device)
-    of_ray = ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
-    given = not of_ray or bool(ray.get_gpu_ids())
+    ray = sys.modules.get("ray")  # a process that has not imported it is no worker of it
+    of_ray = ray is not None and ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
+    given = ray is None or not of_ray or bool(ray.get_gpu_ids())
     return torch.device("cuda" if given and torch.cuda.is_available() else "cpu")
 
 

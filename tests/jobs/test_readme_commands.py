@@ -33,8 +33,8 @@ def test_a_command_of_a_readme_is_taken(readme: str, command: list[str], monkeyp
     module = importlib.import_module(MODULES.get(name, f"jobs.{name}"))
     monkeypatch.chdir(ROOT)
 
-    def parse(config_class: type[Any], *_: object, **__: object) -> int:
-        parse_config(config_class, arguments, prog=name, description="")
+    def parse(config_class: type[Any], run: object, argv: Any, **_: object) -> int:
+        parse_config(config_class, argv, prog=name, description="")  # as `main` spelled them out
         return 0
 
     def parse_part(name: str, parts: Any, argv: object) -> int:

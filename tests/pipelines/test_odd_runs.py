@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from pipelines.draw.config import DrawConfig, SampleConfig
-from pipelines.draw.sample import Sampler
+from pipelines.draw.sampler import Sampler
 from pipelines.evaluate.clip_score import ClipScore
 from pipelines.evaluate.config import ClipScoreConfig
 from pipelines.evaluate.run import MetricWorker

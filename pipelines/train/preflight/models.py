@@ -59,18 +59,9 @@ def find_shapes(training: TrainConfig, problems: list[str]) -> ModelShapes:
     """
     folder = _local_pipeline(training, problems)
     companions = find_training_companions(training, folder)
-    autoencoder = _find_autoencoder(companions.autoencoder, problems)
-    text_encoder, counter = _find_text_encoder(companions, problems)
-    text_size = 0
-    if text_encoder is not None:
-        with torch.device("meta"):
-            text_size = sum(
-                weight.numel() for weight in AutoModel.from_config(text_encoder, trust_remote_code=False).parameters()
-            )
-    autoencoder_size = 0
-    if autoencoder is not None:
-        with torch.device("meta"):
-            autoencoder_size = sum(weight.numel() for weight in DCAutoencoder(autoencoder).parameters())
+    autoencoder = find_autoencoder(companions.autoencoder, problems)
+    text_encoder, counter = find_text_encoder(companions, problems)
+    text_size, autoencoder_size = count_companions(text_encoder, autoencoder)
     return ModelShapes(
         transformer=_find_transformer(training, folder, autoencoder, text_encoder),
         autoencoder=autoencoder,
@@ -82,6 +73,17 @@ def find_shapes(training: TrainConfig, problems: list[str]) -> ModelShapes:
         prompts=companions.prompts,
         caption_counter=counter,
     )
+
+
+def count_companions(text_encoder: Any, autoencoder: AutoencoderConfig | None) -> tuple[int, int]:
+    """Return the numbers of weights of a text encoder and of an autoencoder; 0 for None."""
+    with torch.device("meta"):
+        models = (
+            AutoModel.from_config(text_encoder, trust_remote_code=False) if text_encoder is not None else None,
+            DCAutoencoder(autoencoder) if autoencoder is not None else None,
+        )
+    text_size, size = (0 if model is None else sum(weight.numel() for weight in model.parameters()) for model in models)
+    return text_size, size
 
 
 def _local_pipeline(training: TrainConfig, problems: list[str]) -> Path | None:
@@ -116,7 +118,8 @@ def _find_transformer(
     return replace(config, **training.transformer_overrides)
 
 
-def _find_autoencoder(path: str, problems: list[str]) -> AutoencoderConfig | None:
+def find_autoencoder(path: str, problems: list[str]) -> AutoencoderConfig | None:
+    """Return an autoencoder's shape; None, and a sentence in `problems`, if it is neither here nor known by its name."""
     if (place := _if_here(path)) is not None:
         return DCAutoencoder.from_pretrained(place).config
     for name, config in AUTOENCODER_PRESETS.items():
@@ -126,7 +129,8 @@ def _find_autoencoder(path: str, problems: list[str]) -> AutoencoderConfig | Non
     return None
 
 
-def _find_text_encoder(companions: Companions, problems: list[str]) -> tuple[Any, TextEncoder | None]:
+def find_text_encoder(companions: Companions, problems: list[str]) -> tuple[Any, TextEncoder | None]:
+    """Return transformers' configuration of the text encoder, and `ModelShapes.caption_counter`; None is told in `problems`."""
     path, tokenizer_path = companions.text_encoder, companions.tokenizer or companions.text_encoder
     place = _if_here(path)
     try:

@@ -16,7 +16,8 @@ from jobs.common.config import parse_config
 from jobs.sample import SampleJob, take_from_picture
 from pipelines.draw.config import ControlConfig, DrawConfig, SampleConfig
 from pipelines.draw.control import ControlFiles, read_control
-from pipelines.draw.sample import Sampler, sample_identity
+from pipelines.draw.sample import sample_identity
+from pipelines.draw.sampler import Sampler
 from pipelines.stages.contract import ShardOutput
 from pipelines.workers.models import FoundModel
 from sana_model.files.png import read_facts

@@ -14,7 +14,8 @@ from PIL import Image
 from pipelines.draw import sample
 from pipelines.draw.config import DrawConfig, SampleConfig, StartConfig
 from pipelines.draw.prompts import read_prompt_set
-from pipelines.draw.sample import Sampler, run_sample, sample_identity
+from pipelines.draw.sample import run_sample, sample_identity
+from pipelines.draw.sampler import Sampler
 from pipelines.draw.start import read_start
 from pipelines.tables.identity import Identity
 from pipelines.workers.models import FoundModel
