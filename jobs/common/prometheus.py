@@ -1,63 +1,126 @@
-"""Progress of jobs for Prometheus. Ray exports these metrics from the driver's node, with `ray_` before their names.
+"""Progress of running jobs for Prometheus. Ray exports these metrics from the driver's node, with `ray_` before their names.
 
-A counter's exported name ends in `_total`. Every series has the tag `dataset`, those of a stage also `stage` ("caption llava").
+Every series has the tag `dataset`; those of a stage also `stage` ("caption llava"), those of a training `training`, its name.
+
+Only gauges are used, also for what is counted: a counter of Ray cannot start at 0, so Prometheus' `increase` would miss
+its first value, and Ray exports a counter for as long as the node lives, long after its job.
 """
 
+import threading
 import time
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any, Self
 
-from ray.util.metrics import Counter as PrometheusCounter
 from ray.util.metrics import Gauge
 
 from pipelines.stages.contract import Progress
 from sana_model.files.redact import redact
 
+SET_EVERY = 5.0
+"""Seconds. Ray exports a gauge only if it was set within the report interval, which is 10 s by default."""
 
-class StageMetrics:
-    """Rows, rejects, shards and speed of one stage. Rows and rejects of earlier runs are not counted again."""
+
+class LiveGauges:
+    """Gauges that Prometheus sees from `__enter__` to `__exit__` (and up to half a minute longer), however rarely they change.
+
+    Ray stops exporting a gauge that nobody sets, so a thread sets each to its last value every SET_EVERY seconds.
+
+    Args:
+        prefix: of the names.
+        descriptions: of the gauges, by name.
+        tags: of every gauge.
+        further_tags: names of the tags that a gauge has besides, by the name of the gauge.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        descriptions: Mapping[str, str],
+        tags: Mapping[str, str],
+        further_tags: Mapping[str, str] | None = None,
+    ):
+        self._gauges: dict[str, Gauge] = {}
+        for name, description in descriptions.items():
+            further = (further_tags or {}).get(name)
+            self._gauges[name] = Gauge(f"{prefix}_{name}", description, (*tags, *([further] if further else [])))
+            self._gauges[name].set_default_tags(dict(tags))
+        self._values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep_alive, name=f"{prefix}-gauges", daemon=True)
+
+    def set(self, name: str, value: float, **tags: str) -> None:
+        """Give a gauge a value, which it has until the next call."""
+        self._values[name, tuple(tags.items())] = value
+        self._gauges[name].set(value, tags)
+
+    def _keep_alive(self) -> None:
+        while not self._ended.wait(SET_EVERY):
+            for (name, tags), value in list(self._values.items()):
+                self._gauges[name].set(value, dict(tags))
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+class StageMetrics(LiveGauges):
+    """Rows, rejects, shards and speed of one stage, and when it last wrote a shard. Rows of earlier runs are not counted."""
 
     def __init__(self, dataset_uri: str, stage: str):
-        tags = {"dataset": redact(dataset_uri), "stage": stage}
-        keys = tuple(tags)
-        self._rows = PrometheusCounter("sana_stage_rows", "Output rows of the stage", keys).set_default_tags(tags)
-        self._rejects = PrometheusCounter(
-            "sana_stage_rejects", "Rows that the stage refused", (*keys, "reason")
-        ).set_default_tags(tags)
-        self._shards = Gauge("sana_stage_shards", "Shards, done and missing", (*keys, "state")).set_default_tags(tags)
-        self._speed = Gauge("sana_stage_rows_per_second", "Rows in and out of this run", keys).set_default_tags(tags)
-        self._counted_rows: int | None = None
-        self._counted_rejects: Counter[str] = Counter()
+        descriptions = {
+            "rows": "Rows that this run has written and refused",
+            "rejects": "Rows that this run has refused, by reason",
+            "shards": "Shards, done and missing",
+            "rows_per_second": "Rows in and out of this run",
+            "progress_timestamp_seconds": "When the stage last wrote a shard, or started",
+        }
+        further_tags = {"rows": "state", "rejects": "reason", "shards": "state"}
+        super().__init__("sana_stage", descriptions, {"dataset": redact(dataset_uri), "stage": stage}, further_tags)
+        self._found_rows: int | None = None
+        self._found_rejects: Counter[str] = Counter()
+
+    def __enter__(self) -> Self:
+        self.set("progress_timestamp_seconds", time.time())
+        return super().__enter__()
 
     def update(self, progress: Progress) -> None:
-        """Count what is new since the last call. The first call must come before the run has made anything."""
-        if self._counted_rows is not None:
-            if new_rows := progress.num_rows - self._counted_rows:
-                self._rows.inc(new_rows)
-            for reason, count in (progress.rejects_by_reason - self._counted_rejects).items():
-                self._rejects.inc(count, {"reason": reason})
-        self._counted_rows, self._counted_rejects = progress.num_rows, progress.rejects_by_reason.copy()
-        self._shards.set(progress.done_shards, {"state": "done"})
-        self._shards.set(progress.num_shards - progress.done_shards, {"state": "missing"})
-        self._speed.set(progress.rows_per_second)
+        """Show the progress. The first call must come before the run has made anything."""
+        if self._found_rows is None:
+            self._found_rows, self._found_rejects = progress.num_rows, progress.rejects_by_reason.copy()
+        new_rejects = progress.rejects_by_reason - self._found_rejects
+        self.set("rows", progress.num_rows - self._found_rows, state="written")
+        self.set("rows", new_rejects.total(), state="refused")
+        for reason, count in new_rejects.items():
+            self.set("rejects", count, reason=reason)
+        self.set("shards", progress.done_shards, state="done")
+        self.set("shards", progress.num_shards - progress.done_shards, state="missing")
+        self.set("rows_per_second", progress.rows_per_second)
+        self.set("progress_timestamp_seconds", time.time())
 
 
-class TrainMetrics:
+class TrainMetrics(LiveGauges):
     """Loss, speed and waiting of a training, and the times of its last report and checkpoint."""
 
-    def __init__(self, dataset_uri: str):
-        self._tags = {"dataset": redact(dataset_uri)}
-        self._step = self._gauge("step", "Optimizer steps that are done")
-        self._num_steps = self._gauge("num_steps", "Optimizer steps of the whole training")
-        self._loss = self._gauge("loss", "Mean loss since the last report")
-        self._speed = self._gauge("images_per_second", "Training samples a second, all workers")
-        self._data_wait = self._gauge("data_wait_share", "Of the time, in which workers waited for samples")
-        self._progress_time = self._gauge("progress_timestamp_seconds", "When the training last reported")
-        self._checkpoint_time = self._gauge("checkpoint_timestamp_seconds", "Of the last checkpoint, or of the start")
+    def __init__(self, dataset_uri: str, training: str):
+        descriptions = {
+            "step": "Optimizer steps that are done",
+            "num_steps": "Optimizer steps of the whole training",
+            "loss": "Mean loss since the last report",
+            "images_per_second": "Training samples a second, all workers",
+            "data_wait_share": "Of the time, in which workers waited for samples",
+            "progress_timestamp_seconds": "When the training last reported, or started",
+            "checkpoint_timestamp_seconds": "Of the last checkpoint, or of the start",
+        }
+        super().__init__("sana_train", descriptions, {"dataset": redact(dataset_uri), "training": training})
 
-    def _gauge(self, name: str, description: str) -> Gauge:
-        gauge = Gauge(f"sana_train_{name}", description, tuple(self._tags))
-        gauge.set_default_tags(self._tags)
-        return gauge
+    def __enter__(self) -> Self:
+        self.set("progress_timestamp_seconds", time.time())
+        return super().__enter__()
 
     def update(
         self,
@@ -70,10 +133,10 @@ class TrainMetrics:
         checkpoint_time: float,
     ) -> None:
         """Set the gauges; the figures are those of `pipelines.train.loop.desk.TrainProgress`."""
-        self._step.set(step)
-        self._num_steps.set(num_steps)
-        self._loss.set(loss)
-        self._speed.set(samples_per_second)
-        self._data_wait.set(data_wait_share)
-        self._progress_time.set(time.time())
-        self._checkpoint_time.set(checkpoint_time)
+        self.set("step", step)
+        self.set("num_steps", num_steps)
+        self.set("loss", loss)
+        self.set("images_per_second", samples_per_second)
+        self.set("data_wait_share", data_wait_share)
+        self.set("progress_timestamp_seconds", time.time())
+        self.set("checkpoint_timestamp_seconds", checkpoint_time)

@@ -71,7 +71,6 @@ def track_stage(
     from jobs.common.prometheus import StageMetrics
 
     line = StatusLine()
-    metrics = StageMetrics(job.dataset_uri, name)
     with nullcontext(shared) if shared else LazyRun(job, name) as tracked:
         run: TrackedRun | None = None
 
@@ -82,7 +81,7 @@ def track_stage(
             metrics.update(progress)
             line.show(describe_progress(name, progress))
 
-        with telling_what_is_awaited(job, name, line.say, section):
+        with StageMetrics(job.dataset_uri, name) as metrics, telling_what_is_awaited(job, name, line.say, section):
             result = _run_rebuilding(job, name, lambda leases: run_stage(on_progress, leases), line)
         if make_report is not None and (run is not None or _lacks_report(result)):
             _publish_report(make_report(), result, run)

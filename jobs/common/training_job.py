@@ -82,7 +82,6 @@ def track_training(job: TrainingJobConfig, stage: str, train: Train[Result], mak
     output_uri = job.output_uri
     run_request = RunRequest.make(stage, to_dict(job), tracking=job.tracking, output_dir=job.dataset_uri, key=output_uri)
     line = StatusLine()
-    metrics = TrainMetrics(job.dataset_uri)
 
     def show(progress: "TrainProgress") -> None:
         metrics.update(
@@ -95,7 +94,7 @@ def track_training(job: TrainingJobConfig, stage: str, train: Train[Result], mak
         )
         line.show(describe_progress(job.name, progress))
 
-    with telling_what_is_awaited(job, job.name, line.say):
+    with TrainMetrics(job.dataset_uri, job.name) as metrics, telling_what_is_awaited(job, job.name, line.say):
         result = train(
             output_dir=output_uri,
             run_request=run_request,

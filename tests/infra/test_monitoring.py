@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from ray.dashboard.consts import GPU_TAG_KEYS
 from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
 
+from tests.support.http_server import free_port
 from tests.support.manifests import ROOT
 
 MONITORING = ROOT / "infra/monitoring"
@@ -60,10 +60,7 @@ def uses(expression: Any, grouped: frozenset[str] = frozenset()) -> Iterator[tup
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     """Every metric's labels: scraped, and of GPUs, which this machine may lack, as Ray's agent defines them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "tests.support.metrics_probe", str(tmp_path_factory.mktemp("metrics")), str(port)]
+    command = [sys.executable, "-m", "tests.support.metrics_probe", str(tmp_path_factory.mktemp("metrics")), str(free_port())]
     run = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     labels: dict[str, set[str]] = {}
@@ -103,7 +100,7 @@ def test_labels_in_texts_are_those_of_the_expression() -> None:
     for panel in DASHBOARD["panels"]:
         for target in panel.get("targets", []):
             grouped = set().union(*(labels for _, labels in uses(promql_parser.parse(target["expr"]))))
-            assert set(re.findall(r"{{(\w+)}}", target["legendFormat"])) <= grouped | {"dataset"}, panel["title"]
+            assert set(re.findall(r"{{(\w+)}}", target["legendFormat"])) <= grouped | {"dataset", "training"}, panel["title"]
 
 
 def test_a_wrong_name_or_label_would_be_seen() -> None:
