@@ -30,6 +30,7 @@ from pipelines.tracking.config import TrackingConfig
 from pipelines.tracking.runs import RunRequest
 from pipelines.tracking.unsent import UNSENT, Entry, read_unsent, write_unsent
 from pipelines.train.config import GridConfig
+from pipelines.train.engine.checkpoint_store import CheckpointStore
 from pipelines.train.loop.outputs import TrainOutputs
 from pipelines.train.loop.task import TrainTask
 from pipelines.workers.images import to_png
@@ -165,9 +166,10 @@ def test_what_mlflow_did_not_get_is_kept_beside_the_training(tmp_path: Path, mon
         task = {"config": tiny_config("init"), "dataset_uri": "d", "inputs": {"latents/x": "beef"}}
         return TrainOutputs(TrainTask(**task, output_uri=str(tmp_path / "out"), run_request=request), rank=0)
 
+    store = CheckpointStore(str(tmp_path / "checkpoints"), keep_last=1, say=print)
     with one_worker():
         first = outputs("http://127.0.0.1:9")
-        first.begin(0, [])
+        first.begin(0, [], store)
         for step in (10, 20):
             first.log_metrics(step, {"loss": 30.0 / step})
             first.show_picture(step, Image.new("RGB", (4, 4)))
@@ -179,7 +181,7 @@ def test_what_mlflow_did_not_get_is_kept_beside_the_training(tmp_path: Path, mon
         ]
         write_unsent(str(tmp_path / "out"), [*kept, Entry("end", "FAILED")])
         second = outputs(uri)
-        second.begin(10, waiting)
+        second.begin(10, waiting, store)
         second.log_metrics(20, {"loss": 1.25})
         second.close()
     assert not (tmp_path / "out" / UNSENT).exists()
