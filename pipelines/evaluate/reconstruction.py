@@ -135,8 +135,12 @@ class Reconstruction(Metric[ReconstructionConfig]):
         return figures
 
     @classmethod
+    def numbers(cls) -> list[str]:
+        return ["psnr", "ssim"]  # the others may be absent
+
+    @classmethod
     def rank(cls, row: Row) -> tuple[float, ...]:
-        return (row["psnr"],)
+        return ()  # it judges the autoencoder, not the picture
 
 
 def _inception_features(path: str, device: Any) -> Any:

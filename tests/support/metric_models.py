@@ -16,6 +16,7 @@ from pipelines.evaluate.geneval.config import GenEvalConfig
 from pipelines.evaluate.inception_v3 import InceptionV3
 from pipelines.evaluate.metric_config import MetricConfig
 from pipelines.evaluate.preference.config import AestheticConfig, HpsConfig, ImageRewardConfig, PickScoreConfig
+from pipelines.evaluate.reconstruction_config import ReconstructionConfig
 from pipelines.shapes.scenes import COLORS, SHAPES
 from tests.support import preference_world as world
 
@@ -114,6 +115,8 @@ def tiny_metric(name: str, folder: Path, prompts: list[str]) -> MetricConfig:
         shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 224, "patch_size": 28}
         Dinov2Model(Dinov2Config(**shape)).save_pretrained(folder / "dino")
         return DinoConfig(model=str(folder / "dino"), **own)  # type: ignore[arg-type]
+    if name == "reconstruction":
+        return ReconstructionConfig(model="zoo://pipeline/autoencoder", size=64, perceptual="zoo://clip", **own)  # type: ignore[arg-type]
     if name == "geneval":
         detector = write_detector(folder / "detector")
         return GenEvalConfig(model=detector, clip="zoo://clip", short_side=64, colors=tuple(COLORS), **own)  # type: ignore[arg-type]

@@ -39,6 +39,7 @@ def judgement(metric: str, at: int) -> Row:
         },
         "dpg": {"dpg": at / 10, "answers": [ANSWER]},
         "verifier": {"yes": at > 2, "log_prob": -0.1 * at if at <= 2 else 0.1 * at - 1},
+        "reconstruction": {"psnr": 20.0 + at, "ssim": at / 10},
         "shapes": {"asked": "a red circle", "seen": "a red circle" if at > 2 else "a blue square"},
     }
     return rows.get(metric, {metric: float(at)})
@@ -70,7 +71,7 @@ def test_every_metric_has_a_page(pictures: Pictures, metric: str) -> None:
     table.write_shard("00000", pa.Table.from_pylist(own, table.schema))
     refused = reject({"id": "000005"}, RowRefused("bad_score", "not finite"))
     table.rejects().write_shard("00000", pa.Table.from_pylist([refused], table.rejects().schema))
-    reference = folder_pictures("real", uri) if metric in COMPARING else None
+    reference = folder_pictures("real", uri) if metric in (*COMPARING, "reconstruction") else None
     figures = {f"{metric}.x": 0.123456, metric: 2.0}
     page = check_page(evaluation_report(uri, pictures, metric, figures, reference=reference), table)
     assert f"night by {metric}" in page.text and "0.1235" in page.text and "bad_score" in page.text
