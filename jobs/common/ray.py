@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -27,6 +28,15 @@ class RayStartError(RuntimeError):
 
 class JobStopped(BaseException):
     """SIGTERM arrived. Not an Exception, so that no handler mistakes it for an ordinary failure and continues."""
+
+
+_stop_asked = threading.Event()
+
+
+def raise_if_stopped() -> None:
+    """Raise JobStopped once more where the signal's own was lost, as in a finalizer, from which Python lets nothing out."""
+    if _stop_asked.is_set():
+        raise JobStopped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +79,7 @@ def start_ray(config: RayConfig) -> Iterator[None]:
         try:
             yield
         finally:
+            _stop_asked.clear()
             if was_there:
                 signal.signal(signal.SIGTERM, before)
             else:
@@ -116,6 +127,7 @@ def stop_on_sigterm() -> Iterator[None]:
     try:
         yield
     finally:
+        _stop_asked.clear()
         signal.signal(signal.SIGTERM, before)
 
 
@@ -135,5 +147,6 @@ def _quiet_libraries() -> None:
 def _stop(signum: int, frame: FrameType | None) -> None:
     """Print a message at once, because `ray job stop` leaves 3 seconds. A second SIGTERM does not interrupt the cleanup."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _stop_asked.set()
     os.write(sys.stderr.fileno(), STOPPED)
     raise JobStopped

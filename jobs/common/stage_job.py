@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from jobs.common.config import to_dict
 from jobs.common.job import TableJobConfig
+from jobs.common.ray import raise_if_stopped
 from jobs.common.resources import telling_what_is_awaited
 from jobs.common.status_line import StatusLine, describe_progress, describe_result
 from pipelines.stages.contract import OnProgress, Progress, StageResult
@@ -70,12 +71,14 @@ def track_stage(
     """
     from jobs.common.prometheus import StageMetrics
 
+    raise_if_stopped()
     line = StatusLine()
     with nullcontext(shared) if shared else LazyRun(job, name) as tracked:
         run: TrackedRun | None = None
 
         def on_progress(progress: Progress) -> None:
             nonlocal run
+            raise_if_stopped()
             if run is None and (is_due or progress.done_shards < progress.num_shards):
                 run = tracked.start()
             metrics.update(progress)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from jobs.common.config import to_dict
 from jobs.common.job import JobConfig
+from jobs.common.ray import raise_if_stopped
 from jobs.common.resources import telling_what_is_awaited
 from jobs.common.status_line import StatusLine
 from pipelines.storage.errors import StorageError
@@ -79,6 +80,7 @@ def track_training(job: TrainingJobConfig, stage: str, train: Train[Result], mak
     from pipelines.tracking.runs import RunRequest
     from pipelines.tracking.unsent import Entry, send_or_keep
 
+    raise_if_stopped()
     output_uri = job.output_uri
     run_request = RunRequest.make(stage, to_dict(job), tracking=job.tracking, output_dir=job.dataset_uri, key=output_uri)
     line = StatusLine()

@@ -56,7 +56,8 @@ def run_metric(
 def write_figures(table: Table, metric: str, config: MetricConfig) -> dict[str, float]:
     """Compute a metric's figures over its finished table, write them beside it as FIGURES, and return them."""
     figures = metric_class(metric).summarize(table, config)
-    table.write_file(FIGURES, (json.dumps(figures, indent=2) + "\n").encode())
+    with Leases() as leases:
+        table.write_file(FIGURES, (json.dumps(figures, indent=2) + "\n").encode(), ticket=leases.take(table.uri).ticket)
     return figures
 
 

@@ -1,5 +1,7 @@
 """What the stage jobs share, without Ray: a stage whose shards are made in this process."""
 
+import signal
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -8,7 +10,10 @@ import pytest
 from jobs import caption, duplicates, embed_captions, embed_images, evaluate, extract, import_captions, score, score_images
 from jobs.common.exit_codes import ExitCode
 from jobs.common.job import JobConfig
+from jobs.common.ray import JobStopped, stop_on_sigterm
 from jobs.common.stage_job import track_stage
+from pipelines.stages.contract import OnProgress, StageResult
+from pipelines.storage.lease import Leases
 from pipelines.tables.identity import Identity
 from pipelines.tables.schema import IMAGE_SCORES
 from pipelines.tables.table import REPORT, Table
@@ -29,6 +34,25 @@ def test_a_table_whose_job_was_killed_before_its_report_gets_one(tmp_path: Path)
         assert track_stage(JobConfig(dataset_uri=str(tmp_path)), "x", stage, make_report=make_report).was_done
         assert [(tmp_path / "image_scores/x" / REPORT).read_text()] == reports
     assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_signal_that_was_lost_on_its_way_stops_the_job_at_its_next_progress(tmp_path: Path) -> None:
+    table = Table(str(tmp_path), "image_scores/x", IMAGE_SCORES)
+    stage, job = empty_stage(table, Identity("score_images", {}, {}, {})), JobConfig(dataset_uri=str(tmp_path))
+    with stop_on_sigterm():
+        with suppress(JobStopped):  # as a finalizer does
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(JobStopped):
+            track_stage(job, "x", stage)
+    track_stage(job, "x", stage)  # the next job of this process
+
+    def lose(on_progress: OnProgress, leases: Leases) -> StageResult:
+        with suppress(JobStopped):
+            signal.raise_signal(signal.SIGTERM)
+        return stage(on_progress, leases)
+
+    with stop_on_sigterm(), pytest.raises(JobStopped):
+        track_stage(job, "x", lose)
 
 
 @pytest.mark.parametrize(
