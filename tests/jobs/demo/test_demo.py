@@ -142,6 +142,7 @@ def test_mlflow_holds_a_run_for_each_stage(finished: tuple[Path, str]) -> None:
     assert any("samples" in artifact.path for artifact in client.list_artifacts(train, "images"))
 
 
+@pytest.mark.usefixtures("local_ray")
 def test_a_second_run_does_no_stage_again_and_a_changed_prompt_is_refused(
     finished: tuple[Path, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,6 +157,7 @@ def test_a_second_run_does_no_stage_again_and_a_changed_prompt_is_refused(
     assert stamps == {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
 
 
+@pytest.mark.usefixtures("local_ray")
 def test_the_pipeline_finds_the_same_stages_done(finished: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
     folder, _ = finished
     pipeline.run(pipeline_job(folder))
@@ -164,6 +166,7 @@ def test_the_pipeline_finds_the_same_stages_done(finished: tuple[Path, str], cap
     assert told[-1] == f"pipeline  {folder / 'train/pipeline'}"
 
 
+@pytest.mark.usefixtures("local_ray")
 def test_a_captioner_that_nobody_needs_fails_at_the_end(finished: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(FileNotFoundError, match="no-such-model"):
         pipeline.run(with_broken(pipeline_job(finished[0])))
@@ -172,6 +175,7 @@ def test_a_captioner_that_nobody_needs_fails_at_the_end(finished: tuple[Path, st
     assert told.out.count("all there already, nothing to do") == 11 and "\npipeline  " in told.out
 
 
+@pytest.mark.usefixtures("local_ray")
 def test_scoring_waits_for_the_captioners_that_it_names(finished: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
     job = with_broken(pipeline_job(finished[0]))
     with pytest.raises(FileNotFoundError, match="no-such-model"):
