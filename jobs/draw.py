@@ -35,8 +35,8 @@ class DrawJob:
 
     Args:
         prompts: what the pictures shall show, in quotes right behind the command: python -m jobs.draw "a large red
-            solid star in the center of a white background". Several, each in quotes of its own, are several pictures. Or the name of a text file with a
-            prompt on each line (also CSV, TSV, JSON lines); or - for prompts from another program.
+            solid star in the center of a white background". Several, each in quotes of its own, are several pictures. Or the
+            name of a text file with a prompt on each line (also CSV, TSV, JSON lines); or - for prompts from another program.
         model: what draws. zoo://pipeline is small, comes along, and knows drawn shapes only. Real ones: a short name such as
             sana-1.6b-1024 (`python -m jobs.zoo published` lists them; it is fetched once, several GB), a folder, a .pth, or
             a URI; or a checkpoint of a training here, <training>/checkpoints/best.
