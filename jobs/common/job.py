@@ -92,17 +92,16 @@ def run_command(
     config_class: type[Config], run: Callable[[Config], ExitCode | None], argv: Sequence[str] | None, *, name: str
 ) -> int:
     """Parse the command line and run a command that needs no Ray; returns the exit code, which is `run`'s if it returns one."""
-    config = parse_command(config_class, argv, name=name)
-    with hiding(secrets_of(config)):
-        return run_reporting(run, config)
+    return run_reporting(run, parse_command(config_class, argv, name=name))
 
 
 def run_reporting(run: Callable[[Config], ExitCode | None], config: Config) -> ExitCode:
-    """Call `run`; what it raises is printed as `report_error` does. Returns the exit code."""
-    try:
-        return run(config) or ExitCode.DONE
-    except Exception as error:
-        return report_error(error, expected=is_expected(error) or isinstance(error, OSError))
+    """Call `run`; what it raises is printed as `report_error` does, without the configuration's secrets. Returns its code."""
+    with hiding(secrets_of(config)):
+        try:
+            return run(config) or ExitCode.DONE
+        except Exception as error:
+            return report_error(error, expected=is_expected(error) or isinstance(error, OSError))
 
 
 def parse_command(config_class: type[Config], argv: Sequence[str] | None, *, name: str) -> Config:

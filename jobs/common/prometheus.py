@@ -17,6 +17,8 @@ from ray.util.metrics import Gauge
 from pipelines.stages.contract import Progress
 from sana_model.files.redact import redact
 
+PROGRESS = "progress_timestamp_seconds"
+"""The gauge that every stage and training has: seconds since 1970."""
 SET_EVERY = 5.0
 """Seconds. Ray exports a gauge only if it was set within the report interval, which is 10 s by default."""
 
@@ -41,7 +43,7 @@ class LiveGauges:
         further_tags: Mapping[str, str] | None = None,
     ):
         self._gauges: dict[str, Gauge] = {}
-        for name, description in descriptions.items():
+        for name, description in {**descriptions, PROGRESS: "When it last made progress, or started"}.items():
             further = (further_tags or {}).get(name)
             self._gauges[name] = Gauge(f"{prefix}_{name}", description, (*tags, *([further] if further else [])))
             self._gauges[name].set_default_tags(dict(tags))
@@ -54,12 +56,17 @@ class LiveGauges:
         self._values[name, tuple(tags.items())] = value
         self._gauges[name].set(value, tags)
 
+    def progressed(self) -> None:
+        """Note that there is progress now."""
+        self.set(PROGRESS, time.time())
+
     def _keep_alive(self) -> None:
         while not self._ended.wait(SET_EVERY):
             for (name, tags), value in list(self._values.items()):
                 self._gauges[name].set(value, dict(tags))
 
     def __enter__(self) -> Self:
+        self.progressed()
         self._thread.start()
         return self
 
@@ -77,16 +84,11 @@ class StageMetrics(LiveGauges):
             "rejects": "Rows that this run has refused, by reason",
             "shards": "Shards, done and missing",
             "rows_per_second": "Rows in and out of this run",
-            "progress_timestamp_seconds": "When the stage last wrote a shard, or started",
         }
         further_tags = {"rows": "state", "rejects": "reason", "shards": "state"}
         super().__init__("sana_stage", descriptions, {"dataset": redact(dataset_uri), "stage": stage}, further_tags)
         self._found_rows: int | None = None
         self._found_rejects: Counter[str] = Counter()
-
-    def __enter__(self) -> Self:
-        self.set("progress_timestamp_seconds", time.time())
-        return super().__enter__()
 
     def update(self, progress: Progress) -> None:
         """Show the progress. The first call must come before the run has made anything."""
@@ -100,7 +102,7 @@ class StageMetrics(LiveGauges):
         self.set("shards", progress.done_shards, state="done")
         self.set("shards", progress.num_shards - progress.done_shards, state="missing")
         self.set("rows_per_second", progress.rows_per_second)
-        self.set("progress_timestamp_seconds", time.time())
+        self.progressed()
 
 
 class TrainMetrics(LiveGauges):
@@ -113,14 +115,9 @@ class TrainMetrics(LiveGauges):
             "loss": "Mean loss since the last report",
             "images_per_second": "Training samples a second, all workers",
             "data_wait_share": "Of the time, in which workers waited for samples",
-            "progress_timestamp_seconds": "When the training last reported, or started",
             "checkpoint_timestamp_seconds": "Of the last checkpoint, or of the start",
         }
         super().__init__("sana_train", descriptions, {"dataset": redact(dataset_uri), "training": training})
-
-    def __enter__(self) -> Self:
-        self.set("progress_timestamp_seconds", time.time())
-        return super().__enter__()
 
     def update(
         self,
@@ -138,5 +135,5 @@ class TrainMetrics(LiveGauges):
         self.set("loss", loss)
         self.set("images_per_second", samples_per_second)
         self.set("data_wait_share", data_wait_share)
-        self.set("progress_timestamp_seconds", time.time())
+        self.progressed()
         self.set("checkpoint_timestamp_seconds", checkpoint_time)
