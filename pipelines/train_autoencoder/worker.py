@@ -1,5 +1,6 @@
 """The training of an autoencoder in a worker: its models, its step, fixed pictures, and the trained autoencoder."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -123,10 +124,15 @@ class AutoencoderWorker(TrainingLoop[TrainAutoencoderConfig]):
             if learns:
                 kept.append(made.detached())
         grad_norm = self.engine.step(lr)
-        if self.guard.is_bad(grad_norm, self.meter.step_losses, scaled=config.engine.dtype == "fp16"):
-            self.handle_bad_step(grad_norm)
-            return False
-        if learns and not self.train_discriminator(kept):
+        scaled = config.engine.dtype == "fp16"
+        whose, norm = "gradients", grad_norm
+        if learns and (scaled or math.isfinite(grad_norm)):
+            judged = self.train_discriminator(kept)
+            if not math.isfinite(judged):
+                whose, norm, scaled = "discriminator's gradients", judged, False
+        # One verdict a step: bad steps in a row are counted whichever of the two is at fault.
+        if self.guard.is_bad(norm, self.meter.step_losses, scaled=scaled):
+            self.handle_bad_step(norm, whose=whose)
             return False
         self.ema.update(self.engine.master_weights())
         self.meter.end_step(lr=lr, grad_norm=grad_norm)
@@ -160,17 +166,14 @@ class AutoencoderWorker(TrainingLoop[TrainAutoencoderConfig]):
         """The `keep` of `TrainableAutoencoder.forward` for the first `count` channels."""
         return keep_first(count, self.autoencoder.latent_channels, self.device)
 
-    def train_discriminator(self, kept: list[Decoded]) -> bool:
-        """Make the discriminator's step on the step's crops. Returns False if it was bad."""
+    def train_discriminator(self, kept: list[Decoded]) -> float:
+        """Make the discriminator's step on the step's crops. Returns the norm of its gradients, see `Engine.step`."""
         assert self.adversary is not None
         for made in kept:
             self.meter.add_parts(self.adversary.backward(made.image, made.decoded))
         grad_norm = self.adversary.step(self.step)
         self.meter.add_parts({"discriminator.grad_norm": torch.tensor(grad_norm)})
-        if self.guard.is_bad(grad_norm, [], scaled=False):
-            self.handle_bad_step(grad_norm, whose="discriminator's gradients")
-            return False
-        return True
+        return grad_norm
 
     def _count(self, batch: CropBatch, made: Decoded) -> None:
         """Add a micro-batch to the measurements and to the record of samples."""

@@ -86,10 +86,14 @@ def test_bad_steps(tmp_path: Path, dataset: Path, config: TrainAutoencoderConfig
     broken = replace(ADVERSARIAL, optim=OptimConfig(lr=1e30, max_grad_norm=0.0))
     wild = replace(config, losses=replace(config.losses, adversarial=broken), num_steps=6)
     policies = [(policy, replace(wild, bad_steps=BadStepConfig(policy=policy, max_in_a_row=3))) for policy in ("stop", "skip")]  # type: ignore[arg-type]
-    trained = train_on_ranks(tmp_path, dataset, policies)
+    apart = replace(broken, start_step=100, warm_start_steps=100)  # it learns, and the autoencoder's own steps stay good
+    warm = replace(policies[1][1], losses=replace(config.losses, adversarial=apart))
+    trained = train_on_ranks(tmp_path, dataset, [*policies, ("warm", warm)])
     error = trained["stop"].error
     assert error is not None and "was bad: loss" in error
-    assert trained["skip"].error is not None and trained["skip"].num_bad >= 3  # it never recovers
+    for name in ("skip", "warm"):  # it never recovers
+        assert trained[name].error is not None and trained[name].num_bad >= 3, name
+    assert "norm of the discriminator's gradients" in (trained["warm"].error or "")
 
 
 def test_what_it_tells_and_writes(tmp_path: Path, dataset: Path, config: TrainAutoencoderConfig) -> None:
