@@ -208,14 +208,17 @@ def _look_at_tables(dataset_uri: str, result: AutoencoderPreflight) -> None:
     training = result.training
     largest = max(training.data.sizes)
     needed = largest / (training.data.scale[1] * training.data.max_upscale)
-    num_images = 0
-    for source in find_sources(dataset_uri, training.data):
+    num_images = num_passes = 0
+    sources = find_sources(dataset_uri, training.data)
+    for source in sources:
         try:
             manifest = source.manifest
         except MissingTableError:
             result.dataset.append(f"{source.table.uri} does not exist yet")
+            num_passes += training.num_workers  # it may have as many
             continue
         shards = source.table.list_shards()
+        num_passes += len(shards) * source.times
         num_images += manifest.num_rows * source.times
         line = f"{source.table.uri}: {manifest.num_rows:,} images in {len(shards)} shards, {source.times} times an epoch"
         if shards:
@@ -228,9 +231,10 @@ def _look_at_tables(dataset_uri: str, result: AutoencoderPreflight) -> None:
                     f"{source.table.uri}: {small:.0%} of the images looked at are too small for crops of {largest} pixels, and "
                     "are passed over: take smaller data.sizes or a larger data.max_upscale"
                 )
-        if len(shards) * source.times < training.num_workers:
-            result.problems.append(f"{source.table.uri} has {len(shards)} shards for {training.num_workers} workers")
         result.dataset.append(line)
+    if num_passes < training.num_workers:
+        names = ", ".join(source.table.uri for source in sources)
+        result.problems.append(f"{names}: {num_passes} shards an epoch for {training.num_workers} workers")
     if num_images:
         epochs = training.num_steps * training.global_batch_size / num_images
         result.dataset.append(f"the training draws each image about {epochs:,.1f} times")
