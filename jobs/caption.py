@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from jobs.common.exit_codes import is_expected
 from jobs.common.job import JobConfig, run_job
 from jobs.common.stage_job import require_tables, track_stage
 from jobs.common.text_table import format_table
 from pipelines.caption.config import CaptionerConfig
 from pipelines.stages.contract import StageResult
+from pipelines.storage.errors import is_expected
 from pipelines.tables.errors import StageError
 from pipelines.tables.schema import IMAGES_PATH
 

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from jobs.common.checkpoints import find_source
-from jobs.common.exit_codes import ExitCode, is_expected
+from jobs.common.exit_codes import ExitCode
 from jobs.common.job import report_error, run_command
 from pipelines.draw.config import ControlConfig, DrawConfig, LoraFileConfig, SampleConfig, StartConfig
 from pipelines.draw.prompts import names_file
+from pipelines.storage.errors import is_expected
+from pipelines.train.engine.checkpoint_places import is_checkpoint
 
 TINY = "zoo://pipeline"
 STDIN, STDIN_TYPED = "<stdin>", "-"
@@ -156,9 +158,8 @@ def run(job: DrawJob) -> ExitCode:
     """Draw, and print each file; or print what it would take."""
     config = job.to_sample()
     try:
-        source = find_source(job.model)
         if job.dry_run:
-            if source is not None:
+            if is_checkpoint(job.model):
                 raise ValueError(f"model={job.model} is a training's checkpoint: dry_run takes the training's pipeline folder")
             from pipelines.draw.estimate import estimate_drawing
 
@@ -168,7 +169,7 @@ def run(job: DrawJob) -> ExitCode:
 
         if job.model == TINY:
             note(what_the_tiny_model_knows())
-        for file in draw_into_folder(config, job.out, grid=job.grid, on_note=note, source=source):
+        for file in draw_into_folder(config, job.out, grid=job.grid, on_note=note, source=find_source(job.model)):
             print(file)
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(as_typed(str(error))) from error

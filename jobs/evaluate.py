@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from jobs.common.exit_codes import is_expected
 from jobs.common.job import JobConfig, run_job
 from jobs.common.metric_job import judge_pictures
 from jobs.common.resources import check_local
 from jobs.common.stage_job import LazyRun, require_tables
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.stages.contract import StageResult
+from pipelines.storage.errors import is_expected
 from pipelines.tables.schema import samples_path
 from sana_model.files.redact import redact
 
@@ -71,7 +71,7 @@ def _run_metric(job: EvaluateJob, metric: str, config: "MetricConfig", shared: L
         judge_pictures(job, reference, metric, config, section=section)
     drawn = sampled_pictures(job.dataset_uri, job.evaluate.name)
     result = judge_pictures(job, drawn, metric, config, shared=shared, section=section)
-    figures = write_figures(result.table, metric, config)
+    figures = write_figures(result.table, metric, config, lease=job.lease)
     html = evaluation_report(job.dataset_uri, drawn, metric, figures, reference=reference)
     result.table.write_report(html)
     if shared.run is not None:

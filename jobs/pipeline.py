@@ -7,7 +7,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jobs import caption, evaluate, extract, ingest, sample, score, train
-from jobs.common.exit_codes import is_expected
 from jobs.common.job import JobConfig, run_job
 from jobs.common.timings import Timings, print_section
 from pipelines.caption.config import CaptionerConfig
@@ -17,6 +16,7 @@ from pipelines.evaluate.config import ClipScoreConfig, EvaluateConfig, ShapesJud
 from pipelines.extract.config import ExtractConfig
 from pipelines.ingest.config import IngestConfig
 from pipelines.score.config import ScorerConfig
+from pipelines.storage.errors import is_expected
 from pipelines.tables.schema import LATENTS
 from pipelines.tables.table import Table
 from pipelines.train.config import TrainConfig

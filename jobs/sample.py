@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jobs.common.checkpoints import find_source
-from jobs.common.exit_codes import is_expected
 from jobs.common.job import JobConfig, report_error, run_job
 from jobs.common.stage_job import track_stage
 from pipelines.draw.config import SampleConfig
 from pipelines.stages.contract import StageResult
+from pipelines.storage.errors import is_expected
 
 if TYPE_CHECKING:
     from pipelines.tracking.runs import TrackedRun

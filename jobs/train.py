@@ -37,20 +37,20 @@ def run(job: TrainJob) -> "TrainResult":
     """Train in one MLflow run. Raises as `run_train` and `track_training`."""
     from pipelines.train.run import run_train
 
-    train = partial(run_train, job.dataset_uri, job.train, judging=make_judging(job, job.output_uri))
+    train = partial(run_train, job.dataset_uri, job.train, judging=make_judging(job))
     return track_training(job, "train", train, partial(make_report, job))
 
 
-def make_judging(job: TrainJob, output_uri: str) -> "Judging | None":
+def make_judging(job: TrainJob) -> "Judging | None":
     """How the training's checkpoints are judged."""
+    if (config := job.validation) is None:
+        return None
     from pipelines.evaluate.checkpoints import judge_checkpoint, with_absolute_references
     from pipelines.train.judging import Judging
 
-    if (config := job.validation) is None:
-        return None
     own = with_absolute_references(config, absolute_uri(job.dataset_uri))
     return Judging(
-        judge=partial(judge_checkpoint, own, output_uri),
+        judge=partial(judge_checkpoint, own, job.output_uri),
         every=config.every,
         resources=config.resources,
         best=config.best,

@@ -34,6 +34,11 @@ DEFAULT_STRENGTH = 0.6
 """Share of the way that is drawn anew if a picture comes with neither a strength nor a mask."""
 
 
+def default_strength(*, with_mask: bool) -> float:
+    """The strength of a picture that comes without one: what a mask leaves free is drawn anew altogether."""
+    return 1.0 if with_mask else DEFAULT_STRENGTH
+
+
 @dataclass(frozen=True)
 class StartPictures:
     """The pictures that a drawing starts from: one for all prompts, or one for each. Upright, RGB."""
@@ -63,7 +68,7 @@ class StartPictures:
         if masks is not None:
             masks, images = _pair(masks, images)
         if strength is None:
-            strength = DEFAULT_STRENGTH if mask is None else 1.0
+            strength = default_strength(with_mask=mask is not None)
         strength = real_number("strength", strength)
         if not 0 <= strength <= 1:
             raise ValueError(f"strength={strength} must be from 0 (the picture stays) to 1 (all is drawn anew)")

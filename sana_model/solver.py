@@ -51,6 +51,11 @@ def euler_sigmas(num_steps: int, shift: float) -> Tensor:
     return torch.cat([sigmas.float(), torch.zeros(1)])
 
 
+def steps_skipped(num_steps: int, strength: float) -> float:
+    """How many of N steps come before the noise level at which drawing from a picture begins; not always a whole number."""
+    return round((1 - strength) * num_steps, 6)  # a rounding error must not add a step of no length
+
+
 def cut_sigmas(sigmas: Tensor, strength: float) -> Tensor:
     """Cut a grid for drawing from a picture (img2img): keep the last `strength` of its steps, (M + 1,) with M <= N.
 
@@ -66,8 +71,7 @@ def cut_sigmas(sigmas: Tensor, strength: float) -> Tensor:
     """
     if not 0 < strength <= 1:
         raise ValueError(f"strength={strength} must be above 0 and at most 1")
-    num_steps = len(sigmas) - 1
-    position = round((1 - strength) * num_steps, 6)  # a rounding error must not add a step of no length
+    position = steps_skipped(len(sigmas) - 1, strength)
     index = int(position)
     start = torch.lerp(sigmas[index], sigmas[index + 1], position - index)
     return torch.cat([start[None], sigmas[index + 1 :]])

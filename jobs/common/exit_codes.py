@@ -26,11 +26,6 @@ CODES: dict[ErrorKind, ExitCode] = {
 }
 
 
-def is_expected(error: Exception) -> bool:
-    """Whether a user can fix it, or it passes by itself: such an error is shown as one message, without a traceback."""
-    return hasattr(error, "error_kind") or isinstance(error, (FileNotFoundError, ValueError, ConnectionError))
-
-
 def exit_code(error: Exception) -> ExitCode:
     """The exit code for an error that a user can fix."""
     return CODES[getattr(error, "error_kind", "fault" if isinstance(error, ConnectionError) else "wrong_input")]

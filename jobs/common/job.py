@@ -8,10 +8,11 @@ from typing import Literal, TypeVar
 
 from jobs.common.commands import COMMANDS, program
 from jobs.common.config import parse_config, secrets_of
-from jobs.common.exit_codes import ExitCode, exit_code, is_expected
+from jobs.common.exit_codes import ExitCode, exit_code
 from jobs.common.output import hiding
 from jobs.common.ray import JobStopped, RayConfig, start_ray, stop_on_sigterm
 from jobs.common.resources import check_local
+from pipelines.storage.errors import is_expected
 from pipelines.storage.lease import LeaseConfig
 from pipelines.tables.table import absolute_uri
 from pipelines.tracking.config import TrackingConfig

@@ -1,6 +1,6 @@
 """What the ablations on the Shapes world share: how pictures are judged, intervals over seeds, and the printed tables."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import TYPE_CHECKING
@@ -63,6 +63,16 @@ class Estimate:
         """Such as 12.3 ± 0.4, each number in the format `form`, after a multiplication by `scale`."""
         half = "" if self.half is None else f" ± {self.half * scale:{form.lstrip('+')}}"
         return f"{self.mean * scale:{form}}{half}"
+
+
+def run_variants(variants: Iterable[str], seeds: Iterable[int], train: Callable[[str, int], Mapping[int, Figures]]) -> Curves:
+    """Train each variant with each seed; `train` returns the figures of one training by step."""
+    curves: dict[str, dict[int, list[Figures]]] = {name: {} for name in variants}
+    for seed in seeds:
+        for name, by_step in curves.items():
+            for step, figures in train(name, seed).items():
+                by_step.setdefault(step, []).append(figures)
+    return curves
 
 
 def print_curves(curves: Curves) -> None:

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from jobs.common.text_table import format_table
 from jobs.learning import sample_asked
-from jobs.paper.ablation import Figures, PictureJudge, print_curves
+from jobs.paper.ablation import Figures, PictureJudge, print_curves, run_variants
 from jobs.paper.blocks import DESIGNS, Design, print_costs
 from jobs.paper.config import BlocksConfig
 from pipelines.evaluate.distances import Moments
@@ -121,12 +122,12 @@ def compare_blocks(config: BlocksConfig) -> None:
     if not config.num_steps:
         return
     scenes = Scenes.load(config)
-    curves: dict[str, dict[int, list[Figures]]] = {name: {} for name in DESIGNS}
-    for seed in config.seeds:
-        for name, design in DESIGNS.items():
-            print(f"\n{name}, seed {seed}", flush=True)
-            for step, figures in train_design(design, scenes, config, seed).items():
-                curves[name].setdefault(step, []).append(figures)
+
+    def train_one(name: str, seed: int) -> Mapping[int, Figures]:
+        print(f"\n{name}, seed {seed}", flush=True)
+        return train_design(DESIGNS[name], scenes, config, seed)
+
+    curves = run_variants(DESIGNS, config.seeds, train_one)
     Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     Path(config.output).write_text(json.dumps(curves, indent=2) + "\n")
     print(f"\n{config.num_images} drawn scenes of one object, {config.num_prompts} prompts; ± is a 95 % interval over seeds")

@@ -11,7 +11,7 @@ from jobs.common.text_table import format_table
 from jobs.common.timings import Timings, print_section
 from jobs.demo.figures import SELECTED, caption_figures
 from jobs.learning import read_grids, sample_asked
-from jobs.paper.ablation import Curves, Figures, PictureJudge, print_curves
+from jobs.paper.ablation import Curves, Figures, PictureJudge, print_curves, run_variants
 from jobs.paper.config import CaptionsJob
 from jobs.pipeline import make_training_table, raise_first, stage_job
 from pipelines.evaluate.distances import Moments
@@ -48,14 +48,14 @@ def ablate_captions(job: CaptionsJob) -> None:
         timings.measure(f"true scores {captioner}", partial(run_truth_scores, job.dataset_uri, captioner))
     asked = sample_asked(world.shapes, FIRST_PROMPT, world.num_prompts)
     judge = PictureJudge(ClipModel(job.scorer.model, revision=job.scorer.revision), embedded_images(job))
-    curves: dict[str, dict[int, list[Figures]]] = {name: {} for name in selections(job)}
-    for seed in job.seeds:
-        for name, data in selections(job).items():
-            judged = timings.measure(
-                f"{name}, seed {seed}", partial(train_and_judge, job, data, f"{name}-{seed}", seed, asked, judge)
-            )
-            for step, figures in judged.items():
-                curves[name].setdefault(step, []).append(figures)
+    chosen = selections(job)
+
+    def train_one(name: str, seed: int) -> Mapping[int, Figures]:
+        return timings.measure(
+            f"{name}, seed {seed}", partial(train_and_judge, job, chosen[name], f"{name}-{seed}", seed, asked, judge)
+        )
+
+    curves = run_variants(chosen, job.seeds, train_one)
     path = Path(job.dataset_uri, FIGURES)
     path.write_text(json.dumps(curves, indent=2) + "\n")
     print_section(timings.section())

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
+from math import ceil, sqrt
 from pathlib import Path
 
 from PIL import Image
@@ -45,10 +46,9 @@ def draw_into_folder(
     check_folder(folder)
     drawing = find_drawing(config, source, with_versions=False)
     with _telling(on_note):
-        pictures = [(row, _write(Path(folder), _name(row), row["image_bytes"])) for row in _draw(drawing, on_note)]
-    files = [file for _, file in pictures]
+        files = [_write(Path(folder), _name(row), row["image_bytes"]) for row in _draw(drawing, on_note)]
     if grid:
-        images = [Image.open(BytesIO(row["image_bytes"])) for row, _ in pictures]
+        images = [Image.open(BytesIO(file.read_bytes())) for file in files]
         files.append(_write(Path(folder), "grid", to_png(image_grid(images, _columns(len(images))))))
     return files
 
@@ -85,7 +85,7 @@ def _name(row: Row) -> str:
 
 def _columns(count: int) -> int:
     """As many as make a grid about square, 8 at most."""
-    return min(8, round(count**0.5 + 0.4999))
+    return min(8, ceil(sqrt(count)))
 
 
 def _write(folder: Path, name: str, content: bytes) -> Path:

@@ -89,14 +89,14 @@ def find_drawing(config: SampleConfig, source: PipelineSource | None = None, *, 
 
 def steps_of_batch(config: SampleConfig) -> int:
     """The steps of one batch: with a picture to start from as many as `cut_sigmas` leaves."""
-    from sana_model.pictures import DEFAULT_STRENGTH
+    from sana_model.pictures import default_strength
+    from sana_model.solver import steps_skipped
 
     steps, start = config.draw.num_steps or 0, config.start
     if start is None:
         return steps
-    usual = DEFAULT_STRENGTH if start.mask is None else 1.0
-    strength = usual if start.strength is None else start.strength
-    return steps - int(round((1 - strength) * steps, 6))
+    strength = default_strength(with_mask=start.mask is not None) if start.strength is None else start.strength
+    return steps - int(steps_skipped(steps, strength))
 
 
 def rows_to_draw(prompts: PromptSet, config: SampleConfig, first: int, count: int) -> pa.Table:
@@ -155,7 +155,7 @@ class Sampler:
             self.pipeline.image_size(self.config.height, self.config.width)
 
     def process(self, table: pa.Table) -> ShardOutput:
-        """Make one row of samples for each row of `_read_prompts_shard`, or a reject.
+        """Make one row of samples for each row of `rows_to_draw`, or a reject.
 
         Rejects are pictures whose values are not finite, and prompts whose control picture cannot be used. Figures:
         CUT_PROMPTS. Raises WrongInputError if weights of the pipeline are not finite.

@@ -14,7 +14,7 @@ from pipelines.evaluate.pictures import Pictures
 from pipelines.evaluate.registry import metric_class
 from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
-from pipelines.storage.lease import Leases
+from pipelines.storage.lease import DEFAULT_LEASE, LeaseConfig, Leases
 from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.schema import Row
@@ -53,10 +53,10 @@ def run_metric(
     )
 
 
-def write_figures(table: Table, metric: str, config: MetricConfig) -> dict[str, float]:
+def write_figures(table: Table, metric: str, config: MetricConfig, *, lease: LeaseConfig = DEFAULT_LEASE) -> dict[str, float]:
     """Compute a metric's figures over its finished table, write them beside it as FIGURES, and return them."""
     figures = metric_class(metric).summarize(table, config)
-    with Leases() as leases:
+    with Leases(lease) as leases:
         table.write_file(FIGURES, (json.dumps(figures, indent=2) + "\n").encode(), ticket=leases.take(table.uri).ticket)
     return figures
 

@@ -6,6 +6,11 @@ ErrorKind = Literal["wrong_input", "fault", "too_many_rejects", "training_failed
 """Who has to act on an error, and how; `jobs.common.exit_codes` gives each kind a number."""
 
 
+def is_expected(error: BaseException) -> bool:
+    """Whether a user can fix it, or it passes by itself: such an error is shown as one message, without a traceback."""
+    return hasattr(error, "error_kind") or isinstance(error, (FileNotFoundError, ValueError, ConnectionError))
+
+
 class StorageError(OSError):
     """A file could not be read or written; the message names it, and what to do."""
 

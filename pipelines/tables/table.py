@@ -41,6 +41,11 @@ ROW_GROUP_BYTES = 2**26  # memory for a shard that is read a few rows at a time
 T = TypeVar("T")
 
 
+def absolute_if_here(path: str | None) -> str | None:
+    """The path of a local file or folder as `absolute_uri` has it; a hub id, a URI or None as it is."""
+    return absolute_uri(path) if path is not None and Path(path).exists() else path
+
+
 def absolute_uri(uri: str) -> str:
     """A local path made absolute (Ray's workers run elsewhere), ~ too; any other URI as it is, without a slash at its end."""
     uri = expand_home(uri)

@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from pipelines.storage.lease import DEFAULT_LEASE, LeaseConfig
 from pipelines.tables.identity import Identity, value_settings
-from pipelines.tables.table import absolute_uri
+from pipelines.tables.table import absolute_if_here, absolute_uri
 from pipelines.tracking.runs import RunRequest
 from pipelines.train.config import TrainConfig
 from pipelines.train.engine.checkpoint_places import CHECKPOINTS_DIR
@@ -144,9 +143,6 @@ def check_tables(dataset_uri: str, config: TrainConfig) -> None:
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """Make the local paths of a configuration absolute, since Ray's workers run in other folders; name the best checkpoint."""
 
-    def absolute(path: str | None) -> str | None:
-        return absolute_uri(path) if path is not None and Path(path).exists() else path
-
     latents = config.latents
     if not isinstance(latents, str):
         latents = [
@@ -156,8 +152,8 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     return replace(
         config,
         latents=latents,
-        init=absolute(config.init),
-        resume_from=absolute(find_named(config.resume_from) if config.resume_from is not None else None),
-        text_encoder=absolute(config.text_encoder),
-        autoencoder=absolute(config.autoencoder),
+        init=absolute_if_here(config.init),
+        resume_from=absolute_if_here(find_named(config.resume_from) if config.resume_from is not None else None),
+        text_encoder=absolute_if_here(config.text_encoder),
+        autoencoder=absolute_if_here(config.autoencoder),
     )

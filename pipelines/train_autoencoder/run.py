@@ -1,12 +1,11 @@
 """The stage: images tables -> a trained autoencoder, by Ray Train and DeepSpeed."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from pipelines.storage.lease import DEFAULT_LEASE, LeaseConfig
 from pipelines.tables.identity import Identity, value_settings
-from pipelines.tables.table import absolute_uri
+from pipelines.tables.table import absolute_if_here, absolute_uri
 from pipelines.tracking.runs import RunRequest
 from pipelines.train.loop.desk import OnNotice, OnTrainProgress
 from pipelines.train.loop.launch import Launch, TrainingResult
@@ -115,12 +114,9 @@ def check_tables(dataset_uri: str, config: TrainAutoencoderConfig) -> None:
 def _with_absolute_paths(config: TrainAutoencoderConfig) -> TrainAutoencoderConfig:
     """Make the local paths of a configuration absolute, since Ray's workers run in other folders."""
 
-    def absolute(path: str | None) -> str | None:
-        return absolute_uri(path) if path is not None and Path(path).exists() else path
-
     perceptual = config.losses.perceptual
     if perceptual is not None:
-        perceptual = replace(perceptual, model=absolute(perceptual.model) or perceptual.model)
+        perceptual = replace(perceptual, model=absolute_if_here(perceptual.model) or perceptual.model)
     validation_uri = config.validation.dataset_uri
     sources = tuple(
         replace(source, dataset_uri=None if source.dataset_uri is None else absolute_uri(source.dataset_uri))
@@ -128,8 +124,8 @@ def _with_absolute_paths(config: TrainAutoencoderConfig) -> TrainAutoencoderConf
     )
     return replace(
         config,
-        init=absolute(config.init),
-        resume_from=absolute(config.resume_from),
+        init=absolute_if_here(config.init),
+        resume_from=absolute_if_here(config.resume_from),
         data=replace(config.data, sources=sources),
         losses=replace(config.losses, perceptual=perceptual),
         validation=replace(config.validation, dataset_uri=None if validation_uri is None else absolute_uri(validation_uri)),

@@ -137,7 +137,8 @@ class CheckpointStore:
 
     def _find_unjudged(self, whole: Sequence[Checkpoint]) -> list[int]:
         due = [checkpoint.step for checkpoint in whole if self.judged and checkpoint.states[0].get(TO_JUDGE)]
-        return [step for step in due if step not in read_judgements(self.root_uri)] if due else []
+        judged = read_judgements(self.root_uri) if due else {}
+        return [step for step in due if step not in judged]
 
     def unjudged(self) -> list[int]:
         """The steps of whole checkpoints that are to be judged still, newest first. Raises ValueError, StorageError."""
