@@ -9,12 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.common.config import from_dict
+from jobs.common.checkpoints import read_training
 from jobs.common.instruction import note_instruction
 from jobs.common.job import run_command
 from pipelines.tables.table import absolute_uri
-from pipelines.train.config import TrainConfig
-from pipelines.train.loop.record import AUTOENCODER_DIR, read_config
 from sana_model.files.layout import Layout
 
 if TYPE_CHECKING:
@@ -57,13 +55,7 @@ def export(config: ExportConfig) -> "TextToImage":
     if config.source.startswith(("zoo://", "hf://")):
         raise ValueError(f"source={config.source} is no training: python -m jobs.convert changes the layout of such models")
     checkpoint, training_uri = find_checkpoint(absolute_uri(config.source))
-    told = read_config(training_uri)
-    if "parts" in told:
-        raise ValueError(
-            f"source={config.source} is the training of an autoencoder: when it has ended, python -m jobs.convert "
-            f"{training_uri}/{AUTOENCODER_DIR} {config.output} --layout {config.layout} writes it in another layout"
-        )
-    trained = from_dict(TrainConfig, told)
+    trained = read_training(training_uri)
     moved = trained if config.init is None else replace(trained, init=config.init)
     pipeline = load_checkpoint_pipeline(moved, checkpoint, average=config.ema)
     pipeline.save_pretrained(Path(config.output), layout=config.layout)

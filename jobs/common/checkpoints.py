@@ -1,4 +1,4 @@
-"""Drawing with a training's checkpoint where a command takes a pipeline."""
+"""A training's checkpoint where a command takes a pipeline."""
 
 from typing import TYPE_CHECKING
 
@@ -8,6 +8,7 @@ from pipelines.train.engine.checkpoint_places import is_checkpoint
 
 if TYPE_CHECKING:
     from pipelines.draw.sampler import PipelineSource
+    from pipelines.train.config import TrainConfig
 
 
 def find_source(pipeline: str) -> "PipelineSource | None":
@@ -19,8 +20,20 @@ def find_source(pipeline: str) -> "PipelineSource | None":
         return None
     from pipelines.draw.checkpoints import checkpoint_source
     from pipelines.train.checkpoint_pipeline import find_checkpoint
-    from pipelines.train.config import TrainConfig
-    from pipelines.train.loop.record import read_config
 
     uri, training_uri = find_checkpoint(absolute_uri(pipeline))
-    return checkpoint_source(from_dict(TrainConfig, read_config(training_uri)), uri)
+    return checkpoint_source(read_training(training_uri), uri)
+
+
+def read_training(training_uri: str) -> "TrainConfig":
+    """The configuration of the training in a folder. Raises ValueError if an autoencoder is trained there."""
+    from pipelines.train.config import TrainConfig
+    from pipelines.train.loop.record import AUTOENCODER_DIR, read_config
+
+    told = read_config(training_uri)
+    if "parts" in told:
+        raise ValueError(
+            f"{training_uri} is the training of an autoencoder: when it has ended, python -m jobs.convert "
+            f"{training_uri}/{AUTOENCODER_DIR} <output> --layout diffusers writes it in another layout"
+        )
+    return from_dict(TrainConfig, told)
