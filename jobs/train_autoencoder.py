@@ -1,7 +1,7 @@
 """`python -m jobs.train_autoencoder --config jobs/configs/dc-ae/phase1.yaml`: images -> a trained DC-AE."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -54,13 +54,15 @@ def run(job: TrainAutoencoderJob) -> "TrainAutoencoderResult":
     from pipelines.train_autoencoder.run import run_train_autoencoder
 
     train = partial(run_train_autoencoder, job.dataset_uri, job.train)
-    return track_training(job, "train_autoencoder", train, lambda result: make_report(job, result, list(judge(job, result))))
+    return track_training(job, "train_autoencoder", train, lambda result: make_report(job, result, judge(job, result)))
 
 
-def judge(job: TrainAutoencoderJob, result: "TrainAutoencoderResult") -> Iterator[Judged]:
-    """Judge the autoencoder and the one that the training began with, at each size, and print the figures."""
+def judge(job: TrainAutoencoderJob, result: "TrainAutoencoderResult") -> list[Judged]:
+    """Judge the autoencoder and the one that the training began with, at each size. Figures are printed, and go to MLflow."""
     from pipelines.evaluate.reconstruction import Reconstruction
+    from pipelines.evaluate.run import write_figures
 
+    judged: list[Judged] = []
     models = {"before": job.train.init, "after": result.autoencoder}
     with LazyRun(job, f"evaluate {job.name}") as shared:
         for size in job.sizes:
@@ -72,9 +74,12 @@ def judge(job: TrainAutoencoderJob, result: "TrainAutoencoderResult") -> Iterato
                 table = judge_pictures(
                     job, pictures, Reconstruction.name, config, shared=shared, section="reconstruction"
                 ).table
-                figures = Reconstruction.summarize(table, config)
+                figures = write_figures(table, Reconstruction.name, config, lease=job.lease)
+                if shared.run is not None:
+                    shared.run.log_metrics({f"{when}.{size}.{name}": value for name, value in figures.items()})
                 print(f"{size} px, {when}: {'  '.join(f'{name} {value:.4g}' for name, value in figures.items())}", flush=True)
-                yield size, when, figures
+                judged.append((size, when, figures))
+    return judged
 
 
 def _pictures(job: TrainAutoencoderJob, name: str) -> "Pictures":

@@ -10,7 +10,7 @@ from jobs.common.ray import raise_if_stopped
 from jobs.common.resources import telling_what_is_awaited
 from jobs.common.status_line import StatusLine
 from pipelines.storage.errors import StorageError
-from pipelines.storage.files import write_file
+from pipelines.storage.files import list_folder, write_file
 from pipelines.storage.lease import LeaseConfig
 from pipelines.tables.schema import TABLE_SCHEMAS, check_folder_name
 from pipelines.tables.table import REJECTS_FOLDER, REPORT, absolute_uri
@@ -104,7 +104,7 @@ def track_training(job: TrainingJobConfig, stage: str, train: Train[Result], mak
             on_progress=show,
             on_notice=lambda notice: line.say(f"{job.name:<22} {notice}"),
         )
-    if not result.was_done:
+    if not result.was_done or REPORT not in list_folder(output_uri):  # the job may have ended while the page was made
         html = make_report(result)
         write_file(f"{output_uri}/{REPORT}", html.encode())
         unsent = send_or_keep(run_request, output_uri, [Entry("html", [REPORT, html])], say=line.say)

@@ -4,12 +4,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import mlflow
 import pytest
 import ray
 
 from jobs.common.config import parse_config
 from jobs.train_autoencoder import TrainAutoencoderJob, main, run
 from pipelines.evaluate.metric import metric_table
+from pipelines.evaluate.metric_config import FIGURES
 from pipelines.evaluate.reconstruction_config import ReconstructionConfig
 from pipelines.tables.chance import is_held_out
 from pipelines.tracking.config import TrackingConfig
@@ -39,6 +41,10 @@ def test_a_training_is_judged_before_and_after_by_resolution(tmp_path: Path, cap
         reconstruction=ReconstructionConfig(perceptual="zoo://clip"),
         tracking=TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db"),
     )
+
+    def table_of(when: str) -> Path:
+        return tmp_path / "evaluations" / f"tuned-{when}-32" / "reconstruction"
+
     result = run(job)
     assert result.num_steps == 4 and result.psnr is not None and result.scaling_factor == 1.0568
     told = capsys.readouterr().out
@@ -52,8 +58,15 @@ def test_a_training_is_judged_before_and_after_by_resolution(tmp_path: Path, cap
     page = (tmp_path / "tuned" / "report.html").read_text()
     assert "Before and after" in page and "The autoencoder learns to give pictures back" in page
     assert json.loads((tmp_path / "tuned" / "training.json").read_text())["stage"] == "train_autoencoder"
+    runs = mlflow.MlflowClient(job.tracking.uri).search_runs(["1"])
+    (logged,) = (one.data.metrics for one in runs if one.info.run_name == "evaluate tuned")
+    assert logged["after.32.psnr"] == json.loads((table_of("after") / FIGURES).read_text())["psnr"] > 0
     again = run(job)
     assert again.was_done and again.losses == result.losses
+    (tmp_path / "tuned" / "report.html").unlink()  # a job that ended while it judged
+    (table_of("before") / "_manifest.json").unlink()
+    assert run(job).was_done and (tmp_path / "tuned" / "report.html").read_text() == page
+    assert (table_of("before") / "_manifest.json").exists()
 
 
 def test_a_dry_run_starts_nothing_and_tells_all(
