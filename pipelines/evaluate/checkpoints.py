@@ -20,6 +20,7 @@ from pipelines.evaluate.metric_config import MetricConfig
 from pipelines.evaluate.pictures import Pictures, sampled_pictures
 from pipelines.evaluate.registry import metric_class
 from pipelines.evaluate.run import run_metric, write_figures
+from pipelines.storage.errors import is_expected
 from pipelines.tables.schema import IMAGES_PATH
 from pipelines.tables.table import absolute_uri
 from pipelines.train.config import TrainConfig
@@ -58,18 +59,16 @@ def judge_checkpoint(
     home, name = f"{output_uri}/{VALIDATION_DIR}", f"step-{step:06d}"
     figures: dict[str, float] = {}
     problems: dict[str, str] = {}
-    seconds: dict[str, float] = {}
     start = time.monotonic()
     try:
         drawn = _draw(home, name, config, training, checkpoint_uri)
     except Exception as error:  # of a model, the storage, memory: the training goes on without it
-        problems[PICTURES] = _describe(error)
-        drawn = None
-    seconds[PICTURES] = time.monotonic() - start
-    for metric, own in config.chosen.items() if drawn is not None else ():
+        problem = {PICTURES: _describe(error)}
+        return Judgement(step=step, figures={}, problems=problem, seconds={PICTURES: time.monotonic() - start})
+    seconds = {PICTURES: time.monotonic() - start}
+    for metric, own in config.chosen.items():
         start = time.monotonic()
         try:
-            assert drawn is not None
             figures |= _judge(home, drawn, metric, own)
         except Exception as error:
             problems[metric] = _describe(error)
@@ -101,5 +100,4 @@ def _judge(home: str, drawn: Pictures, metric: str, config: MetricConfig) -> Map
 def _describe(error: Exception) -> str:
     """What a person needs to know of an error; the log has the rest."""
     traceback.print_exception(error)
-    known = hasattr(error, "error_kind") or isinstance(error, (FileNotFoundError, ValueError, ConnectionError))
-    return redact(str(error) if known else f"{type(error).__name__}: {error}")
+    return redact(str(error) if is_expected(error) else f"{type(error).__name__}: {error}")

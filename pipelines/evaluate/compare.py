@@ -36,9 +36,13 @@ class Figure:
     low: float | None = None
     high: float | None = None
 
+    @property
+    def interval(self) -> str | None:
+        """The interval in words."""
+        return None if self.low is None or self.high is None else f"{self.low:.4g} to {self.high:.4g}"
+
     def __str__(self) -> str:
-        interval = "" if self.low is None or self.high is None else f" ({self.low:.4g} to {self.high:.4g})"
-        return f"{self.value:.4g}{interval}"
+        return f"{self.value:.4g}" if self.interval is None else f"{self.value:.4g} ({self.interval})"
 
 
 @dataclass(frozen=True, kw_only=True)

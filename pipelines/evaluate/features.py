@@ -70,9 +70,9 @@ class TableFeatures:
         return np.zeros((0, 0), np.float32) if found is None else found
 
 
-def to_array(rows: pa.Table) -> Array:
-    """The column `features` as (N, D), float32."""
-    values = rows["features"].combine_chunks().flatten().to_numpy()
+def to_array(rows: pa.Table, column: str = "features") -> Array:
+    """A column of features as (N, D), float32."""
+    values = rows[column].combine_chunks().flatten().to_numpy()
     return values.reshape(rows.num_rows, -1) if rows.num_rows else np.zeros((0, 0), np.float32)
 
 

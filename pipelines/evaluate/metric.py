@@ -29,7 +29,7 @@ class Metric(ABC, Generic[Config]):
 
     name: ClassVar[str]
     more_models: ClassVar[tuple[str, ...]] = ()
-    """Settings that name further models; the revision of each stands under its name with `_revision`."""
+    """Settings that name further models, or None; the revision of each stands under its name with `_revision`."""
 
     @abstractmethod
     def __init__(self, config: Config):
@@ -49,8 +49,10 @@ class Metric(ABC, Generic[Config]):
         pinned: dict[str, Any] = {}
         versions: dict[str, str] = {}
         for name in ("model", *cls.more_models):
+            if (path := getattr(config, name)) is None:
+                continue
             revision = "revision" if name == "model" else f"{name}_revision"
-            found = find_model(getattr(config, name), getattr(config, revision))
+            found = find_model(path, getattr(config, revision))
             pinned |= {name: found.path, revision: found.revision}
             versions[name] = found.version
         return replace(config, **pinned), versions

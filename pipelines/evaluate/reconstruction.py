@@ -1,11 +1,11 @@
 """How well an autoencoder gives pictures back: PSNR, SSIM, a perceptual distance, and rFID over all of them."""
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from pipelines.evaluate.distances import Moments, frechet_distance
+from pipelines.evaluate.features import to_array
 from pipelines.evaluate.metric import Metric, iter_shards
 from pipelines.evaluate.reconstruction_config import ReconstructionConfig
 from pipelines.tables.rejects import RowRefused
@@ -48,6 +48,7 @@ class Reconstruction(Metric[ReconstructionConfig]):
     """
 
     name: ClassVar = "reconstruction"
+    more_models: ClassVar = ("perceptual", "inception")
 
     def __init__(self, config: ReconstructionConfig):
         import torch
@@ -74,19 +75,6 @@ class Reconstruction(Metric[ReconstructionConfig]):
             self.features = _inception_features(config.inception, self.device)
         elif isinstance(self.perceptual, FeatureDistance):
             self.features = lambda image: self.perceptual.hidden_states(image)[-1]
-
-    @classmethod
-    def find_models(cls, config: ReconstructionConfig) -> tuple[ReconstructionConfig, dict[str, str]]:
-        from pipelines.workers.models import find_model
-
-        pinned: dict[str, Any] = {}
-        versions: dict[str, str] = {}
-        for name, revision in (("model", "revision"), *((one, f"{one}_revision") for one in ("perceptual", "inception"))):
-            if (path := getattr(config, name)) is not None:
-                found = find_model(path, getattr(config, revision))
-                pinned |= {name: found.path, revision: found.revision}
-                versions[name] = found.version
-        return replace(config, **pinned), versions
 
     def prepare(self, row: Row) -> np.ndarray:
         from pipelines.train_autoencoder.crops import center_square
@@ -127,7 +115,7 @@ class Reconstruction(Metric[ReconstructionConfig]):
                 values[name].append(shard[name].to_numpy())
             for column, sums in (("features", real), ("features_again", drawn)):
                 if shard.num_rows and shard[column].null_count == 0:
-                    sums.add(np.stack(shard[column].to_numpy(zero_copy_only=False)))
+                    sums.add(to_array(shard, column))
         figures = {name: float(np.mean(np.concatenate(parts))) for name, parts in values.items() if sum(map(len, parts))}
         if real.count > 1:
             name = "rfd" if config.inception is None else "rfid"

@@ -44,13 +44,11 @@ def evaluation_report(
     manifest = table.require()
     light = read_light(table, ["id", *kind.numbers()], sample)
     intervals = bootstrap(kind, table)
-    judged = read_judged(table, pictures, metric, sample)
-    ranked = any(row["rank"] for row in judged)
-    half = len(judged) // 2
+    worst, best = read_judged(table, pictures, metric, sample)
     galleries = (
-        {"Best": judged[half:][::-1], "Worst": judged[:half]}
-        if ranked
-        else {"Drawn": judged[:half], "Reference": _read_reference(reference, half, sample)}
+        {"Best": best, "Worst": worst}
+        if best
+        else {"Drawn": worst, "Reference": _read_reference(reference, len(worst), sample)}
     )
     return render(
         "evaluation.html.jinja",
@@ -63,7 +61,7 @@ def evaluation_report(
             origin=asdict(manifest.identity()),
         ),
         scope=light.scope,
-        figures=[(name, *_cells(Figure(value, *intervals.get(name, ())))) for name, value in figures.items()],
+        figures=[(name, f"{value:.4g}", Figure(value, *intervals.get(name, ())).interval) for name, value in figures.items()],
         charts=[
             histograms({"": light.rows[name].to_numpy()}, title=name, x_label=f"{name} of a picture") for name in kind.numbers()
         ],
@@ -72,42 +70,39 @@ def evaluation_report(
     )
 
 
-def _cells(figure: Figure) -> tuple[str, str | None]:
-    """The value, and its interval."""
-    value, _, interval = str(figure).partition(" (")
-    return value, interval.rstrip(")") or None
+def read_judged(table: Table, pictures: Pictures, metric: str, sample: ReportScope) -> tuple[list[Row], list[Row]]:
+    """The worst pictures of a few shards, the worst first, and the best ones, the best first.
 
-
-def read_judged(table: Table, pictures: Pictures, metric: str, sample: ReportScope) -> list[Row]:
-    """The worst and the best pictures of a few shards, the worst first, or the first ones if the metric ranks none.
-
-    Each has `prompt`, `picture`, `rank` and `told`, what the metric says of it.
+    If the metric ranks none: the first ones, and no best. Each has `prompt`, `picture` and `told`, what the metric says of it.
     """
     kind = metric_class(metric)
     shards = table.list_shards()
-    columns = [name for name in table.schema.names if name != FEATURES.name]  # thousands of numbers a row
+    columns = [field.name for field in table.schema if field.type != FEATURES.type]  # thousands of numbers a row
     rows: list[Row] = []
     for shard in (shards[index] for index in spread(len(shards), sample.picture_shards)):
         for row in table.read_shard(shard, columns).to_pylist():
             rows.append({**row, "shard": shard, "rank": kind.rank(row)})
     rows.sort(key=lambda row: (row["rank"], row["id"]))
     half = min(sample.num_images // 2, len(rows) // 2)
-    shown = rows[:half] + rows[len(rows) - half :] if half else rows
+    ranked = any(row["rank"] for row in rows)
+    best = rows[len(rows) - half :][::-1] if half else rows
+    worst, best = (rows[:half], best) if ranked else (rows[: max(half, 1)], [])
+    shown = [*worst, *best]
     contents: dict[tuple[str, str], bytes] = {}
     for shard in {row["shard"] for row in shown}:
         content = pictures.read_shard(shard).select(["id", "image_bytes"])
         wanted = content.filter(pc.is_in(content["id"], pa.array([row["id"] for row in shown if row["shard"] == shard])))
         contents |= {(shard, row["id"]): row["image_bytes"] for row in wanted.to_pylist()}
-    return [
+    cards = [
         {
             "id": row["id"],
             "prompt": row["prompt"],
-            "rank": row["rank"],
             "told": kind.describe(row),
             "picture": _picture(contents.get((row["shard"], row["id"])), row["prompt"] or row["id"]),
         }
         for row in shown
     ]
+    return cards[: len(worst)], cards[len(worst) :]
 
 
 def _picture(content: bytes | None, alt: str) -> Picture:
@@ -120,6 +115,8 @@ def _read_reference(reference: Pictures | None, limit: int, sample: ReportScope)
         return []
     found: list[Row] = []
     for shard in islice(reference.shards, sample.picture_shards):
+        if len(found) == limit:
+            break
         content = reference.read_shard(shard).select(["id", "prompt", "image_bytes"])
         found += content.take(pa.array(spread(content.num_rows, limit - len(found)), pa.int64())).to_pylist()
     return [{**row, "told": [], "picture": _picture(row["image_bytes"], row["prompt"] or row["id"])} for row in found]
