@@ -259,7 +259,7 @@ def training(tmp_path: Path, pipeline: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_training_whose_figures_mlflow_would_never_take_does_not_begin(
-    training: TrainWorld, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    local_ray: None, training: TrainWorld, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "mlruns")
     assert training.train() == ExitCode.WRONG_INPUT
@@ -275,7 +275,7 @@ def test_a_training_whose_figures_mlflow_would_never_take_does_not_begin(
 
 
 def test_a_finished_training_says_what_mlflow_still_lacks(
-    training: TrainWorld, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    local_ray: None, training: TrainWorld, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """MLflow was away at the end: the same command ends with the code of a fault until it has sent everything."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -286,6 +286,7 @@ def test_a_finished_training_says_what_mlflow_still_lacks(
     TrainingRecord.claim(str(output), identity).finish(result | {"startup_seconds": 1.0, "seconds": 2.0})
     (output / "pipeline").mkdir()
     (output / "pipeline" / "pipeline.json").touch()
+    (output / "report.html").touch()
     write_unsent(str(output), [Entry("metrics", {"loss": 1.0}, 4), Entry("end", "FINISHED")])
     for _ in range(2):
         assert training.train("--tracking.uri", "http://127.0.0.1:9") == ExitCode.FAULT
