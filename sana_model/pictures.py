@@ -1,6 +1,6 @@
 """Pictures that a drawing starts from (img2img, inpainting): brought to a size, as tensors, and kept where a mask says so."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +92,20 @@ class StartPictures:
         values = torch.from_numpy(np.stack([np.asarray(mask) for mask in self.masks]))[:, None]
         return F.max_pool2d(values.float(), factor) > 0
 
+    def copies(self, count: int) -> list[Image.Image]:
+        """The pictures themselves, each for all drawings of its prompt, `count` in all."""
+        return [image.copy() for image in self.images for _ in range(count // len(self.images))]
+
+    def encode(self, autoencoder: DCAutoencoder, count: int) -> "StartLatents | None":
+        """Encode the pictures, which have the right size, for `count` drawings, a multiple of their number; None if they make
+        no difference to what is drawn."""
+        if self.strength == 1 and self.masks is None:
+            return None
+        each = count // len(self.images)
+        mask = self.latent_mask(autoencoder.compression)
+        known = encode_pictures(autoencoder, self.images).repeat_interleave(each, 0)
+        return StartLatents(known, None if mask is None else mask.repeat_interleave(each, 0), self.strength)
+
     def keep(self, drawn: list[Image.Image]) -> list[Image.Image]:
         """Put back, pixel for pixel, what is black in the masks; gray blends. Picture i of `drawn` belongs to prompt
         i // (number of drawn pictures for a prompt)."""
@@ -100,6 +114,29 @@ class StartPictures:
         each = len(drawn) // len(self.images)
         pairs = [(image, mask) for image, mask in zip(self.images, self.masks, strict=True) for _ in range(each)]
         return [Image.composite(new, image, mask) for new, (image, mask) in zip(drawn, pairs, strict=True)]
+
+
+@dataclass(frozen=True)
+class StartLatents:
+    """What a drawing starts from, as scaled latents `known` (B, C, h, w).
+
+    mask: bool (B, 1, h, w), True where it is drawn anew; None: everywhere. strength: above 0, at most 1; at 1 the drawing
+    starts from noise alone.
+    """
+
+    known: Tensor
+    mask: Tensor | None
+    strength: float
+
+    def begin(self, predict_velocity: PredictVelocity, noise: Tensor, sigmas: Tensor) -> tuple[PredictVelocity, Tensor, Tensor]:
+        """What a solver takes in place of the arguments, which are those of a drawing from `noise` (B, C, h, w) alone."""
+        known = self.known.to(noise)
+        if self.mask is not None:
+            predict_velocity = keep_known(predict_velocity, known, self.mask.to(noise.device))
+        if self.strength == 1:
+            return predict_velocity, noise, sigmas
+        sigmas = cut_sigmas(sigmas, self.strength)
+        return predict_velocity, add_noise(known, noise, sigmas[:1].to(noise.device).expand(len(noise))), sigmas
 
 
 @dataclass(frozen=True)
@@ -154,38 +191,6 @@ class GuidePictures:
         return self.pictures.to(self.autoencoder.decoder.conv_in.weight.device)
 
 
-def redraw(
-    autoencoder: DCAutoencoder,
-    start: StartPictures,
-    noise: Tensor,
-    sigmas: Tensor,
-    predict_velocity: PredictVelocity,
-    solve: Callable[[PredictVelocity, Tensor, Tensor], Tensor],
-) -> list[Image.Image]:
-    """Draw B pictures from those of `start`, which have the right size, as far as strength and masks say.
-
-    At strength 0 the pictures themselves are returned; at strength 1 the drawing starts from `noise` alone.
-
-    Args:
-        noise: (B, C, h, w); B is a multiple of the number of pictures.
-        sigmas: the grid of a drawing from noise alone.
-        solve: (predict_velocity, latents, sigmas) -> latents.
-    """
-    each = len(noise) // len(start.images)
-    if start.strength == 0:
-        return [image.copy() for image in start.images for _ in range(each)]
-    latents = noise
-    if start.strength < 1 or start.masks is not None:
-        known = encode_pictures(autoencoder, start.images).to(noise).repeat_interleave(each, 0)
-        mask = start.latent_mask(autoencoder.compression)
-        if mask is not None:
-            predict_velocity = keep_known(predict_velocity, known, mask.to(noise.device).repeat_interleave(each, 0))
-        if start.strength < 1:
-            sigmas = cut_sigmas(sigmas, start.strength)
-            latents = add_noise(known, noise, sigmas[:1].to(noise.device).expand(len(noise)))
-    return start.keep(decode_pictures(autoencoder, solve(predict_velocity, latents, sigmas)))
-
-
 def encode_pictures(autoencoder: DCAutoencoder, images: Sequence[Image.Image]) -> Tensor:
     """Encode B RGB pictures of one size to scaled latents (B, C, h, w), in the autoencoder's dtype. Raises NotFiniteError."""
     values = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
@@ -199,14 +204,26 @@ def encode_pictures(autoencoder: DCAutoencoder, images: Sequence[Image.Image]) -
 
 def decode_pictures(autoencoder: DCAutoencoder, latents: Tensor) -> list[Image.Image]:
     """Decode scaled latents (B, C, h, w) to B RGB pictures. Raises NotFiniteError."""
-    tile_size, at_once = _split(latents.shape[-2] * latents.shape[-1] * autoencoder.compression**2)
     images: list[Image.Image] = []
-    for chunk in latents.to(autoencoder.decoder.conv_in.weight.dtype).split(at_once):
-        decoded = autoencoder.decode(chunk, tile_size=tile_size).float()
-        check_finite(decoded, autoencoder.decoder, "decoder of the autoencoder")
-        values = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        images += [Image.fromarray(value) for value in values]
+    for values in decode_values(autoencoder, latents):
+        images += [Image.fromarray(value) for value in (values * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()]
     return images
+
+
+def decode_values(
+    autoencoder: DCAutoencoder, latents: Tensor, *, tile_size: int | None = None, tile_overlap: int | None = None
+) -> Iterator[Tensor]:
+    """Decode scaled latents (B, C, h, w), as many at once as memory bounds: values (b, 3, H, W) in [0, 1], float32.
+
+    `tile_size` and `tile_overlap`: as in `DCAutoencoder.decode`; None: tiles only where a picture is large.
+
+    Raises NotFiniteError, and ValueError for tiles of another size than `DCAutoencoder.decode` takes.
+    """
+    own_size, at_once = _split(latents.shape[-2] * latents.shape[-1] * autoencoder.compression**2)
+    for chunk in latents.to(autoencoder.decoder.conv_in.weight.dtype).split(at_once):
+        decoded = autoencoder.decode(chunk, tile_size=tile_size or own_size, tile_overlap=tile_overlap).float()
+        check_finite(decoded, autoencoder.decoder, "decoder of the autoencoder")
+        yield (decoded / 2 + 0.5).clamp(0, 1)
 
 
 def _split(pixels: int) -> tuple[int | None, int]:

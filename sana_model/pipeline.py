@@ -1,8 +1,7 @@
 """Text to image: text encoder, linear DiT, solver and DC-AE put together."""
 
 import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +19,20 @@ from sana_model.arguments import (
     text,
     whole_number,
 )
+from sana_model.drawing import choose_solver, draw_latents
 from sana_model.files.lora import read_lora
 from sana_model.files.pipeline import PipelineParts, load_parts, save_parts
 from sana_model.files.png import set_facts
 from sana_model.flow import DEFAULT_FLOW_SHIFT, noise_source
-from sana_model.guidance import Caption, embedded_guidance_velocity, guided_velocity
+from sana_model.guidance import Caption
 from sana_model.nn.autoencoder import DCAutoencoder
 from sana_model.nn.controlnet import Control, SanaControlNet
 from sana_model.nn.finite import NotFiniteError, check_finite, name_dtype
 from sana_model.nn.lora import attach_changes, detach_changes, merge_changes
 from sana_model.nn.text_encoder import TextEncoder
 from sana_model.nn.transformer import SanaTransformer
-from sana_model.pictures import ControlPictures, GuidePictures, Pictures, StartPictures, decode_pictures, redraw
-from sana_model.solver import SOLVERS, OnStep, PredictVelocity, Solver, scm, scm_sigmas
-
-SCM = "scm"
-"""Name of the sampler of Sana-Sprint."""
+from sana_model.pictures import ControlPictures, GuidePictures, Pictures, StartPictures, decode_pictures
+from sana_model.solver import OnStep
 
 
 class TextToImage(nn.Module):
@@ -220,7 +217,8 @@ class TextToImage(nn.Module):
         gives values that are not finite.
         """
         guidance_interval = interval("guidance_interval", guidance_interval)
-        solver, num_steps = self._choose_solver(solver, num_steps, negative_prompt, guidance_interval)
+        sprints = self.transformer.config.guidance_embeds
+        solver, num_steps = choose_solver(solver, num_steps, negative_prompt, guidance_interval, sprints=sprints)
         num_images_per_prompt = whole_number("num_images_per_prompt", num_images_per_prompt)
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt={num_images_per_prompt} must be at least 1")
@@ -230,27 +228,32 @@ class TextToImage(nn.Module):
         guide = GuidePictures.check(control_image, len(prompts), self.autoencoder, self.controlnet)
         height, width = self.image_size(height, width, start or guide)
         seeds = image_seeds(seed, generator, len(prompts), num_images_per_prompt)
-        captions = self._encode(prompts, num_images_per_prompt)
+        captions = self.encode_prompts(prompts, num_images_per_prompt)
         if (cut := self.describe_cut(prompts)) is not None:
             warnings.warn(cut, stacklevel=2)
-        control = self._control(guide, height, width, len(prompts) * num_images_per_prompt, control_scale)
-        size = (height // self.autoencoder.compression, width // self.autoencoder.compression)
-        shape = (len(prompts) * num_images_per_prompt, self.transformer.config.in_channels, *size)
-        draw_noise = noise_source(shape, seeds, generator, self.device)
-        noise = draw_noise()
-        predict_velocity = self._predictor(captions, guidance_scale, guidance_interval, negative_prompt, control)
-        solve, sigmas = self._make_solver(solver, num_steps, draw_noise)
-
-        def draw(predict: PredictVelocity, latents: Tensor, grid: Tensor) -> Tensor:
-            drawn = solve(predict, latents, grid, on_step=on_step)
-            hint = f"lower guidance_scale={guidance_scale:g}" + (f" or control_scale={control_scale:g}" if guide else "")
-            check_finite(drawn, self.transformer, "transformer", hint=hint)
-            return drawn
-
-        if start is None:
-            images = decode_pictures(self.autoencoder, draw(predict_velocity, noise, sigmas))
+        null = self.encode_null(captions, negative_prompt)
+        count = len(prompts) * num_images_per_prompt
+        start = start.resized(height, width) if start else None
+        if start is not None and start.strength == 0:
+            images = start.copies(count)
         else:
-            images = redraw(self.autoencoder, start.resized(height, width), noise, sigmas, predict_velocity, draw)
+            size = (height // self.autoencoder.compression, width // self.autoencoder.compression)
+            latents = draw_latents(
+                self.transformer,
+                captions,
+                null,
+                noise_source((count, self.transformer.config.in_channels, *size), seeds, generator, self.device),
+                solver=solver,
+                num_steps=num_steps,
+                flow_shift=self.flow_shift,
+                guidance_scale=guidance_scale,
+                guidance_interval=guidance_interval,
+                control=self._control(guide, height, width, count, control_scale) if guide else None,
+                start=start.encode(self.autoencoder, count) if start else None,
+                on_step=on_step,
+            )
+            images = decode_pictures(self.autoencoder, latents)
+            images = start.keep(images) if start else images
         settings = {
             "height": height, "width": width, "num_steps": num_steps, "guidance_scale": guidance_scale,
             "guidance_interval": list(guidance_interval), "negative_prompt": negative_prompt, "solver": solver,
@@ -258,38 +261,6 @@ class TextToImage(nn.Module):
         }  # fmt: skip
         self._note(images, prompts, seeds, settings)
         return images
-
-    def _choose_solver(
-        self, solver: str | None, num_steps: int | None, negative_prompt: str | None, guidance_interval: tuple[float, float]
-    ) -> tuple[str, int]:
-        """The solver and its number of steps; None stands for the model's own. Raises ValueError for what it cannot take."""
-        sprints = self.transformer.config.guidance_embeds
-        solver = solver or (SCM if sprints else "flow_dpm_solver")
-        num_steps = (2 if sprints else 20) if num_steps is None else num_steps
-        if solver not in ((SCM,) if sprints else SOLVERS):
-            choices = "its own is scm" if sprints else f"choose one of {', '.join(SOLVERS)}"
-            raise ValueError(f"unknown solver {solver!r} for this model: {choices}")
-        if sprints and (negative_prompt or tuple(guidance_interval) != (0.0, 1.0)):
-            raise ValueError("Sana-Sprint guides within the model: it takes neither a negative_prompt nor a guidance_interval")
-        return solver, whole_number("num_steps", num_steps)
-
-    def _predictor(
-        self, captions: Caption, scale: float, interval: tuple[float, float], negative_prompt: str, control: Control | None
-    ) -> PredictVelocity:
-        """The velocity with guidance: Sana-Sprint's own, or that of two forward passes. Raises NotFiniteError."""
-        if self.transformer.config.guidance_embeds:
-            return embedded_guidance_velocity(self.transformer, captions, scale, control)
-        null = self._encode_null(captions, negative_prompt)
-        return guided_velocity(
-            self.transformer, captions, null, guidance_scale=scale, guidance_interval=interval, control=control
-        )
-
-    def _make_solver(self, name: str, num_steps: int, draw_noise: Callable[[], Tensor]) -> tuple[Solver, Tensor]:
-        """A solver and its grid. `draw_noise`: as `scm` takes it."""
-        if name == SCM:
-            return partial(scm, draw_noise=draw_noise), scm_sigmas(num_steps)
-        solve, make_grid = SOLVERS[name]
-        return solve, make_grid(num_steps, self.flow_shift)
 
     def _note(self, images: list[Image.Image], prompts: list[str], seeds: list[int] | None, settings: dict[str, Any]) -> None:
         """Note in each image how it was drawn; those of a prompt follow each other."""
@@ -305,14 +276,17 @@ class TextToImage(nn.Module):
         """Say which prompts are too long for the text encoder, which cuts them; None if none is."""
         return describe_cut(prompts, self.text_encoder.count_tokens(prompts), self.text_encoder.config.max_tokens)
 
-    def _encode(self, prompts: list[str], num_each: int) -> Caption:
-        """Encode prompts, each `num_each` times. Raises NotFiniteError."""
-        embeds, mask = (each.repeat_interleave(num_each, 0) for each in self.text_encoder.encode(prompts))
+    def encode_prompts(self, prompts: list[str], num_each: int = 1, *, use_instruction: bool = True) -> Caption:
+        """Encode prompts, each `num_each` times, behind the model's instruction text or without it. Raises NotFiniteError."""
+        encoded = self.text_encoder.encode(prompts, use_instruction=use_instruction)
+        embeds, mask = (each.repeat_interleave(num_each, 0) for each in encoded)
         self._check_states(embeds)
         return embeds, mask
 
-    def _encode_null(self, captions: Caption, negative_prompt: str) -> Caption:
-        """Encode what guidance leads away from. Raises NotFiniteError."""
+    def encode_null(self, captions: Caption, negative_prompt: str = "") -> Caption | None:
+        """Encode what guidance leads away from; None for Sana-Sprint, which has nothing of the kind. Raises NotFiniteError."""
+        if self.transformer.config.guidance_embeds:
+            return None
         null = self.text_encoder.encode_null(captions[1], self.transformer.config.null_caption, negative_prompt)
         self._check_states(null[0])
         return null
@@ -327,10 +301,9 @@ class TextToImage(nn.Module):
                 f"{name_dtype(dtype)}: take bfloat16 or float32 for the transformer"
             )
 
-    def _control(self, guide: GuidePictures | None, height: int, width: int, count: int, scale: float) -> Control | None:
+    def _control(self, guide: GuidePictures, height: int, width: int, count: int, scale: float) -> Control:
         """The ControlNet with the latents of its pictures, for `count` images. Raises ValueError if they have another size."""
-        if guide is None or self.controlnet is None:
-            return None
+        assert self.controlnet is not None, "GuidePictures.check asks for one"
         latents = guide.encode(height, width)
         return Control(self.controlnet, latents.repeat_interleave(count // len(latents), 0), scale)
 

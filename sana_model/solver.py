@@ -6,6 +6,8 @@ are computed without waiting for the device of the latents.
 """
 
 from collections.abc import Callable
+from functools import partial
+from itertools import count
 from typing import Protocol
 
 import torch
@@ -19,6 +21,9 @@ PredictVelocity = Callable[[Tensor, Tensor], Tensor]
 
 OnStep = Callable[[int, Tensor], None]
 """(index of the finished step, latents after it) -> None."""
+
+OnEstimate = Callable[[int, Tensor], None]
+"""(index of the prediction, the x_0 that it leads to) -> None."""
 
 
 def sampling_sigmas(num_steps: int, shift: float) -> Tensor:
@@ -94,6 +99,22 @@ def keep_known(predict_velocity: PredictVelocity, known_latents: Tensor, mask: T
         return torch.where(mask, velocity, (latents - known_latents) / sigma)
 
     return blended
+
+
+def watch_estimates(predict_velocity: PredictVelocity, on_estimate: OnEstimate) -> PredictVelocity:
+    """Make a velocity that, once predicted, shows where it leads: `on_estimate` gets x_0 = x - sigma velocity.
+
+    A solver makes one prediction a step, so this is once a step. Of the picture it shows more, and earlier, than the latents
+    after the step, which are still noisy.
+    """
+    indices = count()
+
+    def watched(latents: Tensor, sigma: Tensor) -> Tensor:
+        velocity = predict_velocity(latents, sigma).to(latents.dtype)
+        on_estimate(next(indices), latents - sigma * velocity)
+        return velocity
+
+    return watched
 
 
 def flow_dpm_solver(
@@ -243,7 +264,18 @@ SOLVERS: dict[str, tuple[Solver, Callable[[int, float], Tensor]]] = {
     "flow_dpm_solver": (flow_dpm_solver, sampling_sigmas),
     "flow_euler": (flow_euler, euler_sigmas),
 }
-"""A solver's name in a configuration -> (solver, its grid: (num_steps, shift) -> sigmas). Besides there is "scm"."""
+"""A solver's name in a configuration -> (solver, its grid: (num_steps, shift) -> sigmas). Besides there is `SCM`."""
+
+SCM = "scm"
+"""Name of the sampler of Sana-Sprint."""
+
+
+def make_solver(name: str, num_steps: int, shift: float, draw_noise: Callable[[], Tensor]) -> tuple[Solver, Tensor]:
+    """A solver of `SOLVERS`, or `SCM`, and its grid. `draw_noise`: as `scm` takes it. Raises ValueError as its grid does."""
+    if name == SCM:
+        return partial(scm, draw_noise=draw_noise), scm_sigmas(num_steps)
+    solve, make_grid = SOLVERS[name]
+    return solve, make_grid(num_steps, shift)
 
 
 def _check_num_steps(num_steps: int) -> None:

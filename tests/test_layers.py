@@ -23,6 +23,7 @@ ROOMS = (
     "sana_model/guidance",
     "sana_model/files",
     "sana_model/pictures",
+    "sana_model/drawing",
     "sana_model/controls",
     "sana_model/pipeline",
     "sana_model",

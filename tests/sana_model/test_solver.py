@@ -18,7 +18,9 @@ from sana_model.solver import (
     flow_dpm_solver,
     flow_euler,
     keep_known,
+    make_solver,
     sampling_sigmas,
+    watch_estimates,
 )
 
 STEPS = (8, 14, 20, 28, 50)
@@ -160,6 +162,25 @@ def test_latents_stay_in_float32_around_a_bf16_model(solver_name: str) -> None:
     assert set(seen) == {torch.float32} and latents.dtype == torch.float32
     assert [i for i, _ in done] == [0, 1, 2, 3, 4]
     assert torch.equal(done[-1][1], latents)
+
+
+@pytest.mark.parametrize("solver_name", [*SOLVERS, "scm"])
+def test_estimates_come_once_a_step_end_at_the_result_and_change_nothing(solver_name: str) -> None:
+    start, goal = (torch.randn(1, 4, 8, 8, generator=generator(seed)) for seed in (0, 1))
+
+    def draw(predict: PredictVelocity) -> Tensor:
+        noise = generator(2)
+        solve, sigmas = make_solver(solver_name, 5, 3.0, lambda: torch.randn(start.shape, generator=noise))
+        return solve(predict, start, sigmas)
+
+    def velocity(latents: Tensor, sigma: Tensor) -> Tensor:  # towards what is near the goal
+        return (latents - goal - 0.1 * torch.tanh(latents)) / sigma
+
+    seen: list[tuple[int, Tensor]] = []
+    drawn = draw(watch_estimates(velocity, lambda index, x0: seen.append((index, x0))))
+    assert torch.equal(drawn, draw(velocity)) and [index for index, _ in seen] == [0, 1, 2, 3, 4]
+    torch.testing.assert_close(seen[-1][1], drawn)
+    assert all((x0 - goal).abs().max() <= 0.11 for _, x0 in seen)
 
 
 @pytest.mark.gpu
