@@ -2,9 +2,9 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jobs.common.config import to_dict
 from jobs.common.job import run_job
@@ -84,12 +84,21 @@ def judge(job: TrainAutoencoderJob, result: "TrainAutoencoderResult") -> list[Ju
 
 def _pictures(job: TrainAutoencoderJob, name: str) -> "Pictures":
     """The pictures that the training did not see."""
-    from pipelines.evaluate.pictures import held_out_pictures, table_pictures
+    from pipelines.evaluate.pictures import chosen_pictures, table_pictures
+    from pipelines.train_autoencoder.stream import find_sources
 
-    other = job.train.validation.dataset_uri
-    images_uri = f"{absolute_uri(other or job.train.data.sources[0].dataset_uri or job.dataset_uri)}/{IMAGES_PATH}"
-    pictures = table_pictures(job.dataset_uri, name, images_uri)
-    return pictures if other is not None else held_out_pictures(pictures, job.train.data.held_out_share)
+    data, other = job.train.data, job.train.validation.dataset_uri
+    uri = absolute_uri(other or data.sources[0].dataset_uri or job.dataset_uri)
+    pictures = table_pictures(job.dataset_uri, name, f"{uri}/{IMAGES_PATH}")
+    if other is not None:
+        return pictures
+    source = find_sources(job.dataset_uri, data)[0]
+    choose = partial(source.chosen, held_out_share=data.held_out_share, held_out=True)
+    settings: dict[str, Any] = {"held_out_share": data.held_out_share}
+    if source.filters is not None:
+        settings["image_filters"] = {name: asdict(limit) for name, limit in source.filters.limits.items()}
+        settings["filtered_by"] = [table.require().fingerprint for table in source.filters.tables()]
+    return chosen_pictures(pictures, choose, settings)
 
 
 def make_report(job: TrainAutoencoderJob, result: "TrainAutoencoderResult", judged: Sequence[Judged]) -> str:

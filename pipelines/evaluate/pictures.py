@@ -1,7 +1,7 @@
 """Where the pictures that a metric judges come from: a samples table, a table of images, or a folder of files."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,11 +13,12 @@ import pyarrow.compute as pc
 
 from pipelines.stages.contract import ReadShard
 from pipelines.storage.files import NUM_THREADS, find_files, read_file
-from pipelines.tables.chance import is_held_out
 from pipelines.tables.schema import IMAGES, IMAGES_PATH, SAMPLES, samples_path
 from pipelines.tables.table import Table
 
 PICTURE_FILES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+Choose = Callable[[str, list[str]], list[bool]]
+"""Name of a shard and the ids of its pictures -> which of them to judge."""
 FILES_PER_SHARD = 250
 """Pictures of a folder that are in memory at a time, as files."""
 
@@ -66,18 +67,18 @@ def table_pictures(dataset_uri: str, name: str, images_uri: str) -> Pictures:
     )
 
 
-def held_out_pictures(pictures: Pictures, share: float) -> Pictures:
-    """Those of the pictures that trainings with this `held_out_share` do not see."""
+def chosen_pictures(pictures: Pictures, choose: Choose, settings: Mapping[str, Any]) -> Pictures:
+    """Those of the pictures that `choose` takes. `settings`: what identifies the choice."""
     return replace(
         pictures,
-        read_shard=partial(_read_held_out, pictures.read_shard, share),
-        settings={**pictures.settings, "held_out_share": share},
+        read_shard=partial(_read_chosen, pictures.read_shard, choose),
+        settings={**pictures.settings, **settings},
     )
 
 
-def _read_held_out(read_shard: ReadShard, share: float, shard: str) -> pa.Table:
+def _read_chosen(read_shard: ReadShard, choose: Choose, shard: str) -> pa.Table:
     rows = read_shard(shard)
-    return rows.filter(pa.array([is_held_out(row_id, share) for row_id in rows["id"].to_pylist()], pa.bool_()))
+    return rows.filter(pa.array(choose(shard, rows["id"].to_pylist()), pa.bool_()))
 
 
 def _read_images(images: Table, shard: str) -> pa.Table:

@@ -62,23 +62,13 @@ class TrainWorker(TrainingLoop[TrainConfig]):
             )
         return transformer
 
-    def train_step(self) -> bool:
-        config, lr = self.config, self.lr
-        for index in range(config.grad_accum_steps):
-            batch = next(self.stream)
-            caption = self.encode(batch)
-            sigma, noise = draw_noise(batch, config.flow, self.models.shift, whole=self.models.whole, seed=config.seed)
-            loss = self.flow_loss(batch, caption, sigma, noise)
-            last = index == config.grad_accum_steps - 1
-            self.engine.backward(self.guard.watch(loss.mean(), share=1 / config.grad_accum_steps, last=last))
-            self._count(batch, caption, loss, sigma)
-        grad_norm = self.engine.step(lr)
-        if self.guard.is_bad(grad_norm, self.meter.step_losses, scaled=config.engine.dtype == "fp16"):
-            self.handle_bad_step(grad_norm)
-            return False
-        self.ema.update(self.engine.master_weights())
-        self.meter.end_step(lr=lr, grad_norm=grad_norm)
-        return True
+    def losses_of(self, batch: MicroBatch) -> Tensor:
+        config = self.config
+        caption = self.encode(batch)
+        sigma, noise = draw_noise(batch, config.flow, self.models.shift, whole=self.models.whole, seed=config.seed)
+        loss = self.flow_loss(batch, caption, sigma, noise)
+        self._count(batch, caption, loss, sigma)
+        return loss
 
     def encode(self, batch: MicroBatch) -> Caption:
         """Return caption_embeds (B, L, D) and caption_mask (B, L) of a micro-batch."""

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from pipelines.train_autoencoder.config import Part
@@ -92,13 +92,16 @@ class TrainableAutoencoder(nn.Module):
     def last_gradient(self, gradient: Tensor) -> Tensor:
         """The gradient of the last convolution's weight in the last forward pass.
 
-        `gradient`: of the decoded image. (DeepSpeed does not let gradients pass through the outputs of its engine twice.)
+        `gradient`: of the decoded image, float32. The layer is computed anew, in float32: in float16, gradients that no loss
+        scale has enlarged would be rounded to 0, and DeepSpeed does not let gradients pass through its engine's outputs twice.
         """
-        last: Any = self.decoder.conv_out
-        weight = (last if isinstance(last, nn.Conv2d) else last.conv).weight
+        last = self.decoder.conv_out
+        weights = {name: weight.detach().float() for name, weight in last.named_parameters()}
+        name = "weight" if "weight" in weights else "conv.weight"
+        weights[name].requires_grad_()
         with torch.enable_grad():
-            decoded = last(self._features)
-        return torch.autograd.grad(decoded, weight, gradient.to(decoded.dtype))[0]
+            decoded = functional_call(last, weights, (self._features.float(),))
+        return torch.autograd.grad(decoded, weights[name], gradient)[0]
 
 
 def keep_first(count: int, channels: int, device: torch.device) -> Tensor:

@@ -7,14 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the top-level name wants torchvision
 
 from pipelines.train_autoencoder.config import PerceptualConfig
 from pipelines.workers.models import pretrained
 from sana_model.files.places import resolve
 from sana_model.files.tensors import read_weights_file
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 EPS = 1e-10
 Distance = Callable[[Tensor, Tensor], Tensor]
 """(image, other), both (B, 3, H, W) in [-1, 1] -> the distance of each pair, (B,)."""
@@ -43,9 +42,8 @@ class FeatureDistance(nn.Module):
         super().__init__()
         self.name = config.model
         self.model, self.size = load_vision_model(config.model, config.revision)
-        is_clip = "clip" in self.model.config.model_type
-        self.register_buffer("mean", torch.tensor(CLIP_MEAN if is_clip else IMAGENET_MEAN).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(CLIP_STD if is_clip else IMAGENET_STD).view(1, 3, 1, 1))
+        for name, values in zip(("mean", "std"), load_normalization(config.model, config.revision), strict=True):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1))
         self.layers = config.layers
         with torch.no_grad():
             found = len(self.hidden_states(torch.zeros(1, 3, self.size or 64, self.size or 64)))
@@ -89,6 +87,24 @@ def load_vision_model(path: str, revision: str | None) -> tuple[Any, int | None]
     side = getattr(model.config, "image_size", None)
     has_positions = any("position" in name for name, _ in model.named_parameters())
     return model, int(side) if isinstance(side, int) and has_positions else None
+
+
+def load_normalization(path: str, revision: str | None) -> tuple[list[float], list[float]]:
+    """Means and deviations of the channels, by which a vision model's images in [0, 1] are normalized.
+
+    Raises ValueError if the model has no image processor, which tells them.
+    """
+    place, options = pretrained(path, revision)
+    try:
+        processor: Any = AutoImageProcessor.from_pretrained(place, backend="pil", trust_remote_code=False, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"losses.perceptual.model={path} has no image processor (preprocessor_config.json), which tells how its images are "
+            f"normalized: {str(error).splitlines()[0]}"
+        ) from error
+    if not processor.do_normalize:
+        return [0.0] * 3, [1.0] * 3
+    return processor.image_mean, processor.image_std
 
 
 class Lpips(nn.Module):

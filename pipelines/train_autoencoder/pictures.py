@@ -8,13 +8,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipelines.tables.chance import is_held_out
 from pipelines.tables.rejects import RowRefused
 from pipelines.tables.schema import IMAGES, IMAGES_PATH
 from pipelines.tables.table import Table, absolute_uri
 from pipelines.train_autoencoder.config import TrainAutoencoderConfig
 from pipelines.train_autoencoder.crops import center_square, fits
-from pipelines.train_autoencoder.stream import COLUMNS, CropSource, find_sources
+from pipelines.train_autoencoder.stream import COLUMNS, CropSource, find_sources, shorter_sides
 from pipelines.workers.images import image_grid
 
 SMALLEST_ERROR = 1e-10
@@ -59,12 +58,12 @@ def _read(source: CropSource, config: TrainAutoencoderConfig) -> Iterator[np.nda
     source.table.require()
     for shard in source.table.list_shards():
         rows = source.table.read_shard(shard, COLUMNS)
-        for index, row_id in enumerate(rows["id"].to_pylist()):
-            shorter = min(rows["width"][index].as_py(), rows["height"][index].as_py())
-            if (share and not is_held_out(row_id, share)) or not fits(shorter, size, largest=1.0, max_upscale=upscale):
+        chosen = source.chosen(shard, rows["id"].to_pylist(), held_out_share=share, held_out=share > 0)
+        for shorter, image_bytes, shown in zip(shorter_sides(rows), rows["image_bytes"], chosen, strict=True):
+            if not shown or not fits(shorter, size, largest=1.0, max_upscale=upscale):
                 continue
             try:
-                yield center_square(rows["image_bytes"][index].as_py(), size)
+                yield center_square(image_bytes.as_py(), size)
             except RowRefused:
                 continue
 

@@ -4,7 +4,6 @@ Forward and backward passes of the real modules run on fake tensors, which have 
 `pipelines/train/preflight/memory.py`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,16 +25,18 @@ from pipelines.train.preflight.memory import (
     make_fake,
     step_bytes,
 )
+from pipelines.train.preflight.models import known_autoencoder
 from pipelines.train.preflight.run import ASSUMED_MFU, GIB
 from pipelines.train_autoencoder.config import PerceptualConfig, TrainAutoencoderConfig
 from pipelines.train_autoencoder.parts import TrainableAutoencoder, describe_parts
 from pipelines.train_autoencoder.perceptual import load_perceptual
-from pipelines.train_autoencoder.stream import COLUMNS, find_sources
-from sana_model.files.places import resolve
+from pipelines.train_autoencoder.stream import COLUMNS, find_sources, shorter_sides
 from sana_model.nn.autoencoder import DCAutoencoder
 from sana_model.nn.config import AUTOENCODER_PRESETS, AutoencoderConfig
 from sana_model.nn.discriminator import PatchDiscriminator
 
+ASSUMED_SHAPE = "dc-ae-f32c32-sana-1.1"
+"""Preset of an `init` that is not there yet, such as the result of a phase before."""
 VGG_16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)
 """Channels of VGG-16's convolutions; 0 is a pooling by 2."""
 
@@ -91,19 +92,16 @@ def find_shape(training: TrainAutoencoderConfig, problems: list[str]) -> Autoenc
     """The autoencoder's shape, without fetching weights from a hub."""
     if training.init is None:
         return training.new_shape()
-    remote = "://" in training.init and not training.init.startswith(("zoo://", "file://"))
-    known = next((shape for name, shape in AUTOENCODER_PRESETS.items() if "-" in name and name in training.init), None)
     try:
-        if not remote:
-            return DCAutoencoder.from_pretrained(resolve(training.init)).config
+        known = known_autoencoder(training.init)
     except FileNotFoundError:
-        if known is None:
-            known = AUTOENCODER_PRESETS["dc-ae-f32c32-sana-1.1"]
-            problems.append(f"init={training.init} is not there (yet): its shape is taken from dc-ae-f32c32-sana-1.1")
-            return known
-    if known is None:
+        known = None
+    if known is not None:
+        return known
+    if "://" in training.init and not training.init.startswith(("zoo://", "file://")):
         raise ValueError(f"init={training.init} is not on this machine, and its name tells no published shape: fetch it first")
-    return known
+    problems.append(f"init={training.init} is not there (yet): its shape is taken from {ASSUMED_SHAPE}")
+    return AUTOENCODER_PRESETS[ASSUMED_SHAPE]
 
 
 def _meta_perceptual(config: PerceptualConfig | None, problems: list[str]) -> nn.Module | None:
@@ -141,12 +139,11 @@ def _count(training: TrainAutoencoderConfig, model: TrainableAutoencoder, percep
         fixed["discriminator, its optimizer and gradients"] = (engine.torch_dtype.itemsize * 2 + 12) * size
     if engine.checkpoint_blocks:
         model.enable_gradient_checkpointing(engine.checkpoint_blocks)
-    activations, judging, flops = _count_passes(training, model, perceptual, discriminator)
+    activations, flops = _count_passes(training, model, perceptual, discriminator)
     gradients, bucket = gradient_bytes(training, trained)
     moments = {
         "forward and backward": {"gradients": gradients, "buckets of gradients": bucket, "activations": activations},
         "the optimizer's step": {"gradients": gradients, "step": step_bytes(engine, trained)},
-        "the discriminator's step": {"gradients": gradients, "discriminator's activations": judging},
     }
     micro_batches = training.num_workers * training.grad_accum_steps
     return Memory.largest(fixed, moments), flops * micro_batches
@@ -157,44 +154,31 @@ def _count_passes(
     model: TrainableAutoencoder,
     perceptual: nn.Module | None,
     discriminator: nn.Module | None,
-) -> tuple[int, int, float]:
-    """Bytes at the peak of the autoencoder's and of the discriminator's passes over a micro-batch of the largest crops, and the
-    FLOPs of both.
-    """
+) -> tuple[int, float]:
+    """Bytes at the peak of the passes over a micro-batch of the largest crops, and their FLOPs."""
     dtype, size = training.engine.torch_dtype, max(training.data.sizes)
-    peaks: list[int] = []
     with FakeTensorMode(), FlopCounterMode(display=False) as counted:
         networks = [network for network in (model, perceptual, discriminator) if network is not None]
         for network in networks:
             make_fake(network, dtype)
         model.train()
-
-        def measure(run: Callable[[Tensor], Tensor]) -> None:
-            counter = LiveBytes()
-            for network in networks:
-                counter.leave_out({name: one for name, one in [*network.named_parameters(), *network.named_buffers()]})
-                for weight in network.parameters():
-                    if weight.requires_grad:
-                        weight.register_post_accumulate_grad_hook(forget_gradient)
-            with counter:
-                run(torch.empty(training.micro_batch_size, 3, size, size)).backward()
-            peaks.append(counter.peak)
-
-        def reconstruct(image: Tensor) -> Tensor:
-            nothing = torch.empty(1, 1, 1, 1, dtype=dtype)
+        counter = LiveBytes()
+        for network in networks:
+            counter.leave_out({name: one for name, one in [*network.named_parameters(), *network.named_buffers()]})
+            for weight in network.parameters():
+                if weight.requires_grad:
+                    weight.register_post_accumulate_grad_hook(forget_gradient)
+        with counter:
+            image, nothing = torch.empty(training.micro_batch_size, 3, size, size), torch.empty(1, 1, 1, 1, dtype=dtype)
             decoded, _ = model(image.to(dtype), nothing, nothing)
             loss = (decoded.float() - image).abs().mean()
             if perceptual is not None:
                 loss = loss + _perceive(perceptual, decoded, image.to(dtype))
             if discriminator is not None:
                 loss = loss - discriminator(decoded).mean()
-            return loss
-
-        measure(reconstruct)
-        if discriminator is not None:
-            judge: Any = discriminator
-            measure(lambda image: judge(torch.cat([image, image]).to(dtype)).mean())
-    return peaks[0], peaks[1] if discriminator is not None else 0, float(counted.get_total_flops())
+                discriminator(torch.cat([image.to(dtype), decoded.detach()])).mean().backward()
+            loss.backward()
+    return counter.peak, float(counted.get_total_flops())
 
 
 def _perceive(perceptual: Any, decoded: Tensor, image: Tensor) -> Tensor:
@@ -217,13 +201,17 @@ def _look_at_tables(dataset_uri: str, result: AutoencoderPreflight) -> None:
             result.dataset.append(f"{source.table.uri} does not exist yet")
             num_passes += training.num_workers  # it may have as many
             continue
+        try:
+            source.check_complete()
+        except (MissingTableError, ValueError) as error:
+            result.problems.append(f"the training will refuse {source.table.uri} until this is mended: {error}")
         shards = source.table.list_shards()
         num_passes += len(shards) * source.times
         num_images += manifest.num_rows * source.times
         line = f"{source.table.uri}: {manifest.num_rows:,} images in {len(shards)} shards, {source.times} times an epoch"
         if shards:
             rows = source.table.read_shard(shards[0], COLUMNS[1:3])
-            sides = [min(size) for size in zip(rows["width"].to_pylist(), rows["height"].to_pylist(), strict=True)]
+            sides = shorter_sides(rows)
             small = sum(side < needed for side in sides) / max(len(sides), 1)
             line += f"; in the first of them {small:.1%} are too small for crops of {largest} pixels"
             if small > 0.5:

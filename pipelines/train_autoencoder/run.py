@@ -34,13 +34,14 @@ class TrainAutoencoderResult(TrainingResult):
 def train_autoencoder_identity(dataset_uri: str, config: TrainAutoencoderConfig) -> Identity:
     """Return all that the trained weights depend on.
 
-    Raises MissingTableError if a table does not exist, FileNotFoundError or ValueError if a model does not.
+    Raises MissingTableError if a table does not exist, ValueError if one is not complete, FileNotFoundError or ValueError if a
+    model does not exist.
     """
     from pipelines.train_autoencoder.stream import find_sources
 
     sources = find_sources(dataset_uri, config.data)
-    tables = [table for source in sources for table in (source.table, *(source.filters.tables() if source.filters else ()))]
-    inputs = {table.name_in(dataset_uri): table.require().fingerprint for table in tables}
+    found = [one for source in sources for one in source.check_complete()]
+    inputs = {table.name_in(dataset_uri): made.fingerprint for table, made in found}
     settings = value_settings(config)
     settings["data"] = settings["data"] | {"sources": [source.times for source in sources]}  # `inputs` says which they are
     models = {}

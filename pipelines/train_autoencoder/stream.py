@@ -13,6 +13,8 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ from pipelines.tables.chance import is_held_out, uniform
 from pipelines.tables.identity import Manifest
 from pipelines.tables.schema import IMAGES, IMAGES_PATH
 from pipelines.tables.table import Table, absolute_uri
+from pipelines.train.stream.mixture import check_finished, check_inputs
 from pipelines.train.stream.order import OrderedTable, RowOrder, Window
 from pipelines.train_autoencoder.config import CropConfig
 from pipelines.train_autoencoder.crops import CropJob, fits
@@ -42,9 +45,25 @@ class CropSource:
         """Raises MissingTableError if there is no such table."""
         return self.table.require()
 
-    def admitted(self, shard: str, ids: Sequence[str]) -> list[bool]:
-        """Whether the scores of each of these images of a shard let it in."""
-        return self.filters.read(shard, ids) if self.filters is not None else [True] * len(ids)
+    def check_complete(self) -> list[tuple[Table, Manifest]]:
+        """The tables with their manifests, once they are checked as `check_complete` checks those of latents. Raises as it."""
+        found = check_finished(self.tables())
+        check_inputs(found)
+        return found
+
+    def tables(self) -> list[Table]:
+        """The tables that are read, the images first."""
+        return [self.table, *(self.filters.tables() if self.filters is not None else [])]
+
+    def chosen(self, shard: str, ids: Sequence[str], *, held_out_share: float, held_out: bool = False) -> list[bool]:
+        """Which of these images of a shard are drawn: those that their scores let in and that are not held out.
+
+        `held_out`: those that are.
+        """
+        admitted = self.filters.read(shard, ids) if self.filters is not None else [True] * len(ids)
+        return [
+            let_in and is_held_out(row_id, held_out_share) == held_out for row_id, let_in in zip(ids, admitted, strict=True)
+        ]
 
 
 def find_sources(dataset_uri: str, config: CropConfig) -> list[CropSource]:
@@ -60,6 +79,11 @@ def find_sources(dataset_uri: str, config: CropConfig) -> list[CropSource]:
         )
         for uri, source in zip(uris, config.sources, strict=True)
     ]
+
+
+def shorter_sides(rows: pa.Table) -> list[int]:
+    """The shorter side in pixels of each image, from the columns width and height."""
+    return pc.min_element_wise(rows["width"], rows["height"]).to_pylist()
 
 
 class Draw(NamedTuple):
@@ -198,16 +222,12 @@ class CropStream:
     def _read(self, place: int) -> list[Draw | None]:
         source, shard = self._source(place), self._rows.places[place].shard
         rows = source.table.read_shard(shard, COLUMNS)
-        ids = rows["id"].to_pylist()
-        smallest = min(self.config.sizes)
-        draws: list[Draw | None] = []
-        admitted = source.admitted(shard, ids)
-        values = zip(ids, rows["width"].to_pylist(), rows["height"].to_pylist(), rows["image_bytes"], admitted, strict=True)
-        for row_id, width, height, image_bytes, let_in in values:
-            shorter = min(width, height)
-            out = not let_in or is_held_out(row_id, self.config.held_out_share) or not self._fits(shorter, smallest)
-            draws.append(None if out else Draw(source.table.uri, row_id, 0, shorter, image_bytes.as_py()))
-        return draws
+        ids, smallest = rows["id"].to_pylist(), min(self.config.sizes)
+        chosen = source.chosen(shard, ids, held_out_share=self.config.held_out_share)
+        return [
+            Draw(source.table.uri, row_id, 0, shorter, image_bytes.as_py()) if drawn and self._fits(shorter, smallest) else None
+            for row_id, shorter, image_bytes, drawn in zip(ids, shorter_sides(rows), rows["image_bytes"], chosen, strict=True)
+        ]
 
     def _check_sizes(self) -> None:
         """Raise ValueError if no image that is drawn is large enough for the largest crops."""
@@ -215,12 +235,9 @@ class CropStream:
         for table, shard in self._rows.places:
             source = self.sources[table]
             rows = source.table.read_shard(shard, COLUMNS[:3])
-            ids = rows["id"].to_pylist()
-            for row_id, width, height, let_in in zip(
-                ids, rows["width"].to_pylist(), rows["height"].to_pylist(), source.admitted(shard, ids), strict=True
-            ):
-                if let_in and not is_held_out(row_id, self.config.held_out_share):
-                    largest = max(largest, min(width, height))
+            chosen = source.chosen(shard, rows["id"].to_pylist(), held_out_share=self.config.held_out_share)
+            drawn = (shorter for shorter, one in zip(shorter_sides(rows), chosen, strict=True) if one)
+            largest = max(largest, *drawn, 0)
             if self._fits(largest, max(self.config.sizes)):
                 return
         names = ", ".join(source.table.uri for source in self.sources)

@@ -32,6 +32,8 @@ def write_autoencoder(
     start: Mapping[str, Tensor],
     weights: Mapping[str, Tensor],
     pictures: Sequence[np.ndarray],
+    *,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Write the trained autoencoder in float32, the statistics of its latents, and pictures decoded before and after.
 
@@ -42,14 +44,13 @@ def write_autoencoder(
         start: the weights that the training began with.
         weights: those of the engine; only trained ones are taken, the others stay as they were, bit for bit.
         pictures: (size, size, 3) uint8 each, to measure the latents on.
+        device: where they are encoded and decoded.
 
     Returns scaling_factor, and mean and deviation of the unscaled latents. Raises StorageError.
     """
     state = dict(start) | {name: weights[name].to(start[name].dtype) for name in trained_names(list(weights), config.parts)}
-    with torch.device("meta"):
-        model = DCAutoencoder(shape)
-    model.load_state_dict(state, assign=True)
-    statistics = latent_statistics(model.eval(), pictures)
+    model = _load(shape, state, device)
+    statistics = latent_statistics(model, pictures)
     if config.scaling_factor is None and config.trains_encoder:
         model.config = replace(shape, scaling_factor=round(1 / statistics["std"], 5))
     statistics["scaling_factor"] = model.config.scaling_factor
@@ -57,10 +58,8 @@ def write_autoencoder(
         model.save_pretrained(Path(folder))
         upload_folder(folder, f"{output_uri}/{AUTOENCODER_DIR}")
     if shown := pictures[: config.validation.grid]:
-        with torch.device("meta"):
-            before = DCAutoencoder(shape)
-        before.load_state_dict(start, assign=True)
-        sides = [np.concatenate([decode_pixels(one, picture) for picture in shown]) for one in (before.eval(), model)]
+        both = (_load(shape, start, device), model)
+        sides = [np.concatenate([decode_pixels(one, picture) for picture in shown]) for one in both]
         write_file(f"{output_uri}/{COMPARISON}", to_png(show(np.stack(shown), *sides)))
     write_file(f"{output_uri}/{STATISTICS}", (json.dumps(statistics, indent=2) + "\n").encode())
     return {
@@ -70,10 +69,23 @@ def write_autoencoder(
     }
 
 
+def _load(shape: AutoencoderConfig, state: Mapping[str, Tensor], device: torch.device) -> DCAutoencoder:
+    """An autoencoder with these weights, in evaluation mode."""
+    with torch.device("meta"):
+        model = DCAutoencoder(shape)
+    model.load_state_dict(state, assign=True)
+    return model.eval().to(device)
+
+
+def _to_image(picture: np.ndarray, model: DCAutoencoder) -> Tensor:
+    """A picture (size, size, 3) uint8 as an image (1, 3, size, size) where the autoencoder is."""
+    return to_image(to_crops([picture]), next(model.parameters()).device)
+
+
 @torch.no_grad()
 def decode_pixels(model: DCAutoencoder, picture: np.ndarray) -> np.ndarray:
     """A picture (size, size, 3) uint8, encoded and decoded again, (1, size, size, 3) uint8."""
-    return to_pixels(model.decode(model.encode(to_image(to_crops([picture]), torch.device("cpu")))))
+    return to_pixels(model.decode(model.encode(_to_image(picture, model))))
 
 
 @torch.no_grad()
@@ -85,7 +97,7 @@ def latent_statistics(model: DCAutoencoder, pictures: Sequence[np.ndarray]) -> d
     sums = torch.zeros(2, channels, dtype=torch.float64)
     count = 0
     for picture in pictures:
-        latents = model.encoder(to_image(to_crops([picture]), torch.device("cpu")))[0].double().flatten(1)
+        latents = model.encoder(_to_image(picture, model))[0].cpu().double().flatten(1)
         sums += torch.stack([latents.sum(1), latents.square().sum(1)])
         count += latents.shape[1]
     means, squares = sums / count

@@ -1,9 +1,7 @@
 """The training of an autoencoder in a worker: its models, its step, fixed pictures, and the trained autoencoder."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,20 +27,6 @@ from sana_model.nn.autoencoder import DCAutoencoder
 
 DISCRIMINATOR = "discriminator"
 """Name of the discriminator's part of a checkpoint."""
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """A micro-batch after the autoencoder's forward pass: image and decoded (B, 3, H, W), its loss (B,) and the parts of it."""
-
-    image: Tensor
-    decoded: Tensor
-    loss: Tensor
-    parts: Mapping[str, Tensor]
-
-    def detached(self) -> "Decoded":
-        """The same without what gradients need."""
-        return replace(self, decoded=self.decoded.detach(), loss=self.loss.detach(), parts={})
 
 
 class AutoencoderWorker(TrainingLoop[TrainAutoencoderConfig]):
@@ -111,35 +95,8 @@ class AutoencoderWorker(TrainingLoop[TrainAutoencoderConfig]):
         super().restore()
         self.outputs.say(self.parts)
 
-    def train_step(self) -> bool:
-        config, lr = self.config, self.lr
-        learns = self.adversary is not None and self.adversary.learns(self.step)
-        kept: list[Decoded] = []
-        for index in range(config.grad_accum_steps):
-            batch = next(self.stream)
-            made = self.reconstruct(batch)
-            last = index == config.grad_accum_steps - 1
-            self.engine.backward(self.guard.watch(made.loss.mean(), share=1 / config.grad_accum_steps, last=last))
-            self._count(batch, made)
-            if learns:
-                kept.append(made.detached())
-        grad_norm = self.engine.step(lr)
-        scaled = config.engine.dtype == "fp16"
-        whose, norm = "gradients", grad_norm
-        if learns and (scaled or math.isfinite(grad_norm)):
-            judged = self.train_discriminator(kept)
-            if not math.isfinite(judged):
-                whose, norm, scaled = "discriminator's gradients", judged, False
-        # One verdict a step: bad steps in a row are counted whichever of the two is at fault.
-        if self.guard.is_bad(norm, self.meter.step_losses, scaled=scaled):
-            self.handle_bad_step(norm, whose=whose)
-            return False
-        self.ema.update(self.engine.master_weights())
-        self.meter.end_step(lr=lr, grad_norm=grad_norm)
-        return True
-
-    def reconstruct(self, batch: CropBatch) -> Decoded:
-        """Encode and decode a micro-batch, and compute its loss."""
+    def losses_of(self, batch: CropBatch) -> Tensor:
+        """Encode and decode a micro-batch, and compute its loss, (B,), see `TrainingLoop.losses_of`."""
         config = self.config
         image = to_image(batch.images, self.device)
         side = image.shape[-1] // self.autoencoder.compression
@@ -154,7 +111,23 @@ class AutoencoderWorker(TrainingLoop[TrainAutoencoderConfig]):
             weight = self.adversary.weight(loss.mean(), adversarial.mean(), decoded, self.engine.module)
             loss = loss + weight * adversarial
             parts |= {"adversarial": adversarial, "adversarial_weight": weight}
-        return Decoded(image, decoded, loss, {f"loss.{name}": part for name, part in parts.items()})
+        self._count(batch, loss, {f"loss.{name}": part for name, part in parts.items()})
+        if self.adversary is not None and self.adversary.learns(self.step):
+            self.meter.add_parts(self.adversary.backward(image, decoded))
+        return loss
+
+    def broken_companion(self) -> str | None:
+        adversary = self.adversary
+        broken = adversary is not None and adversary.learns(self.step) and not adversary.engine.gradients_are_finite()
+        return DISCRIMINATOR if broken else None
+
+    def step_companions(self, *, bad: bool) -> None:
+        if self.adversary is None or not self.adversary.learns(self.step):
+            return
+        if bad:
+            self.adversary.engine.drop_step()
+        else:
+            self.meter.add_parts({"discriminator.grad_norm": torch.tensor(self.adversary.step(self.step))})
 
     @property
     def num_channels(self) -> int:
@@ -166,18 +139,9 @@ class AutoencoderWorker(TrainingLoop[TrainAutoencoderConfig]):
         """The `keep` of `TrainableAutoencoder.forward` for the first `count` channels."""
         return keep_first(count, self.autoencoder.latent_channels, self.device)
 
-    def train_discriminator(self, kept: list[Decoded]) -> float:
-        """Make the discriminator's step on the step's crops. Returns the norm of its gradients, see `Engine.step`."""
-        assert self.adversary is not None
-        for made in kept:
-            self.meter.add_parts(self.adversary.backward(made.image, made.decoded))
-        grad_norm = self.adversary.step(self.step)
-        self.meter.add_parts({"discriminator.grad_norm": torch.tensor(grad_norm)})
-        return grad_norm
-
-    def _count(self, batch: CropBatch, made: Decoded) -> None:
+    def _count(self, batch: CropBatch, loss: Tensor, parts: Mapping[str, Tensor]) -> None:
         """Add a micro-batch to the measurements and to the record of samples."""
-        self.meter.add(made.loss, made.parts)
+        self.meter.add(loss, parts)
         self.outputs.add_batch(self.step + 1, batch)
         if batch.num_refused:
             self.num_refused += batch.num_refused
@@ -215,10 +179,13 @@ class AutoencoderWorker(TrainingLoop[TrainAutoencoderConfig]):
                 yield
             self.engine.apply_master_weights()
 
-    def decode_again(self, image: Tensor, num_channels: int) -> tuple[Tensor, Tensor]:
-        """Image (B, 3, H, W) to the decoded one and its latents."""
-        decoded, latents = self.engine(image, self.keep(num_channels), torch.zeros(1, 1, 1, 1, device=self.device))
-        return decoded.float(), latents
+    def encode(self, image: Tensor) -> Tensor:
+        """Image (B, 3, H, W) to unscaled latents, in the engine's dtype."""
+        return self.engine.module.encoder(image.to(self.config.engine.torch_dtype))
+
+    def decode(self, latents: Tensor, num_channels: int) -> Tensor:
+        """Unscaled latents, of which the first channels are kept, to the image (B, 3, H, W), float32."""
+        return self.engine.module.decoder(latents * self.keep(num_channels).to(latents.dtype)).float()
 
     def validate(self) -> None:
         """Measure PSNR and loss on the fixed pictures, shared out among the ranks, and send them to MLflow."""
@@ -228,8 +195,9 @@ class AutoencoderWorker(TrainingLoop[TrainAutoencoderConfig]):
         sums = torch.zeros(len(counts) + 2, dtype=torch.float64, device=self.device)
         for start in range(self.rank * config.micro_batch_size, len(self.pictures), self.world_size * config.micro_batch_size):
             image = to_image(to_crops(self.pictures[start : start + config.micro_batch_size]), self.device)
+            latents = self.encode(image)
             for index, count in enumerate(counts):
-                decoded, latents = self.decode_again(image, count)
+                decoded = self.decode(latents, count)
                 sums[index] += psnrs(decoded, image).sum()
             parts = picture_losses(config.losses, self.perceptual, decoded, image) | latent_losses(config.losses, latents)
             sums[-2] += weighted_sum(config.losses, parts).sum()
@@ -245,10 +213,8 @@ class AutoencoderWorker(TrainingLoop[TrainAutoencoderConfig]):
         """Write the grid of fixed pictures and their reconstructions as a PNG file, and send it to MLflow."""
         if self.rank == 0:
             chosen = self.pictures[: self.config.validation.grid]
-            rows = [
-                to_pixels(self.decode_again(to_image(to_crops([one]), self.device), self.autoencoder.latent_channels)[0])[0]
-                for one in chosen
-            ]
+            images = [to_image(to_crops([one]), self.device) for one in chosen]
+            rows = [to_pixels(self.decode(self.encode(image), self.autoencoder.latent_channels))[0] for image in images]
             self.outputs.show_picture(self.step, show(np.stack(chosen), np.stack(rows)))
 
     def write_result(self) -> dict[str, Any]:
@@ -256,5 +222,7 @@ class AutoencoderWorker(TrainingLoop[TrainAutoencoderConfig]):
             weights = self.engine.gather_weights()
         if weights is None:
             return {}
-        figures = write_autoencoder(self.task.output_uri, self.config, self.autoencoder, self.start, weights, self.pictures)
+        figures = write_autoencoder(
+            self.task.output_uri, self.config, self.autoencoder, self.start, weights, self.pictures, device=self.device
+        )
         return figures | ({} if self.psnr is None else {"psnr": self.psnr})

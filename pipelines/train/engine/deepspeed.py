@@ -121,6 +121,21 @@ class Engine:
         self._average_buffers()
         return float(grad_norm)
 
+    def _gradients(self) -> list[Tensor]:
+        """The gradients that `step` will apply, without ZeRO: whole, and the same on all ranks."""
+        assert self.config.zero_stage == 0
+        return [weight.grad for weight in self.module.parameters() if weight.grad is not None]
+
+    def gradients_are_finite(self) -> bool:
+        """Whether `step` would change the weights; to be asked after the last micro-batch. Only without ZeRO."""
+        return bool(torch.stack([torch.isfinite(gradient).all() for gradient in self._gradients()]).all())
+
+    def drop_step(self) -> None:
+        """End the step and leave weights and optimizer as they are. Only without ZeRO."""
+        for gradient in self._gradients():
+            gradient.fill_(float("nan"))
+        self.step(0.0)
+
     def _buffers(self) -> dict[str, Tensor]:
         """The model's stored buffers by name, such as the statistics of batch norms."""
         weights = {name for name, _ in self.module.named_parameters()}

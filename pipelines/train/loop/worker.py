@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 import ray.train
 import ray.train.torch
 import torch
+from torch import Tensor
 
 from pipelines.tables.errors import TrainingError, TrainingInputError
 from pipelines.train.engine.checkpoint_places import CHECKPOINTS_DIR
@@ -35,7 +36,7 @@ Loaded = TypeVar("Loaded")
 class TrainingLoop(ABC, Generic[Config]):
     """One rank of a training. The process group must exist. Call `restore`, `train` and `finish`, on all ranks alike.
 
-    A subclass sets `source`, `engine`, `ema` and `meter` when it is made, and says what a step is.
+    A subclass sets `source`, `engine`, `ema` and `meter` when it is made, and says what the loss is.
 
     Args:
         task: what to train.
@@ -77,8 +78,18 @@ class TrainingLoop(ABC, Generic[Config]):
         )
 
     @abstractmethod
-    def train_step(self) -> bool:
-        """Make one step. Returns False if it was bad and does not count."""
+    def losses_of(self, batch: Any) -> Tensor:
+        """Return the loss of each sample of a micro-batch, (B,), and count what it measures.
+
+        Companions that learn in this step get their gradients of the micro-batch here.
+        """
+
+    def broken_companion(self) -> str | None:
+        """Return the name of a companion whose gradients of this step are not finite. The same on all ranks."""
+        return None
+
+    def step_companions(self, *, bad: bool) -> None:
+        """Update the companions that learn in this step, or leave them as they are if it was bad."""
 
     @abstractmethod
     def between_steps(self, *, last: bool) -> None:
@@ -154,12 +165,34 @@ class TrainingLoop(ABC, Generic[Config]):
                     self.step += 1
                     self.after_step()
 
+    def train_step(self) -> bool:
+        """Make one step. Returns False if it was bad: then nothing was updated, and it does not count."""
+        config, lr = self.config, self.lr
+        broken = None
+        for index in range(config.grad_accum_steps):
+            loss = self.losses_of(next(self.stream)).mean()
+            last = index == config.grad_accum_steps - 1
+            loss = self.guard.watch(loss, share=1 / config.grad_accum_steps, last=last)
+            if last and (broken := self.broken_companion()) is not None:
+                loss = loss * float("nan")  # one verdict for all models: nor are the engine's gradients applied
+            self.engine.backward(loss)
+        grad_norm = self.engine.step(lr)
+        scaled = config.engine.dtype == "fp16" and broken is None
+        bad = self.guard.is_bad(grad_norm, self.meter.step_losses, scaled=scaled)
+        self.step_companions(bad=bad)
+        if bad:
+            self.handle_bad_step(grad_norm, whose="gradients" if broken is None else f"{broken}'s gradients")
+            return False
+        self.ema.update(self.engine.master_weights())
+        self.meter.end_step(lr=lr, grad_norm=grad_norm)
+        return True
+
     @property
     def lr(self) -> float:
         """Learning rate of the current step."""
         return learning_rate(self.step, self.config.num_steps, self.config.optim)
 
-    def handle_bad_step(self, grad_norm: float, *, whose: str = "gradients") -> None:
+    def handle_bad_step(self, grad_norm: float, *, whose: str) -> None:
         """Do what `bad_steps.policy` says. Raises TrainingError if the training should end. `whose`: the norm's name."""
         policy, losses = self.config.bad_steps.policy, torch.cat(self.meter.step_losses)
         self.meter.drop_step()

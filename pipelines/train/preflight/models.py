@@ -120,13 +120,16 @@ def _find_transformer(
 
 def find_autoencoder(path: str, problems: list[str]) -> AutoencoderConfig | None:
     """Return an autoencoder's shape; None, and a sentence in `problems`, if it is neither here nor known by its name."""
+    if (found := known_autoencoder(path)) is None:
+        problems.append(f"the autoencoder {path} is not on this machine: its memory is not counted")
+    return found
+
+
+def known_autoencoder(path: str) -> AutoencoderConfig | None:
+    """Return the shape of an autoencoder that is on this machine or known by its name. Raises as `resolve`."""
     if (place := _if_here(path)) is not None:
         return DCAutoencoder.from_pretrained(place).config
-    for name, config in AUTOENCODER_PRESETS.items():
-        if "-" in name and name in path:
-            return config
-    problems.append(f"the autoencoder {path} is not on this machine: its memory is not counted")
-    return None
+    return next((config for name, config in AUTOENCODER_PRESETS.items() if "-" in name and name in path), None)
 
 
 def find_text_encoder(companions: Companions, problems: list[str]) -> tuple[Any, TextEncoder | None]:

@@ -107,18 +107,28 @@ def check_complete(source: Source) -> list[tuple[Table, Manifest]]:
     Raises MissingTableError if a table is missing; ValueError, naming it, if its stage has not finished, it lacks a shard, or
     it was not made from the tables that it is joined with.
     """
-    shards = source.table.list_shards()
-    found = [(table, table.require()) for table in source.tables()]
+    found = check_finished(source.tables())
+    check_inputs(found[: len(source.joined_tables())])
+    return found
+
+
+def check_finished(tables: Sequence[Table]) -> list[tuple[Table, Manifest]]:
+    """Return these tables of a dataset with their manifests.
+
+    Raises MissingTableError if one is missing; ValueError, naming it, if its stage has not finished, or it lacks a shard that
+    the first one has.
+    """
+    shards = tables[0].list_shards()
+    found = [(table, table.require()) for table in tables]
     for table, manifest in found:
         if not manifest.complete:
             raise ValueError(f"{table.uri} is not complete: let its stage finish first, or samples would come and go")
         if missing := set(shards).difference(table.list_shards()):
-            raise ValueError(f"{table.uri} has no shard {min(missing)}, which {source.table.uri} has: run its stage again")
-    _check_inputs(found[: len(source.joined_tables())])
+            raise ValueError(f"{table.uri} has no shard {min(missing)}, which {tables[0].uri} has: run its stage again")
     return found
 
 
-def _check_inputs(tables: Sequence[tuple[Table, Manifest]]) -> None:
+def check_inputs(tables: Sequence[tuple[Table, Manifest]]) -> None:
     """Raise ValueError if two tables of a dataset were made from different versions of a third, or of one of the two.
 
     Scores would be those of captions that are no longer there, or captions would lie in another shard than their images.

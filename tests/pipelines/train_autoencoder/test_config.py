@@ -79,3 +79,13 @@ def test_a_discriminator_that_wins_or_collapses_is_told_once() -> None:
     collapsed = look(1000 + WATCHED_STEPS, 0.5, 0.001)
     assert collapsed is not None and "has collapsed: since step 1000" in collapsed
     assert look(2000, 0.7, 0.5) is None
+
+
+def test_the_adaptive_weight_bears_gradients_too_small_for_float16() -> None:
+    """Means of losses have gradients of some 1e-8 for each pixel, and float16 ends at 6e-8."""
+    model = TrainableAutoencoder(DCAutoencoder(tiny_training().new_shape()), ("all",), keeps_features=True).half()
+    image = torch.rand(1, 3, 32, 32, dtype=torch.float16)
+    model(image, torch.ones(1, 4, 1, 1).half(), torch.zeros(1, 1, 1, 1).half())
+    gradient = torch.randn(1, 3, 32, 32)
+    small, large = (model.last_gradient(scale * gradient).norm() for scale in (1e-9, 1.0))
+    torch.testing.assert_close(small, 1e-9 * large)

@@ -11,13 +11,19 @@ import pytest
 import torch
 from PIL import Image
 
+from pipelines.score.config import ImageFilter
 from pipelines.tables.chance import is_held_out
+from pipelines.tables.identity import Identity
+from pipelines.tables.schema import IMAGE_SCORES
 from pipelines.tables.table import Table
 from pipelines.train.stream.prefetch import PrefetchedStream
-from pipelines.train_autoencoder.config import CropConfig, ImageSource
+from pipelines.train_autoencoder.config import CropConfig, ImageSource, PictureConfig
 from pipelines.train_autoencoder.crops import CropJob, crop_box, cut_crop
+from pipelines.train_autoencoder.pictures import read_pictures
+from pipelines.train_autoencoder.run import train_autoencoder_identity
 from pipelines.train_autoencoder.stream import CropBatch, CropStream, find_sources
-from tests.support.autoencoder_world import make_image_row, make_images, to_row, write_images
+from tests.support.autoencoder_world import make_image_row, make_images, tiny_training, to_row, write_images
+from tests.support.training_world import write_table
 
 CONFIG = CropConfig(sizes=(16, 32), decode_processes=0, shuffle_shards=2)
 
@@ -97,6 +103,25 @@ def test_mixtures_held_out_images_and_small_ones(tmp_path: Path, table: Table) -
         epoch // 3 for batch in batches for epoch, uri in zip(batch.epochs, batch.tables, strict=True) if str(tmp_path) in uri
     )
     assert set(draws(batches).values()) == {1} and theirs[0] > 3
+
+
+def test_scores_choose_what_is_trained_on_and_what_is_measured_on(tmp_path: Path) -> None:
+    images = make_images(tmp_path, [30])
+    shard = images.list_shards()[0]
+    ids = images.read_shard(shard, ["id"])["id"].to_pylist()
+    rows = [{"id": row_id, "score": float(index), "detail": None} for index, row_id in enumerate(ids)]
+    scores = Table(str(tmp_path), "image_scores/aesthetic", IMAGE_SCORES)
+    write_table(scores, Identity("score_images", {}, {}, {}), {shard: rows})
+    data = replace(CONFIG, held_out_share=0.4, image_filters={"aesthetic": ImageFilter(min=10.0)})
+    training = tiny_training(data=data, validation=PictureConfig(num_images=30, size=16))
+    admitted = set(ids[10:])
+    held_out = {row_id for row_id in admitted if is_held_out(row_id, 0.4)}
+    assert {row_id for batch in take(make_stream(images, data), 20) for row_id in batch.ids} == admitted - held_out
+    assert len(read_pictures(str(tmp_path), training)) == len(held_out) > 3
+    assert "image_scores/aesthetic" in train_autoencoder_identity(str(tmp_path), training).inputs
+    write_table(scores, Identity("score_images", {}, {}, {}), {shard: rows}, complete=False)
+    with pytest.raises(ValueError, match="aesthetic is not complete"):
+        train_autoencoder_identity(str(tmp_path), training)
 
 
 def test_crops_lie_within_the_image_and_reach_its_edges() -> None:

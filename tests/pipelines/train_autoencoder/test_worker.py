@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
@@ -94,6 +95,35 @@ def test_bad_steps(tmp_path: Path, dataset: Path, config: TrainAutoencoderConfig
     for name in ("skip", "warm"):  # it never recovers
         assert trained[name].error is not None and trained[name].num_bad >= 3, name
     assert "norm of the discriminator's gradients" in (trained["warm"].error or "")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("broken", ["autoencoder", "discriminator"])
+def test_a_step_that_is_bad_for_one_of_the_two_changes_neither(
+    tmp_path: Path, dataset: Path, config: TrainAutoencoderConfig, broken: str, dtype: Any
+) -> None:
+    skip = replace(config, bad_steps=BadStepConfig(policy="skip"), engine=EngineConfig(zero_stage=0, dtype=dtype))
+    task = TrainTask(config=skip, dataset_uri=str(dataset), inputs={}, output_uri=str(tmp_path / "run"))
+    with one_worker():
+        worker = AutoencoderWorker(task, device=torch.device("cpu"))
+    worker.restore()
+    assert worker.adversary is not None and worker.train_step()
+    engines = {"autoencoder": worker.engine, "discriminator": worker.adversary.engine}
+
+    def state() -> list[torch.Tensor]:
+        tensors = [one for engine in engines.values() for one in engine.master_weights()]
+        tensors += [one for engine in engines.values() for moments in engine.moments().values() for one in moments]
+        return [one.detach().clone() for one in (*tensors, *worker.ema.averages)]
+
+    before = state()
+    weight = next(engines[broken].module.parameters())
+    hook = weight.register_hook(lambda gradient: gradient * float("nan"))
+    assert not worker.train_step() and worker.guard.num_bad == 1
+    assert all(torch.equal(one, other) for one, other in zip(before, state(), strict=True))
+    hook.remove()
+    assert worker.train_step()
+    assert not any(torch.equal(one, other) for one, other in zip(before, state(), strict=True) if one.numel() > 100)
+    worker.stream.close()
 
 
 def test_what_it_tells_and_writes(tmp_path: Path, dataset: Path, config: TrainAutoencoderConfig) -> None:
