@@ -9,6 +9,7 @@ import ray
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels run on CPU tensors; read where Triton is first imported
 
 # One thread a process: the tiny models of the tests gain nothing from two, and threads that wait for a busy core lose much.
 torch.set_num_threads(1)

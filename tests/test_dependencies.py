@@ -20,7 +20,8 @@ LOADED_BY_NAME = {
 """Declared, and imported by another library."""
 
 WITH_EXTRAS = {"jobs/benchmark/": "dev", "pipelines/caption/vllm": "vllm", "sana_model/files/opencv": "controls"} | {
-    "pipelines/train_autoencoder/perceptual": "lpips"
+    "pipelines/train_autoencoder/perceptual": "lpips",
+    "sana_model/kernels/triton_": "triton",
 }
 """Files that begin so may import what an extra of pyproject.toml declares."""
 

@@ -1,30 +1,32 @@
 """`sana_model` against diffusers 0.42, part by part, with random weights of the published shapes."""
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Protocol
 
 import diffusers
 import torch
 from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
 
 from jobs.benchmark.config import ModelConfig
+from jobs.benchmark.inputs import (
+    CAPTION_TOKENS,
+    FLOW_SHIFT,
+    GUIDANCE_SCALE,
+    NUM_STEPS,
+    make_captions,
+    make_text_encoder,
+    make_transformer_inputs,
+)
 from jobs.benchmark.timing import Entry, format_timings, time_entry
 from jobs.benchmark.variants import SPRINT_FIELDS, Pair, controlnet_sampling, make_controlnets, sprint_sampling
-from sana_model.guidance import guided_velocity
+from sana_model.guidance import Caption, guided_velocity
 from sana_model.nn.autoencoder import DCAutoencoder
-from sana_model.nn.config import PRESETS, TextEncoderConfig
-from sana_model.nn.text_encoder import TextEncoder
+from sana_model.nn.config import PRESETS, SanaConfig
 from sana_model.nn.transformer import SanaTransformer
 from sana_model.solver import flow_dpm_solver, sampling_sigmas
-
-CAPTION_TOKENS, PADDED_TOKENS = 60, 300
-INSTRUCTION_TOKENS = 242  # with them the published computation runs over 540 tokens
-NUM_STEPS, GUIDANCE_SCALE, FLOW_SHIFT = 20, 4.5, 3.0
 
 
 class MakeEntry(Protocol):
@@ -88,7 +90,7 @@ def _variants(config: ModelConfig, device: torch.device, dtype: torch.dtype, ent
     if "sprint" in config.parts:
         sprints = make_transformers(device, dtype, config.depth, **SPRINT_FIELDS)
         for size in config.sizes:
-            latents, _, *captions = _transformer_inputs(sprints[0], size, config.batch_size)
+            latents, _, *captions = make_transformer_inputs(sprints[0], size, config.batch_size)
             pair = sprint_sampling(*sprints, latents, (captions[0], captions[1]), GUIDANCE_SCALE)
             yield entry("Sprint 2 steps", f"{size} px", pair, config.repeats)
         del sprints
@@ -96,8 +98,8 @@ def _variants(config: ModelConfig, device: torch.device, dtype: torch.dtype, ent
         steered = make_transformers(device, dtype, max(config.depth, 2))
         controlnets = make_controlnets(*steered)
         for size in config.sizes:
-            latents, _, *captions = _transformer_inputs(steered[0], size, config.batch_size)
-            null = _captions(config.batch_size, device, dtype, real=1)
+            latents, _, *captions = make_transformer_inputs(steered[0], size, config.batch_size)
+            null = make_captions(config.batch_size, device, dtype, real=1)
             settings: dict[str, Any] = {"num_steps": NUM_STEPS, "guidance_scale": GUIDANCE_SCALE, "flow_shift": FLOW_SHIFT}
             pair = controlnet_sampling(steered, controlnets, latents, (captions[0], captions[1]), null, **settings)
             yield entry("ControlNet sampling", f"{size} px", pair, few)
@@ -107,33 +109,25 @@ def make_transformers(
     device: torch.device, dtype: torch.dtype, depth: int, **fields: Any
 ) -> tuple[SanaTransformer, SanaTransformer2DModel]:
     """Ours and diffusers', as wide as Sana-0.6B. `fields`: others of `SanaConfig`."""
-    config = replace(PRESETS["sana-0.6b"], **fields)
-    peer = SanaTransformer2DModel(
+    config = replace(PRESETS["sana-0.6b"], depth=depth, **fields)
+    return SanaTransformer(config).to(device, dtype), make_peer_transformer(config).to(device, dtype)
+
+
+def make_peer_transformer(config: SanaConfig) -> SanaTransformer2DModel:
+    """diffusers' transformer of this shape."""
+    return SanaTransformer2DModel(
         num_attention_heads=config.num_heads,
-        num_layers=depth,
+        num_layers=config.depth,
         num_cross_attention_heads=config.num_cross_heads,
         cross_attention_head_dim=config.dim // config.num_cross_heads,
         cross_attention_dim=config.dim,
         qk_norm="rms_norm_across_heads" if config.qk_norm else None,
         guidance_embeds=config.guidance_embeds,
     )
-    return SanaTransformer(replace(config, depth=depth)).to(device, dtype), peer.to(device, dtype)
-
-
-def _captions(batch_size: int, device: torch.device, dtype: torch.dtype, real: int = CAPTION_TOKENS) -> tuple[Tensor, Tensor]:
-    embeds = torch.randn(batch_size, PADDED_TOKENS, PRESETS["sana-0.6b"].caption_dim, device=device, dtype=dtype)
-    return embeds, (torch.arange(PADDED_TOKENS, device=device) < real).expand(batch_size, -1)
-
-
-def _transformer_inputs(ours: SanaTransformer, size: int, batch_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weight = ours.head.weight
-    latents = torch.randn(batch_size, 32, size // 32, size // 32, device=weight.device, dtype=weight.dtype)
-    timestep = torch.full((batch_size,), 500.0, device=weight.device)
-    return latents, timestep, *_captions(batch_size, weight.device, weight.dtype)
 
 
 def _forward(ours: SanaTransformer, peer: SanaTransformer2DModel, size: int, batch_size: int) -> Pair:
-    inputs = _transformer_inputs(ours, size, batch_size)
+    inputs = make_transformer_inputs(ours, size, batch_size)
 
     def run_ours() -> Tensor:
         with torch.no_grad():
@@ -141,12 +135,12 @@ def _forward(ours: SanaTransformer, peer: SanaTransformer2DModel, size: int, bat
 
     def run_peer() -> Tensor:
         with torch.no_grad():
-            return _run_peer(peer, *inputs)
+            return run_peer_transformer(peer, *inputs)
 
     return run_ours, run_peer
 
 
-def _run_peer(
+def run_peer_transformer(
     peer: SanaTransformer2DModel, latents: Tensor, timestep: Tensor, caption_embeds: Tensor, caption_mask: Tensor
 ) -> Tensor:
     return peer(
@@ -160,8 +154,8 @@ def _run_peer(
 
 def training_forwards(ours: SanaTransformer, peer: SanaTransformer2DModel, size: int, batch_size: int) -> Pair:
     """Forwards that keep what a backward needs."""
-    inputs = _transformer_inputs(ours, size, batch_size)
-    return lambda: ours(*inputs), lambda: _run_peer(peer, *inputs)
+    inputs = make_transformer_inputs(ours, size, batch_size)
+    return lambda: ours(*inputs), lambda: run_peer_transformer(peer, *inputs)
 
 
 def _training(ours: SanaTransformer, peer: SanaTransformer2DModel, size: int, batch_size: int) -> Pair:
@@ -183,12 +177,9 @@ def _sampling(ours: SanaTransformer, peer: SanaTransformer2DModel, size: int, ba
     """20 steps of Flow-DPM-Solver with guidance, from caption embeddings to latents."""
     ours.zero_grad(set_to_none=True)
     peer.zero_grad(set_to_none=True)
-    latents, _, *captions = _transformer_inputs(ours, size, batch_size)
+    latents, _, *captions = make_transformer_inputs(ours, size, batch_size)
     device, dtype = latents.device, latents.dtype
-    null_embeds, null_mask = _captions(batch_size, device, dtype, real=1)
-    scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=FLOW_SHIFT)
-    pipeline = SanaPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=peer, scheduler=scheduler)
-    pipeline.set_progress_bar_config(disable=True)
+    null_embeds, null_mask = make_captions(batch_size, device, dtype, real=1)
 
     def run_ours() -> Tensor:
         with torch.inference_mode():
@@ -196,23 +187,33 @@ def _sampling(ours: SanaTransformer, peer: SanaTransformer2DModel, size: int, ba
             velocity = guided_velocity(ours, (captions[0], captions[1]), null, guidance_scale=GUIDANCE_SCALE)
             return flow_dpm_solver(velocity, latents, sampling_sigmas(NUM_STEPS, FLOW_SHIFT))
 
-    def run_peer() -> Tensor:
-        return pipeline(
+    pair = (captions[0], captions[1])
+    return run_ours, make_peer_sampling(peer, latents, pair, (null_embeds, null_mask), NUM_STEPS)
+
+
+def make_peer_sampling(
+    peer: SanaTransformer2DModel, latents: Tensor, captions: Caption, null: Caption, num_steps: int
+) -> Callable[[], Tensor]:
+    """diffusers' pipeline, from noise (B, C, h, w) and B captions and null captions to latents."""
+    scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=FLOW_SHIFT)
+    pipeline = SanaPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=peer, scheduler=scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    return lambda: (
+        pipeline(
             negative_prompt=None,
             prompt_embeds=captions[0],
             prompt_attention_mask=captions[1].long(),
-            negative_prompt_embeds=null_embeds,
-            negative_prompt_attention_mask=null_mask.long(),
-            num_inference_steps=NUM_STEPS,
+            negative_prompt_embeds=null[0],
+            negative_prompt_attention_mask=null[1].long(),
+            num_inference_steps=num_steps,
             guidance_scale=GUIDANCE_SCALE,
-            height=size,
-            width=size,
+            height=latents.shape[2] * 32,
+            width=latents.shape[3] * 32,
             latents=latents.float(),
             use_resolution_binning=False,
             output_type="latent",
         ).images
-
-    return run_ours, run_peer
+    )
 
 
 def _autoencoder(device: torch.device, dtype: torch.dtype, size: int, batch_size: int) -> dict[str, Pair]:
@@ -242,24 +243,12 @@ def make_peer_autoencoder(scaling_factor: float) -> AutoencoderDC:
 
 def make_text(device: torch.device, dtype: torch.dtype, depth: int, count: int) -> Pair:
     """Captions of 60 tokens behind an instruction, against the padded computation over all 540 tokens."""
-    words = [f"w{index}" for index in range(1000)]
-    vocabulary = {word: index for index, word in enumerate(["<pad>", "<bos>", "<eos>", *words])}
-    tokens = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokens.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
-    config = Gemma2Config(vocab_size=len(vocabulary), num_hidden_layers=depth, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    model: Any = Gemma2Model(config)  # hidden 2304, feed-forward 9216: gemma-2-2b
-    model = model.to(device, dtype).eval()
-    instruction = " ".join(words[: INSTRUCTION_TOKENS - 1]) + " "
-    # The instruction's last token and BOS are kept too, so a caption of 58 words fills 60 places.
-    captions = [" ".join(words[300 + index : 300 + index + CAPTION_TOKENS - 2]) for index in range(count)]
-    encoder = TextEncoder(model, tokenizer, TextEncoderConfig(instruction=instruction))
+    encoder, captions = make_text_encoder(device, dtype, depth, count)
     assert encoder.encode(captions)[0].shape[1] == CAPTION_TOKENS
-    pipeline = SanaPipeline(tokenizer=tokenizer, text_encoder=model, vae=None, transformer=None, scheduler=None)
+    pipeline = SanaPipeline(tokenizer=encoder.tokenizer, text_encoder=encoder.model, vae=None, transformer=None, scheduler=None)
 
     def run_peer() -> Tensor:
         with torch.no_grad():
-            return pipeline.encode_prompt(captions, False, complex_human_instruction=[instruction])[0]
+            return pipeline.encode_prompt(captions, False, complex_human_instruction=[encoder.config.instruction])[0]
 
     return lambda: encoder.encode(captions), run_peer

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sana_model.kernels import fused
+
 EPS = 1e-15  # as in diffusers (NVlabs: 1e-8). Matters only where every product is 0: the result is then 0 and not NaN
 
 
@@ -13,6 +15,15 @@ def relu_linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     O_i = ReLU(Q_i) sum_j ReLU(K_j)^T V_j / ReLU(Q_i) sum_j ReLU(K_j)^T. The sums over j are one (head_dim x head_dim) matrix
     and one vector per head, so the N x N weights are never formed.
     """
+    if query.shape[-1] in fused.HEAD_DIMS and fused.serves("attention", query, key, value):
+        from sana_model.kernels.triton_attention import fused_linear_attention
+
+        return fused_linear_attention(query, key, value, EPS)
+    return plain_linear_attention(query, key, value)
+
+
+def plain_linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """`relu_linear_attention` in torch's own operations."""
     dtype = value.dtype
     query = F.relu(query).float().transpose(1, 2)  # (B, heads, N, head_dim)
     key = F.relu(key).float().transpose(1, 2)
@@ -24,7 +35,7 @@ def relu_linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def relu_attention_reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The plain form of `relu_linear_attention`, with the explicit N x N weights. Tests compare the two."""
+    """The definition of `relu_linear_attention`, with the explicit N x N weights. Tests compare the two."""
     weights = torch.einsum("bihd,bjhd->bhij", F.relu(query).float(), F.relu(key).float())
     weights = weights / (weights.sum(dim=-1, keepdim=True) + EPS)
     return torch.einsum("bhij,bjhd->bihd", weights, value.float()).to(value.dtype)

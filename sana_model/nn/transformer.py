@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sana_model.kernels.linear import Linear
+from sana_model.kernels.modulate import modulate
 from sana_model.nn.captions import CaptionState, check_captions, encode_captions, project_captions
 from sana_model.nn.config import PRESETS, SanaConfig
 from sana_model.nn.embeddings import CaptionProjection, PatchEmbed, TimestepEmbedding, add_positions
-from sana_model.nn.transformer_blocks import CaptionMemory, CaptionTokens, SanaBlock, modulate
+from sana_model.nn.transformer_blocks import CaptionMemory, CaptionTokens, SanaBlock
 
 AfterBlock = Callable[[int, Tensor, Tensor], Tensor]
 """(index of a block, its tokens (B, N, D), modulation (B, 6, D)) -> the tokens that go on."""

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sana_model.kernels import reuse
 from sana_model.kernels.linear import Linear
 from sana_model.kernels.linear_attention import relu_linear_attention
+from sana_model.kernels.mix_ffn import silu_depthwise_gate
+from sana_model.kernels.modulate import modulate
 from sana_model.nn.config import SanaConfig
 
 
@@ -124,10 +125,8 @@ class MixFFN(nn.Module):
         self.project = Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.silu(self.expand(x), inplace=not torch.is_grad_enabled())
-        x = self.depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        x, gate = x.chunk(2, dim=-1)
-        return self.project(reuse.multiply(F.silu(gate), x))
+        assert self.depthwise.bias is not None
+        return self.project(silu_depthwise_gate(self.expand(x), self.depthwise.weight, self.depthwise.bias))
 
 
 class SanaBlock(nn.Module):
@@ -155,8 +154,3 @@ class SanaBlock(nn.Module):
         tokens = tokens + self.cross_attention(tokens, memory, attention_mask)
         mixed = self.ffn(modulate(tokens, shift_2, scale_2).unflatten(1, size)).flatten(1, 2)
         return torch.addcmul(tokens, gate_2, mixed)
-
-
-def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm of tokens (B, N, D) without weights, then times 1 + scale, plus shift; both (B, 1, D)."""
-    return torch.addcmul(shift, F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6), 1 + scale)
