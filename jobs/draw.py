@@ -203,7 +203,7 @@ def as_typed(message: str) -> str:
 def spell_out(arguments: list[str]) -> list[str]:
     """A designer's command line as the parser takes it: prompts by their name, `--from`, and `--lora` given several times.
 
-    Raises ValueError for prompts both behind the command and by their name.
+    Raises ValueError for prompts both behind the command and by their name, and for a `--lora` without a value.
     """
     leading = next(
         (index for index, word in enumerate(arguments) if word.startswith("-") and word != STDIN_TYPED), len(arguments)
@@ -215,6 +215,8 @@ def spell_out(arguments: list[str]) -> list[str]:
         name, equals, value = word.partition("=")
         if name == "--lora":
             given = value if equals else next(words, "")
+            if not given or given.startswith("--"):
+                raise ValueError("--lora: give a file, a folder or a URI behind it")
             loras += json.loads(given) if given.startswith('["') else [given]
             continue
         rest.append(f"--from_image{equals}{value}" if name == "--from" else word)

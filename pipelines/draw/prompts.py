@@ -111,18 +111,13 @@ def _plain(lines: Sequence[str]) -> PromptSet:
 
 def _read_text_or_file(text: str) -> PromptSet:
     """The prompts of the file or folder that a text names, or of the text itself if it names none."""
-    try:
-        path = Path(text)
-        is_file, is_folder = "://" in text or path.is_file(), path.is_dir()
-    except (OSError, ValueError):  # longer than any name
-        is_file = is_folder = False
-    if is_folder and FILE_NAME.fullmatch(text):
-        return _read_folder(text)
-    if is_file:
+    if not names_file(text):
+        return _plain(text.splitlines())
+    if "://" in text or Path(text).is_file():
         return _read_file(text)
-    if FILE_NAME.fullmatch(text):
-        raise FileNotFoundError(f"there is no file {text!r}; a prompt that looks like a name is given as [prompt]")
-    return _plain(text.splitlines())
+    if Path(text).is_dir():
+        return _read_folder(text)
+    raise FileNotFoundError(f"there is no file {text!r}; a prompt that looks like a name is given as [prompt]")
 
 
 def _read_folder(folder: str) -> PromptSet:

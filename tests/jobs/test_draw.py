@@ -111,6 +111,7 @@ def test_a_dry_run_counts_the_weights_and_fetches_nothing(model: TextToImage, ca
 
 
 WRONG = {
+    "no-adapter": (["--lora"], "--lora: give a file, a folder or a URI behind it"),
     "no-model": (["--model", "nowhere/model"], "no file or folder 'nowhere/model'"),
     "short-name": (["--model", "sana-1.6b-1025"], "did you mean sana-1.6b-1024?"),
     "size-divides": (["--size", "100x64"], "width=100 must be a positive multiple of 8; the nearest is 96"),
