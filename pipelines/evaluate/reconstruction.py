@@ -1,4 +1,4 @@
-"""How well an autoencoder gives pictures back: PSNR, SSIM, a perceptual distance, and rFID over all of them."""
+"""How well an autoencoder gives pictures back: PSNR, SSIM, sharpness, a perceptual distance, and rFID over all of them."""
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -40,11 +40,24 @@ def ssim(image: "Tensor", other: "Tensor") -> float:
     return found.mean().item()
 
 
+def sharpness(image: "Tensor", other: "Tensor") -> float | None:
+    """The high-frequency energy of `other` as a share of the image's, both (3, H, W); None if the image is flat.
+
+    The energy is the mean square of the Laplacian of four neighbors. Below 1: blurred; above 1: noise, or edges too hard.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    kernel = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])[None, None]
+    energy, its = (F.conv2d(one.float()[:, None], kernel).square().mean().item() for one in (image, other))
+    return its / energy if energy > 0 else None
+
+
 class Reconstruction(Metric[ReconstructionConfig]):
     """Encodes and decodes each picture's center square.
 
-    Figures: `psnr` (dB) and `ssim` of pictures in 8 bits, means over them; `perceptual`; and `rfid`: `rfd` if features are
-    not those of FID's Inception V3.
+    Figures: `psnr` (dB), `ssim` and `sharpness` (share of the high-frequency energy) of pictures in 8 bits, means over them;
+    `perceptual`; and `rfid`: `rfd` if features are not those of FID's Inception V3.
     """
 
     name: ClassVar = "reconstruction"
@@ -99,7 +112,7 @@ class Reconstruction(Metric[ReconstructionConfig]):
         found: list[Row | RowRefused] = []
         for index, (picture, other) in enumerate(zip(pictures, again, strict=True)):
             tensors = [torch.from_numpy(np.ascontiguousarray(one)).permute(2, 0, 1) for one in (picture, other)]
-            row: Row = {"psnr": psnr(picture, other), "ssim": ssim(*tensors)}
+            row: Row = {"psnr": psnr(picture, other), "ssim": ssim(*tensors), "sharpness": sharpness(*tensors)}
             row["perceptual"] = None if distances is None else distances[index]
             row["features"], row["features_again"] = (None, None) if features is None else [one[index] for one in features]
             found.append(row)
@@ -107,12 +120,12 @@ class Reconstruction(Metric[ReconstructionConfig]):
 
     @classmethod
     def summarize(cls, table: Table, config: ReconstructionConfig) -> dict[str, float]:
-        names = ["psnr", "ssim", *(["perceptual"] if config.perceptual is not None else [])]
+        names = ["psnr", "ssim", "sharpness", *(["perceptual"] if config.perceptual is not None else [])]
         values: dict[str, list[np.ndarray]] = {name: [] for name in names}
         real, drawn = Moments(), Moments()
         for shard in iter_shards(table):
             for name in names:
-                values[name].append(shard[name].to_numpy())
+                values[name].append(shard[name].drop_null().to_numpy())
             for column, sums in (("features", real), ("features_again", drawn)):
                 if shard.num_rows and shard[column].null_count == 0:
                     sums.add(to_array(shard, column))

@@ -8,7 +8,7 @@ from pipelines.evaluate.metric_config import MetricConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructionConfig(MetricConfig):
-    """How well an autoencoder gives pictures back: PSNR, SSIM, a perceptual distance, rFID.
+    """How well an autoencoder gives pictures back: PSNR, SSIM, sharpness, a perceptual distance, rFID.
 
     Args:
         model: the autoencoder.

@@ -157,6 +157,7 @@ METRIC_COLUMNS: Mapping[str, tuple[pa.Field, ...]] = {
     "reconstruction": (
         pa.field("psnr", pa.float32(), nullable=False),  # dB, of 8-bit pictures
         pa.field("ssim", pa.float32(), nullable=False),
+        pa.field("sharpness", pa.float32()),  # of flat pictures null
         pa.field("perceptual", pa.float32()),
         pa.field("features", FEATURES.type),  # of the picture, and of the decoded one
         pa.field("features_again", FEATURES.type),

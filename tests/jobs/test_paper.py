@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.functional import avg_pool2d
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from jobs.paper.__main__ import main
 from jobs.paper.model import MACS, PARAMETERS, count_macs, count_parameters
-from pipelines.evaluate.reconstruction import ssim
+from pipelines.evaluate.reconstruction import sharpness, ssim
 from pipelines.shapes.drawing import draw_row
 
 
@@ -73,3 +74,12 @@ def test_structural_similarity_is_that_of_torchmetrics() -> None:
     _, each = structural_similarity_index_measure(pair[1][None], pair[0][None], data_range=255.0, return_full_image=True)
     inside = each[..., 5:-5, 5:-5]  # where its windows hold nothing but the image
     assert ssim(*pair) == pytest.approx(float(inside.mean()), rel=1e-6)
+
+
+def test_sharpness_falls_with_blur_and_rises_with_noise() -> None:
+    image = torch.from_numpy(draw_row(1)[1]).permute(2, 0, 1)
+    smooth, constant = avg_pool2d(image.float(), 3, stride=1, padding=1), torch.full_like(image, 7)
+    noisy = image + 20 * torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
+    blurred, same, harder = (sharpness(image, one) for one in (smooth, image, noisy))
+    assert blurred is not None and harder is not None and blurred < 0.5 < 1 < harder and same == 1
+    assert sharpness(image, constant) == 0 and sharpness(constant, image) is None
