@@ -11,7 +11,7 @@ from typing import Literal
 from jobs.common.checkpoints import find_source
 from jobs.common.exit_codes import ExitCode
 from jobs.common.job import report_error, run_command
-from pipelines.draw.config import ControlConfig, DrawConfig, LoraFileConfig, SampleConfig, StartConfig
+from pipelines.draw.config import ControlConfig, DrawConfig, LoraFileConfig, SampleConfig, StartConfig, read_size
 from pipelines.draw.prompts import names_file
 from pipelines.storage.errors import is_expected
 from pipelines.train.engine.checkpoint_places import is_checkpoint
@@ -136,16 +136,6 @@ class DrawJob:
                 device=self.device,
             ),
         )
-
-
-def read_size(size: str | None) -> tuple[int | None, int | None]:
-    """(width, height) of "1024x768" or "1024"; of None, None. Raises ValueError for anything else."""
-    if size is None:
-        return None, None
-    match = re.fullmatch(r"(\d+)(?:\s*[xX×*]\s*(\d+))?", size.strip())
-    if match is None:
-        raise ValueError(f"size={size!r} must be width x height in pixels, such as 1024x768, or one number for a square")
-    return int(match[1]), int(match[2] or match[1])
 
 
 def read_lora_argument(text: str) -> LoraFileConfig:

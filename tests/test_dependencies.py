@@ -16,6 +16,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 LOADED_BY_NAME = {
     "s3fs": "fsspec loads it for s3:// URIs",
+    "python-multipart": "starlette reads forms with it",
 }
 """Declared, and imported by another library."""
 

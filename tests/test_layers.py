@@ -45,6 +45,7 @@ ROOMS = (
     "pipelines/train_autoencoder",
     "pipelines/draw",
     "pipelines/evaluate",
+    "pipelines/serve",
     "pipelines/reports",
     "pipelines/audit",
     "pipelines/zoo",

@@ -29,6 +29,7 @@ GROUPS: Mapping[str, Lines] = {
         "export": "Write a training's weights for diffusers, NVlabs' code or this project. Needs no Ray and no GPU.",
         "convert": "Write a model that was not trained here in another layout. Needs no Ray and no GPU.",
         "draw": "Draw pictures into a folder, at once: from words, from a picture, or into a part of one. Needs no Ray.",
+        "serve": "Draw pictures over HTTP, by OpenAI's API for images, with a web page.",
         "sample": "Draw pictures of prompts, and a grid of them, as a table of a dataset.",
         "evaluate": "Judge drawn pictures by one or several metrics, each into a table of its own.",
         "best_of": "Draw several pictures of each prompt, have a judge keep the best, and say what it costs and gains.",

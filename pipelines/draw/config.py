@@ -1,6 +1,7 @@
 """Configuration of the sample stage, which draws pictures."""
 
 import math
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -205,3 +206,13 @@ class SampleConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+
+
+def read_size(size: str | None) -> tuple[int | None, int | None]:
+    """(width, height) of "1024x768" or "1024"; of None, None. Raises ValueError for anything else."""
+    if size is None:
+        return None, None
+    match = re.fullmatch(r"(\d+)(?:\s*[xX×*]\s*(\d+))?", size.strip())
+    if match is None:
+        raise ValueError(f"size={size!r} must be width x height in pixels, such as 1024x768, or one number for a square")
+    return int(match[1]), int(match[2] or match[1])

@@ -1,6 +1,7 @@
 """What draws the pictures of a configuration's prompts: its models and pictures as they were found, and the worker."""
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from operator import or_
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 from PIL import Image, ImageOps
 
-from pipelines.draw.config import SampleConfig
+from pipelines.draw.config import DrawConfig, SampleConfig
 from pipelines.draw.control import ControlFiles, read_control
 from pipelines.draw.prompts import PromptSet, read_prompt_set
 from pipelines.draw.start import StartFiles, read_start
@@ -153,6 +154,12 @@ class Sampler:
         self.make_control = lru_cache(maxsize=16)(self._make_control)  # a picture may belong to many rows
         if start is None and control is None:
             self.pipeline.image_size(self.config.height, self.config.width)
+
+    def with_settings(self, config: DrawConfig, start: StartFiles | None) -> "Sampler":
+        """The same models, drawing with other settings and from other pictures."""
+        other = copy(self)
+        other.config, other.start = config, start
+        return other
 
     def process(self, table: pa.Table) -> ShardOutput:
         """Make one row of samples for each row of `rows_to_draw`, or a reject.
