@@ -1,6 +1,7 @@
 """`python -m jobs.serve`: pictures over HTTP, by OpenAI's API for images, and a web page. Runs until it is stopped."""
 
 import ipaddress
+import logging
 import os
 import sys
 import threading
@@ -68,6 +69,7 @@ def serve_until_stopped(job: ServeJob, has_keys: bool) -> None:
     if not job.resources.num_gpus and ray.cluster_resources().get("GPU"):
         note("the replicas draw on the CPU: --resources.num_gpus 1 gives each a GPU")
     note(f"loading {job.model}")
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
     serve.start(proxy_location="HeadOnly", http_options={"host": job.host, "port": job.port}, logging_config=quiet)
     try:

@@ -15,16 +15,12 @@ from pipelines.serve.captions import KeptCaptions
 from pipelines.serve.checks import PictureCheck, PromptCheck
 from pipelines.serve.config import ServeConfig
 from pipelines.serve.metrics import PainterMetrics
-from pipelines.serve.orders import ModelFacts, Order, Preview, Refused, Settings
+from pipelines.serve.orders import Abandoned, ModelFacts, Order, Preview, Refused, Settings
 from pipelines.serve.previews import PreviewMaker
 from sana_model.arguments import nearest_multiple
 from sana_model.pictures import default_strength
 
 POLICY = "content_policy_violation"
-
-
-class Abandoned(Exception):
-    """Nobody waits for any picture of a batch any more."""
 
 
 class BatchDrawer:

@@ -105,6 +105,10 @@ class ModelFacts:
     """Whether it takes a negative prompt: Sana-Sprint does not."""
 
 
+class Abandoned(Exception):
+    """Nobody waits for any picture of a batch any more."""
+
+
 class Painter(Protocol):
     """Draws orders; what comes of one ends with Refused, or with as many Finished as it has seeds."""
 

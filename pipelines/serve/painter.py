@@ -9,9 +9,8 @@ from dataclasses import replace
 
 from pipelines.serve.batches import Ticket, Waiting
 from pipelines.serve.config import ServeConfig
-from pipelines.serve.drawing import Abandoned, BatchDrawer
 from pipelines.serve.metrics import PainterMetrics
-from pipelines.serve.orders import Accepted, Event, Finished, ModelFacts, Order, Refused
+from pipelines.serve.orders import Abandoned, Accepted, Event, Finished, ModelFacts, Order, Refused
 
 LOG = logging.getLogger("ray.serve")
 
@@ -25,6 +24,8 @@ class SanaPainter:
     """
 
     def __init__(self, config: ServeConfig):
+        from pipelines.serve.drawing import BatchDrawer  # loads torch, which the front, that knows this class, does not need
+
         self._config = config
         self._metrics = PainterMetrics(config.served_name)
         self._drawer = BatchDrawer(config, self._metrics)

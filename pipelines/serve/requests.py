@@ -15,7 +15,9 @@ from pipelines.serve.errors import ApiError
 from pipelines.serve.orders import Order, Settings
 from pipelines.tables.rejects import RowRefused
 from pipelines.workers.images import ImageLimits, open_image, to_png, to_rgb
-from sana_model.arguments import MAX_SEED, MIN_SEED
+
+MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1
+"""Whole numbers of 64 bits, as the sampler's tables hold them."""
 
 Quality = Literal["auto", "standard", "high", "medium", "low", "hd"]
 """Of OpenAI's models; here `steps` says how carefully a picture is drawn."""
