@@ -3,6 +3,7 @@
 import ipaddress
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 from jobs.common.commands import COMMANDS, program
 from jobs.common.config import parse_config
 from jobs.common.exit_codes import ExitCode
-from jobs.common.job import parse_command, run_reporting
+from jobs.common.job import run_command
 from jobs.common.ray import JobStopped, RayConfig, start_ray
 from jobs.common.resources import check_local, on_cluster
 from pipelines.serve.config import KEYS_VARIABLE, ServeConfig
@@ -76,9 +77,12 @@ def serve_until_stopped(job: ServeJob, has_keys: bool) -> None:
         app = build_app(job.to_serve(), keys_expected=has_keys)
         serve.run(app, name=APPLICATION, route_prefix="/", logging_config=quiet)
         print(f"serving {job.served_name} at http://{shown_host(job.host)}:{job.port}/ (Ctrl-C ends it)", flush=True)
-        threading.Event().wait()
+        stopped = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+        stopped.wait()
     finally:
-        serve.delete(APPLICATION) if on_cluster() else serve.shutdown()
+        if on_cluster():  # a local Ray ends with this process
+            serve.delete(APPLICATION)
 
 
 def build(arguments: dict[str, str]) -> "serve.Application":
@@ -113,7 +117,7 @@ def note(text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_reporting(run, parse_command(ServeJob, argv, name="serve"))
+    return run_command(ServeJob, run, argv, name="serve")
 
 
 if __name__ == "__main__":

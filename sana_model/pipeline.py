@@ -32,7 +32,7 @@ from sana_model.nn.lora import attach_changes, detach_changes, merge_changes
 from sana_model.nn.text_encoder import TextEncoder
 from sana_model.nn.transformer import SanaTransformer
 from sana_model.pictures import ControlPictures, GuidePictures, Pictures, StartPictures, decode_pictures
-from sana_model.solver import OnStep
+from sana_model.solver import OnEstimate, OnStep
 
 
 class TextToImage(nn.Module):
@@ -180,6 +180,7 @@ class TextToImage(nn.Module):
         generator: torch.Generator | None = None,
         solver: str | None = None,
         on_step: OnStep | None = None,
+        on_estimate: OnEstimate | None = None,
     ) -> list[Image.Image]:
         """Draw images for prompts: those of the first prompt, then those of the second, and so on.
 
@@ -209,6 +210,7 @@ class TextToImage(nn.Module):
             solver: "flow_dpm_solver" (14 to 20 steps) or "flow_euler" (28 to 50); Sana-Sprint has "scm" (1 to 4), which takes
                 the guidance scale as an input, and no negative prompt. None: the model's own.
             on_step: called after each step with (index, latents), e.g. for a progress bar.
+            on_estimate: called in each step with (index, latents to which it leads), for previews by `decode_pictures`.
 
         Warns of prompts that the text encoder cuts. Raises TypeError unless prompts are a list of str. Raises ValueError for no
         prompts, a size that is no multiple, an unknown solver, num_steps or num_images_per_prompt below 1, a guidance_scale
@@ -251,6 +253,7 @@ class TextToImage(nn.Module):
                 control=self._control(guide, height, width, count, control_scale) if guide else None,
                 start=start.encode(self.autoencoder, count) if start else None,
                 on_step=on_step,
+                on_estimate=on_estimate,
             )
             images = decode_pictures(self.autoencoder, latents)
             images = start.keep(images) if start else images

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from sana_model.pipeline import TextToImage
-    from sana_model.solver import OnStep
+    from sana_model.solver import OnEstimate, OnStep
 
 CUT_PROMPTS = "num_cut_prompts"
 """The figure that counts the prompts which are too long for the text encoder."""
@@ -138,6 +138,7 @@ class Sampler:
 
         self.config, self.start, self.control = config.draw, start, control
         self.on_step: OnStep | None = None  # called after each step of each batch, if somebody sets it
+        self.on_estimate: OnEstimate | None = None  # likewise
         self.facts = {"model": config.pipeline} | ({"model_version": pipeline.version} if pipeline.version else {})
         device = pick_device(self.config.device)
         dtype = getattr(torch, self.config.dtype) if self.config.dtype else None
@@ -228,6 +229,7 @@ class Sampler:
             solver=config.solver,
             seed=[row["seed"] for row in rows],
             on_step=self.on_step,
+            on_estimate=self.on_estimate,
             **given,
         )
 

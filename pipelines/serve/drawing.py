@@ -19,6 +19,7 @@ from pipelines.serve.orders import Abandoned, ModelFacts, Order, Preview, Refuse
 from pipelines.serve.previews import PreviewMaker
 from sana_model.arguments import nearest_multiple
 from sana_model.pictures import default_strength
+from sana_model.solver import steps_skipped
 
 POLICY = "content_policy_violation"
 
@@ -91,18 +92,15 @@ class BatchDrawer:
 
     def _draw_allowed(self, batch: list[Ticket]) -> list[bytes | Refused]:
         sampler = self._sampler_of(batch)
-        preview = PreviewMaker(
-            sampler.pipeline,
-            sampler.config,
-            batch[0].order.settings.strength,
-            [ticket.order.num_previews for ticket in batch],
-            partial(_tell_preview, batch),
-        )
+        counts = [ticket.order.num_previews for ticket in batch]
+        num_steps = steps_of(sampler.config.num_steps or 0, batch[0].order.settings.strength)
+        if any(counts):
+            on_preview = partial(_tell_preview, batch, num_steps)
+            sampler.on_estimate = PreviewMaker(sampler.pipeline.autoencoder, num_steps, counts, on_preview)
 
         def on_step(index: int, latents: Tensor) -> None:
             if all(ticket.abandoned for ticket in batch):
                 raise Abandoned
-            preview(index, latents)
 
         sampler.on_step = on_step
         numbers = list(range(len(batch)))
@@ -125,7 +123,12 @@ class BatchDrawer:
         return self._sampler.with_settings(replace(draw, batch_size=len(batch)), start)
 
 
-def _tell_preview(batch: list[Ticket], place: int, step: int, num_steps: int, content: bytes) -> None:
+def steps_of(num_steps: int, strength: float | None) -> int:
+    """The steps of a drawing; `strength`: of a picture to start from, None without one."""
+    return num_steps if strength is None else num_steps - int(steps_skipped(num_steps, strength))
+
+
+def _tell_preview(batch: list[Ticket], num_steps: int, place: int, step: int, content: bytes) -> None:
     ticket = batch[place]
     if ticket.on_event is not None:
         ticket.on_event(Preview(ticket.index, step, num_steps, content))

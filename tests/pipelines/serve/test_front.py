@@ -135,15 +135,15 @@ def test_events_of_a_stream(client: TestClient) -> None:
     for index, picture in enumerate(plain):
         *previews, last = [event for event in events if event["index"] == index]
         assert [event["type"] for event in previews] == ["image_generation.partial_image"] * 3
-        assert [(event["partial_image_index"], event["step"]) for event in previews] == [(0, 3), (1, 5), (2, 7)]
+        assert [(event["partial_image_index"], event["step"]) for event in previews] == [(0, 2), (1, 4), (2, 6)]
         assert last["type"] == "image_generation.completed" and last["b64_json"] == picture["b64_json"]
         mean_errors = [np.abs(pixels(event["b64_json"]) - pixels(picture["b64_json"])).mean() for event in previews]
         assert mean_errors[-1] < 6 and mean_errors[-1] < mean_errors[0]  # nearer and nearer to the picture
 
 
 def test_steps_of_previews() -> None:
-    assert preview_steps(20, 100) == set(range(1, 19)) and preview_steps(20, 0) == set() and preview_steps(2, 3) == set()
-    assert preview_steps(20, 3) == {4, 10, 16}
+    assert preview_steps(20, 100) == set(range(19)) and preview_steps(20, 0) == set() and preview_steps(2, 3) == {0}
+    assert preview_steps(20, 3) == {3, 9, 15}
 
 
 WRONG: dict[str, tuple[Any, int, str | None, str]] = {
