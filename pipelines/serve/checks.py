@@ -39,8 +39,8 @@ class PromptCheck:
         self.classifies = (shape.architectures or [""])[0].endswith("ForSequenceClassification")
         kind = AutoModelForSequenceClassification if self.classifies else AutoModelForCausalLM
         dtype = getattr(torch, config.dtype)
-        self.model: Any = kind.from_pretrained(path, dtype=dtype, trust_remote_code=False, **options)
-        self.model.to(pick_device(device)).eval()
+        model: Any = kind.from_pretrained(path, dtype=dtype, trust_remote_code=False, **options)
+        self.model = model.to(pick_device(device)).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
         if self.classifies:
             labels = {str(name): int(number) for number, name in shape.id2label.items()}
