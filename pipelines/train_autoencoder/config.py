@@ -170,6 +170,8 @@ class LossConfig:
 
     Args:
         l1: factor of the mean absolute error.
+        l2: factor of the mean square error, whose gradients grow with the error: small objects in strong colors are learned
+            long before the mean absolute error alone makes the decoder draw them.
         edges: factor of the mean absolute error of the differences of neighboring pixels.
         perceptual: a loss on features; null: none.
         adversarial: the loss of a discriminator; null: none.
@@ -179,6 +181,7 @@ class LossConfig:
     """
 
     l1: float = 1.0
+    l2: float = 0.0
     edges: float = 0.0
     perceptual: PerceptualConfig | None = None
     adversarial: AdversarialConfig | None = None
@@ -186,11 +189,11 @@ class LossConfig:
     latent_penalty: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("l1", "edges", "latent_noise", "latent_penalty"):
+        for name in ("l1", "l2", "edges", "latent_noise", "latent_penalty"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if self.l1 + self.edges <= 0 and self.perceptual is None:
-            raise ValueError("l1, edges and perceptual are all left out: nothing asks the decoder for the picture")
+        if self.l1 + self.l2 + self.edges <= 0 and self.perceptual is None:
+            raise ValueError("l1, l2, edges and perceptual are all left out: nothing asks the decoder for the picture")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,8 @@ def picture_losses(config: LossConfig, perceptual: nn.Module | None, decoded: Te
     losses = {}
     if config.l1:
         losses["l1"] = error.abs().flatten(1).mean(1)
+    if config.l2:
+        losses["l2"] = error.square().flatten(1).mean(1)
     if config.edges:
         losses["edges"] = edge_error(error)
     if perceptual is not None:
@@ -47,7 +49,13 @@ def latent_losses(config: LossConfig, latents: Tensor) -> dict[str, Tensor]:
 def factors(config: LossConfig) -> Mapping[str, float]:
     """The factor of each loss by its name."""
     perceptual = config.perceptual.weight if config.perceptual is not None else 0.0
-    return {"l1": config.l1, "edges": config.edges, "perceptual": perceptual, "latent_penalty": config.latent_penalty}
+    return {
+        "l1": config.l1,
+        "l2": config.l2,
+        "edges": config.edges,
+        "perceptual": perceptual,
+        "latent_penalty": config.latent_penalty,
+    }
 
 
 def weighted_sum(config: LossConfig, losses: Mapping[str, Tensor]) -> Tensor:

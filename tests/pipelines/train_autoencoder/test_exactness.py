@@ -71,7 +71,8 @@ def plain_loop(config: TrainAutoencoderConfig, dataset: Path) -> Iterator[float]
                 error = decoded - image
                 edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
                 penalty = F.relu(latents.square().mean((1, 2, 3)) - 1).mean()
-                loss = error.abs().mean() + config.losses.edges * edges + config.losses.latent_penalty * penalty
+                loss = error.abs().mean() + config.losses.l2 * error.square().mean()
+                loss = loss + config.losses.edges * edges + config.losses.latent_penalty * penalty
                 if step >= adversarial.start_step:
                     fooling = -discriminator(decoded).mean()
                     last = model.decoder.conv_out.weight
@@ -114,7 +115,7 @@ def test_losses_are_those_of_a_plain_loop(tmp_path: Path, dataset: Path, num_wor
         num_steps=20,
         num_workers=num_workers,
         data=CropConfig(sizes=(24, 32), decode_processes=0, shuffle_shards=1),
-        losses=LossConfig(edges=0.5, latent_noise=0.1, latent_penalty=0.01, adversarial=adversarial),
+        losses=LossConfig(l2=0.5, edges=0.5, latent_noise=0.1, latent_penalty=0.01, adversarial=adversarial),
         optim=OptimConfig(lr=2e-4, eps=EPS, warmup_steps=5, schedule="cosine", weight_decay=0.01),
     )
     expected = list(plain_loop(config, dataset))
