@@ -10,7 +10,7 @@ TRITON := $(shell sed -n 's/^triton = \["\(triton[^;]*\);.*/\1/p' pyproject.toml
 # Photographs go to a dataset of their own, named after their folder.
 DEMO_IMAGES = $(if $(IMAGES),--images "$(abspath $(IMAGES))" --dataset_uri "outputs/demo-$(notdir $(abspath $(IMAGES)))")
 
-.PHONY: help install demo test test-kernels test-cluster lint format benchmark lock clean
+.PHONY: help install demo test test-kernels test-cluster test-image lint format benchmark lock clean
 
 help:
 	@echo "make demo          set up $(VENV), then run the full pipeline once: raw images -> a trained model -> its pictures"
@@ -18,6 +18,7 @@ help:
 	@echo "make test          set up $(VENV), check style and types, run the tests (not those marked slow or gpu)"
 	@echo "make test-kernels  the fused GPU kernels, by Triton's interpreter on the CPU, and compiled for a Hopper card without one"
 	@echo "make test-cluster  as root on Linux: jobs on four hosts (network namespaces), some of which are lost on the way"
+	@echo "make test-image    as root on Linux: build the images cpu and mlflow, run the demo and MLflow in them (half an hour)"
 	@echo "make lint          ruff (lint and format) and mypy"
 	@echo "make format        let ruff put the style right"
 	@echo "make benchmark     our model against diffusers on this machine"
@@ -51,6 +52,9 @@ test-kernels: install .venv-triton/installed
 
 test-cluster: install
 	$(BIN)/python -m pytest -m cluster tests/cluster $(PYTEST_OPTIONS)
+
+test-image: install
+	$(BIN)/python -m infra.images $(OPTIONS)
 
 lint: install
 	$(BIN)/ruff check .

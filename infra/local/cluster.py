@@ -17,6 +17,8 @@ from infra.local.hosts import DASHBOARD_PORT, HealthConfig, HostConfig, start_ho
 from infra.local.network import Network
 from infra.local.postgres import Postgres, find_missing
 from infra.local.processes import PYTHON, ROOT, Process, wait_until
+from infra.local.redis import Redis
+from infra.local.redis import find_missing as find_missing_redis
 from infra.local.rights import check_rights
 from infra.local.servers import BUCKET, Servers, is_open
 
@@ -35,7 +37,7 @@ class Cluster:
         network: the network that they are on.
         token: Ray's authentication token.
         hosts: the process of each host that is on, by the host's number.
-        servers: the processes of S3, MLflow and PostgreSQL, by name.
+        servers: the processes of S3, MLflow, PostgreSQL and Redis, by name.
         database: PostgreSQL's folder; None if MLflow uses SQLite.
     """
 
@@ -132,12 +134,12 @@ class Cluster:
     def alive(self) -> list[str]:
         """The addresses of the hosts that Ray considers alive; empty while the head does not answer."""
         try:
-            nodes = self._ask("/api/v0/nodes?limit=1000")["data"]["result"]["result"]
+            nodes = self.ask("/api/v0/nodes?limit=1000")["data"]["result"]["result"]
         except (OSError, KeyError, ValueError):
             return []
         return sorted(node["node_ip"] for node in nodes if node["state"] == "ALIVE")
 
-    def _ask(self, path: str) -> Any:
+    def ask(self, path: str) -> Any:
         """Get the JSON answer of a path of the dashboard. Raises OSError, or ValueError if it is not JSON."""
         headers = {"Authorization": f"Bearer {self.token}"}
         with urllib.request.urlopen(urllib.request.Request(self.dashboard + path, headers=headers), timeout=20) as answer:
@@ -173,6 +175,15 @@ class Cluster:
     def _servers(self) -> Servers:
         return Servers(self.network.gateway, self.folder / "logs")
 
+    @property
+    def outlives_its_head(self) -> bool:
+        """Whether a Redis keeps the head's state, so that a head that was lost and comes back finds its hosts and jobs."""
+        return "redis" in self.servers
+
+    @property
+    def _redis(self) -> Redis:
+        return Redis(self.network.gateway, self.folder / "redis", self.token)
+
     def _check(self, host: int) -> None:
         if not 0 <= host < self.config.num_hosts:
             raise ValueError(f"host {host} does not exist: give one from 0 (the head) to {self.config.num_hosts - 1}")
@@ -184,6 +195,7 @@ class Cluster:
         token_file.write_text(self.token)
         for host in range(self.config.num_hosts):
             self.network.add_host(host)
+        self._start_redis()
         self._start_host(0)
         s3 = self._add_server("s3", self._servers.start_s3())
         self._servers.make_bucket(s3)
@@ -193,6 +205,14 @@ class Cluster:
             self._start_host(host)
         self._servers.wait_for_mlflow(mlflow)
         self.wait_until_whole()
+
+    def _start_redis(self) -> None:
+        """Start the Redis that keeps the head's state, if it is installed."""
+        if (missing := find_missing_redis()) is None:
+            self._add_server("redis", self._redis.start(self.folder / "logs" / "redis.log"))
+            self._servers.wait_for_redis(self.servers["redis"])
+        else:
+            print(f"the cluster ends with its head: {missing}, which would keep the head's state", file=sys.stderr)
 
     def _start_database(self) -> str:
         """Start MLflow's database and return its URI: PostgreSQL if it is installed, otherwise a SQLite file."""
@@ -214,6 +234,8 @@ class Cluster:
 
     def _start_host(self, host: int) -> None:
         environment = self._servers.environment()
+        if self.outlives_its_head:
+            environment |= self._redis.environment(host)
         self.hosts[host] = start_host(
             host, self.network, self.config, folder=self.folder, token=self.token, environment=environment
         )

@@ -27,7 +27,7 @@ mount --rbind "$DISK" /tmp
 mount -t tmpfs -o size={shm} tmpfs /dev/shm
 hostname "$NAME"
 while true; do
-    {ray_start} || true
+    {ray_start} ${{REDIS_PASSWORD:+--redis-password="$REDIS_PASSWORD"}} || true
     echo "the Ray node of $NAME has ended"
     sleep 1
 done

@@ -9,6 +9,7 @@ from pathlib import Path
 import boto3
 
 from infra.local.processes import PYTHON, ROOT, Process, wait_until
+from infra.local.redis import PORT as REDIS_PORT
 
 S3_PORT, MLFLOW_PORT = 9000, 5000
 BUCKET = "bucket"
@@ -74,6 +75,10 @@ class Servers:
     def wait_for_mlflow(self, mlflow: Process) -> None:
         """Wait until MLflow answers. Raises RuntimeError if it has ended, TimeoutError if it does not answer."""
         self._wait_for_port(MLFLOW_PORT, mlflow, "mlflow")
+
+    def wait_for_redis(self, redis: Process) -> None:
+        """Wait until Redis answers. Raises RuntimeError if it has ended, TimeoutError if it does not answer."""
+        self._wait_for_port(REDIS_PORT, redis, "redis")
 
     def _start(self, name: str, module: list[str], environment: Mapping[str, str]) -> Process:
         return Process.start([str(PYTHON), "-m", *module], log=self.log_dir / f"{name}.log", environment=environment)

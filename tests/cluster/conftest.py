@@ -1,7 +1,8 @@
 """The cluster that the tests of this folder share, and the table of what the faults cost."""
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from infra.local.hosts import HostConfig
 from infra.local.rights import MissingRightsError, check_rights
 from pipelines.shapes.drawing import write_folder
 from pipelines.storage.files import upload_folder
+from tests.support.cluster.checks import UNDISTURBED
 from tests.support.cluster.faults import Fault, Jobs
-from tests.support.cluster.stages import NUM_IMAGES, RAW
+from tests.support.cluster.stages import DATA_STAGES, NUM_IMAGES, RAW, TRAIN, last_stages
 from tests.support.s3 import environment
 
 FOLDER = "SANA_CLUSTER"
@@ -55,6 +57,19 @@ def jobs(cluster: Cluster) -> Jobs:
     log_dir = cluster.folder / "jobs"
     log_dir.mkdir(exist_ok=True)
     return Jobs(cluster=cluster, log_dir=log_dir)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(jobs: Jobs) -> Mapping[str, float]:
+    """The whole chain, job by job, to UNDISTURBED; the seconds of each. A cluster that is kept remembers them."""
+    memory = jobs.cluster.folder / "undisturbed.json"
+    if memory.exists():
+        return dict(json.loads(memory.read_text()))
+    stages = [*DATA_STAGES, TRAIN, *last_stages(UNDISTURBED)]
+    commands = {stage.name: stage.command(UNDISTURBED, "undisturbed") for stage in stages}
+    seconds = {name: jobs.run(f"undisturbed {name}", command) for name, command in commands.items()}
+    memory.write_text(json.dumps(seconds))
+    return seconds
 
 
 @pytest.fixture(scope="session")

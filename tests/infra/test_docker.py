@@ -12,6 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from sqlalchemy import make_url
 
 from tests.support.manifests import ROOT
 
@@ -52,6 +53,13 @@ def test_locks_hold_what_the_project_asks_for(lock: str) -> None:
         assert name in pinned, f"{name} is not in {lock}.lock: run infra/docker/lock.sh"
         for requirement in asked:
             assert pinned[name] in requirement.specifier, f"{name}=={pinned[name]} in {lock}.lock: run infra/docker/lock.sh"
+
+
+def test_the_server_has_the_driver_that_its_database_names() -> None:
+    """SQLAlchemy 2.1 takes another than it took before, unless the URI names one."""
+    (uri,) = re.findall(r"--backend-store-uri=(\S+)", (ROOT / "infra/mlflow/mlflow.yaml").read_text())
+    driver = make_url(uri.replace("$(POSTGRES_PASSWORD)", "secret")).get_dialect().driver
+    assert {driver, f"{driver}-binary"} & pins("mlflow").keys(), driver
 
 
 def test_both_images_agree_where_it_matters() -> None:
