@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from jobs.common.job import run_command
 from sana_model.files.layout import Layout
+from sana_model.memory import MemoryMode
 from sana_model.nn.config import NullCaption, TimeInput
 
 OF_TRANSFORMERS = ("time_input", "null_caption", "num_cross_heads", "position_scale", "base_size")
@@ -27,6 +28,10 @@ class ConvertConfig:
         output: the folder to write; for nvlabs, the .pth or .safetensors file. May be given second, without its name.
         layout: the code that is to read it.
         dtype: of the weights; None keeps that of the file.
+        precision: write a pipeline with weights of fewer bits, in the layout sana. int8 and int4 are for weights alone, w8a8
+            computes in 8 bits too.
+        memory: write a pipeline in the precisions that this mode has on the CPU, in the layout sana. They load faster, and need
+            less memory at the start, than weights that are made smaller each time.
         ema: take the average of the weights, of a file of NVlabs' training that holds one.
         time_input: how the weights were trained to see the noise level, where the file does not tell it.
         null_caption: what the weights were trained to see for a dropped caption; None: as the file's own code does it.
@@ -40,6 +45,8 @@ class ConvertConfig:
     output: str
     layout: Layout
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    precision: Literal["w8a8", "int8", "int4"] | None = None
+    memory: MemoryMode = "fast"
     ema: bool = False
     time_input: TimeInput | None = None
     null_caption: NullCaption | None = None
@@ -53,6 +60,11 @@ class ConvertConfig:
         """Settings of the transformer that were given."""
         given = {name: value for name in OF_TRANSFORMERS if (value := getattr(self, name)) is not None}
         return given | ({"position_scale": None} if self.position_scale == 0 else {})
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether weights of fewer bits are asked for."""
+        return self.precision is not None or self.memory != "fast"
 
     def refuse(self, what: str, *names: str) -> None:
         """Raise ValueError for settings that were given and that a model of this kind, `what`, has not."""
@@ -78,18 +90,27 @@ def convert(config: ConvertConfig) -> str:
     from sana_model.files.pipeline import in_one_file
     from sana_model.files.places import resolve
     from sana_model.nn.controlnet import SanaControlNet
+    from sana_model.nn.quantized import precision_of
     from sana_model.nn.transformer import SanaTransformer
     from sana_model.pipeline import TextToImage
 
     local, output = resolve(config.source), Path(config.output)
     _check_output(config.layout, output)
     dtype = getattr(torch, config.dtype) if config.dtype else None
+    if config.quantizes and config.layout != "sana":
+        raise ValueError(f"layout={config.layout} has no place for weights of fewer bits: write the layout sana")
     if any((local / index).exists() for index in PIPELINE_INDEXES):
         config.refuse("a pipeline's folder", "ema", "scaling_factor")
-        pipeline = TextToImage.from_pretrained(local, dtype=dtype, **config.overrides)
+        smaller: dict[str, Any] = {"memory": config.memory, "precision": config.precision}
+        pipeline = TextToImage.from_pretrained(local, dtype=dtype, **smaller, **config.overrides)
         pipeline.save_pretrained(output, layout=config.layout)
         note_instruction(config.layout, pipeline.text_encoder.config)
-        return "a pipeline's transformer, without its other models" if config.layout == "nvlabs" else "a pipeline"
+        if config.layout == "nvlabs":
+            return "a pipeline's transformer, without its other models"
+        parts = f"transformer {precision_of(pipeline.transformer)}, text encoder {precision_of(pipeline.text_encoder)}"
+        return f"a pipeline, {parts}" if config.quantizes else "a pipeline"
+    if config.quantizes:
+        raise ValueError(f"memory and precision apply to a pipeline's folder, and {config.source} is none")
     try:
         transformer = SanaTransformer.from_pretrained(local, use_ema=config.ema, dtype=dtype, **config.overrides)
     except OtherModelError as no_transformer:

@@ -15,6 +15,7 @@ from pipelines.draw.config import ControlConfig, DrawConfig, LoraFileConfig, Sam
 from pipelines.draw.prompts import names_file
 from pipelines.storage.errors import is_expected
 from pipelines.train.engine.checkpoint_places import is_checkpoint
+from sana_model.memory import MemoryMode, Precision
 
 TINY = "zoo://pipeline"
 STDIN, STDIN_TYPED = "<stdin>", "-"
@@ -26,6 +27,8 @@ TYPED = {
     "control.controlnet": "--controlnet",
     "draw.height and draw.width": "--size",
     "draw.negative_prompt": "--negative",
+    "draw.memory": "--memory",
+    "draw.precision": "--precision",
     "sample.prompts": "prompts",
 }
 """Settings as the sample stage calls them -> as they are typed here; for messages."""
@@ -62,6 +65,10 @@ class DrawJob:
         lora: an adapter (LoRA, LoHa, LoKr) for a style or a thing, a file, a folder or a URI; give it again for another.
             A number behind a colon says how strongly it acts, style.safetensors:0.7.
         dtype: precision of the weights; None: as they are stored. bfloat16 halves the memory of float32.
+        memory: how the model fits this machine. fast: all of it in memory, in full precision. balanced: less memory, nearly the
+            same pictures. small: the least memory; its parts take turns, in 8 and 4 bits, and pictures differ a little.
+        precision: bits of the weights, instead of what `memory` says: full, w8a8 (8 bits, also while computing), int8, int4
+            (smallest, and coarse), fp8 (NVIDIA Hopper only).
         device: cuda or cpu; None: the GPU if there is one.
         batch: pictures drawn together. More are faster on a GPU, and need more memory.
         out: the folder for the pictures. Files that are there are kept.
@@ -86,6 +93,8 @@ class DrawJob:
     detector: Literal["canny", "hed"] | None = None
     lora: list[str] = field(default_factory=list)
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    memory: MemoryMode = "fast"
+    precision: Precision | None = None
     device: str | None = None
     batch: int = 4
     out: str = "pictures"
@@ -133,6 +142,8 @@ class DrawJob:
                 seed=secrets.randbelow(2**31) if self.seed is None else self.seed,
                 batch_size=self.batch,
                 dtype=self.dtype,
+                memory=self.memory,
+                precision=self.precision,
                 device=self.device,
             ),
         )

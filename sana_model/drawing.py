@@ -9,6 +9,7 @@ from sana_model.guidance import Caption, embedded_guidance_velocity, guided_velo
 from sana_model.nn.controlnet import Control
 from sana_model.nn.finite import check_finite
 from sana_model.nn.transformer import SanaTransformer
+from sana_model.offload import bring
 from sana_model.pictures import StartLatents
 from sana_model.solver import SCM, SOLVERS, OnEstimate, OnStep, make_solver, watch_estimates
 
@@ -63,6 +64,7 @@ def draw_latents(
     Raises ValueError for num_steps below 1 and a bad guidance_interval; NotFiniteError if the transformer gives values that are
     not finite.
     """
+    bring(transformer, *([control.controlnet] if control else []))
     latents = draw_noise()
     if null is None:
         predict_velocity = embedded_guidance_velocity(transformer, captions, guidance_scale, control)

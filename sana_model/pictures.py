@@ -15,6 +15,7 @@ from sana_model.flow import add_noise
 from sana_model.nn.autoencoder import DCAutoencoder
 from sana_model.nn.controlnet import SanaControlNet
 from sana_model.nn.finite import check_finite
+from sana_model.offload import bring, tile_of
 from sana_model.pixels import to_8_bits
 from sana_model.solver import PredictVelocity, cut_sigmas, keep_known
 
@@ -194,8 +195,9 @@ class GuidePictures:
 def encode_pictures(autoencoder: DCAutoencoder, images: Sequence[Image.Image]) -> Tensor:
     """Encode B RGB pictures of one size to scaled latents (B, C, h, w), in the autoencoder's dtype. Raises NotFiniteError."""
     values = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+    bring(autoencoder)
     weight = autoencoder.decoder.conv_in.weight
-    tile_size, at_once = _split(values.shape[-2] * values.shape[-1])
+    tile_size, at_once = _split(values.shape[-2] * values.shape[-1], tile_of(autoencoder))
     chunks = (values.float() / 127.5 - 1).to(weight.device, weight.dtype).split(at_once)
     latents = torch.cat([autoencoder.encode(chunk, tile_size=tile_size) for chunk in chunks])
     check_finite(latents, autoencoder.encoder, "encoder of the autoencoder")
@@ -219,16 +221,21 @@ def decode_values(
 
     Raises NotFiniteError, and ValueError for tiles of another size than `DCAutoencoder.decode` takes.
     """
-    own_size, at_once = _split(latents.shape[-2] * latents.shape[-1] * autoencoder.compression**2)
+    bring(autoencoder)
+    own_size, at_once = _split(latents.shape[-2] * latents.shape[-1] * autoencoder.compression**2, tile_of(autoencoder))
     for chunk in latents.to(autoencoder.decoder.conv_in.weight.dtype).split(at_once):
         decoded = autoencoder.decode(chunk, tile_size=tile_size or own_size, tile_overlap=tile_overlap).float()
         check_finite(decoded, autoencoder.decoder, "decoder of the autoencoder")
         yield (decoded / 2 + 0.5).clamp(0, 1)
 
 
-def _split(pixels: int) -> tuple[int | None, int]:
-    """For a picture of so many pixels: the side of its tiles (None: in one piece), and how many are taken at once."""
-    return (DECODE_TILE if pixels > MAX_DECODE_PIXELS else None), max(MAX_DECODE_PIXELS // pixels, 1)
+def _split(pixels: int, tile: int | None) -> tuple[int | None, int]:
+    """For a picture of so many pixels: the side of its tiles (None: in one piece), and how many are taken at once.
+
+    `tile`: the most pixels at once are those of such a tile; None: MAX_DECODE_PIXELS.
+    """
+    most = tile**2 if tile else MAX_DECODE_PIXELS
+    return ((tile or DECODE_TILE) if pixels > most else None), max(most // pixels, 1)
 
 
 def _listed(name: str, pictures: Pictures, num_prompts: int) -> list[Image.Image]:

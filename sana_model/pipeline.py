@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from PIL import Image
@@ -25,12 +25,15 @@ from sana_model.files.pipeline import PipelineParts, load_parts, save_parts
 from sana_model.files.png import set_facts
 from sana_model.flow import DEFAULT_FLOW_SHIFT, noise_source
 from sana_model.guidance import Caption
+from sana_model.memory import MemoryMode, Precision, plan_memory
 from sana_model.nn.autoencoder import DCAutoencoder
 from sana_model.nn.controlnet import Control, SanaControlNet
 from sana_model.nn.finite import NotFiniteError, check_finite, name_dtype
 from sana_model.nn.lora import attach_changes, detach_changes, merge_changes
+from sana_model.nn.quantized import precision_of
 from sana_model.nn.text_encoder import TextEncoder
 from sana_model.nn.transformer import SanaTransformer
+from sana_model.offload import Offload, bring
 from sana_model.pictures import ControlPictures, GuidePictures, Pictures, StartPictures, decode_pictures
 from sana_model.solver import OnEstimate, OnStep
 
@@ -74,6 +77,7 @@ class TextToImage(nn.Module):
         self.flow_shift = flow_shift
         self.name = name
         self.loras: list[dict[str, Any]] = []
+        self.offload: Offload | None = getattr(transformer, "offload", None)
 
     @classmethod
     def from_pretrained(
@@ -87,6 +91,9 @@ class TextToImage(nn.Module):
         flow_shift: float | None = None,
         variant: str | None = None,
         controlnet: str | Path | SanaControlNet | None = None,
+        device: str | torch.device | None = None,
+        memory: MemoryMode = "fast",
+        precision: Precision | None = None,
         **overrides: Any,
     ) -> "TextToImage":
         """Load our own pipeline folder, diffusers' `SanaPipeline` folder or an NVlabs `.pth`.
@@ -96,7 +103,12 @@ class TextToImage(nn.Module):
         Args:
             controlnet: a ControlNet, or the path of one (`SanaControlNet.from_pretrained`). None: the pipeline's own, if it has
                 one.
+            device: where pictures are drawn; None: the CPU. With `memory` it must be given here, not to `.to` later.
+            memory: how the parts fit that device, see `memory.plan_memory`: "fast", all in full precision; "balanced"; "small".
+            precision: of the weights, "w8a8", "int8", "int4", "fp8" or "full"; None: as `memory` says.
         """
+        device = torch.device(device or "cpu")
+        offload = Offload(plan_memory(memory, precision, device.type), device)
         parts = load_parts(
             path,
             dtype=dtype,
@@ -106,6 +118,7 @@ class TextToImage(nn.Module):
             flow_shift=flow_shift,
             variant=variant,
             controlnet=controlnet,
+            on_part=offload.take,
             **overrides,
         )
         return cls(
@@ -146,6 +159,8 @@ class TextToImage(nn.Module):
         """
         scale, adapter = real_number("scale", scale), read_lora(path, self.transformer)
         (merge_changes if merge else attach_changes)(self.transformer, adapter.changes, scale)
+        if merge and self.offload is not None:
+            self.offload.renew(self.transformer)
         self.loras.append({"path": str(path), "scale": scale, "merged": merge})
         if (unread := adapter.describe_unread()) is not None:
             warnings.warn(f"{path}: {unread}", stacklevel=2)
@@ -157,7 +172,14 @@ class TextToImage(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.transformer.head.weight.device
+        return self.transformer.head.weight.device if self.offload is None else self.offload.device
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        if self.offload is not None:
+            raise ValueError(
+                f"the parts of this pipeline come to {self.device} when they work: give from_pretrained the device and dtype"
+            )
+        return super()._apply(*args, **kwargs)
 
     @torch.inference_mode()
     def forward(
@@ -270,6 +292,7 @@ class TextToImage(nn.Module):
         each = len(images) // len(prompts)
         dtype = name_dtype(self.transformer.head.weight.dtype)
         facts: dict[str, Any] = {"model": self.name, "dtype": dtype, "flow_shift": self.flow_shift}
+        facts |= {"precision": precision} if (precision := precision_of(self.transformer)) != "full" else {}
         facts |= {"lora": self.loras} if self.loras else {}
         for index, image in enumerate(images):
             own = {"prompt": prompts[index // each], "seed": seeds[index] if seeds else None}
@@ -281,6 +304,7 @@ class TextToImage(nn.Module):
 
     def encode_prompts(self, prompts: list[str], num_each: int = 1, *, use_instruction: bool = True) -> Caption:
         """Encode prompts, each `num_each` times, behind the model's instruction text or without it. Raises NotFiniteError."""
+        bring(self.text_encoder)
         encoded = self.text_encoder.encode(prompts, use_instruction=use_instruction)
         embeds, mask = (each.repeat_interleave(num_each, 0) for each in encoded)
         self._check_states(embeds)
@@ -290,6 +314,7 @@ class TextToImage(nn.Module):
         """Encode what guidance leads away from; None for Sana-Sprint, which has nothing of the kind. Raises NotFiniteError."""
         if self.transformer.config.guidance_embeds:
             return None
+        bring(self.text_encoder)
         null = self.text_encoder.encode_null(captions[1], self.transformer.config.null_caption, negative_prompt)
         self._check_states(null[0])
         return null
@@ -307,7 +332,7 @@ class TextToImage(nn.Module):
     def _control(self, guide: GuidePictures, height: int, width: int, count: int, scale: float) -> Control:
         """The ControlNet with the latents of its pictures, for `count` images. Raises ValueError if they have another size."""
         assert self.controlnet is not None, "GuidePictures.check asks for one"
-        latents = guide.encode(height, width)
+        latents = guide.encode(height, width).to(self.device)
         return Control(self.controlnet, latents.repeat_interleave(count // len(latents), 0), scale)
 
     def image_size(

@@ -1,4 +1,4 @@
-"""`python -m jobs.benchmark model|train|autoencoder|solver|tiling|stage|judging|duplicates|startup`; `--help` after any."""
+"""`python -m jobs.benchmark PART`, where PART is one of those below; `--help` after any."""
 
 import sys
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from jobs.benchmark.config import (
     AutoencoderStepConfig,
     DuplicatesConfig,
+    FittingConfig,
     JudgingConfig,
     ModelConfig,
     SolverConfig,
@@ -47,6 +48,12 @@ def run_tiling(config: TilingConfig) -> None:
     benchmark_tiling(config)
 
 
+def run_fitting(config: FittingConfig) -> None:
+    from jobs.benchmark.fitting import benchmark_fitting
+
+    benchmark_fitting(config)
+
+
 def run_stage(config: StageConfig) -> None:
     from jobs.benchmark.stage import benchmark_stage
 
@@ -83,6 +90,11 @@ PARTS = {
         line="Compare the solvers' errors where the velocity is known exactly.", config_class=SolverConfig, run=run_solver
     ),
     "tiling": Subcommand(line="Measure the memory of DC-AE with and without tiles.", config_class=TilingConfig, run=run_tiling),
+    "fitting": Subcommand(
+        line="Measure what weights of fewer bits cost and save, and parts that take turns.",
+        config_class=FittingConfig,
+        run=run_fitting,
+    ),
     "stage": Subcommand(
         line="Measure a stage's speed against the bare loop over its model, and its memory.",
         config_class=StageConfig,

@@ -118,6 +118,35 @@ class TilingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FittingConfig:
+    """Configuration of the measurement of quantized weights and of parts that take turns, on the CPU.
+
+    Args:
+        parts: which of layers (SQNR), pictures, time, memory.
+        preset: of `SanaTransformer`.
+        depth: transformer blocks, for layers and time.
+        memory_depth: transformer blocks, for memory (published: 28).
+        text_layers: layers of the text encoder, of Gemma-2-2B's width, for memory (published: 26).
+        size: side of the picture in pixels, for time and memory.
+        steps: of the picture, for memory.
+        pictures: that the zoo's pipeline draws in each precision.
+        repeats: of each forward that is timed.
+        folder: for the weights of the part memory, several GiB; None: the folder for temporary files.
+    """
+
+    parts: list[str] = field(default_factory=lambda: ["layers", "pictures", "time", "memory"])
+    preset: str = "sana-0.6b"
+    depth: int = 4
+    memory_depth: int = 28
+    text_layers: int = 26
+    size: int = 1024
+    steps: int = 2
+    pictures: int = 48
+    repeats: int = 5
+    folder: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """Configuration of the measurement of a stage's overhead.
 

@@ -32,15 +32,21 @@ def make_transformer_inputs(ours: SanaTransformer, size: int, batch_size: int) -
     return latents, timestep, *make_captions(batch_size, weight.device, weight.dtype)
 
 
-def make_text_encoder(device: torch.device, dtype: torch.dtype, depth: int, count: int) -> tuple[TextEncoder, list[str]]:
-    """A text encoder of Gemma-2-2B's width, and captions of which each fills 60 places behind the instruction."""
+def make_text_encoder(
+    device: torch.device, dtype: torch.dtype, depth: int, count: int, vocabulary_size: int | None = None
+) -> tuple[TextEncoder, list[str]]:
+    """A text encoder of Gemma-2-2B's width, and captions of which each fills 60 places behind the instruction.
+
+    `vocabulary_size`: rows of its table of embeddings (published: 256,000); None: as many as the captions need.
+    """
     words = [f"w{index}" for index in range(1000)]
     vocabulary = {word: index for index, word in enumerate(["<pad>", "<bos>", "<eos>", *words])}
     tokens = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokens.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
-    config = Gemma2Config(vocab_size=len(vocabulary), num_hidden_layers=depth, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    rows = vocabulary_size or len(vocabulary)
+    config = Gemma2Config(vocab_size=rows, num_hidden_layers=depth, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     with device:
         model: Any = Gemma2Model(config)  # hidden 2304, feed-forward 9216: gemma-2-2b
     instruction = " ".join(words[: INSTRUCTION_TOKENS - 1]) + " "

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pipelines.stages.contract import Resources
 from pipelines.tables.schema import check_folder_name
+from sana_model.memory import MemoryMode, Precision
 from sana_model.zoo.published import HED_WEIGHTS
 
 
@@ -27,12 +28,15 @@ class DrawConfig:
         batch_size: pictures in one call of the model; changes values by rounding only.
         rows_per_shard: pictures in a shard: as many are lost, at most, when an actor dies.
         dtype: of the weights; None keeps the checkpoint's. float16 gives the text encoder bfloat16, whose range it needs.
+        memory: how the models fit the device: "fast", all of them on it in full precision; "balanced"; "small", one at a time,
+            in 8 and 4 bits (see `sana_model.memory`).
+        precision: of the weights: "w8a8", "int8", "int4", "fp8" or "full"; None: as `memory` says.
         device: "cpu" or "cuda"; None picks the first GPU that Ray gave the actor, otherwise the CPU.
         resources: what Ray reserves for the stage's actors.
     """
 
     NO_VALUE: ClassVar = ("batch_size", "device", "resources")
-    SINCE: ClassVar = ("negative_prompt", "guidance_interval")
+    SINCE: ClassVar = ("negative_prompt", "guidance_interval", "memory", "precision")
 
     height: int | None = None
     width: int | None = None
@@ -45,6 +49,8 @@ class DrawConfig:
     batch_size: int = 16
     rows_per_shard: int = 1000
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    memory: MemoryMode = "fast"
+    precision: Precision | None = None
     device: str | None = None
     resources: Resources = field(default_factory=Resources)
 

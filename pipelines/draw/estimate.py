@@ -13,21 +13,25 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel
 
 from pipelines.draw.config import SampleConfig
 from pipelines.draw.prompts import read_prompt_set
 from pipelines.draw.sampler import steps_of_batch
 from pipelines.draw.start import read_start
-from pipelines.train.preflight.memory import LiveBytes, count_decoding, count_weights
+from pipelines.train.preflight.memory import LiveBytes, count_decoding
 from pipelines.train.preflight.models import count_companions, find_autoencoder, find_text_encoder
 from pipelines.workers.models import pick_device
 from sana_model.arguments import check_size, nearest_multiple
 from sana_model.files.pipeline import find_companions
 from sana_model.files.places import published_address, resolve
+from sana_model.kernels.quantized import check_fp8
+from sana_model.memory import Precision, count_moments, plan_memory
 from sana_model.nn.autoencoder import DCAutoencoder
 from sana_model.nn.captions import CaptionState
 from sana_model.nn.config import AutoencoderConfig, SanaConfig
 from sana_model.nn.finite import name_dtype
+from sana_model.nn.quantized import precision_of, quantize_blocks, quantize_layers, stored_bytes
 from sana_model.nn.transformer import SanaTransformer
 from sana_model.nn.transformer_blocks import CaptionTokens, SanaBlock
 from sana_model.pictures import DECODE_TILE, MAX_DECODE_PIXELS
@@ -35,6 +39,7 @@ from sana_model.zoo.published import find_published
 
 CAPTION_TOKENS = 100
 """Tokens of a caption that are assumed: a prompt of a few sentences."""
+MOMENTS = {"text encoder": "reading the prompts", "transformer": "in a step", "autoencoder": "decoding"}
 START_SECONDS = 1e-5
 """To start one operation."""
 
@@ -43,20 +48,25 @@ START_SECONDS = 1e-5
 class DrawEstimate:
     """The needs of a drawing.
 
-    parts: name of the part -> bytes, all of which are in memory together. seconds: part -> seconds. device: what draws.
-    problems: sentences for a person, on what could not be known.
+    parts: name of the part -> bytes of its weights. precisions: of these parts. moments: what works -> bytes of all that is in
+    memory then. seconds: part -> seconds. device: what draws. problems: sentences for a person, on what could not be known.
     """
 
     parts: Mapping[str, int]
+    precisions: Mapping[str, str]
+    moments: Mapping[str, int]
     seconds: Mapping[str, float]
     device: str
     problems: list[str]
 
     def describe(self) -> str:
         """The estimate as a text for people."""
-        total = sum(self.parts.values())
-        unit, name = (2**30, "GiB") if total >= 2**30 else (2**20, "MiB")
-        lines = [f"  {part:<46} {size / unit:8.2f} {name}" for part, size in [*self.parts.items(), ("in all", total)]]
+        most = max(self.moments, key=lambda moment: self.moments[moment])
+        unit, name = (2**30, "GiB") if self.moments[most] >= 2**30 else (2**20, "MiB")
+        sizes = [(f"{part}, {self.precisions[part]}", size) for part, size in self.parts.items()]
+        sizes += [(f"at once, {moment}", size) for moment, size in self.moments.items()]
+        sizes.append((f"at most, {most}", self.moments[most]))
+        lines = [f"  {part:<46} {size / unit:8.2f} {name}" for part, size in sizes]
         seconds = [*self.seconds.items(), ("in all, once the model is loaded, about", sum(self.seconds.values()))]
         times = [f"  {part:<46} {value:8.1f} s" for part, value in seconds]
         return "\n".join(["MEMORY", *lines, "", f"TIME, {self.device}", *times, *(f"note: {text}" for text in self.problems)])
@@ -72,7 +82,7 @@ def estimate_drawing(config: SampleConfig) -> DrawEstimate:
     """
     problems: list[str] = []
     num_pictures = len(read_prompt_set(config.prompts).prompts) * config.images_per_prompt
-    folder, transformer, dtype = _find_transformer(config.pipeline)
+    folder, transformer, dtype, saved = _find_transformer(config.pipeline)
     config = replace(config, draw=config.draw.for_model(config.pipeline, is_sprint=transformer.guidance_embeds))
     num_steps = steps_of_batch(config)
     dtype = getattr(torch, config.draw.dtype) if config.draw.dtype else dtype
@@ -83,23 +93,32 @@ def estimate_drawing(config: SampleConfig) -> DrawEstimate:
         raise ValueError(f"{problems[0]}; without it nothing can be estimated")
     height, width = _find_size(config, transformer, autoencoder)
     batch, device = min(config.draw.batch_size, num_pictures), pick_device(config.draw.device)
+    plan = plan_memory(config.draw.memory, config.draw.precision, device.type)
+    if plan.transformer == "fp8":
+        check_fp8(device)
+    if saved != "full":
+        plan = replace(plan, transformer=saved)
+    if text_encoder is not None:
+        plan = replace(plan, text_encoder=getattr(text_encoder, "precision", plan.text_encoder))
     batches, rate = -(-num_pictures // batch), _measure_rate(device, dtype)
     passes = 1 if config.draw.guidance_scale == 1 or transformer.guidance_embeds else 2
-    step = _count_step(
-        transformer, dtype, (batch * passes, height // autoencoder.compression, width // autoencoder.compression)
-    )
-    decoding = _count_decoding(autoencoder, dtype, (height, width))
-    at_once = (DECODE_TILE, DECODE_TILE) if height * width > MAX_DECODE_PIXELS else (height, width)
-    activations = {"a step": step.peak, "decoding": count_decoding(autoencoder, batch, at_once, dtype)}
-    moment = max(activations, key=lambda name: activations[name])
+    shape = (batch * passes, height // autoencoder.compression, width // autoencoder.compression)
+    step, decoding = _count_step(transformer, dtype, shape, "full"), _count_decoding(autoencoder, dtype, (height, width))
     text_size, autoencoder_size = count_companions(text_encoder, autoencoder)
+    quantized = step if plan.transformer == "full" else _count_step(transformer, dtype, shape, plan.transformer)
+    weights = {
+        "text encoder": _text_bytes(text_encoder, dtype, plan.text_encoder),
+        "transformer": quantized.weights,
+        "autoencoder": autoencoder_size * dtype.itemsize,
+    }
+    tile, most = (plan.tile or DECODE_TILE), (plan.tile**2 if plan.tile else MAX_DECODE_PIXELS)
+    at_once = (tile, tile) if height * width > most else (height, width)
+    decoded = count_decoding(autoencoder, 1 if plan.tile else batch, at_once, dtype)
+    moments = count_moments(plan, weights, {"text encoder": 0, "transformer": quantized.peak, "autoencoder": decoded})
     return DrawEstimate(
-        parts={
-            "transformer": step.weights * dtype.itemsize,
-            "text encoder": text_size * dtype.itemsize,
-            "autoencoder": autoencoder_size * dtype.itemsize,
-            f"intermediate values, most in {moment}": activations[moment],
-        },
+        parts=weights,
+        precisions={"text encoder": plan.text_encoder, "transformer": plan.transformer, "autoencoder": "full"},
+        moments={MOMENTS[part]: size for part, size in moments.items()},
         seconds={
             "reading the prompts": num_pictures * 2.0 * text_size * CAPTION_TOKENS / rate,
             f"{num_steps} steps, pictures at once: {batch}, times: {batches}": batches * num_steps * step.seconds(rate),
@@ -111,15 +130,25 @@ def estimate_drawing(config: SampleConfig) -> DrawEstimate:
     )
 
 
-def _find_transformer(pipeline: str) -> tuple[Path | None, SanaConfig, torch.dtype]:
-    """The pipeline's place (None: a published one, of which nothing is fetched), and its transformer's shape and dtype."""
+def _text_bytes(text_encoder: Any, dtype: torch.dtype, precision: Precision) -> int:
+    """Bytes of a text encoder's weights, from transformers' configuration of it; 0 of None."""
+    if text_encoder is None:
+        return 0
+    with torch.device("meta"):
+        model = AutoModel.from_config(text_encoder, trust_remote_code=False).to(dtype)
+        quantize_layers(model, precision)
+    return stored_bytes(model)
+
+
+def _find_transformer(pipeline: str) -> tuple[Path | None, SanaConfig, torch.dtype, Precision]:
+    """The pipeline's place (None: a published one, of which nothing is fetched); its transformer's shape, dtype, precision."""
     address = published_address(pipeline) or pipeline
     known = find_published(address) if address.startswith("hf://") else None
     if known is not None and known.config is not None:
-        return None, known.config, getattr(torch, known.dtype)
+        return None, known.config, getattr(torch, known.dtype), "full"
     folder = resolve(pipeline)
     transformer = SanaTransformer.from_pretrained(folder)
-    return folder, transformer.config, transformer.head.weight.dtype
+    return folder, transformer.config, transformer.head.weight.dtype, precision_of(transformer)
 
 
 def _find_size(config: SampleConfig, transformer: SanaConfig, autoencoder: AutoencoderConfig) -> tuple[int, int]:
@@ -135,7 +164,7 @@ def _find_size(config: SampleConfig, transformer: SanaConfig, autoencoder: Autoe
 
 @dataclass(frozen=True)
 class _Counted:
-    """What a computation takes: floating-point operations, calls, and the most bytes alive at a time besides the weights."""
+    """What a computation takes: floating-point operations, calls, the most bytes alive besides the weights, and theirs."""
 
     flops: int
     calls: int
@@ -148,7 +177,7 @@ class _Counted:
         counter.leave_out(dict(model.named_parameters()) | dict(model.named_buffers()))
         with FlopCounterMode(display=False) as flops, counter:
             run()
-        return cls(flops.get_total_flops(), counter.calls, counter.peak, count_weights(model)[0])
+        return cls(flops.get_total_flops(), counter.calls, counter.peak, stored_bytes(model))
 
     def seconds(self, rate: float) -> float:
         return self.flops / rate + START_SECONDS * self.calls
@@ -166,11 +195,15 @@ class _LiveCalls(LiveBytes):
         return super().__torch_dispatch__(operation, types, args, kwargs)
 
 
-def _count_step(config: SanaConfig, dtype: torch.dtype, shape: tuple[int, int, int]) -> _Counted:
-    """One forward of the transformer, its captions encoded before. `shape`: (B, h, w) of the latents."""
+def _count_step(config: SanaConfig, dtype: torch.dtype, shape: tuple[int, int, int], precision: Precision) -> _Counted:
+    """One forward of the transformer, its captions encoded before. `shape`: (B, h, w) of the latents.
+
+    Operations of 8-bit numbers are not counted.
+    """
     batch = shape[0]
     with torch.device("meta"), torch.no_grad():
         model = SanaTransformer(config).to(dtype).eval()
+        quantize_blocks(model, "w8a8" if precision == "fp8" else precision)  # as many bytes, and counted on any device
         latents = torch.empty(batch, config.in_channels, *shape[1:], dtype=dtype)
         packed = model.caption_proj(torch.empty(batch * CAPTION_TOKENS, config.caption_dim, dtype=dtype))
         tokens = CaptionTokens(packed, torch.arange(len(packed)), None, batch, CAPTION_TOKENS)

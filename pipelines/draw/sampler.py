@@ -70,12 +70,18 @@ def find_drawing(config: SampleConfig, source: PipelineSource | None = None, *, 
         source: how to load what `config.pipeline` names; None: by this name.
         with_versions: find the versions of the pipeline and the adapters too, which reads all of their files.
 
-    Raises what `read_prompt_set`, `find_place`, `read_start` and `read_control` raise; ValueError for control of a `source`.
+    Raises what `read_prompt_set`, `find_place`, `read_start` and `read_control` raise; ValueError for control, a
+    memory mode or a precision of a `source`.
     """
     prompts = read_prompt_set(config.prompts).spread(config.num_prompts)
     if source is not None and config.control is not None:
         raise ValueError(
             f"control steers no checkpoint, such as {config.pipeline}: export it by jobs.export, and draw with that"
+        )
+    if source is not None and (config.draw.memory != "fast" or config.draw.precision is not None):
+        raise ValueError(
+            f"draw.memory={config.draw.memory}, draw.precision={config.draw.precision}: a training's checkpoint, such as "
+            f"{config.pipeline}, is drawn with as it is; export it by jobs.export, and draw with that"
         )
     pipeline = source or find_place(config.pipeline, with_version=with_versions)
     sprint = pipeline.is_sprint if isinstance(pipeline, PipelineSource) else is_sprint(resolve(pipeline.path))
@@ -146,7 +152,14 @@ class Sampler:
         if isinstance(pipeline, PipelineSource):
             self.pipeline = pipeline.load(dtype).to(device)
         else:
-            self.pipeline = TextToImage.from_pretrained(pipeline.path, dtype=dtype, controlnet=controlnet).to(device)
+            self.pipeline = TextToImage.from_pretrained(
+                pipeline.path,
+                dtype=dtype,
+                controlnet=controlnet,
+                device=device,
+                memory=self.config.memory,
+                precision=self.config.precision,
+            )
         for lora, found in zip(config.lora, loras, strict=True):
             self.pipeline.load_lora(found.path, scale=lora.scale)
         if control is not None and self.pipeline.controlnet is None:

@@ -22,7 +22,11 @@ from sana_model.files.tensors import (
     write_json,
     write_safetensors,
 )
+from sana_model.memory import Precision
+from sana_model.nn.quantized import precision_of
 
+BESIDE_CONFIG = ("model_type", "precision")
+"""What a config.json of ours says besides the fields of a model's configuration."""
 PIPELINE_INDEXES = ("pipeline.json", "model_index.json")  # of a whole pipeline's folder: ours, diffusers'
 BESIDE_DIFFUSERS = "null_caption_embeds.safetensors"  # what a transformer keeps and diffusers' layout has no place for
 
@@ -97,6 +101,9 @@ def find_pth(folder: Path) -> Path | None:
     return None
 
 
+QUANTIZED = (torch.int8, torch.uint8)
+"""Dtypes of quantized weights as they are stored."""
+
 COMPILED = "_orig_mod."
 """What torch.compile puts into a tensor's name, in front of it or of a compiled part."""
 PARTS = {
@@ -143,9 +150,15 @@ def fill(model: nn.Module, state: dict[str, Tensor], key_map: KeyMap, source: Pa
             if name in state and tuple(state[name].shape) != shape
         ]
         not_floating = [
-            f"no floating-point numbers in {name}: {state[name].dtype} (quantized weights are not read)"
+            f"no floating-point numbers in {name}: {state[name].dtype} (quantized weights are read of our own folders, whose "
+            "config.json says the precision)"
             for name in foreign.names
             if expected.is_floating_point() and name in state and not state[name].is_floating_point()
+        ]
+        not_floating += [
+            f"{name} holds {state[name].dtype}, expected {expected.dtype}"
+            for name in foreign.names
+            if expected.dtype in QUANTIZED and name in state and state[name].dtype is not expected.dtype
         ]
         problems += missing + misshapen + not_floating
         if not missing and not misshapen and not not_floating:
@@ -207,12 +220,30 @@ def check_layout(layout: str) -> str:
 def config_from_json(kind: type[Any], settings: dict[str, Any], source: Path) -> Any:
     """Make the configuration `kind` of its fields in JSON's types. Raises ValueError if there are unknown ones."""
     known = {field.name for field in fields(kind)}
-    unknown = sorted(set(settings) - known - {"model_type"})
+    unknown = sorted(set(settings) - known - set(BESIDE_CONFIG))
     if unknown:
         raise ValueError(f"{source}: its configuration has unknown fields {', '.join(unknown)}: written by a newer version?")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-    values.pop("model_type", None)
-    return kind(**values)
+    return kind(**{name: value for name, value in values.items() if name not in BESIDE_CONFIG})
+
+
+def saved_precision(settings: dict[str, Any], source: Path) -> Precision:
+    """The precision that a config.json says its weights have. Raises ValueError for one that is not known here."""
+    precision = settings.get("precision", "full")
+    if precision not in get_args(Precision):
+        raise ValueError(f"{source}: its weights are {precision!r}, which is no precision known here: of a newer version?")
+    return precision
+
+
+def note_precision(model: nn.Module, layout: str = "sana") -> dict[str, str]:
+    """What config.json says of the precision of a model that is saved; nothing of full precision.
+
+    Raises ValueError if the model is quantized, and `layout` is that of others, who could not read it.
+    """
+    precision = precision_of(model)
+    if precision != "full" and layout != "sana":
+        raise ValueError(f"layout={layout} has no place for {precision} weights: save them as sana, or those in full precision")
+    return {} if precision == "full" else {"precision": precision}
 
 
 def class_of(settings: dict[str, Any], told: dict[str, Any]) -> str:

@@ -16,7 +16,9 @@ from sana_model.files.checkpoint import (
     config_from_json,
     export,
     fill,
+    note_precision,
     open_checkpoint,
+    saved_precision,
     write_folder,
     write_weights_file,
 )
@@ -33,6 +35,7 @@ from sana_model.files.published_configs import (
 )
 from sana_model.nn.config import ControlForm, ControlNetConfig
 from sana_model.nn.controlnet import SanaControlNet
+from sana_model.nn.quantized import quantize_blocks
 from sana_model.nn.transformer import SanaTransformer
 
 OWN_EMBEDDINGS = ("patch_embed.", "time_embed.", "caption_projection.", "caption_norm.")
@@ -71,6 +74,7 @@ def load_controlnet(
         state = {name: tensor for name, tensor in state.items() if not name.startswith(OWN_EMBEDDINGS)}
     with torch.device("meta"):
         model = SanaControlNet(config)
+        quantize_blocks(model, saved_precision(found.settings, found.source))
     fill(model, state, key_map, found.source, dtype)
     return model
 
@@ -115,8 +119,9 @@ def save_controlnet(
     than the model's form, or "nvlabs" without a transformer.
     """
     path, config = local_target(path), model.config
-    if check_layout(layout) == "sana":
-        write_folder(path, "model", model.state_dict(), {"model_type": "sana_controlnet", **asdict(config)})
+    precision = note_precision(model, check_layout(layout))
+    if layout == "sana":
+        write_folder(path, "model", model.state_dict(), {"model_type": "sana_controlnet", **precision, **asdict(config)})
         return
     if layout != config.form:
         raise ValueError(

@@ -27,6 +27,7 @@ from sana_model.files.key_maps import (
 from sana_model.files.places import resolve
 from sana_model.files.tensors import read_weights_file, write_safetensors
 from sana_model.nn.lora import WeightChange
+from sana_model.nn.quantized import quantized_layers
 from sana_model.nn.transformer import SanaTransformer
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -159,15 +160,19 @@ def _read_settings(file: Path) -> dict[str, Any]:
 def _find_places(transformer: SanaTransformer) -> dict[str, _Place]:
     """Every name of a matrix or convolution, in each layout, with underscores for dots."""
     places: dict[str, _Place] = {}
-    for name, weight in transformer.named_parameters():
-        if not name.endswith(".weight") or weight.ndim not in (2, 4):
+    shapes = {name: weight.shape for name, weight in transformer.named_parameters()}
+    shapes |= {
+        f"{name}.weight": torch.Size((layer.out_features, layer.in_features)) for name, layer in quantized_layers(transformer)
+    }
+    for name, shape in shapes.items():
+        if not name.endswith(".weight") or len(shape) not in (2, 4):
             continue
         for key_map in (diffusers_names(transformer.config), TRANSFORMER_NVLABS, KeyMap()):
             foreign = translate(name, key_map)
             for index, theirs in enumerate(foreign.names):
-                shape = their_shape(foreign, weight.shape)[: weight.ndim]
+                own = their_shape(foreign, shape)[: len(shape)]
                 flat = theirs.removesuffix(".weight").replace(".", "_")
-                places.setdefault(flat, _Place(name, index, len(foreign.names), shape))
+                places.setdefault(flat, _Place(name, index, len(foreign.names), own))
     return places
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
 from sana_model.files import key_maps
 from sana_model.files.checkpoint import (
@@ -22,10 +22,13 @@ from sana_model.files.checkpoint import (
     config_from_json,
     export,
     fill,
+    note_precision,
     open_checkpoint,
+    saved_precision,
     write_folder,
     write_weights_file,
 )
+from sana_model.files.json_files import read_json
 from sana_model.files.key_maps import KeyMap
 from sana_model.files.places import local_target, resolve
 from sana_model.files.published_autoencoders import (
@@ -41,10 +44,12 @@ from sana_model.files.published_configs import (
     transformer_config_from_diffusers,
     transformer_config_from_nvlabs,
 )
-from sana_model.files.tensors import read_safetensors, write_safetensors
+from sana_model.files.tensors import read_safetensors, read_safetensors_folder, write_safetensors
 from sana_model.files.transformers_folder import TOKENIZER, naming_the_folder
+from sana_model.memory import Precision
 from sana_model.nn.autoencoder import DCAutoencoder
 from sana_model.nn.config import DEFAULT_TEXT_ENCODER, NVLABS_PROMPTS, AutoencoderConfig, SanaConfig, TextEncoderConfig
+from sana_model.nn.quantized import quantize_blocks, quantize_layers
 from sana_model.nn.text_encoder import TextEncoder
 from sana_model.nn.transformer import SanaTransformer
 
@@ -85,6 +90,7 @@ def load_transformer(
         kept |= read_safetensors(source / BESIDE_DIFFUSERS)
     with torch.device("meta"):
         model = SanaTransformer(replace(config, **overrides))
+        quantize_blocks(model, saved_precision(found.settings, source))
     fill(model, state, key_map, source, dtype)
     for name, tensor in kept.items():
         setattr(model, name, tensor if dtype is None else tensor.to(dtype))
@@ -126,11 +132,11 @@ def save_transformer(
     Raises ValueError for another layout, a URI, or the folder of a whole pipeline.
     """
     path, state = local_target(path), model.state_dict()
-    kept = _kept_tensors(model, null_caption_embeds)
-    if check_layout(layout) == "nvlabs":
+    kept, precision = _kept_tensors(model, null_caption_embeds), note_precision(model, check_layout(layout))
+    if layout == "nvlabs":
         write_weights_file(path, *nvlabs_transformer(model, null_caption_embeds))
     elif layout == "sana":
-        write_folder(path, "model", state | kept, {"model_type": "sana_transformer", **asdict(model.config)})
+        write_folder(path, "model", state | kept, {"model_type": "sana_transformer", **precision, **asdict(model.config)})
     else:
         settings = diffusers_transformer_config(model.config)
         write_folder(path, "diffusion_pytorch_model", export(state, key_maps.diffusers_names(model.config)), settings)
@@ -242,6 +248,10 @@ def load_text_encoder(
     options = {"dtype": dtype or "auto", "attn_implementation": attn_implementation, "variant": variant}
     local, tokenizer_local = (resolve(p) if "://" in str(p) else p for p in (path, tokenizer_path or path))
     pinned = {"revision": revision} if revision else {}
+    settings = read_json(Path(local) / "config.json") if (Path(local) / "config.json").is_file() else {}
+    if (precision := saved_precision(settings, Path(local))) != "full":
+        model = _load_quantized(Path(local), precision, dtype, attn_implementation)
+        return TextEncoder(model, AutoTokenizer.from_pretrained(tokenizer_local, trust_remote_code=False), config)
     with naming_the_folder(local, "language model"):
         model = AutoModel.from_pretrained(local, trust_remote_code=False, **options, **pinned)
     with naming_the_folder(tokenizer_local, TOKENIZER):
@@ -250,10 +260,33 @@ def load_text_encoder(
 
 
 def save_text_encoder(text_encoder: TextEncoder, path: str | Path) -> None:
-    """Write the language model and its tokenizer into one folder, which transformers loads; the caller keeps `config`.
+    """Write the language model and its tokenizer into one folder; the caller keeps `config`.
 
-    Raises ValueError for a URI.
+    transformers loads it too, unless the weights are quantized. Raises ValueError for a URI.
     """
-    folder = local_target(path)
-    text_encoder.model.save_pretrained(folder)
+    folder, model = local_target(path), text_encoder.model
+    if precision := note_precision(model):
+        write_folder(folder, "model", model.state_dict(), model.config.to_dict() | precision)
+    else:
+        model.save_pretrained(folder)
     text_encoder.tokenizer.save_pretrained(folder)
+
+
+def _load_quantized(
+    folder: Path, precision: Precision, dtype: torch.dtype | None, attn_implementation: str | None
+) -> PreTrainedModel:
+    """Load a language model that `save_text_encoder` wrote quantized. Raises ValueError if it is damaged."""
+    with naming_the_folder(folder, "language model"), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModel.from_config(config, attn_implementation=attn_implementation, trust_remote_code=False)
+        quantize_layers(model, precision)
+    fill(model, read_safetensors_folder(folder), KeyMap(), folder, dtype)
+    for weight in model.parameters():
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # `_init_weights` leaves it as it is
+    for module in model.modules():  # what no file holds: frequencies of rotary embeddings, scales
+        missing = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+        for name, buffer in missing.items():
+            setattr(module, name, torch.empty_like(buffer, device="cpu"))
+        if missing:
+            model._init_weights(module)
+    return model

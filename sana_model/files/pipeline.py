@@ -3,14 +3,15 @@
 A pipeline is our own folder, diffusers' `SanaPipeline` folder, or an NVlabs `.pth`, which holds the transformer alone.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from sana_model.files.checkpoint import PIPELINE_INDEXES, check_layout, find_pth
+from sana_model.files.checkpoint import PIPELINE_INDEXES, check_layout, find_pth, note_precision
 from sana_model.files.controlnet import holds_controlnet, load_controlnet, save_controlnet
 from sana_model.files.json_files import read_json
 from sana_model.files.models import (
@@ -119,6 +120,7 @@ def load_parts(
     flow_shift: float | None = None,
     variant: str | None = None,
     controlnet: str | Path | SanaControlNet | None = None,
+    on_part: Callable[[nn.Module], object] | None = None,
     **overrides: Any,
 ) -> PipelineParts:
     """Load every model of a pipeline, in eval mode.
@@ -133,6 +135,7 @@ def load_parts(
         variant: the one in the names of the weights' files ("bf16"); None: the plain one, or the one that fits `dtype`.
         controlnet: a ControlNet, or the path of one; None: the one that the folder or the `.pth` holds, if it holds one. It
             gets the transformer's dtype.
+        on_part: called with each part as soon as it is loaded, before the next one is.
         use_ema, overrides: those of `load_transformer`.
 
     A diffusers folder is prompted as `SanaPipeline` does it, everything else as our folder says or as NVlabs does.
@@ -147,17 +150,26 @@ def load_parts(
     autoencoder = str(autoencoder or companions.autoencoder)
     is_folder = any((local / index).exists() for index in PIPELINE_INDEXES)
     _check_parts(local, [str(local / "transformer") if is_folder else None, autoencoder, text_source, tokenizer])
+    on_part = on_part or (lambda part: None)
     transformer = load_transformer(local, use_ema=use_ema, dtype=dtype, variant=variant, **overrides)
+    own_dtype, heads = transformer.head.weight.dtype, transformer.config.num_cross_heads
+    on_part(transformer)
     in_it = None if controlnet or companions.controlnet else in_one_file(local)
     controlnet = controlnet or companions.controlnet or in_it
     if isinstance(controlnet, str | Path):
-        heads, averaged = transformer.config.num_cross_heads, use_ema and in_it is not None
+        averaged = use_ema and in_it is not None
         controlnet = load_controlnet(controlnet, dtype=dtype, num_cross_heads=heads, variant=variant, use_ema=averaged)
+    if controlnet is not None:
+        on_part(controlnet.to(own_dtype))
+    loaded_autoencoder = load_autoencoder(autoencoder, dtype=dtype, variant=variant)
+    on_part(loaded_autoencoder)
+    loaded_text_encoder = _load_text_encoder(text_source, tokenizer, companions.prompts, dtype=dtype, variant=variant)
+    on_part(loaded_text_encoder)
     return PipelineParts(
         transformer=transformer,
-        controlnet=None if controlnet is None else controlnet.to(transformer.head.weight.dtype),
-        autoencoder=load_autoencoder(autoencoder, dtype=dtype, variant=variant),
-        text_encoder=_load_text_encoder(text_source, tokenizer, companions.prompts, dtype=dtype, variant=variant),
+        controlnet=controlnet,
+        autoencoder=loaded_autoencoder,
+        text_encoder=loaded_text_encoder,
         flow_shift=companions.flow_shift if flow_shift is None else flow_shift,
     )
 
@@ -196,7 +208,9 @@ def save_parts(parts: PipelineParts, path: str | Path, *, layout: str = "sana") 
     Raises ValueError for another layout or a URI.
     """
     folder = local_target(path)
-    if check_layout(layout) == "nvlabs":
+    for model in (parts.transformer, parts.text_encoder):
+        note_precision(model, check_layout(layout))
+    if layout == "nvlabs":
         null_caption = parts.text_encoder.encode_padded("", parts.text_encoder.config.max_tokens)
         if parts.controlnet is None:
             save_transformer(parts.transformer, folder, layout=layout, null_caption_embeds=null_caption)

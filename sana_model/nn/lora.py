@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sana_model.nn.quantized import QuantizedLinear
+
 
 @dataclass(frozen=True)
 class WeightChange:
@@ -59,13 +61,14 @@ def _add_branches(layer: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
 def attach_changes(model: nn.Module, changes: Mapping[str, WeightChange], scale: float) -> None:
     """Compute changes beside the weights, which stay as they are, from now on; further ones add to those that are there.
 
-    `changes`: by the names of weights of linear layers and convolutions.
+    `changes`: by the names of weights of linear layers and convolutions, which may be quantized.
     """
     for name, change in changes.items():
         layer: Any = model.get_submodule(name.removesuffix(".weight"))
         if not hasattr(layer, "lora"):
             layer.lora = _Branches(layer)
-        layer.lora.append(_Branch(change, scale, layer.weight))
+        like = layer.scale if isinstance(layer, QuantizedLinear) else layer.weight
+        layer.lora.append(_Branch(change, scale, like))
 
 
 def detach_changes(model: nn.Module) -> None:
@@ -77,7 +80,17 @@ def detach_changes(model: nn.Module) -> None:
 
 @torch.no_grad()
 def merge_changes(model: nn.Module, changes: Mapping[str, WeightChange], scale: float) -> None:
-    """Add changes to the weights themselves, for good. The sum is made in float32 and rounded to the weight's dtype."""
+    """Add changes to the weights themselves, for good. The sum is made in float32 and rounded to the weight's dtype.
+
+    Raises ValueError, before anything is changed, if a weight is quantized: small changes would be rounded away.
+    """
+    for name in changes:
+        layer = model.get_submodule(name.removesuffix(".weight"))
+        if isinstance(layer, QuantizedLinear):
+            raise ValueError(
+                f"an adapter cannot be merged into weights that are {layer.precision}: load it with merge=False, or merge it "
+                "into weights in full precision, and quantize those"
+            )
     for name, change in changes.items():
         weight = model.get_parameter(name)
         weight.copy_(weight.float() + scale * change.whole().to(weight.device).view_as(weight))

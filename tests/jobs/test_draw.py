@@ -108,6 +108,9 @@ def test_a_dry_run_counts_the_weights_and_fetches_nothing(model: TextToImage, ca
     published = estimate_drawing(config_of(CIRCLE, "--model=sana-0.6b-512", "--dtype=bfloat16"))
     assert 1.1e9 < published.parts["transformer"] < 1.3e9 and 5e9 < published.parts["text encoder"] < 5.5e9
     assert published.seconds["decoding"] > 0
+    small = estimate_drawing(config_of(CIRCLE, "--model=sana-0.6b-512", "--dtype=bfloat16", "--memory=small"))
+    assert max(small.moments.values()) < 0.5 * max(published.moments.values())
+    assert small.moments["reading the prompts"] == small.parts["text encoder"] < 0.5 * published.parts["text encoder"]
 
 
 WRONG = {

@@ -1,0 +1,123 @@
+"""Brings the parts of a pipeline onto their device when they work, and takes them away when another part does."""
+
+import mmap
+import tempfile
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from sana_model.kernels.quantized import check_fp8
+from sana_model.memory import MemoryPlan
+from sana_model.nn.controlnet import SanaControlNet
+from sana_model.nn.quantized import precision_of, quantize_blocks, quantize_layers
+from sana_model.nn.text_encoder import TextEncoder
+from sana_model.nn.transformer import SanaTransformer
+
+ALIGNMENT = 64
+"""Bytes: every tensor in a file begins at a multiple of it."""
+
+
+class Offload:
+    """Fits the parts of one pipeline to a device, as a plan says, and knows which of them are away from it.
+
+    A part that is away from a GPU lies in the computer's memory. On the CPU, the weights of a part lie in a temporary file that
+    is mapped into memory: pages that are not used take none. The file is in the folder for temporary files (TMPDIR), which
+    should be on a disk, and goes away with the process.
+
+    Raises ValueError if the plan needs another device.
+    """
+
+    def __init__(self, plan: MemoryPlan, device: torch.device):
+        if plan.transformer == "fp8":
+            check_fp8(device)
+        self.plan, self.device = plan, device
+        self._leaving: list[nn.Module] = []
+        self._mapped: dict[nn.Module, mmap.mmap] = {}
+
+    def take(self, part: nn.Module) -> None:
+        """Quantize a part that was just loaded, and put it where it waits for its turn.
+
+        A part that was saved quantized keeps its precision. Raises ValueError if the plan's owner asked for another one.
+        """
+        self._quantize(part)
+        if self.plan.kept == "everything":
+            part.to(self.device)
+            return
+        part.requires_grad_(False)
+        part.offload = self  # type: ignore[assignment]  # found by `bring`
+        if self.plan.kept == "all but the text encoder" and not isinstance(part, TextEncoder):
+            part.to(self.device)
+            return
+        self._leaving.append(part)
+        if self.device.type == "cpu":
+            self.renew(part)
+        else:
+            part.to("cpu")
+
+    def _quantize(self, part: nn.Module) -> None:
+        found, wanted = precision_of(part), self.plan.transformer
+        if isinstance(part, TextEncoder):
+            if found == "full":
+                quantize_layers(part.model, self.plan.text_encoder)
+        elif isinstance(part, SanaTransformer | SanaControlNet):
+            if found == "full":
+                quantize_blocks(part, wanted)
+            elif self.plan.asked and found != wanted:
+                raise ValueError(f"precision={wanted}: these weights were saved as {found}; load the ones in full precision")
+
+    def bring(self, parts: tuple[nn.Module, ...]) -> None:
+        """Have these parts on the device, and none of the others that leave it."""
+        for part in self._leaving:
+            if part not in parts:
+                if (mapped := self._mapped.get(part)) is None:
+                    part.to("cpu")
+                elif hasattr(mapped, "madvise"):  # not on Windows, where the system alone decides
+                    mapped.madvise(mmap.MADV_DONTNEED)
+        for part in parts:
+            part.to(self.device)
+
+    def renew(self, part: nn.Module) -> None:
+        """Write the weights of a part into its file; to be called again when they were changed in place."""
+        if part not in self._leaving or self.device.type != "cpu":
+            return
+        self._mapped[part] = _map_into_file([tensor for tensor in chain(part.parameters(), part.buffers()) if tensor.numel()])
+
+
+def bring(*parts: nn.Module) -> None:
+    """Have these parts of one pipeline on their device, for the work that follows; other parts may leave it.
+
+    Nothing happens in a pipeline that stays where it is.
+    """
+    offload = getattr(parts[0], "offload", None)
+    if isinstance(offload, Offload):
+        offload.bring(parts)
+
+
+def tile_of(part: nn.Module) -> int | None:
+    """Side of the tiles, in pixels, in which the plan of a part has pictures decoded; None: large pictures alone are tiled."""
+    offload = getattr(part, "offload", None)
+    return offload.plan.tile if isinstance(offload, Offload) else None
+
+
+def _map_into_file(tensors: list[Tensor]) -> mmap.mmap:
+    """Write tensors of the CPU into a temporary file without a name, and have them share its memory. Returns the mapping."""
+    with tempfile.TemporaryFile() as file:
+        places = []
+        for tensor in tensors:
+            places.append(file.tell())
+            flat = torch.as_strided(tensor.detach(), (_extent(tensor),), (1,))
+            file.write(flat.view(torch.uint8).numpy())
+            file.write(bytes(-file.tell() % ALIGNMENT))
+        file.flush()
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    with torch.no_grad():
+        for tensor, place in zip(tensors, places, strict=True):
+            flat = torch.frombuffer(mapped, dtype=tensor.dtype, count=_extent(tensor), offset=place)
+            tensor.data = flat.as_strided(tensor.shape, tensor.stride())
+    return mapped
+
+
+def _extent(tensor: Tensor) -> int:
+    """Elements from the first to the last of a tensor, whatever its order in memory."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

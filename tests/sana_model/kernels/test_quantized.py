@@ -1,0 +1,54 @@
+"""Products with 8-bit and 4-bit weights, against their plain forms."""
+
+import pytest
+import torch
+
+from sana_model.kernels import quantized
+from sana_model.kernels.quantized import from_int4, to_fp8, to_int4, to_int8, w8a8_linear, w8a8_reference
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_w8a8_equals_its_plain_form_up_to_rounding(onednn, dtype, monkeypatch):
+    monkeypatch.setattr(quantized, "_has_onednn", lambda: onednn)
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((2, 5, 52), (36, 52), (36,)))
+    x[0, 0] = 0  # a token of zeros has no scale
+    x[0, 1] *= 1e4  # one large token costs the others nothing: each has its own scale
+    result = w8a8_linear(x, *to_int8(weight), bias)
+    expected = w8a8_reference(x, *to_int8(weight), bias)
+    torch.testing.assert_close(result, expected, rtol=1e-5 if dtype is torch.float32 else 2e-2, atol=1e-4)
+    torch.testing.assert_close(result[0, 0], bias)
+
+
+def test_w8a8_with_float16_does_not_overflow_before_the_tokens_scales_come_in():
+    x, weight = torch.full((3, 4096), 0.5).half(), torch.full((8, 4096), 1.0).half()
+    assert torch.equal(w8a8_linear(x, *to_int8(weight), None), torch.full((3, 8), 2048.0).half())
+
+
+def test_4_bits_keep_16_steps_and_the_farthest_number_of_each_group():
+    steps = torch.cat([torch.arange(-8, 8), torch.arange(-8, 8)]).float()  # one group
+    weight = torch.stack([steps, steps.flip(0) * -0.25])
+    packed, scale = to_int4(weight)
+    assert packed.shape == (2, 16) and scale.flatten().tolist() == [1.0, -0.25]
+    assert torch.equal(from_int4(packed, scale, 32), weight)
+
+
+def test_4_bits_round_within_half_a_step_at_any_width():
+    torch.manual_seed(0)
+    weight = torch.randn(3, 40)
+    packed, scale = to_int4(weight)
+    again = from_int4(packed, scale, 40)
+    step = scale.abs().repeat_interleave(32, 1)[:, :40]
+    assert again.shape == weight.shape and bool(((again - weight).abs() <= 1.0001 * step).all())
+    inside = weight / scale.repeat_interleave(32, 1)[:, :40] <= 7.5  # the opposite end has one step less
+    assert bool(((again - weight).abs() <= 0.5001 * step)[inside].all())
+
+
+def test_8_bit_floats_keep_three_bits_of_each_number():
+    torch.manual_seed(0)
+    weight = torch.randn(4, 64)
+    numbers, scale = to_fp8(weight)
+    again = numbers.view(torch.float8_e4m3fn).float() * scale
+    large = weight.abs() > 0.02 * weight.abs().amax()
+    assert bool(((again - weight).abs() <= weight.abs() / 16)[large].all())
