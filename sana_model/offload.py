@@ -33,6 +33,7 @@ class Offload:
             check_fp8(device)
         self.plan, self.device = plan, device
         self._leaving: list[nn.Module] = []
+        self._present: set[nn.Module] = set()
         self._mapped: dict[nn.Module, mmap.mmap] = {}
 
     def take(self, part: nn.Module) -> None:
@@ -56,26 +57,33 @@ class Offload:
             part.to("cpu")
 
     def _quantize(self, part: nn.Module) -> None:
-        found, wanted = precision_of(part), self.plan.transformer
-        if isinstance(part, TextEncoder):
-            if found == "full":
-                quantize_layers(part.model, self.plan.text_encoder)
-        elif isinstance(part, SanaTransformer | SanaControlNet):
-            if found == "full":
-                quantize_blocks(part, wanted)
-            elif self.plan.asked and found != wanted:
-                raise ValueError(f"precision={wanted}: these weights were saved as {found}; load the ones in full precision")
+        if not isinstance(part, SanaTransformer | SanaControlNet | TextEncoder):
+            return
+        is_text, found = isinstance(part, TextEncoder), precision_of(part)
+        wanted = self.plan.text_encoder if is_text else self.plan.transformer
+        if found == "full":
+            (quantize_layers if is_text else quantize_blocks)(part, wanted)
+        elif self.plan.asked and found != wanted:
+            name = type(part).__name__
+            raise ValueError(f"precision={wanted}: the {name} was saved as {found}; take a folder in full precision")
 
     def bring(self, parts: tuple[nn.Module, ...]) -> None:
         """Have these parts on the device, and none of the others that leave it."""
         for part in self._leaving:
-            if part not in parts:
-                if (mapped := self._mapped.get(part)) is None:
-                    part.to("cpu")
-                elif hasattr(mapped, "madvise"):  # not on Windows, where the system alone decides
-                    mapped.madvise(mmap.MADV_DONTNEED)
+            if part in self._present and part not in parts:
+                self._present.remove(part)
+                self._send_away(part)
         for part in parts:
-            part.to(self.device)
+            if part in self._leaving and part not in self._present:
+                self._present.add(part)
+                if part not in self._mapped:
+                    part.to(self.device)
+
+    def _send_away(self, part: nn.Module) -> None:
+        if (mapped := self._mapped.get(part)) is None:
+            part.to("cpu")
+        elif hasattr(mapped, "madvise"):  # not on Windows, where the system alone decides what stays in memory
+            mapped.madvise(mmap.MADV_DONTNEED)
 
     def renew(self, part: nn.Module) -> None:
         """Write the weights of a part into its file; to be called again when they were changed in place."""

@@ -78,6 +78,7 @@ def load_start(config: TrainConfig) -> TextToImage:
     if config.init is not None:
         pipeline = TextToImage.from_pretrained(
             config.init,
+            precision="full",  # refuses weights that were saved with fewer bits: they cannot be trained
             autoencoder=config.autoencoder,
             text_encoder=config.text_encoder,
             flow_shift=config.flow.shift,

@@ -150,8 +150,7 @@ def fill(model: nn.Module, state: dict[str, Tensor], key_map: KeyMap, source: Pa
             if name in state and tuple(state[name].shape) != shape
         ]
         not_floating = [
-            f"no floating-point numbers in {name}: {state[name].dtype} (quantized weights are read of our own folders, whose "
-            "config.json says the precision)"
+            f"no floating-point numbers in {name}: {state[name].dtype} (quantized weights are not read)"
             for name in foreign.names
             if expected.is_floating_point() and name in state and not state[name].is_floating_point()
         ]

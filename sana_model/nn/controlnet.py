@@ -16,6 +16,7 @@ from sana_model.kernels.linear import Linear
 from sana_model.nn.captions import CaptionState, encode_captions
 from sana_model.nn.config import ControlForm, ControlNetConfig
 from sana_model.nn.embeddings import CaptionProjection, PatchEmbed, TimestepEmbedding, add_positions
+from sana_model.nn.quantized import precision_of
 from sana_model.nn.transformer import AfterBlock, SanaTransformer
 from sana_model.nn.transformer_blocks import SanaBlock
 
@@ -74,8 +75,10 @@ class SanaControlNet(nn.Module):
     ) -> "SanaControlNet":
         """Make a ControlNet to be trained: copies of the first blocks, and zeros for projections, which change nothing.
 
-        Raises ValueError if the transformer has no more than `depth` blocks.
+        Raises ValueError if the transformer has no more than `depth` blocks, or is quantized.
         """
+        if (precision := precision_of(transformer)) != "full":
+            raise ValueError(f"a ControlNet is made of a transformer in full precision, and this one is {precision}")
         if not 0 < depth < transformer.config.depth:
             raise ValueError(f"depth={depth} must be at least 1, and less than the transformer's {transformer.config.depth}")
         model = cls(ControlNetConfig(**{**asdict(transformer.config), "depth": depth, "form": form}))

@@ -44,10 +44,15 @@ def draw(pipeline: TextToImage) -> np.ndarray:
 def test_parts_that_take_turns_draw_the_same_picture(folder):
     together = TextToImage.from_pretrained(folder)
     in_turn = TextToImage.from_pretrained(folder, memory="small", precision="full")
-    assert np.array_equal(draw(in_turn), draw(together))
-    assert np.array_equal(draw(in_turn), draw(together))  # what was away comes back
+    first, again = draw(in_turn), draw(in_turn)  # what was away comes back
+    assert np.array_equal(first, again) and same_picture(first, draw(together))
     with pytest.raises(ValueError, match="come to cpu when they work"):
         in_turn.to(torch.bfloat16)
+
+
+def same_picture(ours: np.ndarray, other: np.ndarray) -> bool:
+    """Whether pictures are the same up to rounding, which depends on where in memory the weights begin."""
+    return int(np.abs(ours.astype(int) - other).max()) <= 2
 
 
 @pytest.mark.parametrize("memory,precision", [("balanced", None), ("small", "int8"), ("fast", "int4")])
@@ -71,12 +76,14 @@ def test_captions_keys_and_values_and_all_outside_the_blocks_stay_in_full_precis
 
 def test_another_precision_than_the_files_is_refused_and_so_are_layouts_of_others(folder, tmp_path):
     pipeline = TextToImage.from_pretrained(folder, precision="w8a8")
+    with pytest.raises(ValueError, match="a ControlNet is made of a transformer in full precision"):
+        SanaControlNet.from_transformer(pipeline.transformer, depth=1)
     pipeline.transformer.save_pretrained(tmp_path / "own")
     for layout in ("diffusers", "nvlabs"):
         with pytest.raises(ValueError, match=f"layout={layout} has no place for w8a8 weights"):
             pipeline.save_pretrained(tmp_path / "other", layout=layout)
     pipeline.save_pretrained(tmp_path / "whole")
-    with pytest.raises(ValueError, match="precision=int4: these weights were saved as w8a8"):
+    with pytest.raises(ValueError, match="precision=int4: the SanaTransformer was saved as w8a8"):
         TextToImage.from_pretrained(tmp_path / "whole", precision="int4")
     config = tmp_path / "own" / "config.json"
     config.write_text(config.read_text().replace('"w8a8"', '"full"'))
@@ -114,7 +121,7 @@ def test_a_merged_adapter_stays_when_parts_take_turns(folder, tmp_path):
     for pipeline in (together, in_turn):
         pipeline.load_lora(tmp_path / "lora.safetensors", merge=True)
         draw(pipeline)
-    assert np.array_equal(draw(in_turn), draw(together))
+    assert same_picture(draw(in_turn), draw(together))
 
 
 def test_8_bit_floats_are_refused_where_no_device_multiplies_them(folder):

@@ -17,7 +17,8 @@ def test_w8a8_equals_its_plain_form_up_to_rounding(onednn, dtype, monkeypatch):
     x[0, 1] *= 1e4  # one large token costs the others nothing: each has its own scale
     result = w8a8_linear(x, *to_int8(weight), bias)
     expected = w8a8_reference(x, *to_int8(weight), bias)
-    torch.testing.assert_close(result, expected, rtol=1e-5 if dtype is torch.float32 else 2e-2, atol=1e-4)
+    rtol, atol = (1e-5, 1e-4) if dtype is torch.float32 else (2e-2, 4e-2)  # rounded before the bias comes in, and after
+    torch.testing.assert_close(result, expected, rtol=rtol, atol=atol)
     torch.testing.assert_close(result[0, 0], bias)
 
 
