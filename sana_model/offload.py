@@ -115,7 +115,7 @@ def _map_into_file(tensors: list[Tensor]) -> mmap.mmap:
         for tensor in tensors:
             places.append(file.tell())
             flat = torch.as_strided(tensor.detach(), (_extent(tensor),), (1,))
-            file.write(flat.view(torch.uint8).numpy())
+            file.write(flat.view(torch.uint8).numpy().data)
             file.write(bytes(-file.tell() % ALIGNMENT))
         file.flush()
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)

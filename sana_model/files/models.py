@@ -282,7 +282,7 @@ def _load_quantized(
         quantize_layers(model, precision)
     fill(model, read_safetensors_folder(folder), KeyMap(), folder, dtype)
     for weight in model.parameters():
-        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # `_init_weights` leaves it as it is
+        weight._is_hf_initialized = True  # `_init_weights` leaves it as it is
     for module in model.modules():  # what no file holds: frequencies of rotary embeddings, scales
         missing = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
         for name, buffer in missing.items():

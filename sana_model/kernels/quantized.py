@@ -97,7 +97,8 @@ def w8a8_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None
 
 
 def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and not torch.compiler.is_compiling()
+    allowed = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return bool(allowed) and not torch.compiler.is_compiling()  # torch.compile chooses its own kernels
 
 
 def _onednn_product(numbers: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
