@@ -15,6 +15,7 @@ PACKAGES = ("sana_model", "pipelines", "jobs")
 ROOMS = (
     "sana_model/arguments",
     "sana_model/pixels",
+    "sana_model/memory",
     "sana_model/kernels",
     "sana_model/nn",
     "sana_model/zoo",
@@ -22,6 +23,7 @@ ROOMS = (
     "sana_model/solver",
     "sana_model/guidance",
     "sana_model/files",
+    "sana_model/offload",
     "sana_model/pictures",
     "sana_model/drawing",
     "sana_model/controls",
