@@ -27,7 +27,7 @@ from infra.local.servers import is_open
 TOOLS = ("buildah", "podman", "runc", "debootstrap")
 DOCKERFILE = ROOT / "infra/docker/Dockerfile"
 TARGETS = ("cpu", "mlflow")
-NAME = "localhost/sana"
+NAME, MLFLOW = "localhost/sana", "sana-images-mlflow"
 RIGHTS = (
     "--user",
     "1000",
@@ -148,7 +148,8 @@ def serve_mlflow() -> None:
         arguments = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(MLFLOW_PORT), "--workers", "1"]
         arguments += ["--backend-store-uri", uri, "--artifacts-destination", "/tmp/artifacts", "--serve-artifacts"]
         log = Path(tempfile.mkdtemp(prefix="sana-images-")) / "mlflow.log"
-        server = Process.start([*RUN, "--env", "HOME=/tmp", f"{NAME}:mlflow", *arguments], log=log, environment=os.environ)
+        command = [*RUN, "--name", MLFLOW, "--env", "HOME=/tmp", f"{NAME}:mlflow", *arguments]
+        server = Process.start(command, log=log, environment=os.environ)
         try:
 
             def answers() -> bool:
@@ -164,6 +165,7 @@ def serve_mlflow() -> None:
                 raise RuntimeError(f"MLflow made experiment {made} and finds {found}")
             print(f"experiment {made} was written and read")
         finally:
+            run("podman", "rm", "--force", "--time", "0", MLFLOW)
             server.kill()
 
 
