@@ -5,11 +5,15 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import TYPE_CHECKING
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from jobs.common.commands import COMMANDS, program
 from jobs.common.config import parse_config
@@ -53,14 +57,19 @@ def run(job: ServeJob) -> ExitCode:
     try:
         with start_ray(job.ray):
             check_local(job)
-            serve_until_stopped(job, has_keys)
+            with serving(job, has_keys) as address:
+                print(f"serving {job.served_name} at {address}/ (Ctrl-C ends it)", flush=True)
+                stopped = threading.Event()
+                signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+                stopped.wait()
     except (KeyboardInterrupt, JobStopped):
         note("stopped")
     return ExitCode.DONE
 
 
-def serve_until_stopped(job: ServeJob, has_keys: bool) -> None:
-    """Start the application on the Ray that is connected, and wait."""
+@contextmanager
+def serving(job: ServeJob, has_keys: bool) -> Iterator[str]:
+    """Within, the application runs on the Ray that is connected; yields its address, when the model is loaded."""
     import ray
     from ray import serve
     from ray.serve.schema import LoggingConfig
@@ -76,27 +85,31 @@ def serve_until_stopped(job: ServeJob, has_keys: bool) -> None:
     try:
         app = build_app(job.to_serve(), keys_expected=has_keys)
         serve.run(app, name=APPLICATION, route_prefix="/", logging_config=quiet)
-        print(f"serving {job.served_name} at http://{shown_host(job.host)}:{job.port}/ (Ctrl-C ends it)", flush=True)
-        stopped = threading.Event()
-        signal.signal(signal.SIGTERM, lambda *_: stopped.set())
-        stopped.wait()
+        yield f"http://{shown_host(job.host)}:{job.port}"
     finally:
         if on_cluster():  # a local Ray ends with this process
             serve.delete(APPLICATION)
 
 
-def build(arguments: dict[str, str]) -> "serve.Application":
+def build(arguments: dict[str, Any]) -> "serve.Application":
     """The application for a RayService or `serve deploy`: `import_path: jobs.serve:build`.
 
-    `arguments`: "config", the path of a YAML file of this command on the nodes. Its host, port and ray count for nothing there.
+    `arguments`: the settings of this command, as in its YAML. Raises ValueError for what the command would refuse.
     """
     from pipelines.serve.deploy import build_app
 
-    path = arguments["config"]
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no configuration {path}: mount it into the pods")
-    job = parse_config(ServeJob, ["--config", path], prog=program("serve"), description=COMMANDS["serve"])
-    return build_app(job.to_serve())
+    return build_app(read_arguments(arguments))
+
+
+def read_arguments(arguments: dict[str, Any]) -> ServeConfig:
+    """The settings that `build` is given, read as those of a YAML file. Raises ValueError."""
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file, redirect_stderr(StringIO()) as told:
+        yaml.safe_dump(arguments, file)
+        file.flush()
+        try:
+            return parse_config(ServeConfig, ["--config", file.name], prog=program("serve"), description=COMMANDS["serve"])
+        except SystemExit as ended:
+            raise ValueError(told.getvalue().strip()) from ended
 
 
 def is_loopback(host: str) -> bool:

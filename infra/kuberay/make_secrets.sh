@@ -3,7 +3,7 @@
 # are drawn here, so run it once for a cluster:
 #   export AWS_ACCESS_KEY_ID=... AWS_SECRET_ACCESS_KEY=... AWS_REGION=... MLFLOW_ARTIFACTS=s3://my-bucket/mlflow
 #   infra/kuberay/make_secrets.sh | kubectl create -f -
-# Optional: AWS_ENDPOINT_URL_S3 for a store that is not AWS, HF_TOKEN for gated models. On EKS or GKE, where pods get keys from a
+# Optional: AWS_ENDPOINT_URL_S3 for a store that is not AWS, HF_TOKEN for gated models, SANA_API_KEYS for the clients of a server. On EKS or GKE, where pods get keys from a
 # service account, give no AWS keys at all.
 set -euo pipefail
 
@@ -24,3 +24,4 @@ secret sana-s3 "${s3[@]}"
 secret sana-redis "password=$(password)"
 secret sana-postgres "password=$(password)"
 if [[ -n "${HF_TOKEN:-}" ]]; then secret sana-hugging-face "token=$HF_TOKEN"; fi
+if [[ -n "${SANA_API_KEYS:-}" ]]; then secret sana-api-keys "keys=$SANA_API_KEYS"; fi

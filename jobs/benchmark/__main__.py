@@ -9,6 +9,7 @@ from jobs.benchmark.config import (
     FittingConfig,
     JudgingConfig,
     ModelConfig,
+    ServeBenchmarkConfig,
     SolverConfig,
     StageConfig,
     StartupConfig,
@@ -72,6 +73,12 @@ def run_duplicates(config: DuplicatesConfig) -> None:
     benchmark_duplicates(config)
 
 
+def run_serve(config: ServeBenchmarkConfig) -> None:
+    from jobs.benchmark.serve import benchmark_serve
+
+    benchmark_serve(config)
+
+
 def run_startup(config: StartupConfig) -> None:
     from jobs.benchmark.startup import benchmark_startup
 
@@ -109,6 +116,11 @@ PARTS = {
         line="Measure the search for near duplicates by embeddings, and which changed pictures it finds.",
         config_class=DuplicatesConfig,
         run=run_duplicates,
+    ),
+    "serve": Subcommand(
+        line="Measure pictures a second over HTTP against the bare loop over the same batches.",
+        config_class=ServeBenchmarkConfig,
+        run=run_serve,
     ),
     "startup": Subcommand(
         line="Measure the CPU seconds of --help of every command, and of status.", config_class=StartupConfig, run=run_startup

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from jobs.serve import ServeJob
 from pipelines.evaluate.config import ClipScoreConfig, MetricsConfig
 from pipelines.evaluate.feature_config import CmmdConfig
 
@@ -208,6 +209,26 @@ class JudgingConfig(MetricsConfig):
         for name in ("num_pictures", "side", "num_threads", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeBenchmarkConfig(ServeJob):
+    """Configuration of the measurement of serving; its other settings are those of `jobs.serve`.
+
+    Args:
+        clients: that ask at the same time, each for one picture after another.
+        num_batches: of a turn.
+        steps: of a picture.
+        size: of a picture, as in a request; None: the model's own.
+        repeats: turns of each way; the median of their ratios counts.
+    """
+
+    port: int = 8765
+    clients: int = 16
+    num_batches: int = 8
+    steps: int = 20
+    size: str | None = None
+    repeats: int = 5
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _get_ray_resource
 
 from jobs.common.config import parse_config
 from jobs.common.job import JobConfig
+from jobs.serve import build, is_loopback, read_arguments
 from pipelines.stages.contract import Resources
 from pipelines.train.loop.config import WorkerResources
 from tests.infra.test_manifests import quantity
@@ -36,7 +37,7 @@ def documents(request: pytest.FixtureRequest) -> list[Document]:
 def secrets() -> dict[str, set[str]]:
     """Names and keys of the Secrets that make_secrets.sh makes when it is told everything."""
     told = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "c", "AWS_ENDPOINT_URL_S3": "http://d"}
-    told |= {"HF_TOKEN": "e", "MLFLOW_ARTIFACTS": "s3://f/g"}
+    told |= {"HF_TOKEN": "e", "MLFLOW_ARTIFACTS": "s3://f/g", "SANA_API_KEYS": "h,i"}
     script = ROOT / "infra/kuberay/make_secrets.sh"
     run = subprocess.run([str(script)], env=os.environ | told, capture_output=True, text=True, check=True)
     made = [document for document in yaml.safe_load_all(run.stdout) if document]
@@ -235,6 +236,24 @@ def test_what_stages_reserve_fits_a_pod_of_their_cluster(documents: list[Documen
             assert any(all(have.get(name, 0) >= count for name, count in wanted.items()) for have in offers), wanted
             if need.num_gpus:
                 assert need.custom, f"{job['metadata']['name']}: any GPU would do for {need}"
+
+
+def test_the_server_takes_its_settings_and_fits_a_pod_of_its_cluster() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    documents = render("serving")
+    (service,) = find(documents, "RayService")
+    config = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
+    (application,) = config.applications
+    module, _, function = application.import_path.partition(":")
+    assert getattr(importlib.import_module(module), function) is build
+    job = read_arguments(application.args)
+    assert job.require_key and is_loopback(config.http_options.host) is False
+    wanted = {"CPU": job.resources.num_cpus, "GPU": job.resources.num_gpus, **job.resources.custom}
+    groups = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    assert any(all(offer(group).get(name, 0) >= count for name, count in wanted.items()) for group in groups)
+    ports = [port for _, pod in templates([service]) for port in pod["containers"][0]["ports"] if port["name"] == "serve"]
+    assert {port["containerPort"] for port in ports} == {config.http_options.port} and len(ports) == 1 + len(groups)
 
 
 def offer(group: Document) -> dict[str, float]:

@@ -1,19 +1,24 @@
 """The command: what it says before it starts, and a server on Ray Serve that OpenAI's own client draws with."""
 
 import base64
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
+from PIL import Image
 
 from jobs.common.config import parse_config
 from jobs.draw import main as draw
-from jobs.serve import ServeJob, build, is_loopback, main, run, shown_host
+from jobs.serve import ServeJob, is_loopback, main, read_arguments, run, serving, shown_host
+from sana_model.files.png import read_facts
 from tests.support.http_server import free_port
 from tests.support.served import kill_a_painter
 
@@ -35,8 +40,8 @@ def test_what_is_refused_or_told_before_anything_starts(
         assert ("whoever reaches it may draw" in capsys.readouterr().err) is warned
     assert is_loopback("::1") and is_loopback("localhost") and not is_loopback("sana.example.org")
     assert [shown_host(host) for host in ("0.0.0.0", "::1", "10.0.0.7")] == ["127.0.0.1", "[::1]", "10.0.0.7"]
-    with pytest.raises(FileNotFoundError, match="mount it into the pods"):
-        build({"config": str(tmp_path / "absent.yaml")})
+    with pytest.raises(ValueError, match="there is no field batchsize: did you mean batch_size"):
+        read_arguments({"batchsize": 3})
     for arguments, told in {
         ("--max_replicas=0",): "max_replicas=0 is less than resources.num_actors=1",
         ("--cors_origins=[example.org]",): "must be a scheme and a host",
@@ -115,3 +120,34 @@ def _leaves(ask: Any, seed: int) -> bool:
     except httpx.TimeoutException:
         return True
     return False
+
+
+@pytest.mark.slow
+def test_many_clients_and_a_replica_that_is_killed(local_ray: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """200 requests of 16 clients on two replicas, one of which is killed in the middle: each gets the picture of its seed."""
+    from ray import serve
+
+    count, words = 200, ["--steps=4", "--seed=0", "--batch=4", "--count=200"]
+    assert draw([CIRCLE, *words, "--out", str(tmp_path)]) == 0
+    files = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(files) == count
+    job = parse_config(ServeJob, ["--resources.num_actors=2", f"--port={free_port()}"], prog="serve", description="")
+    killed = threading.Event()
+
+    def ask(seed: int) -> bytes:
+        if seed == count // 3:
+            kill_a_painter()
+            killed.set()
+        body = {"prompt": CIRCLE, "seed": seed, "steps": 4}
+        answer = httpx.post(f"{address}/v1/images/generations", json=body, timeout=300)
+        assert answer.status_code == 200, answer.text
+        return base64.b64decode(answer.json()["data"][0]["b64_json"])
+
+    with serving(job, False) as address, ThreadPoolExecutor(16) as threads:
+        drawn = list(threads.map(ask, range(count)))
+    serve.shutdown()
+    assert killed.is_set()
+    for content, file in zip(drawn, files, strict=True):
+        assert read_facts(content) == read_facts(file)
+        one, other = (np.asarray(Image.open(BytesIO(each))).astype(int) for each in (content, file.read_bytes()))
+        assert np.abs(one - other).max() <= 2  # batches of another size round otherwise
