@@ -238,6 +238,7 @@ def test_what_stages_reserve_fits_a_pod_of_their_cluster(documents: list[Documen
                 assert need.custom, f"{job['metadata']['name']}: any GPU would do for {need}"
 
 
+@pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")  # of Ray Serve, when it is imported
 def test_the_server_takes_its_settings_and_fits_a_pod_of_its_cluster() -> None:
     from ray.serve.schema import ServeDeploySchema
 
