@@ -7,6 +7,7 @@ from jobs.benchmark.config import (
     AutoencoderStepConfig,
     DuplicatesConfig,
     FittingConfig,
+    GpuConfig,
     JudgingConfig,
     ModelConfig,
     ServeBenchmarkConfig,
@@ -17,6 +18,12 @@ from jobs.benchmark.config import (
     TrainStepConfig,
 )
 from jobs.common.subcommands import Subcommand, run_subcommand
+
+
+def run_gpu(config: GpuConfig) -> None:
+    from jobs.benchmark.gpu.run import benchmark_gpu
+
+    benchmark_gpu(config)
 
 
 def run_model(config: ModelConfig) -> None:
@@ -86,6 +93,9 @@ def run_startup(config: StartupConfig) -> None:
 
 
 PARTS = {
+    "gpu": Subcommand(
+        line="Measure all that a few minutes on a GPU can tell, without Ray or a network.", config_class=GpuConfig, run=run_gpu
+    ),
     "model": Subcommand(line="Time the model against diffusers, part by part.", config_class=ModelConfig, run=run_model),
     "train": Subcommand(
         line="Time a training step against the published recipe's.", config_class=TrainStepConfig, run=run_train

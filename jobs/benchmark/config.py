@@ -1,6 +1,7 @@
 """Configuration of the benchmarks."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from jobs.serve import ServeJob
 from pipelines.evaluate.config import ClipScoreConfig, MetricsConfig
@@ -242,3 +243,24 @@ class StartupConfig:
 
     commands: list[str] = field(default_factory=list)
     repeats: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuConfig:
+    """Configuration of the short run that tells all about a GPU.
+
+    Args:
+        device: "cuda", or "cpu" for the same lines with shapes that this machine can bear.
+        minutes: for all lines; each has a share, and ends when that is over.
+        output_dir: folder for gpu.md and gpu.json, which are whole after every line.
+        sections: only those whose heading begins so, such as correctness or "transformer, forward: sana-0.6b"; empty: all.
+    """
+
+    device: Literal["cuda", "cpu"] = "cuda"
+    minutes: float = 10.0
+    output_dir: str = "outputs/gpu"
+    sections: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.minutes <= 24 * 60:
+            raise ValueError(f"minutes={self.minutes} must be above 0, and a day at most")

@@ -14,6 +14,8 @@ from sana_model.nn.transformer import SanaTransformer
 CAPTION_TOKENS, PADDED_TOKENS = 60, 300
 INSTRUCTION_TOKENS = 242  # with them the published computation runs over 540 tokens
 NUM_STEPS, GUIDANCE_SCALE, FLOW_SHIFT = 20, 4.5, 3.0
+SPRINT_FIELDS: dict[str, Any] = {"qk_norm": True, "cross_qk_norm": True, "guidance_embeds": True, "time_input": "unit"}
+"""What Sana-Sprint's transformer has besides the shape of Sana."""
 
 
 def make_captions(

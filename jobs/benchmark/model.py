@@ -16,12 +16,13 @@ from jobs.benchmark.inputs import (
     FLOW_SHIFT,
     GUIDANCE_SCALE,
     NUM_STEPS,
+    SPRINT_FIELDS,
     make_captions,
     make_text_encoder,
     make_transformer_inputs,
 )
 from jobs.benchmark.timing import Entry, format_timings, time_entry
-from jobs.benchmark.variants import SPRINT_FIELDS, Pair, controlnet_sampling, make_controlnets, sprint_sampling
+from jobs.benchmark.variants import Pair, controlnet_sampling, make_controlnets, sprint_sampling
 from sana_model.guidance import Caption, guided_velocity
 from sana_model.nn.autoencoder import DCAutoencoder
 from sana_model.nn.config import PRESETS, SanaConfig

@@ -22,8 +22,6 @@ from sana_model.solver import flow_dpm_solver, sampling_sigmas, scm, scm_sigmas
 
 Pair = tuple[Callable[[], Any], Callable[[], Any]]
 SPRINT_STEPS = 2
-SPRINT_FIELDS: dict[str, Any] = {"qk_norm": True, "cross_qk_norm": True, "guidance_embeds": True, "time_input": "unit"}
-"""What Sana-Sprint's transformer has besides the shape of Sana."""
 
 
 def sprint_sampling(

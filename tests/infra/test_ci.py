@@ -1,4 +1,4 @@
-"""CI on a slow machine: with which file pytest begins, and when it begins no other test."""
+"""CI on a slow machine: with which file pytest begins, and when it begins no other test; the scripts of CI and GPU."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ def test_each_commit_begins_with_another_file_and_what_gets_no_time_is_named(tmp
     assert skipped == [f"test_{name}.py::test_{number}" for name in "bca" for number in ("first", "second")]
 
 
-def test_the_scripts_of_ci_are_shell() -> None:
-    for script in ("run", "vllm"):
-        subprocess.run(["bash", "-n", str(ROOT / ".ci" / script)], check=True)
-        assert os.access(ROOT / ".ci" / script, os.X_OK)
+def test_the_scripts_that_no_test_runs_are_shell() -> None:
+    for script in (".ci/run", ".ci/vllm", "infra/gpu/carry.sh", "infra/gpu/run.sh"):
+        subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
+        assert os.access(ROOT / script, os.X_OK)

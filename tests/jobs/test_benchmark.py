@@ -11,11 +11,12 @@ from PIL import Image
 
 from jobs.benchmark import model
 from jobs.benchmark.__main__ import main
+from jobs.benchmark.inputs import SPRINT_FIELDS
 from jobs.benchmark.model import make_transformers
 from jobs.benchmark.solver import STEPS, mixture_errors
 from jobs.benchmark.tiling import peaks_mib
 from jobs.benchmark.timing import count_flops
-from jobs.benchmark.variants import SPRINT_FIELDS, controlnet_sampling, make_controlnets, sprint_sampling
+from jobs.benchmark.variants import controlnet_sampling, make_controlnets, sprint_sampling
 from pipelines.shapes.drawing import draw_row
 from sana_model.files.checkpoint import export
 from sana_model.files.key_maps import CONTROLNET_DIFFUSERS, diffusers_names
