@@ -26,6 +26,9 @@ WITH_EXTRAS = {"jobs/benchmark/": "dev", "pipelines/caption/vllm": "vllm", "sana
 }
 """Files that begin so may import what an extra of pyproject.toml declares."""
 
+OF_COMFYUI = {"comfy", "folder_paths", "latent_preview"}
+"""Modules that are there only inside ComfyUI, which is no package: sana_model/comfyui/ alone may import them."""
+
 
 def declared(*extras: str) -> set[str]:
     texts = [*PROJECT["dependencies"], *(text for extra in extras for text in PROJECT["optional-dependencies"][extra])]
@@ -41,6 +44,8 @@ def imported() -> dict[str, set[str]]:
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             for name in names:
                 found.setdefault(name.partition(".")[0], set()).add(file.relative_to(ROOT).as_posix())
+    for name in OF_COMFYUI:
+        assert all(file.startswith("sana_model/comfyui/") for file in found.pop(name)), name
     return {name: files for name, files in found.items() if name not in sys.stdlib_module_names and name not in PACKAGES}
 
 

@@ -28,6 +28,8 @@ ROOMS = (
     "sana_model/drawing",
     "sana_model/controls",
     "sana_model/pipeline",
+    "sana_model/previews",
+    "sana_model/comfyui",
     "sana_model",
     "pipelines/storage",
     "pipelines/tables",

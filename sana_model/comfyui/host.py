@@ -1,0 +1,64 @@
+"""What the nodes ask of ComfyUI while they work: room on its device, its progress bar with previews, and whether to stop.
+
+ComfyUI's own modules exist only in its process, so the functions here import them when they are called.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Movable:
+    """Modules that ComfyUI moves to its device and back, together with those of its own nodes."""
+
+    def __init__(self, *modules: nn.Module):
+        import comfy.model_management
+        from comfy.model_patcher import ModelPatcher
+
+        self.patcher: Any = ModelPatcher(
+            nn.ModuleList(modules),
+            load_device=comfy.model_management.get_torch_device(),
+            offload_device=comfy.model_management.unet_offload_device(),
+        )
+
+
+def load(*movables: Movable) -> None:
+    """Bring modules to ComfyUI's device, whole; it may take others away for them."""
+    import comfy.model_management
+
+    comfy.model_management.load_models_gpu([movable.patcher for movable in movables], force_full_load=True)
+
+
+class StepProgress:
+    """Called with each prediction's index and x_0 (B, C, h, w), scaled latents: shows the progress and a preview.
+
+    Previews are drawn as the user has chosen in ComfyUI (`--preview-method`). Raises ComfyUI's InterruptProcessingException
+    when the user has cancelled.
+
+    Args:
+        colors: of `fit_colors`, for the autoencoder that decodes the latents.
+    """
+
+    def __init__(self, num_steps: int, device: torch.device, colors: tuple[Tensor, Tensor]):
+        import comfy.utils
+        import latent_preview
+
+        factors, bias = colors
+        latent_format = SimpleNamespace(
+            latent_channels=len(factors),
+            latent_rgb_factors=factors.tolist(),
+            latent_rgb_factors_bias=bias.tolist(),
+            taesd_decoder_name=None,
+        )
+        self.previewer = latent_preview.get_previewer(device, latent_format)
+        self.num_steps = num_steps
+        self.bar = comfy.utils.ProgressBar(num_steps)
+
+    def __call__(self, index: int, x0: Tensor) -> None:
+        import comfy.model_management
+
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        preview = self.previewer.decode_latent_to_preview_image("JPEG", x0) if self.previewer else None
+        self.bar.update_absolute(index + 1, self.num_steps, preview)
