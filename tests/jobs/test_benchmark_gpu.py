@@ -75,8 +75,10 @@ def test_it_runs_without_what_the_gpu_machine_lacks_and_a_kill_leaves_what_it_ha
 def test_the_order_is_that_of_what_is_worth_most() -> None:
     sections = list(dict.fromkeys(line.section.partition(":")[0] for line in make_lines(Bench("cpu"))))
     assert [section.partition(",")[0] for section in sections] == [
+        "Start",
         "Correctness",
         "Ceilings of the device",
+        "Transformer",
         "Transformer",
         "Transformer",
         "Fused kernels",

@@ -1,5 +1,6 @@
 """The transformer at the published shapes: forward, forward and backward, and 20 steps of sampling, in several ways."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,16 +26,17 @@ MODELS = ("sana-0.6b", "sana-1.6b")
 SIZES = (512, 1024)
 WAYS = {
     "eager": (1, 16, 64),
-    "diffusers": (1, 16, 64),
     "fused kernels": (1, 16, 64),
     "CUDA graph": (1, 16),
     "compiled": (16,),
+    "diffusers": (1, 16, 64),
 }
-"""Ways to compute, and the batches of each."""
+"""Ways to compute, and the batches of each. One model serves all ways but the last."""
 ONLY_GPU = ("fused kernels", "CUDA graph", "compiled")
 PLANNED_RATE = 3e14
 """FLOP/s of an H200 that the division of the time counts on."""
-COMPILE_S = 25
+EXTRA_S = {"compiled": 25, "fused kernels": 3}
+"""Seconds that a way takes besides its runs, for compilers; other ways take 1.5."""
 WARM_UPS = 3  # before a CUDA graph is captured, as torch's manual has it
 
 
@@ -67,10 +69,14 @@ class Shape:
 
 
 def transformer_lines(bench: Bench) -> list[Line]:
-    """Model by model, so that each is made once: all shapes eager, then the other ways, and compiled ones last."""
+    """Model by model, so that each is made once, on a GPU in a line of its own: the others are short."""
     lines = []
     for model in bench.some(MODELS):
         for way, batches in WAYS.items():
+            if way in ("eager", "diffusers"):
+                run = partial(make_whole_model, bench, model, way)
+                section, name = f"Transformer, made on the device: {model}, {way}", "the model"
+                lines.append(Line(section=section, name=name, weight=8, run=run, only_gpu=True))
             for training in (False, True):
                 for size in SIZES:
                     for batch_size in bench.some(batches):
@@ -79,13 +85,22 @@ def transformer_lines(bench: Bench) -> list[Line]:
     return lines
 
 
+def make_whole_model(bench: Bench, name: str, way: str) -> Figures:
+    """Make the model that the lines of the next ways use."""
+    if way == "diffusers":
+        need("diffusers")
+    config, start = PRESETS[name], time.perf_counter()
+    bench.keep((way == "diffusers", config), lambda: make_model(bench, config, peer=way == "diffusers"))
+    return Figures(values={"seconds": time.perf_counter() - start, **bench.peak()})
+
+
 def _line(bench: Bench, shape: Shape, way: str) -> Line:
     section = "Transformer, forward and backward" if shape.training else "Transformer, forward"
     few_runs = 4 * shape.flops(PRESETS[shape.model], shape.batch_size) / PLANNED_RATE
     return Line(
         section=f"{section}: {shape.model}, {way}",
         name=f"{shape.size} px, batch {shape.batch_size}",
-        weight=bench.plan(gpu_s=1.5 + few_runs + (COMPILE_S if way == "compiled" else 0), cpu_s=8),
+        weight=bench.plan(gpu_s=EXTRA_S.get(way, 1.5) + few_runs, cpu_s=8),
         run=partial(measure_shape, bench, shape, way),
         only_gpu=way in ONLY_GPU,
     )
