@@ -10,6 +10,13 @@ import torch
 from torch import Tensor, nn
 
 
+def device() -> torch.device:
+    """Where ComfyUI computes."""
+    import comfy.model_management
+
+    return comfy.model_management.get_torch_device()
+
+
 class Movable:
     """Modules that ComfyUI moves to its device and back, together with those of its own nodes."""
 
@@ -19,16 +26,18 @@ class Movable:
 
         self.patcher: Any = ModelPatcher(
             nn.ModuleList(modules),
-            load_device=comfy.model_management.get_torch_device(),
+            load_device=device(),
             offload_device=comfy.model_management.unet_offload_device(),
         )
 
 
-def load(*movables: Movable) -> None:
-    """Bring modules to ComfyUI's device, whole; it may take others away for them."""
+def load(*movables: Movable | None) -> None:
+    """Bring modules to ComfyUI's device, whole; it may take others away for them. None: a pipeline's own plan moves them."""
     import comfy.model_management
 
-    comfy.model_management.load_models_gpu([movable.patcher for movable in movables], force_full_load=True)
+    patchers = [movable.patcher for movable in movables if movable is not None]
+    if patchers:
+        comfy.model_management.load_models_gpu(patchers, force_full_load=True)
 
 
 class StepProgress:

@@ -2,16 +2,19 @@
 
 import warnings
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from sana_model.comfyui import files
+from sana_model.comfyui.host import device
 from sana_model.comfyui.model import CONTROLNET, MODEL, Loaded, LoadedControlNet, Model
 from sana_model.files.controlnet import load_controlnet
 from sana_model.files.lora import read_lora
+from sana_model.memory import MemoryMode, Precision
 from sana_model.pipeline import TextToImage
 
+PRECISIONS = ("auto", *get_args(Precision))
 DTYPES = {"auto": None, "FP32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16}
 CATEGORY = "sana_model"
 
@@ -35,25 +38,47 @@ class SanaLoader:
                         "and draws shapes; short names such as sana-1.6b-1024 are downloaded once."
                     },
                 ),
-                "dtype": (list(DTYPES), {"tooltip": "Precision of the weights; auto: as they are stored."}),
+                "dtype": (list(DTYPES), {"tooltip": "Type of the weights that are not quantized; auto: as they are stored."}),
             },
             "optional": {
+                "memory": (
+                    list(get_args(MemoryMode)),
+                    {
+                        "tooltip": "fast: all in full precision, and ComfyUI moves it; balanced: a smaller text encoder, which "
+                        "leaves the GPU after the prompt; small: 8 and 4 bits, one part at a time, decoding in tiles."
+                    },
+                ),
+                "precision": (
+                    list(PRECISIONS),
+                    {"tooltip": "Of the transformer; auto: as memory says. fp8 needs an NVIDIA Hopper or newer."},
+                ),
                 "vae_name": (files.list_autoencoders(), {"tooltip": own}),
                 "text_encoder_name": (files.list_text_encoders(), {"tooltip": own}),
             },
         }
 
     @classmethod
-    def IS_CHANGED(cls, ckpt_name: str, dtype: str, vae_name: str = files.OWN, text_encoder_name: str = files.OWN) -> str:
+    def IS_CHANGED(cls, ckpt_name: str, **others: Any) -> str:
         """Differs when the files do, such as those of a training that has gone on."""
         return files.stamp(files.find_checkpoint(ckpt_name))
 
-    def load(self, ckpt_name: str, dtype: str, vae_name: str = files.OWN, text_encoder_name: str = files.OWN) -> tuple[Model]:
+    def load(
+        self,
+        ckpt_name: str,
+        dtype: str,
+        memory: MemoryMode = "fast",
+        precision: Any = "auto",
+        vae_name: str = files.OWN,
+        text_encoder_name: str = files.OWN,
+    ) -> tuple[Model]:
         pipeline = TextToImage.from_pretrained(
             files.find_checkpoint(ckpt_name),
             dtype=DTYPES[dtype],
             autoencoder=files.find_part(vae_name, (files.VAE,)),
             text_encoder=files.find_part(text_encoder_name, (files.TEXT_ENCODERS,)),
+            device=device(),
+            memory=memory,
+            precision=None if precision == "auto" else precision,
         )
         return (Model(Loaded(pipeline)),)
 

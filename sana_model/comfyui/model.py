@@ -20,14 +20,15 @@ MODEL, CONDITIONING, CONTROLNET = "SANA_MODEL", "SANA_CONDITIONING", "SANA_CONTR
 
 
 class Loaded:
-    """A pipeline in memory, whose parts ComfyUI moves one by one."""
+    """A pipeline in memory. ComfyUI moves its parts one by one, unless the pipeline's memory mode does."""
 
     def __init__(self, pipeline: TextToImage):
         self.pipeline = pipeline
-        self.text_encoder = Movable(pipeline.text_encoder)
         drawing = [module for module in (pipeline.transformer, pipeline.controlnet) if module is not None]
-        self.transformer = Movable(*drawing)
-        self.autoencoder = Movable(pipeline.autoencoder)
+        moves_itself = pipeline.offload is not None
+        self.text_encoder = None if moves_itself else Movable(pipeline.text_encoder)
+        self.transformer = None if moves_itself else Movable(*drawing)
+        self.autoencoder = None if moves_itself else Movable(pipeline.autoencoder)
 
     @cached_property
     def colors(self) -> tuple[Tensor, Tensor]:

@@ -191,6 +191,17 @@ def test_sprint_draws_with_its_own_sampler_and_takes_no_negative_prompt(comfy: F
         run(graph, "4", {"1": results["1"]})
 
 
+def test_a_memory_mode_draws_what_the_pipeline_draws_in_it(comfy: FakeComfy) -> None:
+    graph = workflow("text_to_image")
+    graph["1"]["inputs"] |= {"memory": "small", "precision": "int8"}
+    graph["3"]["inputs"]["batch_size"] = 1
+    graph["4"]["inputs"]["steps"] = 2
+    check_inputs(graph, OF_COMFY)
+    (images,) = run(graph, "5", {})
+    small = TextToImage.from_pretrained("zoo://pipeline", memory="small", precision="int8")
+    assert_same(images, small([PROMPT], 64, 64, seed=0, num_steps=2))
+
+
 def test_the_instruction_can_be_left_out(comfy: FakeComfy, model: TextToImage) -> None:
     graph = workflow("text_to_image")
     graph["2"]["inputs"]["complex_human_instruction"] = False
