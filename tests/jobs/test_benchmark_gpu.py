@@ -174,6 +174,6 @@ def test_a_cpu_gets_fewer_blocks_and_then_fewer_samples() -> None:
     flops = shape.flops(whole, 64)
     assert flops == pytest.approx(6 * 64 * 1.48e12, rel=0.1)  # the published count, with 300 caption tokens in place of 60
     bench.line_seconds = float("inf")
-    assert bench.fit(20, 64, 0.0, 0.0) == (20, 64, "")
+    assert bench.fit(20, 64, 0.0, 0.0) == (2, 64, "depth 2 of 20, for the time and memory of this CPU")
     depth, batch, remark = bench.fit(20, 64, 0.0, 1e15)
     assert depth == 1 and batch < 64 and remark == f"depth 1 of 20, batch {batch} of 64, for the time and memory of this CPU"

@@ -20,6 +20,8 @@ DTYPES = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest relative error of a correct result, wide enough for a few layers: bfloat16 has 8 bits, float16 11."""
 CPU_SHARE = 0.25
 """Of a line's time that one run may take on a CPU, by forecast: there is a warm-up too, and models are to be made."""
+MOST_CPU_BLOCKS = 2
+"""Making more of them takes a CPU longer than running them, and they are all alike."""
 Model = TypeVar("Model")
 Choice = TypeVar("Choice")
 
@@ -131,7 +133,7 @@ class Bench:
             return depth, batch_size, ""
         too_slow = flops / self.mm_rate / (CPU_SHARE * self.line_seconds)
         cut = max(too_slow, num_bytes / (psutil.virtual_memory().available / 2), 1.0)
-        fitted_depth = max(int(depth / cut), 1)
+        fitted_depth = max(min(int(depth / cut), MOST_CPU_BLOCKS), 1)
         fitted_batch = max(int(batch_size * depth / cut / fitted_depth), 1)
         fitted_batch = min(fitted_batch, batch_size)
         cuts = [f"depth {fitted_depth} of {depth}"] if fitted_depth < depth else []
