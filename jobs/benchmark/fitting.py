@@ -31,14 +31,14 @@ from sana_model.pipeline import TextToImage
 PRECISIONS: tuple[Precision, ...] = ("w8a8", "int8", "int4")
 GUIDANCE_SCALE = 4.0
 DRAW = """
-import re, resource, sys, torch
+import re, sys, torch
 from sana_model.pipeline import TextToImage
 def peak_kib():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read()).group(1))
 import sana_model.files.models
 before = peak_kib()
-folder, memory, size, steps = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-model = TextToImage.from_pretrained(folder, memory=memory)
+folder, memory, precision, size, steps = *sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5])
+model = TextToImage.from_pretrained(folder, memory=memory, precision=precision or None)
 loaded = peak_kib()
 model(["w1 w2 w3"], size, size, num_steps=steps, seed=0)
 print((loaded - before) / 1024, (peak_kib() - before) / 1024)
@@ -135,32 +135,36 @@ def print_times(config: FittingConfig) -> None:
 
 
 def print_memory(config: FittingConfig, folder: Path) -> None:
-    """Bytes on disk and peak memory of drawing one picture, each way in a process of its own that loads what was saved."""
+    """Bytes on disk and peak memory of drawing one picture, each way in a process of its own.
+
+    Weights of fewer bits are saved first, and loaded from there, but in one way, which makes them while it loads.
+    """
     _random_pipeline(config).save_pretrained(folder / "full")
-    ways: list[tuple[str, MemoryMode, Precision | None, MemoryMode]] = [
-        ("bfloat16", "fast", "full", "fast"),
-        ("bfloat16, one part at a time", "fast", "full", "small"),
-        ("int8", "fast", "int8", "fast"),
-        ("int4", "fast", "int4", "fast"),
-        ("balanced", "balanced", None, "balanced"),
-        ("small", "small", None, "small"),
+    ways: list[tuple[str, MemoryMode, Precision | None, bool]] = [
+        ("bfloat16", "fast", "full", False),
+        ("bfloat16, one part at a time", "small", "full", False),
+        ("small", "small", None, True),
+        ("small, made while loading", "small", None, False),
+        ("int8", "fast", "int8", True),
+        ("int4", "fast", "int4", True),
+        ("balanced", "balanced", None, True),
     ]
     print(f"\ndrawing {config.size} px, {config.steps} steps, text encoder of {config.text_layers} layers, MiB", flush=True)
     rows = []
-    for title, save_as, precision, memory in tqdm(ways, desc="memory", leave=False):
+    for title, memory, precision, is_saved in tqdm(ways, desc="memory", leave=False):
         place = folder / "full"
-        if precision != "full":
-            place = folder / f"{save_as}-{precision}"
-            TextToImage.from_pretrained(folder / "full", memory=save_as, precision=precision).save_pretrained(place)
+        if is_saved:
+            place = folder / f"{memory}-{precision}"
+            TextToImage.from_pretrained(folder / "full", memory=memory, precision=precision).save_pretrained(place)
         disk = sum(file.stat().st_size for file in place.rglob("*.safetensors")) / 2**20
-        rows.append([title, f"{disk:.0f}", *(f"{peak:.0f}" for peak in _drawing_peaks(config, place, memory))])
-        print(rows[-1], flush=True)
+        rows.append([title, f"{disk:.0f}", *(f"{peak:.0f}" for peak in _drawing_peaks(config, place, memory, precision))])
+        print(" ".join(rows[-1]), flush=True)
     print(format_table(["", "on disk", "loaded", "drawing"], rows), flush=True)
 
 
-def _drawing_peaks(config: FittingConfig, folder: Path, memory: MemoryMode) -> Sequence[float]:
+def _drawing_peaks(config: FittingConfig, folder: Path, memory: MemoryMode, precision: Precision | None) -> Sequence[float]:
     """MiB at the peak of loading, and of drawing too, above what the libraries take."""
-    arguments = [str(folder), memory, str(config.size), str(config.steps)]
+    arguments = [str(folder), memory, precision or "", str(config.size), str(config.steps)]
     environment = {**os.environ, **RETURN_FREED}
     run = subprocess.run([sys.executable, "-c", DRAW, *arguments], capture_output=True, text=True, env=environment)
     if run.returncode:

@@ -122,10 +122,10 @@ def _int_mm(numbers: Tensor, weight: Tensor) -> Tensor:
     cuBLAS takes at least 17 tokens, and widths that divide by 8.
     """
     count, width = numbers.shape
-    rows, columns = max(17 - count, 0), -width % 8
-    padded = F.pad(numbers, (0, columns, 0, rows)).to(torch.int8)
-    wide = F.pad(weight, (0, columns, 0, -len(weight) % 8))
-    return torch._int_mm(padded, wide.t())[:count, : len(weight)]
+    padded = F.pad(numbers, (0, -width % 8, 0, max(17 - count, 0))).to(torch.int8)
+    if width % 8 or len(weight) % 8:
+        return torch._int_mm(padded, F.pad(weight, (0, -width % 8, 0, -len(weight) % 8)).t())[:count, : len(weight)]
+    return torch._int_mm(padded, weight.t())[:count]
 
 
 def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

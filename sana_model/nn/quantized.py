@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from sana_model.kernels.linear import linear
@@ -100,7 +99,6 @@ def precision_of(model: nn.Module) -> Precision:
     return next((layer.precision for _, layer in quantized_layers(model)), "full")
 
 
-@torch.no_grad()
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of all weights and scales of a model, which may be on the device "meta"."""
     return sum(tensor.numel() * tensor.itemsize for tensor in model.state_dict().values())

@@ -11,6 +11,7 @@ from PIL import Image
 
 from jobs.benchmark import model
 from jobs.benchmark.__main__ import main
+from jobs.benchmark.fitting import layer_sqnr
 from jobs.benchmark.inputs import SPRINT_FIELDS
 from jobs.benchmark.model import make_transformers
 from jobs.benchmark.solver import STEPS, mixture_errors
@@ -21,7 +22,8 @@ from pipelines.shapes.drawing import draw_row
 from sana_model.files.checkpoint import export
 from sana_model.files.key_maps import CONTROLNET_DIFFUSERS, diffusers_names
 from sana_model.kernels.linear import Linear
-from tests.support.peers import assert_close, scramble
+from sana_model.nn.transformer import SanaTransformer
+from tests.support.peers import TINY, assert_close, scramble
 
 
 def test_flow_dpm_solver_needs_fewer_steps_than_euler_on_a_gaussian_mixture():
@@ -50,6 +52,15 @@ def test_operations_are_counted_whoever_multiplies():
     for layer in (torch.nn.Linear(192, 160), Linear(192, 160)):
         with torch.no_grad():
             assert count_flops(lambda layer=layer: layer(x)) == 2 * 6 * 192 * 160
+
+
+def test_more_bits_leave_less_noise_in_every_class_of_layers():
+    model = scramble(SanaTransformer(TINY))
+    inputs = torch.randn(1, TINY.in_channels, 4, 4), torch.tensor([500.0]), torch.randn(1, 3, TINY.caption_dim)
+    table = layer_sqnr(model, lambda: model(*inputs))
+    projections = {"attention.qkv", "attention.proj", "cross_attention.query", "cross_attention.proj"}
+    assert set(table) == projections | {"ffn.expand", "ffn.project"}
+    assert all(found["int8"] > found["w8a8"] > 30 > found["int4"] > 15 for found in table.values())
 
 
 def run_benchmark(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from jobs.convert import main
 from sana_model.nn.autoencoder import DCAutoencoder
+from sana_model.nn.quantized import precision_of
 from sana_model.nn.transformer import SanaTransformer
 from tests.support.peers import FAMILIES, LITE, TINY, assert_same_tensors, nvlabs_state, scramble
 
@@ -76,3 +77,17 @@ def test_what_a_layout_leaves_out_of_a_pipeline_is_told(tmp_path: Path, capsys: 
     assert "x.pth: a pipeline's transformer, without its other models, in the layout nvlabs" in capsys.readouterr().out
     assert main(["zoo://pipeline", str(tmp_path / "x"), "--layout", "diffusers"]) == 0
     assert "diffusers prompts with its own instruction" in capsys.readouterr().out
+
+
+def test_a_pipeline_is_written_with_fewer_bits_in_our_own_layout_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["zoo://pipeline", str(tmp_path / "out"), "--memory", "small", "--layout"]
+    assert main([*command, "sana"]) == 0
+    assert "a pipeline, transformer w8a8, text encoder int4" in capsys.readouterr().out
+    assert precision_of(SanaTransformer.from_pretrained(tmp_path / "out")) == "w8a8"
+    assert main([*command, "diffusers"]) != 0
+    assert "layout=diffusers has no place for weights of fewer bits" in capsys.readouterr().err
+    command[0] = "zoo://pipeline/transformer"
+    assert main([*command, "sana"]) != 0
+    assert "memory and precision apply to a pipeline's folder" in capsys.readouterr().err
