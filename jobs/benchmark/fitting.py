@@ -92,7 +92,7 @@ def print_layers(config: FittingConfig) -> None:
     prompts = ["a large red solid star in the center of a white background"]
     tables = {"zoo://pipeline": layer_sqnr(zoo.transformer, lambda: zoo(prompts, num_steps=20, seed=0))}
     model, inputs = _random_transformer(config, depth=config.depth)
-    tables[f"{config.preset}, random, {config.depth} blocks, 512 px"] = layer_sqnr(model, lambda: model(*inputs))
+    tables[f"{config.preset}, random, {config.depth} blocks, {config.size} px"] = layer_sqnr(model, lambda: model(*inputs))
     for title, table in tables.items():
         rows = [[name, *(f"{found[precision]:.1f}" for precision in PRECISIONS)] for name, found in table.items()]
         print(f"\nSQNR of layers' outputs, dB: {title}\n{format_table(['layer', *PRECISIONS], rows)}", flush=True)
