@@ -28,6 +28,7 @@ sys.meta_path = [WithoutBlocked if finder is importlib.machinery.PathFinder else
 import sana_model
 
 modules = [module.name for module in pkgutil.walk_packages(sana_model.__path__, "sana_model.")]
+modules = [name for name in modules if ".triton_" not in name or importlib.util.find_spec("triton")]  # an extra
 for name in modules:
     importlib.import_module(name)
 assert importlib.util.find_spec("diffusers") is None
