@@ -4,6 +4,7 @@ import ipaddress
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -19,12 +20,17 @@ from jobs.common.commands import COMMANDS, program
 from jobs.common.config import parse_config
 from jobs.common.exit_codes import ExitCode
 from jobs.common.job import run_command
-from jobs.common.ray import JobStopped, RayConfig, start_ray
+from jobs.common.ray import JobStopped, RayConfig, RayStartError, start_ray
 from jobs.common.resources import check_local, on_cluster
 from pipelines.serve.config import KEYS_VARIABLE, ServeConfig
 
 if TYPE_CHECKING:
     from ray import serve
+    from ray.serve.schema import LoggingConfig
+
+STARTS = 3
+PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60"}
+"""For Serve's controller, which else kills a proxy that does not answer within 5 or 10 seconds, as on a busy machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +87,7 @@ def serving(job: ServeJob, has_keys: bool) -> Iterator[str]:
     note(f"loading {job.model}")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
-    serve.start(proxy_location="HeadOnly", http_options={"host": job.host, "port": job.port}, logging_config=quiet)
+    start_proxy(job.host, job.port, quiet)
     try:
         app = build_app(job.to_serve(), keys_expected=has_keys)
         serve.run(app, name=APPLICATION, route_prefix="/", logging_config=quiet)
@@ -89,6 +95,39 @@ def serving(job: ServeJob, has_keys: bool) -> Iterator[str]:
     finally:
         if on_cluster():  # a local Ray ends with this process
             serve.delete(APPLICATION)
+
+
+def start_proxy(host: str, port: int, logging_config: "LoggingConfig") -> None:
+    """Start Ray Serve with its HTTP proxy. Raises ValueError if the address is taken, RayStartError if no proxy starts."""
+    from ray import serve
+    from ray.exceptions import RayActorError
+
+    if not on_cluster():
+        check_address(host, port)
+    for attempts_left in reversed(range(STARTS)):
+        try:
+            serve.start(
+                proxy_location="HeadOnly",
+                http_options={"host": host, "port": port},
+                logging_config=logging_config,
+                controller_options={"runtime_env": {"env_vars": PATIENCE}},
+            )
+            return
+        except (TimeoutError, RayActorError) as error:  # the controller goes on, and the next call finds it
+            if not attempts_left:
+                reason = str(error).splitlines()[0]
+                raise RayStartError(f"Ray Serve's proxy did not start: {reason}: is the machine busy? try again") from error
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise ValueError if nothing can listen there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise ValueError(f"host={host}, port={port} cannot be listened on ({error}): give another port") from error
 
 
 def build(arguments: dict[str, Any]) -> "serve.Application":

@@ -54,16 +54,17 @@ class PromptCheck:
                 raise ValueError(f"prompt_check.model={config.model} neither classifies texts nor has the words Yes and No")
             self.answers = [vocabulary["Yes"], vocabulary["No"]]
 
-    @torch.inference_mode()
     def refuses(self, prompt: str) -> bool:
+        return not self.score(prompt) < self.config.threshold  # a score that is not finite refuses
+
+    @torch.inference_mode()
+    def score(self, prompt: str) -> float:
         text = prompt if self.classifies else QUESTION.format(prompt=prompt, policy=self.config.policy)
         inputs = self.tokenizer(text, return_tensors="pt", truncation=self.classifies).to(self.model.device)
         logits = self.model(**inputs).logits.float()
         if self.classifies:
-            score = logits[0].softmax(-1)[self.answers[0]]
-        else:
-            score = logits[0, -1, self.answers].softmax(-1)[0]
-        return not float(score) < self.config.threshold  # a score that is not finite refuses
+            return float(logits[0].softmax(-1)[self.answers[0]])
+        return float(logits[0, -1, self.answers].softmax(-1)[0])
 
 
 class PictureCheck:

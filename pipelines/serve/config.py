@@ -5,6 +5,7 @@ from typing import Literal
 
 from pipelines.draw.config import LoraFileConfig
 from pipelines.stages.contract import Resources
+from sana_model.memory import MemoryMode, Precision
 
 KEYS_VARIABLE = "SANA_API_KEYS"
 """Environment variable with the keys that clients may give, separated by commas or spaces."""
@@ -86,6 +87,9 @@ class ServeConfig:
         name: what clients call the model; None: as `model` calls it.
         lora: adapters to draw with, whose effects add up.
         dtype: precision of the weights; None: as they are stored.
+        memory: how the model fits the device: fast, balanced or small (see `sana_model.memory`). With small, whose parts take
+            turns, there are no previews.
+        precision: of the weights: full, w8a8, int8, int4 or fp8; None: as `memory` says.
         device: cpu or cuda; None: the first GPU that Ray gave the replica, otherwise the CPU.
         batch_size: pictures of one size and settings that are drawn together, of one request or of several.
         batch_wait: seconds that the first picture waits for others to be drawn with it.
@@ -106,6 +110,8 @@ class ServeConfig:
     name: str | None = None
     lora: list[LoraFileConfig] = field(default_factory=list)
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    memory: MemoryMode = "fast"
+    precision: Precision | None = None
     device: str | None = None
     batch_size: int = 4
     batch_wait: float = 0.02

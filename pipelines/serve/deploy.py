@@ -88,8 +88,13 @@ class ServedPainter:
         for counter in (self._lost, self._full):
             counter.set_default_tags({"model": model})
 
-    async def describe(self) -> ModelFacts:
-        return await self._handle.describe.remote()
+    async def describe(self) -> ModelFacts | Refused:
+        try:
+            return await self._handle.describe.remote()
+        except LOST:
+            return _given_up()
+        except (BackPressureError, DeploymentUnavailableError) as error:
+            return self._refuse(error)
 
     async def draw(self, order: Order) -> list[bytes] | Refused:
         started = time.monotonic()
@@ -141,4 +146,4 @@ class ServedPainter:
 
 
 def _given_up() -> Refused:
-    return Refused(503, f"{TRIES} replicas were lost while they drew this: try again later", "replicas_lost", retry_after=10)
+    return Refused(503, "the replicas that were at this were lost: try again later", "replicas_lost", retry_after=10)

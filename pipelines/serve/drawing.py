@@ -7,7 +7,7 @@ from functools import partial
 import pyarrow as pa
 from torch import Tensor
 
-from pipelines.draw.config import SampleConfig
+from pipelines.draw.config import DrawConfig, SampleConfig
 from pipelines.draw.sampler import Sampler, find_drawing
 from pipelines.draw.start import StartFiles
 from pipelines.serve.batches import Ticket
@@ -29,8 +29,14 @@ class BatchDrawer:
 
     def __init__(self, config: ServeConfig, metrics: PainterMetrics):
         self._config, self._metrics = config, metrics
-        sample = SampleConfig(name="served", pipeline=config.model, prompts="of the orders", lora=config.lora)
-        sample = replace(sample, draw=replace(sample.draw, dtype=config.dtype, device=config.device))
+        draw = DrawConfig(
+            dtype=config.dtype,
+            memory=config.memory,
+            precision=config.precision,
+            device=config.device,
+            batch_size=config.batch_size,
+        )
+        sample = SampleConfig(name="served", pipeline=config.model, prompts="of the orders", lora=config.lora, draw=draw)
         drawing = find_drawing(sample, with_versions=False)
         self._sampler = Sampler(drawing.config, drawing.pipeline, loras=drawing.loras)
         self._captions = KeptCaptions(self._sampler.pipeline.text_encoder, config.cached_prompts)
@@ -51,6 +57,12 @@ class BatchDrawer:
     @property
     def _is_sprint(self) -> bool:
         return self._sampler.pipeline.transformer.config.guidance_embeds
+
+    @property
+    def _parts_take_turns(self) -> bool:
+        """Whether the autoencoder is away while the transformer draws: decoding a preview would exchange them in every step."""
+        offload = self._sampler.pipeline.offload
+        return offload is not None and offload.plan.kept == "one part at a time"
 
     def settle(self, order: Order) -> Settings:
         """An order's settings with the size, steps and strength that will be. Raises ValueError for what cannot be drawn."""
@@ -94,7 +106,7 @@ class BatchDrawer:
         sampler = self._sampler_of(batch)
         counts = [ticket.order.num_previews for ticket in batch]
         num_steps = steps_of(sampler.config.num_steps or 0, batch[0].order.settings.strength)
-        if any(counts):
+        if any(counts) and not self._parts_take_turns:
             on_preview = partial(_tell_preview, batch, num_steps)
             sampler.on_estimate = PreviewMaker(sampler.pipeline.autoencoder, num_steps, counts, on_preview)
 

@@ -56,6 +56,7 @@ def make_app(config: ServeConfig, painter: Painter, keys: Iterable[str] = ()) ->
     app.post("/v1/images/variations")(front.variations)
     app.exception_handler(ApiError)(_answer_error)
     app.exception_handler(HTTPException)(_answer_http)
+    app.exception_handler(Exception)(_answer_fault)
     return app
 
 
@@ -160,6 +161,12 @@ async def _read_form(request: Request, max_bytes: int) -> tuple[dict[str, str], 
 async def _answer_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return JSONResponse(error.body(), error.status, error.headers())
+
+
+async def _answer_fault(request: Request, error: Exception) -> Response:
+    """What nobody expected; the log has the traceback."""
+    told = ApiError(500, "the server failed; its log says why")
+    return JSONResponse(told.body(), told.status)
 
 
 async def _answer_http(request: Request, error: Exception) -> Response:

@@ -1,6 +1,7 @@
 """The command: what it says before it starts, and a server on Ray Serve that OpenAI's own client draws with."""
 
 import base64
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from PIL import Image
 
 from jobs.common.config import parse_config
 from jobs.draw import main as draw
-from jobs.serve import ServeJob, is_loopback, main, read_arguments, run, serving, shown_host
+from jobs.serve import ServeJob, check_address, is_loopback, main, read_arguments, run, serving, shown_host
 from sana_model.files.png import read_facts
 from tests.support.http_server import free_port
 from tests.support.served import kill_a_painter
@@ -40,6 +41,10 @@ def test_what_is_refused_or_told_before_anything_starts(
         assert ("whoever reaches it may draw" in capsys.readouterr().err) is warned
     assert is_loopback("::1") and is_loopback("localhost") and not is_loopback("sana.example.org")
     assert [shown_host(host) for host in ("0.0.0.0", "::1", "10.0.0.7")] == ["127.0.0.1", "[::1]", "10.0.0.7"]
+    with socket.socket() as taken, pytest.raises(ValueError, match=r"port=\d+ cannot be listened on .*: give another port"):
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        check_address("127.0.0.1", taken.getsockname()[1])
     with pytest.raises(ValueError, match="there is no field batchsize: did you mean batch_size"):
         read_arguments({"batchsize": 3})
     for arguments, told in {
