@@ -62,12 +62,12 @@ def usage(compiled: Any, ptx: str) -> tuple[str, ...]:
     import tempfile
     from pathlib import Path
 
-    from triton import knobs
+    from triton.backends.nvidia.compiler import get_ptxas
 
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
-        ptxas = knobs.nvidia.ptxas.path
+        ptxas = get_ptxas(TARGET.arch).path  # Triton brings several
         run = subprocess.run(
             [ptxas, "-v", "--gpu-name=sm_90a", str(source), "-o", f"{folder}/out"], capture_output=True, text=True
         )
