@@ -19,22 +19,23 @@ TENSORS = {"tokens", "shift", "scale", "output", "grad", "query", "key", "value"
 FLOAT32 = {"key_value", "key_sum", "grad_key_value", "grad_key_sum", "grad_shift", "grad_scale", "sums"}
 LIKE_INPUTS = {"grad_query", "grad_key", "grad_value", "grad_tokens", "grad_expanded"}
 KERNELS = (
-    (attention._sum_kernel, ATTENTION, True),
-    (attention._attend_kernel, ATTENTION, True),
-    (attention._query_gradient_kernel, ATTENTION, True),
-    (attention._key_value_gradient_kernel, ATTENTION, True),
-    (mix_ffn._forward_kernel, ROLLING | {"BACKWARD": False}, False),
-    (mix_ffn._forward_kernel, ROLLING | {"BACKWARD": True}, False),
-    (mix_ffn._backward_kernel, MIX_FFN | {"BLOCK_PIXELS": mix_ffn.BLOCK_PIXELS}, False),
-    (norm._forward_kernel, {"BLOCK": 4096}, False),
-    (norm._backward_kernel, {"BLOCK": 4096}, False),
+    (attention._sum_kernel, ATTENTION, "tf32"),
+    (attention._attend_kernel, ATTENTION, "tf32x3"),
+    (attention._query_gradient_kernel, ATTENTION, "tf32x3"),
+    (attention._key_value_gradient_kernel, ATTENTION, "tf32x3"),
+    (mix_ffn._forward_kernel, ROLLING | {"BACKWARD": False}, ""),
+    (mix_ffn._forward_kernel, ROLLING | {"BACKWARD": True}, ""),
+    (mix_ffn._backward_kernel, MIX_FFN | {"BLOCK_PIXELS": mix_ffn.BLOCK_PIXELS}, ""),
+    (norm._forward_kernel, {"BLOCK": 4096}, ""),
+    (norm._backward_kernel, {"BLOCK": 4096}, ""),
 )
+"""Kernels, their constants, and the precision of products with which those that multiply are launched for 16 bits."""
 
 
 def compile_all() -> None:
-    for kernel, constants, multiplies in KERNELS:
-        for dtype in ("bf16", "fp32"):
-            precision = {"PRECISION": "ieee" if dtype == "fp32" else "tf32x3"} if multiplies else {}
+    for kernel, constants, in_16_bits in KERNELS:
+        for dtype in ("bf16", "fp16", "fp32"):
+            precision = {"PRECISION": "ieee" if dtype == "fp32" else in_16_bits} if in_16_bits else {}
             compile_one(kernel, constants | precision, dtype)
 
 

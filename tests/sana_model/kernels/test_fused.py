@@ -107,11 +107,11 @@ def test_no_kernel_is_chosen_on_the_cpu_or_unless_it_is_turned_on() -> None:
 @needs_triton
 @pytest.mark.slow
 def test_kernels_compile_for_hopper_without_a_card() -> None:
-    """To machine code of compute capability 9.0, at the published widths, in 16 and 32 bits."""
+    """To machine code of compute capability 9.0, at the published widths, in bfloat16, float16 and float32."""
     program = "from tests.support.compile_kernels import compile_all; compile_all()"
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     lines = run.stdout.splitlines()
     spilled = [int(line.partition(" bytes spilled")[0].split()[-1]) for line in lines]
-    assert len(spilled) == 18 and max(spilled) < 512, run.stdout  # values of a thread that did not fit into its registers
+    assert len(spilled) == 27 and max(spilled) < 512, run.stdout  # values of a thread that did not fit into its registers
