@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # run.sh OUTPUT_FOLDER [options]: on the GPU machine, in the folder that carry.sh has filled. Installs the wheels beside themselves,
-# not into the machine's Python, and runs `python -m jobs.benchmark gpu`. PYTHON: the one with torch (python3).
+# not into the machine's Python, and runs `python -m jobs.benchmark gpu`. PYTHON: the one with torch (python3). Installing, imports and
+# the end of the last line come on top of --minutes (10): where a command is ended after ten minutes, give --minutes 8.
 set -euo pipefail
 output="$(mkdir -p "${1:?give the folder for the page}" && cd "$1" && pwd)"
 shift

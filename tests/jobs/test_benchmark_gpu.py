@@ -1,22 +1,28 @@
 """The short run for a GPU: it ends in time, needs nothing that a GPU machine lacks, and leaves a page whatever happens."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
+from jobs.benchmark.gpu import clock
 from jobs.benchmark.gpu.bench import Bench, Figures, Line, NotHere
 from jobs.benchmark.gpu.clock import Budget, OutOfTime, time_limit
 from jobs.benchmark.gpu.correctness import Part, check_part, make_parts, make_transformer
+from jobs.benchmark.gpu.kernels import TABLE, Kernel, largest_error
 from jobs.benchmark.gpu.memory import forecast_bytes
 from jobs.benchmark.gpu.page import Entry, Page
 from jobs.benchmark.gpu.run import make_lines, run_line
+from jobs.benchmark.gpu.training_step import kill_family
 from jobs.benchmark.gpu.transformer import Shape, measure_shape
 from sana_model.nn.config import PRESETS
 
@@ -98,7 +104,14 @@ def test_time_that_a_line_leaves_goes_to_those_after_it() -> None:
     assert budget.next_share() == pytest.approx(100.0, abs=0.1)
 
 
-def test_a_line_ends_with_its_time_and_the_next_one_goes_on() -> None:
+def test_a_short_line_gets_three_seconds_and_one_that_cannot_run_none() -> None:
+    budget = Budget(100.0, [1.0, 0.0, 999.0])
+    assert [budget.next_share(), budget.next_share()] == [3.0, 0.0]
+    assert Budget(2.0, [1.0, 9.0]).next_share() == pytest.approx(2.0, abs=0.1)  # all that is left
+
+
+def test_a_line_ends_with_its_time_and_the_next_one_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "AGAIN_S", 0.1)
     with pytest.raises(OutOfTime), time_limit(0.05):
         while True:
             time.sleep(0.01)
@@ -110,8 +123,13 @@ def test_a_line_ends_with_its_time_and_the_next_one_goes_on() -> None:
             return Figures()
         return Figures()
 
-    def absent() -> Figures:
-        raise NotHere("diffusers cannot be imported here")
+    def swallow() -> Figures:
+        with suppress(BaseException):
+            time.sleep(30)
+        return wait()
+
+    def unchecked() -> Figures:
+        raise NotHere("no kernel has passed its check")
 
     def faulty() -> Figures:
         raise RuntimeError("no kernel image\nmore lines")
@@ -120,7 +138,8 @@ def test_a_line_ends_with_its_time_and_the_next_one_goes_on() -> None:
     for run, seconds, state, remark in (
         (wait, 1.1, "skipped", "out of time after 1.1 s"),
         (wait, 0.5, "skipped", "out of time"),
-        (absent, 5.0, "skipped", "diffusers cannot be imported here"),
+        (swallow, 1.1, "skipped", "out of time after 1.1 s"),
+        (unchecked, 5.0, "skipped", "no kernel has passed its check"),
         (faulty, 5.0, "failed", "RuntimeError: no kernel image"),
         (lambda: Figures(wrong=True, remark="beyond"), 5.0, "wrong", "beyond"),
     ):
@@ -149,6 +168,37 @@ def test_a_wrong_result_is_marked_on_the_page(tmp_path: Path, damage: float) -> 
     page.add(Entry(section="s", name="part", state="wrong", took_s=0, figures=figures.values, remark=figures.remark))
     page.write("the run has ended")
     assert "**Beyond its limit: part**" in (tmp_path / "gpu.md").read_text()
+    (line,) = json.loads((tmp_path / "gpu.json").read_text(), parse_constant=pytest.fail)["lines"]
+    assert line["figures"]["float32"] == (pytest.approx(damage) if damage == damage else None)
+
+
+def test_a_kernel_is_compared_with_its_plain_form_and_a_single_nan_is_seen() -> None:
+    for kernel in TABLE:
+        inputs = kernel.inputs(2, 1, "sana-0.6b", torch.device("cpu"))
+        before = [x.clone() for x in inputs]
+        assert 0 < largest_error(kernel, inputs, torch.bfloat16) < 5e-2  # on a CPU the plain form, in 16 bits
+        assert all(x.equal(y) for x, y in zip(inputs, before, strict=True))
+
+        def damaged(x: torch.Tensor, *rest: torch.Tensor, kernel: Kernel = kernel) -> torch.Tensor:
+            return kernel.plain(x, *rest) + 0 * (x.sum() - x.sum().detach()).sqrt()  # its gradient for x alone is NaN
+
+        assert math.isnan(largest_error(replace(kernel, chosen=damaged), inputs, torch.float32))
+
+
+def test_the_workers_of_torchrun_end_with_the_line_although_they_have_a_session_of_their_own() -> None:
+    program = """
+import subprocess
+worker = subprocess.Popen(["sleep", "60"], start_new_session=True)
+print(worker.pid, flush=True)
+worker.wait()
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    worker = psutil.Process(int(process.stdout.readline()))
+    kill_family(process.pid)
+    assert process.wait() == -signal.SIGKILL
+    psutil.wait_procs([worker], timeout=10)
+    assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_shape_is_timed_and_has_its_share_of_the_ceiling() -> None:

@@ -8,10 +8,10 @@ from unittest.mock import patch
 
 import torch
 
-from jobs.benchmark.gpu.bench import Bench, Figures, Line, need
-from jobs.benchmark.gpu.kernels import need_kernels
+from jobs.benchmark.gpu.bench import NEEDS, Bench, Figures, Line
+from jobs.benchmark.gpu.kernels import passed_kernels
 from jobs.benchmark.timing import count_flops
-from sana_model.kernels.fused import KERNELS, fused_kernels
+from sana_model.kernels.fused import fused_kernels
 from sana_model.kernels.upsample_conv import upsample_conv_reference
 from sana_model.nn.autoencoder import DCAutoencoder
 from sana_model.nn.autoencoder_blocks import ResBlock
@@ -43,6 +43,7 @@ def autoencoder_lines(bench: Bench) -> list[Line]:
                     weight=bench.plan(gpu_s=4, cpu_s=12),
                     run=partial(_measure, bench, what, way, size, count, remark),
                     only_gpu=way == "fused kernels",
+                    needs=NEEDS.get(way, ""),
                 )
             )
     for channels, size in ((128, 512), (256, 256), (512, 128)):
@@ -54,22 +55,19 @@ def autoencoder_lines(bench: Bench) -> list[Line]:
 
 
 def _measure(bench: Bench, what: str, way: str, size: int, count: int, remark: str) -> Figures:
-    if way == "diffusers":
-        need("diffusers")
-    elif way == "fused kernels":
-        need_kernels(bench)
+    kernels, left_out = passed_kernels() if way == "fused kernels" else ([], "")
     model = bench.keep(("DC-AE", way == "diffusers"), lambda: _make(bench, peer=way == "diffusers"))
+    bench.forget_peak()
     if what == "encode":
         given = torch.rand(count, 3, size, size, device=bench.device, dtype=bench.dtype) * 2 - 1
     else:
         given = torch.randn(count, 32, size // 32, size // 32, device=bench.device, dtype=bench.dtype)
     run = torch.no_grad()(lambda: getattr(model, what)(given))
     plainly = patch("sana_model.nn.autoencoder_blocks.upsample_conv", upsample_conv_reference)
-    turned_on = fused_kernels(KERNELS if way == "fused kernels" else [])
-    with plainly if way == "plain upsampling" else nullcontext(), turned_on:
+    with plainly if way == "plain upsampling" else nullcontext(), fused_kernels(kernels):
         flops = count_flops(run)  # which warms it up
         seconds = bench.measure(run, warm=bench.on_gpu)
-    return Figures(values=bench.compute(seconds, flops, count), remark=remark)
+    return Figures(values=bench.compute(seconds, flops, count), remark=remark or left_out)
 
 
 def _make(bench: Bench, *, peer: bool) -> Any:

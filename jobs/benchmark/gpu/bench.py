@@ -4,7 +4,6 @@ import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import psutil
@@ -18,6 +17,8 @@ GIB = 2**30
 MOST_REPEATS = 10
 DTYPES = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest relative error of a correct result, wide enough for a few layers: bfloat16 has 8 bits, float16 11."""
+NEEDS = {"diffusers": "diffusers", "fused kernels": "triton", "compiled": "triton"}
+"""The module that a way to compute needs; other ways need none."""
 CPU_SHARE = 0.25
 """Of a line's time that one run may take on a CPU, by forecast: there is a warm-up too, and models are to be made."""
 MOST_CPU_BLOCKS = 2
@@ -43,7 +44,7 @@ class Figures:
 class Line:
     """One measurement. weight: seconds that it is planned to take; run: does it, within the bench's time.
 
-    only_gpu: it means nothing on a CPU, and gets no time there.
+    only_gpu: it means nothing on a CPU, and gets no time there. needs: a module without which it gets none either.
     """
 
     section: str
@@ -51,6 +52,7 @@ class Line:
     weight: float
     run: Callable[[], Figures]
     only_gpu: bool = False
+    needs: str = ""
 
 
 class Bench:
@@ -66,7 +68,6 @@ class Bench:
         self.dtype = torch.bfloat16
         self.line_end, self.line_seconds = float("inf"), float("inf")
         self.so_far: dict[str, float] = {}  # figures of the line that stay if its time ends
-        self.checked_kernels: dict[str, Figures] = {}
         self._kept: tuple[Hashable, Any] | None = None
 
     def plan(self, *, gpu_s: float, cpu_s: float) -> float:
@@ -86,8 +87,7 @@ class Bench:
         """A line begins, which may take so long."""
         self.line_end, self.line_seconds = time.monotonic() + seconds, seconds
         self.so_far = {}
-        if self.on_gpu:
-            torch.cuda.reset_peak_memory_stats()
+        self.forget_peak()
 
     def measure(self, run: Callable[[], object], *, warm: bool = True) -> float:
         """Median seconds of `run` after a warm-up, with ten repeats if three quarters of the line's time allow."""
@@ -111,8 +111,13 @@ class Bench:
         if self.on_gpu:
             torch.cuda.empty_cache()
 
+    def forget_peak(self) -> None:
+        """Count the peak of memory from now on."""
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+
     def peak(self) -> dict[str, float]:
-        """The most that tensors took in the current line; nothing on a CPU, where nobody counts."""
+        """The most that tensors took in the current line, or since `forget_peak`; nothing on a CPU, where nobody counts."""
         return {"peak_gib": torch.cuda.max_memory_allocated() / GIB} if self.on_gpu else {}
 
     def compute(self, seconds: float, flops: float, images: int) -> dict[str, float]:
@@ -147,9 +152,9 @@ def mm_side(device: torch.device) -> int:
 
 
 def relative_error(result: Tensor, exact: Tensor) -> float:
-    """Norm of the difference over the norm of `exact`."""
-    exact = exact.detach().double().cpu()
-    return float((result.detach().double().cpu() - exact).norm() / exact.norm())
+    """Norm of the difference over the norm of `exact`, on its device."""
+    exact = exact.detach().double()
+    return float((result.detach().to(exact.device).double() - exact).norm() / exact.norm())
 
 
 def judge(errors: Mapping[str, float]) -> Figures:
@@ -157,9 +162,3 @@ def judge(errors: Mapping[str, float]) -> Figures:
     limits = {name_dtype(dtype): limit for dtype, limit in DTYPES.items()}
     bad = [name for name, error in errors.items() if not error <= limits[name]]
     return Figures(values=errors, remark=", ".join(f"{name} beyond {limits[name]:.0e}" for name in bad), wrong=bool(bad))
-
-
-def need(name: str) -> None:
-    """Raise NotHere if a module cannot be imported."""
-    if find_spec(name) is None:
-        raise NotHere(f"{name} cannot be imported here")

@@ -8,6 +8,10 @@ from types import FrameType
 
 SHORTEST_S = 1.0
 """With less time than this left, a line is not begun."""
+LEAST_SHARE_S = 3.0
+"""A short line's share, at the cost of later ones: as planned it might not get SHORTEST_S."""
+AGAIN_S = 2.0
+"""Between further calls to end, in case something took the first one for its own failure."""
 
 
 class OutOfTime(BaseException):
@@ -22,7 +26,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         raise OutOfTime
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_S)
     try:
         yield
     finally:
@@ -35,7 +39,7 @@ class Budget:
 
     Args:
         seconds: for all lines.
-        weights: one for each line, in their order.
+        weights: one for each line, in their order; 0 for a line that cannot run, which gets nothing.
     """
 
     def __init__(self, seconds: float, weights: list[float]):
@@ -45,4 +49,6 @@ class Budget:
     def next_share(self) -> float:
         """Seconds that the next line may take; below SHORTEST_S it is not to be begun."""
         weight, left = self.weights.pop(0), self.end - time.monotonic()
-        return left * weight / (weight + sum(self.weights)) if weight else 0.0
+        if not weight:
+            return 0.0
+        return min(left, max(left * weight / (weight + sum(self.weights)), LEAST_SHARE_S))

@@ -4,18 +4,22 @@
 process can use its GPU no more. Only a kernel that has passed is used.
 """
 
+import atexit
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from tempfile import TemporaryFile
+from typing import IO
 
 import torch
 from torch import Tensor
 
-from jobs.benchmark.gpu.bench import DTYPES, Bench, Figures, Line, NotHere, judge, need, relative_error
+from jobs.benchmark.gpu.bench import DTYPES, Bench, Figures, Line, NotHere, judge, relative_error
 from jobs.benchmark.gpu.ceilings import measure_copy_rate
+from jobs.benchmark.gpu.clock import OutOfTime
 from sana_model.kernels.fused import KERNELS, VARIABLE, fused_kernels
 from sana_model.kernels.linear_attention import plain_linear_attention, relu_linear_attention
 from sana_model.kernels.mix_ffn import plain_silu_depthwise_gate, silu_depthwise_gate
@@ -71,42 +75,70 @@ TABLE = (
 
 
 def check_kernel(kernel: Kernel, device: torch.device) -> dict[str, float]:
-    """Errors of results and gradients by dtype, against the plain form in float32, at Sana-0.6B's width."""
+    """Errors of results and gradients by dtype, at Sana-0.6B's width."""
     drawn = kernel.inputs(17, 2, "sana-0.6b", device)
-    errors = {}
-    for dtype in DTYPES:
-        own = [x.detach().to(dtype).requires_grad_() for x in drawn]
-        exact = [x.detach().float().requires_grad_() for x in own]
-        with fused_kernels([kernel.name]):
-            ours = kernel.chosen(*own)
+    return {name_dtype(dtype): largest_error(kernel, drawn, dtype) for dtype in DTYPES}
+
+
+def largest_error(kernel: Kernel, inputs: Sequence[Tensor], dtype: torch.dtype) -> float:
+    """Of result and gradients, against the plain form in float32 without TF32; NaN if one is. The inputs stay as they are."""
+    own = [x.detach().to(dtype).requires_grad_() for x in inputs]
+    exact = [x.detach().float().requires_grad_() for x in own]
+    with fused_kernels([kernel.name]):
+        ours = kernel.chosen(*own)
+    upstream = torch.randn_like(ours)
+    gradients = torch.autograd.grad(ours, own, upstream)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         wanted = kernel.plain(*exact)
-        upstream = torch.randn_like(wanted).to(dtype)
-        gradients = torch.autograd.grad(ours, own, upstream)
         correct = torch.autograd.grad(wanted, exact, upstream.float())
-        errors[name_dtype(dtype)] = max(
-            relative_error(*pair) for pair in ((ours, wanted), *zip(gradients, correct, strict=True))
-        )
-    return errors
+    pairs = ((ours, wanted), *zip(gradients, correct, strict=True))
+    return float(torch.tensor([relative_error(*pair) for pair in pairs]).max())  # Python's max may drop a NaN
 
 
-def checked(bench: Bench, name: str) -> Figures:
-    """The result of one kernel's check, which is made once. Raises NotHere without Triton."""
-    need("triton")
-    if name not in bench.checked_kernels:
-        bench.checked_kernels[name] = Figures(remark="its check was not finished", wrong=True)  # if the time ends before
+class Check:
+    """The check of one kernel in a process of its own, which begins at once and ends with this process at the latest."""
+
+    def __init__(self, name: str):
+        self.output, self.errors = TemporaryFile("w+"), TemporaryFile("w+")  # noqa: SIM115 (they live as long as this)
         program = [sys.executable, "-m", "jobs.benchmark.gpu.kernels", name]
-        run = subprocess.run(program, capture_output=True, text=True)
-        told = run.stderr.strip().splitlines() or [f"exit code {run.returncode}"]
-        passed = run.returncode == 0
-        figures = judge(json.loads(run.stdout.splitlines()[-1])) if passed else Figures(remark=told[-1][:150], wrong=True)
-        bench.checked_kernels[name] = figures
-    return bench.checked_kernels[name]
+        self.process = subprocess.Popen(program, stdout=self.output, stderr=self.errors)
+        self.waited = False
+        atexit.register(self.process.kill)
+
+    def result(self) -> Figures:
+        """Errors by dtype, or why there are none. Waits for the end, but not again in a later line if time ran out."""
+        if self.waited and self.process.poll() is None:
+            return Figures(remark="its check was not finished", wrong=True)
+        self.waited = True
+        if code := self.process.wait():
+            told = [f"exit code {code}", *_read_lines(self.errors)]
+            return Figures(remark=told[-1][:150], wrong=True)
+        return judge(json.loads(_read_lines(self.output)[-1]))
 
 
-def need_kernels(bench: Bench, names: Sequence[str] = KERNELS) -> None:
-    """Raise NotHere unless these kernels have passed their check."""
-    if bad := [name for name in names if checked(bench, name).wrong]:
-        raise NotHere(f"the check of {', '.join(bad)} failed")
+def _read_lines(file: IO[str]) -> list[str]:
+    file.seek(0)
+    return file.read().strip().splitlines()
+
+
+@cache
+def start_checks() -> dict[str, Check]:
+    """All at once, since each takes a CPU to compile: a line that waits for one waits for the others too. Once a process."""
+    return {name: Check(name) for name in KERNELS}
+
+
+def kernel_result(name: str) -> Figures:
+    """The result of one kernel's check, which is made once."""
+    return start_checks()[name].result()
+
+
+def passed_kernels() -> tuple[list[str], str]:
+    """The kernels that have passed their check, and a remark that names the others. Raises NotHere if none has."""
+    bad = [name for name in KERNELS if kernel_result(name).wrong]
+    if len(bad) == len(KERNELS):
+        raise NotHere("no kernel has passed its check")
+    left_out = f"without {', '.join(bad)}, not passed by the check" if bad else ""
+    return [name for name in KERNELS if name not in bad], left_out
 
 
 def kernel_lines(bench: Bench) -> list[Line]:
@@ -121,6 +153,7 @@ def kernel_lines(bench: Bench) -> list[Line]:
                         name=f"{kernel.name}, {model} {size} px batch {count}, {passes}",
                         weight=8,
                         only_gpu=True,
+                        needs="triton",
                         run=partial(measure_kernel, bench, kernel, model, size // 32, count, training),
                     )
                 )
@@ -128,28 +161,41 @@ def kernel_lines(bench: Bench) -> list[Line]:
 
 
 def measure_kernel(bench: Bench, kernel: Kernel, model: str, side: int, count: int, training: bool) -> Figures:
-    """Time the three forms; the share is that of the copy's rate, for the bytes that must be moved at least."""
-    need_kernels(bench, [kernel.name])
+    """Time the three forms; the share is that of the copy's rate, for the bytes that must be moved at least.
+
+    The error at this shape comes first: a wrong kernel is not timed.
+    """
+    if (check := kernel_result(kernel.name)).wrong:
+        raise NotHere(f"not passed by its check: {check.remark}")
     inputs = [x.requires_grad_(training) for x in kernel.inputs(side, count, model, bench.device)]
+    figures = judge({name_dtype(bench.dtype): largest_error(kernel, inputs, bench.dtype)})
+    if figures.wrong:
+        return figures
+
+    def spare(x: Tensor, *rest: Tensor) -> Tensor:
+        return kernel.plain(x + 0, *rest)  # which overwrites its input where no gradients are recorded
+
     with torch.no_grad():
-        result = kernel.plain(*(x.clone() for x in inputs))
-    upstream = torch.randn_like(result)
+        upstream = torch.randn_like(spare(*inputs))
 
     def make_run(form: Function) -> Callable[[], object]:
         if not training:
             return torch.no_grad()(lambda: form(*inputs))
         return lambda: torch.autograd.grad(form(*inputs), inputs, upstream)
 
-    values = bench.so_far  # the compiler may take longer than there is time
+    values = bench.so_far
     values["plain_s"] = bench.measure(make_run(kernel.plain))
     with fused_kernels([kernel.name]):
         values["fused_s"] = bench.measure(make_run(kernel.chosen))
-    values["share"] = kernel.passes[training] * result.nbytes / values["fused_s"] / measure_copy_rate(bench.device)
-    torch.compiler.reset()
-    values["compiled_s"] = bench.measure(make_run(torch.compile(kernel.plain, dynamic=False)))
+    values["share"] = kernel.passes[training] * upstream.nbytes / values["fused_s"] / measure_copy_rate(bench.device)
     gain = values["plain_s"] / values["fused_s"]
-    advice = f"put {kernel.name} into {VARIABLE}" if gain > 1 else f"leave {kernel.name} off"
-    return Figures(values=values, remark=f"{gain:.2f}x: {advice}")
+    remark = f"{gain:.2f}x: " + (f"put {kernel.name} into {VARIABLE}" if gain > 1 else f"leave {kernel.name} off")
+    torch.compiler.reset()
+    try:
+        values["compiled_s"] = bench.measure(make_run(torch.compile(spare, dynamic=False)))
+    except OutOfTime:
+        remark += "; no time for torch.compile"
+    return Figures(values=values, remark=remark)
 
 
 if __name__ == "__main__":

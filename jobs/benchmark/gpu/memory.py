@@ -65,6 +65,7 @@ def _measure(bench: Bench, shape: Shape, checkpoint_blocks: int) -> Figures:
         return Figures(values=forecast, remark=f"depth {CPU_DEPTH}; a CPU counts no peak to compare it with")
     model = bench.keep((False, config), lambda: make_model(bench, config, peer=False))
     model.enable_gradient_checkpointing(checkpoint_blocks)
+    bench.forget_peak()
     try:
         make_run(bench, model, shape, peer=False)()
     finally:

@@ -1,6 +1,7 @@
 """The page of a run: a JSON file and a Markdown file that are whole after every line."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -65,8 +66,8 @@ class Page:
     def write(self, status: str) -> None:
         """Write both files. `status`: what the run is doing, for a reader who finds the page of a run that was cut off."""
         done = f"{len(self.entries)} of {self.num_lines} lines; {status}"
-        data = {"status": done, "facts": self.facts, "lines": [asdict(entry) for entry in self.entries]}
-        self._write_text("gpu.json", json.dumps(data, indent=1))
+        data = {"status": done, "facts": self.facts, "lines": [_as_json(entry) for entry in self.entries]}
+        self._write_text("gpu.json", json.dumps(data, indent=1, allow_nan=False))
         self._write_text("gpu.md", self._markdown(done))
 
     def _write_text(self, name: str, text: str) -> None:
@@ -80,6 +81,12 @@ class Page:
         for section, entries in groupby(self.entries, key=lambda entry: entry.section):
             parts += ["", f"## {section}", "", *format_section(list(entries))]
         return "\n".join(parts)
+
+
+def _as_json(entry: Entry) -> dict[str, object]:
+    """Its fields; null for a figure that is not a number, for which JSON has no word."""
+    figures = {name: value if math.isfinite(value) else None for name, value in entry.figures.items()}
+    return asdict(entry) | {"figures": figures}
 
 
 def format_section(entries: list[Entry]) -> list[str]:

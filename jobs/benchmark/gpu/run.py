@@ -5,17 +5,19 @@ import sys
 import time
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from jobs.benchmark.config import GpuConfig
 from jobs.benchmark.gpu.autoencoder import autoencoder_lines
-from jobs.benchmark.gpu.bench import GIB, Bench, Figures, Line, NotHere, need
+from jobs.benchmark.gpu.bench import DTYPES, GIB, Bench, Figures, Line, NotHere
 from jobs.benchmark.gpu.ceilings import ceiling_lines
 from jobs.benchmark.gpu.clock import SHORTEST_S, Budget, OutOfTime, time_limit
 from jobs.benchmark.gpu.correctness import correctness_lines
@@ -25,6 +27,7 @@ from jobs.benchmark.gpu.page import Entry, Page, State, format_section
 from jobs.benchmark.gpu.text import text_lines
 from jobs.benchmark.gpu.training_step import training_step_lines
 from jobs.benchmark.gpu.transformer import sampling_lines, transformer_lines
+from jobs.benchmark.timing import measure_seconds
 from pipelines.workers.halving import is_out_of_memory
 
 LIBRARIES = ("torch", "triton", "transformers", "diffusers", "deepspeed")
@@ -42,8 +45,7 @@ def benchmark_gpu(config: GpuConfig) -> None:
         known = list(dict.fromkeys(line.section for line in make_lines(bench)))
         raise ValueError(f"sections={config.sections}: no section begins so; there are {', '.join(known)}")
     page = Page(Path(config.output_dir), describe_machine(bench) | {"minutes": f"{config.minutes:g}"}, len(lines))
-    usable = [bench.on_gpu or not line.only_gpu for line in lines]
-    budget = Budget(config.minutes * 60, [line.weight * use for line, use in zip(lines, usable, strict=True)])
+    budget = Budget(config.minutes * 60, [0.0 if find_obstacle(line, bench) else line.weight for line in lines])
     section = ""
     for line in tqdm(lines, desc="lines", file=sys.stderr, dynamic_ncols=True):
         page.write(f"at work on: {line.section}, {line.name}")
@@ -63,7 +65,8 @@ def benchmark_gpu(config: GpuConfig) -> None:
 def make_lines(bench: Bench) -> list[Line]:
     """All lines in their order: what is worth most comes first, in case the run is cut off."""
     return [
-        Line(section="Start", name="diffusers is imported", weight=15, run=import_diffusers),
+        Line(section="Start", name="CUDA is awake", weight=20, run=partial(wake_device, bench), only_gpu=True),
+        Line(section="Start", name="diffusers is imported", weight=15, run=import_diffusers, needs="diffusers"),
         *correctness_lines(bench),
         *ceiling_lines(bench),
         *transformer_lines(bench),
@@ -76,13 +79,34 @@ def make_lines(bench: Bench) -> list[Line]:
     ]
 
 
+def wake_device(bench: Bench) -> Figures:
+    """A product, a convolution and an attention in each dtype, so that no later line pays for loading CUDA's libraries."""
+
+    def run() -> None:
+        for dtype in DTYPES:
+            x = torch.randn(2, 64, 64, 64, device=bench.device, dtype=dtype)
+            torch.mm(x[0, 0], x[0, 1])
+            F.conv2d(x, x[0, :, :3, :3].expand(64, -1, -1, -1), padding=1)
+            F.scaled_dot_product_attention(x, x, x)
+
+    return Figures(values={"seconds": measure_seconds(run, bench.device)})
+
+
 def import_diffusers() -> Figures:
     """Import it at once, so that no later line pays for it: it takes seconds."""
-    need("diffusers")
     start = time.monotonic()
     import jobs.benchmark.model  # noqa: F401
 
     return Figures(values={"seconds": time.monotonic() - start})
+
+
+def find_obstacle(line: Line, bench: Bench) -> str:
+    """Why a line cannot run on this machine; "" if it can."""
+    if line.only_gpu and not bench.on_gpu:
+        return "only on a GPU"
+    if line.needs and find_spec(line.needs) is None:
+        return f"{line.needs} cannot be imported here"
+    return ""
 
 
 def run_line(line: Line, bench: Bench, seconds: float) -> Entry:
@@ -96,8 +120,8 @@ def run_line(line: Line, bench: Bench, seconds: float) -> Entry:
             section=line.section, name=line.name, state=state, took_s=took, figures=figures.values, remark=figures.remark
         )
 
-    if line.only_gpu and not bench.on_gpu:
-        return entry("skipped", Figures(remark="only on a GPU"))
+    if obstacle := find_obstacle(line, bench):
+        return entry("skipped", Figures(remark=obstacle))
     if seconds < SHORTEST_S:
         return entry("skipped", Figures(remark="out of time"))
     bench.begin(seconds)

@@ -32,6 +32,7 @@ def _measure(bench: Bench, count: int, way: str) -> Figures:
     encoder, captions = bench.keep(("text", depth, count), lambda: make_text_encoder(bench.device, bench.dtype, depth, count))
     ids = torch.full((fitted, computed), 5, device=bench.device)
     mask = (torch.arange(computed, device=bench.device) < INSTRUCTION_TOKENS + CAPTION_TOKENS).expand(fitted, -1)
+    bench.forget_peak()
 
     @torch.no_grad()
     def run() -> object:

@@ -5,17 +5,16 @@
 
 import contextlib
 import json
-import os
-import signal
 import statistics
 import subprocess
 import sys
 from dataclasses import asdict, replace
 from functools import partial
 
+import psutil
 import torch
 
-from jobs.benchmark.gpu.bench import Bench, Figures, Line, need
+from jobs.benchmark.gpu.bench import Bench, Figures, Line
 from jobs.benchmark.gpu.transformer import Shape, make_forward
 from jobs.benchmark.timing import measure_seconds
 from pipelines.train.engine.config import EngineConfig, OptimConfig
@@ -33,12 +32,12 @@ def training_step_lines(bench: Bench) -> list[Line]:
     for model, size, count in bench.some(SHAPES):
         shape = Shape(model=model, size=size, batch_size=count, training=True)
         name, run = f"{shape.name}, ZeRO 1, AdamW", partial(_measure, bench, shape)
-        lines.append(Line(section="A step with DeepSpeed", name=name, weight=bench.plan(gpu_s=30, cpu_s=60), run=run))
+        weight = bench.plan(gpu_s=30, cpu_s=60)
+        lines.append(Line(section="A step with DeepSpeed", name=name, weight=weight, run=run, needs="deepspeed"))
     return lines
 
 
 def _measure(bench: Bench, shape: Shape) -> Figures:
-    need("deepspeed")
     bench.drop()  # the other process needs the memory
     whole = PRESETS[shape.model]
     depth, count, remark = bench.fit(
@@ -46,18 +45,14 @@ def _measure(bench: Bench, shape: Shape) -> Figures:
     )
     task = {"device": bench.device.type, "depth": depth, "shape": asdict(replace(shape, batch_size=count))}
     program = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m", "jobs.benchmark.gpu.training_step"]
-    process = subprocess.Popen(
-        [sys.executable, *program, json.dumps(task)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    command = [sys.executable, *program, json.dumps(task)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         output, errors = process.communicate()
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # torchrun's workers too, when the line's time is over
+        if process.poll() is None:  # the line's time is over
+            kill_family(process.pid)
+            process.wait()
     if process.returncode:
         raise RuntimeError(f"torchrun ended with {process.returncode}: {errors.strip().splitlines()[-1][:150]}")
     told = json.loads(output.strip().splitlines()[-1])
@@ -65,6 +60,15 @@ def _measure(bench: Bench, shape: Shape) -> Figures:
     if bench.on_gpu:
         figures["peak_gib"] = told["peak_gib"]
     return Figures(values=figures, remark=remark)
+
+
+def kill_family(pid: int) -> None:
+    """Kill a process and its descendants, if it runs: torchrun's workers have sessions of their own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for member in [*process.children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
 
 
 def run_steps(task: dict) -> dict[str, float]:

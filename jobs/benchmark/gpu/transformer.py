@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jobs.benchmark.gpu.bench import Bench, Figures, Line, need
-from jobs.benchmark.gpu.kernels import need_kernels
+from jobs.benchmark.gpu.bench import NEEDS, Bench, Figures, Line
+from jobs.benchmark.gpu.kernels import passed_kernels
 from jobs.benchmark.inputs import CAPTION_TOKENS, FLOW_SHIFT, GUIDANCE_SCALE, NUM_STEPS, make_captions
 from pipelines.train.meter import step_flops
 from pipelines.workers.halving import is_out_of_memory
 from sana_model.guidance import guided_velocity
-from sana_model.kernels.fused import KERNELS, fused_kernels
+from sana_model.kernels.fused import fused_kernels
 from sana_model.nn.config import PRESETS, SanaConfig
 from sana_model.nn.transformer import SanaTransformer
 from sana_model.nn.transformer_blocks import CaptionTokens
@@ -73,10 +73,7 @@ def transformer_lines(bench: Bench) -> list[Line]:
     lines = []
     for model in bench.some(MODELS):
         for way, batches in WAYS.items():
-            if way in ("eager", "diffusers"):
-                run = partial(make_whole_model, bench, model, way)
-                section, name = f"Transformer, made on the device: {model}, {way}", "the model"
-                lines.append(Line(section=section, name=name, weight=8, run=run, only_gpu=True))
+            lines += _first_lines(bench, model, way)
             for training in (False, True):
                 for size in SIZES:
                     for batch_size in bench.some(batches):
@@ -85,10 +82,28 @@ def transformer_lines(bench: Bench) -> list[Line]:
     return lines
 
 
+def _first_lines(bench: Bench, model: str, way: str) -> list[Line]:
+    """What the first of a way's lines would pay for otherwise."""
+    if way in ("eager", "diffusers"):
+        name, weight, run = "the model", 8, partial(make_whole_model, bench, model, way)
+    elif way in EXTRA_S:
+        shape = Shape(model=model, size=512, batch_size=16, training=True)
+        name, weight, run = "by the compilers, and run", 30, partial(wake_compilers, bench, shape, way)
+    else:
+        return []
+    section = f"Transformer, made on the device: {model}, {way}"
+    return [Line(section=section, name=name, weight=weight, run=run, only_gpu=True, needs=NEEDS.get(way, ""))]
+
+
+def wake_compilers(bench: Bench, shape: Shape, way: str) -> Figures:
+    """Measure a shape; the figure is the time that all of it takes."""
+    start = time.perf_counter()
+    remark = measure_shape(bench, shape, way).remark
+    return Figures(values={"seconds": time.perf_counter() - start}, remark=remark)
+
+
 def make_whole_model(bench: Bench, name: str, way: str) -> Figures:
     """Make the model that the lines of the next ways use."""
-    if way == "diffusers":
-        need("diffusers")
     config, start = PRESETS[name], time.perf_counter()
     bench.keep((way == "diffusers", config), lambda: make_model(bench, config, peer=way == "diffusers"))
     return Figures(values={"seconds": time.perf_counter() - start, **bench.peak()})
@@ -103,15 +118,13 @@ def _line(bench: Bench, shape: Shape, way: str) -> Line:
         weight=bench.plan(gpu_s=EXTRA_S.get(way, 1.5) + few_runs, cpu_s=8),
         run=partial(measure_shape, bench, shape, way),
         only_gpu=way in ONLY_GPU,
+        needs=NEEDS.get(way, ""),
     )
 
 
 def measure_shape(bench: Bench, shape: Shape, way: str) -> Figures:
     """Time a shape in a way; a batch for which a GPU's memory is not enough is halved until it is."""
-    if way == "diffusers":
-        need("diffusers")
-    elif way == "fused kernels":
-        need_kernels(bench)
+    kernels, left_out = passed_kernels() if way == "fused kernels" else ([], "")
     whole = PRESETS[shape.model]
     depth, batch_size, remark = bench.fit(
         whole.depth, shape.batch_size, shape.flops(whole, shape.batch_size), shape.rough_bytes(whole)
@@ -119,8 +132,10 @@ def measure_shape(bench: Bench, shape: Shape, way: str) -> Figures:
     config = replace(whole, depth=depth)
     while True:
         try:
-            seconds = _time(bench, config, replace(shape, batch_size=batch_size), way)
-            return Figures(values=bench.compute(seconds, shape.flops(config, batch_size), batch_size), remark=remark)
+            with fused_kernels(kernels):
+                seconds = _time(bench, config, replace(shape, batch_size=batch_size), way)
+            values = bench.compute(seconds, shape.flops(config, batch_size), batch_size)
+            return Figures(values=values, remark=", ".join(part for part in (remark, left_out) if part))
         except RuntimeError as error:
             if not is_out_of_memory(error) or batch_size == 1:
                 raise
@@ -131,6 +146,7 @@ def measure_shape(bench: Bench, shape: Shape, way: str) -> Figures:
 def _time(bench: Bench, config: SanaConfig, shape: Shape, way: str) -> float:
     model = bench.keep((way == "diffusers", config), lambda: make_model(bench, config, peer=way == "diffusers"))
     model.zero_grad(set_to_none=True)
+    bench.forget_peak()  # of making the model, of earlier gradients, of a batch that was too large
     run = make_run(bench, model, shape, peer=way == "diffusers")
     if way == "CUDA graph":
         return bench.measure(capture(run).replay)
@@ -139,8 +155,7 @@ def _time(bench: Bench, config: SanaConfig, shape: Shape, way: str) -> float:
         torch.compiler.reset()
         for block in model.blocks:
             block.compile(dynamic=False)  # as `engine.compile_blocks` of a training does, for one shape only
-    with fused_kernels(KERNELS if way == "fused kernels" else []):
-        return bench.measure(run)
+    return bench.measure(run)
 
 
 def make_model(bench: Bench, config: SanaConfig, *, peer: bool) -> Any:
@@ -216,26 +231,25 @@ def sampling_lines(bench: Bench) -> list[Line]:
                             weight=bench.plan(gpu_s=2 + two_runs, cpu_s=10),
                             run=partial(_measure_sampling, bench, shape, way),
                             only_gpu=way in ONLY_GPU,
+                            needs=NEEDS.get(way, ""),
                         )
                     )
     return lines
 
 
 def _measure_sampling(bench: Bench, shape: Shape, way: str) -> Figures:
-    if way == "diffusers":
-        need("diffusers")
-    elif way == "fused kernels":
-        need_kernels(bench)
+    kernels, left_out = passed_kernels() if way == "fused kernels" else ([], "")
     whole, forwards = PRESETS[shape.model], 2 * NUM_STEPS
     flops = forwards * shape.flops(whole, shape.batch_size)
     depth, count, remark = bench.fit(whole.depth, shape.batch_size, flops, shape.rough_bytes(whole))
     config, peer = replace(whole, depth=depth), way == "diffusers"
     model = bench.keep((peer, config), lambda: make_model(bench, config, peer=peer))
     model.zero_grad(set_to_none=True)
-    with fused_kernels(KERNELS if way == "fused kernels" else []):
+    bench.forget_peak()
+    with fused_kernels(kernels):
         make_sampling(bench, model, replace(shape, batch_size=count), 2, peer=peer)()  # warms up
         seconds = bench.measure(make_sampling(bench, model, replace(shape, batch_size=count), NUM_STEPS, peer=peer), warm=False)
-    return Figures(values=bench.compute(seconds, forwards * shape.flops(config, count), count), remark=remark)
+    return Figures(values=bench.compute(seconds, forwards * shape.flops(config, count), count), remark=remark or left_out)
 
 
 def make_sampling(bench: Bench, model: Any, shape: Shape, num_steps: int, *, peer: bool) -> Run:
