@@ -59,7 +59,10 @@ def test_commands_and_files_exist() -> None:
     documents = render("cluster")
     services = {service["metadata"]["name"] for service in find(documents, "Service")}
     for service in re.findall(r"kubectl -n sana port-forward service/([\w-]+)", README):
-        assert service in services | {"sana-head-svc"}  # the operator's, of the RayCluster sana
+        assert service in services | {
+            "sana-head-svc",
+            "sana-serve-serve-svc",
+        }  # the operator's: RayCluster sana, RayService sana-serve
     jobs = {job["metadata"]["name"].removeprefix("sana-") for job in find(documents, "RayJob")}
     started = set(re.findall(r"(?:^|`)start ([a-z]+)", README, re.MULTILINE))
     assert started and started <= jobs
