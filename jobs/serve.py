@@ -89,7 +89,7 @@ def serving(job: ServeJob, has_keys: bool) -> Iterator[str]:
     quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
     start_proxy(job.host, job.port, quiet)
     try:
-        app = build_app(job.to_serve(), keys_expected=has_keys)
+        app = build_app(job.to_serve(), keys_expected=has_keys, host=job.host)
         serve.run(app, name=APPLICATION, route_prefix="/", logging_config=quiet)
         yield f"http://{shown_host(job.host)}:{job.port}"
     finally:

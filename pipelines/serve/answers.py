@@ -45,7 +45,9 @@ async def event_texts(order: Order, kind: str, events: AsyncIterator[Event]) -> 
     numbers = [0] * len(order.seeds)
     async for event in events:
         if isinstance(event, Preview):
-            more = {"partial_image_index": numbers[event.index], "step": event.step, "num_steps": event.num_steps}
+            given = order.settings
+            size = f"{given.width}x{given.height}" if given.width and given.height else "auto"
+            more = {"partial_image_index": numbers[event.index], "step": event.step, "num_steps": event.num_steps, "size": size}
             numbers[event.index] += 1
             yield _event(f"{kind}.partial_image", order, event, "jpeg", more)
         elif isinstance(event, Finished):
@@ -61,6 +63,7 @@ def sse(name: str, value: dict[str, Any]) -> str:
 
 def _event(name: str, order: Order, event: Preview | Finished, file_format: str, more: dict[str, Any]) -> str:
     common = {"type": name, "b64_json": _text(event.content), "created_at": int(time.time()), "output_format": file_format}
+    common |= {"quality": "auto", "background": "opaque"}
     return sse(name, common | {"index": event.index, "seed": order.seeds[event.index]} | more)
 
 

@@ -96,14 +96,16 @@ class ServeConfig:
         resources: of each replica, which holds the model; a fraction of a GPU lets replicas share one. `num_actors` replicas
             run always.
         max_replicas: replicas that run while many requests come; None: `resources.num_actors`.
-        max_waiting: requests that wait for a replica; further ones are refused (429), and told when to try again.
+        max_waiting: requests that wait for a replica, an equal part in each front; further ones are refused (429), and told
+            when to try again.
         fronts: processes that read requests and write answers.
         cached_prompts: embeddings of prompts that a replica keeps, those used last.
         limits: what one request may ask for.
         prompt_check: a model that refuses prompts; None: every prompt is drawn.
         picture_check: a model that refuses drawn pictures; None: every picture is sent.
         require_key: do not start without keys in SANA_API_KEYS. With keys in it, every request needs one in any case.
-        cors_origins: web pages of other servers that may use this one, such as https://example.org; none by default.
+        cors_origins: web pages of other servers that may use this one, such as https://example.org; none by default. Without
+            keys, requests may name this server in their Host header as these do, besides localhost and IP addresses.
     """
 
     model: str = "zoo://pipeline"

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
@@ -20,7 +20,7 @@ from pipelines.serve.orders import Accepted, Event, Finished, ModelFacts, Order,
 from pipelines.serve.painter import SanaPainter
 
 APPLICATION = "sana"
-LOST = (RayActorError, ReplicaUnavailableError)
+LOST = (RayActorError, OutOfMemoryError, ReplicaUnavailableError)
 TRIES = 4
 """Replicas that are tried in turn for an order whose replica is lost: a picture is drawn anew from its seed."""
 BATCHES_AHEAD = 2
@@ -29,12 +29,13 @@ MOST_IN_FRONT = 100_000
 """Requests in a front: those that draw are limited by `max_waiting`, others are answered at once."""
 
 
-def build_app(config: ServeConfig, *, keys_expected: bool = False) -> serve.Application:
+def build_app(config: ServeConfig, *, keys_expected: bool = False, host: str = "localhost") -> serve.Application:
     """The application, for `serve.run`.
 
     Args:
         keys_expected: whoever starts the server has keys in the environment. A front that finds none does not start: it would
             be open to everybody.
+        host: the address that the server listens on.
     """
     resources = config.resources
     at_once = BATCHES_AHEAD * config.batch_size
@@ -46,7 +47,7 @@ def build_app(config: ServeConfig, *, keys_expected: bool = False) -> serve.Appl
             "resources": resources.custom,
         },
         max_ongoing_requests=at_once,
-        max_queued_requests=config.max_waiting,
+        max_queued_requests=math.ceil(config.max_waiting / config.fronts),  # Serve counts in each front
         autoscaling_config=AutoscalingConfig(
             min_replicas=resources.num_actors,
             max_replicas=config.max_replicas or resources.num_actors,
@@ -60,21 +61,22 @@ def build_app(config: ServeConfig, *, keys_expected: bool = False) -> serve.Appl
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=MOST_IN_FRONT,
     )(Front)
-    return front.bind(config, painter.bind(config), config.require_key or keys_expected)
+    return front.bind(config, painter.bind(config), config.require_key or keys_expected, host)
 
 
 @serve.ingress()
 class Front:
     """Reads requests and writes answers. Raises ValueError if keys are needed, and this process has none."""
 
-    def __init__(self, config: ServeConfig, painter: DeploymentHandle[Any], needs_keys: bool):
+    def __init__(self, config: ServeConfig, painter: DeploymentHandle[Any], needs_keys: bool, host: str):
         self._config, self._painter = config, ServedPainter(painter, config.served_name)
+        self._host = host
         self._keys = read_keys(os.environ.get(KEYS_VARIABLE, ""))
         if needs_keys and not self._keys:
             raise ValueError(f"{KEYS_VARIABLE} is empty where Ray's workers run, and keys are required: set it there")
 
     def __serve_build_asgi_app__(self) -> Any:
-        return make_app(self._config, self._painter, self._keys)
+        return make_app(self._config, self._painter, self._keys, self._host)
 
 
 class ServedPainter:
@@ -128,6 +130,8 @@ class ServedPainter:
                 self._note(time.monotonic() - started)
                 return
             except LOST:
+                if len(finished) == len(order.seeds):  # it was lost after its last picture
+                    return
                 self._lost.inc()
             except (BackPressureError, DeploymentUnavailableError) as error:
                 yield self._refuse(error)

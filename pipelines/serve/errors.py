@@ -30,6 +30,10 @@ class ApiError(Exception):
     def of(cls, refused: Refused) -> "ApiError":
         return cls(refused.status, refused.message, refused.code, refused.param, refused.retry_after)
 
+    @classmethod
+    def too_large(cls, kind: str, most: int) -> "ApiError":
+        return cls(413, f"the {kind} has more than {most} bytes, this server's limit", "request_too_large")
+
     def body(self) -> dict[str, Any]:
         """The JSON of the answer."""
         kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}

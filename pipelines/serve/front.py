@@ -6,6 +6,8 @@ import hashlib
 import re
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from fastapi import FastAPI, Request
@@ -24,7 +26,6 @@ from pipelines.serve.orders import Accepted, ModelFacts, Order, Painter, Refused
 from pipelines.serve.requests import (
     EditRequest,
     GenerationRequest,
-    VariationRequest,
     check_request,
     make_order,
     read_json,
@@ -34,13 +35,17 @@ from pipelines.serve.requests import (
 PAGE = Path(__file__).with_name("page.html").read_text()
 MAX_FIELDS = 40
 """Of a form."""
+MAX_TEXT_BYTES = 2**20
+"""Of a JSON body, which is read while other requests wait, and of a field of a form."""
+DECODERS = 2
+"""Requests whose pictures are decoded at once: a small file may hold a picture that needs half a GB."""
 
 
-def make_app(config: ServeConfig, painter: Painter, keys: Iterable[str] = ()) -> FastAPI:
-    """The application. `keys`: see `Gate`."""
-    origins = config.cors_origins
+def make_app(config: ServeConfig, painter: Painter, keys: Iterable[str] = (), host: str = "localhost") -> FastAPI:
+    """The application. `keys` and `host`: see `Gate`."""
+    origins = [origin.rstrip("/") for origin in config.cors_origins]
     middleware = [
-        Middleware(Gate, keys=list(keys), origins=origins, max_body_bytes=config.limits.max_body_bytes),
+        Middleware(Gate, keys=list(keys), host=host, origins=origins, max_body_bytes=config.limits.max_body_bytes),
     ]
     if origins:
         headers = ["Authorization", "Content-Type"]
@@ -86,6 +91,7 @@ class _Front:
         self._config, self._painter = config, painter
         self._facts: ModelFacts | None = None
         self._started = int(time.time())
+        self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decodes")
 
     async def healthz(self) -> Response:
         """200 once a replica has told what its model is."""
@@ -107,19 +113,23 @@ class _Front:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(415, f"Content-Type is {kind[:80]!r}: send JSON as application/json", "unsupported_media_type")
-        checked = check_request(GenerationRequest, read_json(await request.body()))
+        body = await request.body()
+        if len(body) > MAX_TEXT_BYTES:
+            raise ApiError.too_large("JSON body", MAX_TEXT_BYTES)
+        checked = check_request(GenerationRequest, read_json(body))
         return await self._answer(make_order(checked, self._config), checked, "image_generation")
 
     async def edits(self, request: Request) -> Response:
-        return await self._edit(request, EditRequest, takes_mask=True)
+        return await self._edit(request, takes_mask=True)
 
     async def variations(self, request: Request) -> Response:
-        return await self._edit(request, VariationRequest, takes_mask=False)
+        return await self._edit(request, takes_mask=False)
 
-    async def _edit(self, request: Request, kind: type[EditRequest], *, takes_mask: bool) -> Response:
-        fields, files = await _read_form(request, self._config.limits.max_body_bytes)
-        checked = check_request(kind, fields)
-        image, mask = await asyncio.to_thread(read_pictures, files, self._config, takes_mask=takes_mask)
+    async def _edit(self, request: Request, *, takes_mask: bool) -> Response:
+        fields, files = await _read_form(request)
+        checked = check_request(EditRequest, fields)
+        read = partial(read_pictures, files, self._config, takes_mask=takes_mask)
+        image, mask = await asyncio.get_running_loop().run_in_executor(self._decoders, read)
         return await self._answer(make_order(checked, self._config, image, mask), checked, "image_edit")
 
     async def _answer(self, order: Order, request: GenerationRequest, kind: str) -> Response:
@@ -137,14 +147,14 @@ class _Front:
         return StreamingResponse(event_texts(order, kind, events), media_type="text/event-stream", headers=headers)
 
 
-async def _read_form(request: Request, max_bytes: int) -> tuple[dict[str, str], dict[str, PictureFile]]:
+async def _read_form(request: Request) -> tuple[dict[str, str], dict[str, PictureFile]]:
     """The fields and the files of a form; fields without a value are left out. Raises ApiError."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise ApiError(415, "send pictures as multipart/form-data", "unsupported_media_type")
     fields: dict[str, str] = {}
     files: dict[str, PictureFile] = {}
     try:
-        async with request.form(max_files=2, max_fields=MAX_FIELDS, max_part_size=max_bytes) as form:
+        async with request.form(max_files=2, max_fields=MAX_FIELDS, max_part_size=MAX_TEXT_BYTES) as form:
             for name, value in form.multi_items():
                 name = name.removesuffix("[]")
                 if name in fields or name in files:

@@ -13,6 +13,8 @@ from pipelines.serve.metrics import PainterMetrics
 from pipelines.serve.orders import Abandoned, Accepted, Event, Finished, ModelFacts, Order, Refused
 
 LOG = logging.getLogger("ray.serve")
+BROKEN = "CUDA error"
+"""In the message of an error after which CUDA does nothing more in its process."""
 
 
 class SanaPainter:
@@ -32,6 +34,12 @@ class SanaPainter:
         self._waiting = Waiting()
         self._at_work: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="draws")
+        self._broken: str | None = None
+
+    async def check_health(self) -> None:
+        """Asked by Ray Serve, which replaces a replica that raises. Raises RuntimeError if its GPU can draw nothing more."""
+        if self._broken is not None:
+            raise RuntimeError(f"this replica can draw no more: {self._broken}")
 
     async def describe(self) -> ModelFacts:
         """What the model draws where an order does not say."""
@@ -108,8 +116,10 @@ class SanaPainter:
                 outcomes = await loop.run_in_executor(self._thread, self._drawer.draw, batch)
             except Abandoned:
                 continue
-            except Exception:  # whatever it was, those who wait must hear of it
+            except Exception as error:  # whatever it was, those who wait must hear of it
                 LOG.exception("drawing failed")
+                if BROKEN in str(error):
+                    self._broken = str(error).partition("\n")[0]
                 outcomes = [Refused(500, "drawing failed; the server's log says why", "drawing_failed")] * len(batch)
             for ticket, outcome in zip(batch, outcomes, strict=True):
                 if not ticket.done.done():  # cancelled meanwhile

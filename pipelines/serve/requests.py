@@ -5,8 +5,8 @@ import secrets
 from collections.abc import Mapping
 from typing import Annotated, Literal, TypeVar
 
-from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from PIL import Image, ImageChops
+from pydantic import BaseModel, Field, ValidationError
 
 from pipelines.draw.config import read_size
 from pipelines.draw.start import PictureFile
@@ -14,7 +14,7 @@ from pipelines.serve.config import ServeConfig
 from pipelines.serve.errors import ApiError
 from pipelines.serve.orders import Order, Settings
 from pipelines.tables.rejects import RowRefused
-from pipelines.workers.images import ImageLimits, open_image, to_png, to_rgb
+from pipelines.workers.images import ImageLimits, open_image, to_png, to_rgb, upright_alpha
 
 MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1
 """Whole numbers of 64 bits, as the sampler's tables hold them."""
@@ -24,9 +24,7 @@ Quality = Literal["auto", "standard", "high", "medium", "low", "hd"]
 
 
 class GenerationRequest(BaseModel):
-    """The body of /v1/images/generations. OpenAI's parameters, and after `stream` our own."""
-
-    model_config = ConfigDict(extra="forbid")
+    """The body of /v1/images/generations. OpenAI's parameters, and after `partial_images` our own."""
 
     prompt: str
     model: str | None = None
@@ -37,7 +35,10 @@ class GenerationRequest(BaseModel):
     quality: Quality | None = None
     background: Literal["auto", "opaque"] | None = None
     moderation: Literal["auto", "low"] | None = None
+    output_compression: Annotated[int | None, Field(ge=0, le=100)] = None
+    style: str | None = None
     user: str | None = None
+    safety_identifier: str | None = None
     stream: bool | None = None
     partial_images: Annotated[int | None, Field(ge=0)] = None
     seed: Annotated[int | None, Field(ge=MIN_SEED, le=MAX_SEED)] = None
@@ -47,16 +48,11 @@ class GenerationRequest(BaseModel):
 
 
 class EditRequest(GenerationRequest):
-    """The fields of /v1/images/edits, without its pictures."""
-
-    strength: Annotated[float | None, Field(ge=0, le=1)] = None
-    input_fidelity: Literal["high", "low"] | None = None
-
-
-class VariationRequest(EditRequest):
-    """The fields of /v1/images/variations, without its picture; OpenAI's has no prompt."""
+    """The fields of /v1/images/edits and /v1/images/variations, without their pictures, which need no words."""
 
     prompt: str = ""
+    strength: Annotated[float | None, Field(ge=0, le=1)] = None
+    input_fidelity: Literal["high", "low"] | None = None
 
 
 Request = TypeVar("Request", bound=GenerationRequest)
@@ -72,15 +68,15 @@ def check_request(kind: type[Request], values: object) -> Request:
     """The request that a body describes. Raises ApiError that names the first parameter that will not do."""
     if not isinstance(values, dict):
         raise ApiError(400, f"the body must be a JSON object, and a {type(values).__name__} came")
+    unknown = next((name for name in values if name not in kind.model_fields), None)
+    if unknown is not None:
+        text = f"unknown parameter {_shorten(unknown)}: the known ones are {', '.join(kind.model_fields)}"
+        raise ApiError(400, text, "unknown_parameter", unknown[:80].encode(errors="replace").decode())
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         param = str(first["loc"][0]) if first["loc"] else None
-        if first["type"] == "extra_forbidden":
-            known = ", ".join(kind.model_fields)
-            text = f"unknown parameter {param!r}: the known ones are {known}"
-            raise ApiError(400, text, "unknown_parameter", param) from None
         if first["type"] == "missing":
             raise ApiError(400, f"{param} is missing", "missing_required_parameter", param) from None
         text = HINTS.get(str(param), first["msg"])
@@ -162,26 +158,23 @@ def read_pictures(
         raise ApiError(400, text, "unknown_parameter", name)
     if "image" not in files:
         raise ApiError(400, "image is missing: send a picture as a file of the form", "missing_required_parameter", "image")
-    opened = {name: _open(name, file, config) for name, file in files.items()}
-    source = opened.get("mask", opened["image"] if takes_mask else None)
-    if source is None or not source.has_transparency_data:
+    alphas = {name: _read_alpha(name, file, config) for name, file in files.items()}
+    marks = "mask" if "mask" in files else "image"
+    alpha = alphas[marks]
+    if alpha is None or not takes_mask:
         return files["image"], files.get("mask")
-    alpha = source.convert("RGBA").getchannel("A")
-    if "mask" not in files and alpha.getextrema() == (255, 255):
-        return files["image"], None
-    name = files["mask" if "mask" in files else "image"].uri
-    mask = PictureFile(name, to_png(alpha.point([255 - value for value in range(256)])))
-    return files["image"], mask
+    return files["image"], PictureFile(files[marks].uri, to_png(ImageChops.invert(alpha)))
 
 
-def _open(name: str, file: PictureFile, config: ServeConfig) -> Image.Image:
+def _read_alpha(name: str, file: PictureFile, config: ServeConfig) -> Image.Image | None:
+    """Decode all of a picture, and keep only its alpha channel; None if it is opaque. Raises ApiError."""
     limits = ImageLimits(
         min_size=1, max_pixels=config.limits.max_picture_pixels, max_bytes=config.limits.max_body_bytes, max_aspect_ratio=100
     )
     try:
         image = open_image(file.content, limits)
-        to_rgb(image)  # reads all of it
-        return image
+        to_rgb(image)
+        return upright_alpha(image)
     except RowRefused as refused:
         raise ApiError(400, f"{name} cannot be taken: {refused}", "invalid_image", name) from None
 

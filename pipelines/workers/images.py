@@ -168,6 +168,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return rgb if transpose is None else rgb.transpose(transpose)
 
 
+def upright_alpha(image: Image.Image) -> Image.Image | None:
+    """The alpha channel, mode L, of an image that `to_rgb` has taken, upright as that makes it; None if all of it is opaque."""
+    transpose = TRANSPOSE.get(_orientation(image))
+    image = to_8_bits(image)
+    if not image.has_transparency_data:
+        return None
+    alpha = image.convert("RGBA").getchannel("A")
+    if alpha.getextrema() == (255, 255):
+        return None
+    return alpha if transpose is None else alpha.transpose(transpose)
+
+
 @contextmanager
 def _decoding() -> Iterator[None]:
     """Turn errors of a decoder into RowRefused. Hostile bytes make Pillow raise errors of nearly every type."""

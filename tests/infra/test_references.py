@@ -253,6 +253,10 @@ def test_the_server_takes_its_settings_and_fits_a_pod_of_its_cluster() -> None:
     wanted = {"CPU": job.resources.num_cpus, "GPU": job.resources.num_gpus, **job.resources.custom}
     groups = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     assert any(all(offer(group).get(name, 0) >= count for name, count in wanted.items()) for group in groups)
+    (policy,) = (policy for policy in find(documents, "NetworkPolicy") if policy["metadata"]["name"] == "serve")
+    (rule,) = policy["spec"]["ingress"]
+    operator = {"kubernetes.io/metadata.name": "kuberay-system"}  # it asks the proxies before it calls the service ready
+    assert operator in [peer["namespaceSelector"]["matchLabels"] for peer in rule["from"]]
     ports = [port for _, pod in templates([service]) for port in pod["containers"][0]["ports"] if port["name"] == "serve"]
     assert {port["containerPort"] for port in ports} == {config.http_options.port} and len(ports) == 1 + len(groups)
 

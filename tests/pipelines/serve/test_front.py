@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from openai.types import ImageGenPartialImageEvent
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -20,9 +21,9 @@ from pipelines.serve.batches import Ticket, Waiting
 from pipelines.serve.captions import KeptCaptions
 from pipelines.serve.config import LimitsConfig, ServeConfig
 from pipelines.serve.front import PAGE, content_policy, make_app
-from pipelines.serve.orders import Abandoned, Order, Preview, Settings
+from pipelines.serve.orders import Abandoned, Order, Preview, Refused, Settings
 from pipelines.serve.painter import SanaPainter
-from pipelines.serve.previews import preview_steps
+from pipelines.serve.previews import LOG, PreviewMaker, preview_steps
 from sana_model.files.png import read_facts
 from sana_model.pipeline import TextToImage
 
@@ -38,7 +39,7 @@ def painter() -> SanaPainter:
 
 @pytest.fixture
 def client(painter: SanaPainter) -> Iterator[TestClient]:
-    with TestClient(make_app(CONFIG, painter)) as client:
+    with TestClient(make_app(CONFIG, painter), base_url="http://localhost") as client:
         yield client
 
 
@@ -113,13 +114,14 @@ def test_edits_and_variations(client: TestClient, model: TextToImage) -> None:
     clear.paste((0, 0, 0, 0), (0, 0, 32, 64))  # as OpenAI's clients mark what is to be drawn anew
     form: dict[str, Any] = {"prompt": SQUARE, "seed": "5", "steps": "2", "n": "", "size": "auto"}
     expected = model([SQUARE], image=start, mask=mask, seed=5, num_steps=2)[0]
-    for sent in (mask, clear):
+    for sent in (mask, clear, mask.convert("RGBA")):  # the page's canvas makes the last one: opaque everywhere
         answer = client.post(EDITS, data=form, files={"image": png(start), "mask": png(sent)})
         assert answer.status_code == 200, answer.text
         assert distance(answer.json()["data"][0]["b64_json"], expected) <= 1
-    answer = client.post(VARIATIONS, data={"seed": "5", "steps": "4", "strength": "0.5"}, files={"image": png(start)})
     expected = model([""], image=start, strength=0.5, seed=5, num_steps=4)[0]
-    assert distance(answer.json()["data"][0]["b64_json"], expected) <= 1
+    for path in (VARIATIONS, EDITS):
+        answer = client.post(path, data={"seed": "5", "steps": "4", "strength": "0.5"}, files={"image": png(start)})
+        assert distance(answer.json()["data"][0]["b64_json"], expected) <= 1
     facts = read_facts(base64.b64decode(answer.json()["data"][0]["b64_json"]))
     assert facts["settings"]["strength"] == 0.5 and facts["image"] == "upload"
 
@@ -131,12 +133,15 @@ def test_events_of_a_stream(client: TestClient) -> None:
     parts = [part.split("\n") for part in answer.text.removesuffix("\n\n").split("\n\n")]
     events = [json.loads(data.removeprefix("data: ")) for _, data in parts]
     assert [name.removeprefix("event: ") for name, _ in parts] == [event["type"] for event in events]
-    plain = client.post(GENERATIONS, json=asked).json()["data"]
+    ignored = {"output_compression": 100, "safety_identifier": "someone", "style": "vivid"}
+    plain = client.post(GENERATIONS, json={**asked, **ignored}).json()["data"]
     for index, picture in enumerate(plain):
         *previews, last = [event for event in events if event["index"] == index]
         assert [event["type"] for event in previews] == ["image_generation.partial_image"] * 3
         assert [(event["partial_image_index"], event["step"]) for event in previews] == [(0, 2), (1, 4), (2, 6)]
         assert last["type"] == "image_generation.completed" and last["b64_json"] == picture["b64_json"]
+        assert (last["size"], last["quality"], last["background"]) == ("64x64", "auto", "opaque")
+        assert all(ImageGenPartialImageEvent.model_validate(event).size == "auto" for event in previews)
         mean_errors = [np.abs(pixels(event["b64_json"]) - pixels(picture["b64_json"])).mean() for event in previews]
         assert mean_errors[-1] < 6 and mean_errors[-1] < mean_errors[0]  # nearer and nearer to the picture
 
@@ -144,6 +149,39 @@ def test_events_of_a_stream(client: TestClient) -> None:
 def test_steps_of_previews() -> None:
     assert preview_steps(20, 100) == set(range(19)) and preview_steps(20, 0) == set() and preview_steps(2, 3) == {0}
     assert preview_steps(20, 3) == {3, 9, 15}
+
+
+def test_previews_cost_no_picture(model: TextToImage, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, int, bytes]] = []
+    logged: list[str] = []
+    monkeypatch.setattr(LOG, "exception", logged.append)
+    maker = PreviewMaker(model.autoencoder, 2, [1, 1], lambda *event: told.append(event))
+    latents = torch.zeros(2, model.autoencoder.config.latent_channels, 1, 200)
+    maker(0, latents[:1])  # half of a batch for which memory did not suffice
+    assert not told
+    maker(0, latents)  # 1600x8 pixels, averaged over 4x4 latents
+    assert [(place, step) for place, step, _ in told] == [(0, 1), (1, 1)]
+    assert Image.open(io.BytesIO(told[0][2])).size == (400, 8)
+    for broken in (latents[:, :1], latents[:, :1], latents):
+        maker(0, broken)
+    assert len(told) == 2 and len(logged) == 1
+
+
+def test_a_replica_whose_gpu_is_broken_says_so(painter: SanaPainter, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(text: str) -> None:
+        def draw(batch: list[Ticket]) -> Any:
+            raise RuntimeError(text)
+
+        monkeypatch.setattr(painter._drawer, "draw", draw)
+        settings = Settings(height=64, width=64, num_steps=1, guidance_scale=4.5, negative_prompt="")
+        refused = await painter.draw(Order(prompt=CIRCLE, seeds=[0], settings=settings))
+        assert isinstance(refused, Refused) and refused.code == "drawing_failed"
+        await painter.check_health()
+
+    monkeypatch.setattr(painter, "_broken", None)  # so that it is whole again afterwards
+    asyncio.run(fail("a bug"))
+    with pytest.raises(RuntimeError, match=r"can draw no more: CUDA error: an illegal memory access$"):
+        asyncio.run(fail("CUDA error: an illegal memory access\nand so on"))
 
 
 WRONG: dict[str, tuple[Any, int, str | None, str]] = {
@@ -165,6 +203,7 @@ WRONG: dict[str, tuple[Any, int, str | None, str]] = {
     "guidance": (b'{"prompt": "a", "guidance": NaN}', 400, "invalid_value", "finite"),
     "url": ({"prompt": "a", "response_format": "url"}, 400, "invalid_value", "keeps no pictures"),
     "unknown": ({"prompt": "a", "cfg": 1}, 400, "unknown_parameter", "unknown parameter 'cfg': the known ones are prompt"),
+    "unknown half of a letter": (b'{"\\ud800": 1}', 400, "unknown_parameter", "unknown parameter '\\ud800'"),
     "model": ({"prompt": "a", "model": "dall-e-3"}, 404, "model_not_found", "this server has zoo://pipeline"),
     "body": (b" " * 300_001, 413, "request_too_large", "300000 bytes"),
 }
@@ -180,7 +219,7 @@ def test_what_cannot_be_drawn_is_answered_clearly(case: str, client: TestClient)
     assert error["type"] == "invalid_request_error"
 
 
-def test_wrong_forms_paths_and_kinds_of_bodies(client: TestClient) -> None:
+def test_wrong_forms_paths_and_kinds_of_bodies(client: TestClient, painter: SanaPainter) -> None:
     small = png(Image.new("RGB", (8, 8)))
     for files, text in (
         ({}, "multipart/form-data"),
@@ -192,6 +231,9 @@ def test_wrong_forms_paths_and_kinds_of_bodies(client: TestClient) -> None:
         assert answer.status_code in (400, 415) and text in answer.json()["error"]["message"]
     chunks = (b" " * 100_000 for _ in range(4))  # no Content-Length tells the size
     assert client.post(GENERATIONS, content=chunks, headers={"Content-Type": "application/json"}).status_code == 413
+    roomy = TestClient(make_app(replace(CONFIG, limits=LimitsConfig()), painter), base_url="http://localhost")
+    answer = roomy.post(GENERATIONS, content=b" " * (2**20 + 1), headers={"Content-Type": "application/json"})
+    assert answer.status_code == 413 and "the JSON body has more than 1048576 bytes" in answer.json()["error"]["message"]
     assert client.post(GENERATIONS, data={"prompt": "a"}).status_code == 415
     assert client.get("/v2").json()["error"]["message"] == "GET /v2: Not Found"
     assert client.get(GENERATIONS).status_code == 405
@@ -207,13 +249,13 @@ def test_keys_and_pages_of_other_servers(painter: SanaPainter) -> None:
     assert client.get("/").status_code == client.get("/healthz").status_code == 200
     for key in ("first", "second"):
         assert client.post(GENERATIONS, json=asked, headers={"Authorization": f"Bearer {key}"}).status_code == 200
-    strange, page = {"Origin": "https://example.org"}, {"Origin": "http://testserver"}
+    strange, page = {"Origin": "https://example.org"}, {"Origin": "http://localhost"}
     ask_first = {**strange, "Access-Control-Request-Method": "POST"}
-    closed = TestClient(make_app(CONFIG, painter))
+    closed = TestClient(make_app(CONFIG, painter), base_url="http://localhost")
     assert closed.post(GENERATIONS, json=asked, headers=strange).status_code == 403
     assert closed.options(GENERATIONS, headers=ask_first).status_code == 403
     assert closed.post(GENERATIONS, json=asked, headers=page).status_code == 200
-    opened = TestClient(make_app(replace(CONFIG, cors_origins=["https://example.org"]), painter))
+    opened = TestClient(make_app(replace(CONFIG, cors_origins=["https://example.org/"]), painter), base_url="http://localhost")
     assert opened.options(GENERATIONS, headers=ask_first).status_code == 200
     answer = opened.post(GENERATIONS, json=asked, headers=strange)
     assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == "https://example.org"
