@@ -58,15 +58,18 @@ def load_checkpoint_pipeline(
     Raises BadCheckpointError if the checkpoint is not whole; as `load_start`.
     """
     pipeline = load_start(config)
-    pipeline.transformer = _with_weights(pipeline.transformer, config, read_weights(uri, average=average))
+    pipeline.transformer = with_weights(pipeline.transformer, config, read_weights(uri, average=average))
     if dtype is not None:
         pipeline.to(dtype)
         pipeline.text_encoder.to(torch.bfloat16 if dtype is torch.float16 else dtype)
     return pipeline
 
 
-def _with_weights(start: SanaTransformer, config: TrainConfig, weights: dict[str, Tensor]) -> SanaTransformer:
-    """`start` with the weights of a checkpoint; adapters are merged into its own weights."""
+def with_weights(start: SanaTransformer, config: TrainConfig, weights: dict[str, Tensor]) -> SanaTransformer:
+    """The transformer of `start`, that of `load_start`, with the weights that were trained; adapters are merged into its own.
+
+    `start` itself is changed.
+    """
     if config.lora is not None:
         add_lora(start, config.lora, seed=config.seed)
         weights = merge_lora(start.state_dict() | weights, config.lora)

@@ -9,13 +9,13 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.storage.files import upload_folder
-from pipelines.train.config import GridConfig
-from pipelines.train.engine.config import LoraConfig
+from pipelines.train.checkpoint_pipeline import with_weights
+from pipelines.train.config import GridConfig, TrainConfig
 from pipelines.train.engine.deepspeed import Engine
 from pipelines.train.engine.ema import EMA
-from pipelines.train.engine.lora import merge_lora, save_lora
+from pipelines.train.engine.lora import adapters_in, merge_lora, save_lora
 from pipelines.train.loop.record import PIPELINE_DIR
-from pipelines.train.models import TrainModels
+from pipelines.train.models import TrainModels, load_start
 from pipelines.workers.images import image_grid
 from sana_model.nn.finite import NotFiniteError
 from sana_model.nn.transformer import SanaTransformer
@@ -32,14 +32,14 @@ class TrainedPipeline:
         engine: holds the weights.
         ema: the average of the weights.
         models: the other models of the pipeline.
-        lora: the adapters that are trained; None: all weights are trained.
+        config: the training's; its `lora` are the adapters that are trained, None: all weights are.
     """
 
-    def __init__(self, engine: Engine, ema: EMA, models: TrainModels, lora: LoraConfig | None):
+    def __init__(self, engine: Engine, ema: EMA, models: TrainModels, config: TrainConfig):
         self.engine = engine
         self.ema = ema
         self.models = models
-        self.lora = lora
+        self.config = config
         self._drawn = False
 
     def gather_average(self) -> dict[str, Tensor] | None:
@@ -55,16 +55,18 @@ class TrainedPipeline:
         weights = self.gather_average()
         if weights is None:
             return None
-        if self.lora is not None:
-            weights = merge_lora(weights, self.lora)
+        if self.config.lora is not None:
+            weights = merge_lora(weights, self.config.lora)
+        with torch.device("meta"):
+            transformer = SanaTransformer(self.models.transformer_config)
+        transformer.load_state_dict(weights, assign=True)
+        for name, tensor in self.models.logvar.items():
+            setattr(transformer, name, tensor.clone())
+        return self._around(transformer.to(self.engine.device, dtype))
+
+    def _around(self, transformer: SanaTransformer) -> TextToImage:
         models = self.models
         assert models.autoencoder is not None and models.text_encoder is not None
-        with torch.device("meta"):
-            transformer = SanaTransformer(models.transformer_config)
-        transformer.load_state_dict(weights, assign=True)
-        for name, tensor in models.logvar.items():
-            setattr(transformer, name, tensor.clone())
-        transformer.to(self.engine.device, dtype)
         return TextToImage(transformer, models.autoencoder, models.text_encoder, flow_shift=models.shift)
 
     def draw(self, grid: GridConfig, *, say: Callable[[str], None]) -> Image.Image | None:
@@ -87,12 +89,21 @@ class TrainedPipeline:
         return image_grid(images, grid.columns)
 
     def write(self, output_uri: str) -> None:
-        """Write the pipeline, and the adapters if there are any, into the output folder. Raises StorageError."""
-        if self.lora is not None and (weights := self.gather_average()) is not None:
+        """Write the pipeline, and the adapters if there are any, into the output folder. Raises StorageError.
+
+        Adapters are merged into the weights that the training began with, which are loaded anew: the engine has them rounded to
+        its dtype.
+        """
+        if self.config.lora is None:
+            pipeline = self.gather(torch.float32)
+        elif (weights := self.gather_average()) is not None:
             with tempfile.TemporaryDirectory() as folder:
-                save_lora(Path(folder), weights, self.lora)
+                save_lora(Path(folder), weights, self.config.lora)
                 upload_folder(folder, f"{output_uri}/{LORA_DIR}")
-        if (pipeline := self.gather(torch.float32)) is not None:
+            pipeline = self._around(with_weights(load_start(self.config).transformer, self.config, adapters_in(weights)))
+        else:
+            pipeline = None
+        if pipeline is not None:
             with tempfile.TemporaryDirectory() as folder:
                 pipeline.save_pretrained(Path(folder))
                 upload_folder(folder, f"{output_uri}/{PIPELINE_DIR}")

@@ -44,7 +44,7 @@ class TrainWorker(TrainingLoop[TrainConfig]):
             device=self.device,
         )
         self.ema = EMA(self.engine.master_weights(), self.config.ema)
-        self.pipeline = TrainedPipeline(self.engine, self.ema, self.models, self.config.lora)
+        self.pipeline = TrainedPipeline(self.engine, self.ema, self.models, self.config)
         self.meter = TrainingMeter(self.device)
 
     def _load(self) -> SanaTransformer:

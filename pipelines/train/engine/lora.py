@@ -48,6 +48,11 @@ def merge_lora(weights: Mapping[str, Tensor], config: LoraConfig) -> dict[str, T
     return merged
 
 
+def adapters_in(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of the weights of a transformer with adapters those of the adapters."""
+    return {name: weight for name, weight in weights.items() if DOWN in name or UP in name}
+
+
 def save_lora(folder: Path, weights: Mapping[str, Tensor], config: LoraConfig) -> None:
     """Write the adapters in `weights` to `folder`, for diffusers' `SanaPipeline.load_lora_weights`. They include the scale."""
     ups = {name: up for name, up in weights.items() if UP in name}

@@ -14,8 +14,12 @@ from pipelines.train.engine.config import EmaConfig, EngineConfig, LoraConfig, O
 from pipelines.train.engine.deepspeed import Engine
 from pipelines.train.engine.ema import EMA
 from pipelines.train.engine.lora import add_lora, merge_lora, save_lora
+from pipelines.train.loop.record import PIPELINE_DIR
+from pipelines.train.models import TrainModels
+from pipelines.train.trained_pipeline import LORA_DIR, TrainedPipeline
 from sana_model.flow import flow_loss
 from sana_model.nn.transformer import SanaTransformer
+from sana_model.pipeline import TextToImage
 from tests.support.one_worker import one_worker
 from tests.support.training_world import STREAM
 
@@ -96,6 +100,27 @@ def test_bf16_keeps_its_adapters_in_float32() -> None:
     assert losses[-1] < 0.9 * losses[0]
     adapters = torch.cat([weight.flatten() for name, weight in weights.items() if ".lora_" in name])
     assert not torch.equal(adapters, adapters.bfloat16().float())
+
+
+def test_adapters_are_merged_into_the_weights_that_the_training_began_with(tmp_path: Path) -> None:
+    start = TextToImage.from_pretrained("zoo://pipeline", dtype=torch.float32)
+    with torch.no_grad():
+        for weight in start.transformer.parameters():
+            weight.mul_(1 + 2**-12)  # which bfloat16, as the engine has them, rounds away
+    start.save_pretrained(tmp_path / "start")
+    engine_config = EngineConfig(zero_stage=0, dtype="bf16")
+    sizes = {"num_steps": 1, "micro_batch_size": 1, "global_batch_size": 1}
+    config = TrainConfig(latents="l", init=str(tmp_path / "start"), data=STREAM, lora=LORA, engine=engine_config, **sizes)
+    model, models = TrainModels.load(config, device=torch.device("cpu"), rank=0)
+    engine = Engine(model, config.engine, OptimConfig(), micro_batch_size=1, grad_accum_steps=1, device=torch.device("cpu"))
+    with torch.no_grad():
+        for weight in engine.master_weights():
+            weight.normal_(std=0.1)
+    TrainedPipeline(engine, EMA(engine.master_weights(), config.ema), models, config).write(str(tmp_path / "run"))
+    written = SanaTransformer.from_pretrained(tmp_path / "run" / PIPELINE_DIR).state_dict()
+    start.load_lora(tmp_path / "run" / LORA_DIR, merge=True)
+    for name, expected in start.transformer.state_dict().items():
+        torch.testing.assert_close(written[name], expected, rtol=1e-6, atol=1e-6)
 
 
 def test_diffusers_draws_with_the_adapter_what_we_draw(tmp_path: Path) -> None:
