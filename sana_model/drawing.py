@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sana_model.arguments import whole_number
 from sana_model.guidance import Caption, embedded_guidance_velocity, guided_velocity
@@ -11,7 +11,7 @@ from sana_model.nn.finite import check_finite
 from sana_model.nn.transformer import SanaTransformer
 from sana_model.offload import bring
 from sana_model.pictures import StartLatents
-from sana_model.solver import SCM, SOLVERS, OnEstimate, OnStep, make_solver, watch_estimates
+from sana_model.solver import SCM, SOLVERS, OnEstimate, OnStep, PredictVelocity, make_solver, watch_estimates
 
 
 def choose_solver(
@@ -64,7 +64,8 @@ def draw_latents(
     Raises ValueError for num_steps below 1 and a bad guidance_interval; NotFiniteError if the transformer gives values that are
     not finite.
     """
-    bring(transformer, *([control.controlnet] if control else []))
+    parts = (transformer, *([control.controlnet] if control else []))
+    bring(*parts)
     latents = draw_noise()
     if null is None:
         predict_velocity = embedded_guidance_velocity(transformer, captions, guidance_scale, control)
@@ -77,6 +78,7 @@ def draw_latents(
             guidance_interval=guidance_interval,
             control=control,
         )
+    predict_velocity = _brought(predict_velocity, parts)
     if on_estimate is not None:
         predict_velocity = watch_estimates(predict_velocity, on_estimate)
     solve, sigmas = make_solver(solver, num_steps, flow_shift, draw_noise)
@@ -86,3 +88,13 @@ def draw_latents(
     hint = f"lower guidance_scale={guidance_scale:g}" + (f" or control_scale={control.scale:g}" if control else "")
     check_finite(drawn, transformer, "transformer", hint=hint)
     return drawn
+
+
+def _brought(predict_velocity: PredictVelocity, parts: tuple[nn.Module, ...]) -> PredictVelocity:
+    """Have the parts on their device at each prediction: a callback that decodes may have taken them away since the last."""
+
+    def predict(latents: Tensor, sigma: Tensor) -> Tensor:
+        bring(*parts)
+        return predict_velocity(latents, sigma)
+
+    return predict

@@ -73,7 +73,8 @@ def plan_memory(memory: MemoryMode, precision: Precision | None, device_type: st
     """Choose what a mode means on "cpu" or a GPU.
 
     `precision` replaces that of the transformer; None: the mode's own. The text encoder, whose activations are too uneven for 8
-    bits, gets weights of as many bits; the mode's own if they are fewer, and full precision with "full".
+    bits, gets weights of as many bits; the mode's own if they are fewer, and full precision with "full". One that was saved
+    quantized keeps its own.
 
     Raises ValueError for a mode or precision that there is not.
     """

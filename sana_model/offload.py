@@ -1,8 +1,10 @@
 """Brings the parts of a pipeline onto their device when they work, and takes them away when another part does."""
 
+import copy
 import mmap
 import tempfile
 from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +41,8 @@ class Offload:
     def take(self, part: nn.Module) -> None:
         """Quantize a part that was just loaded, and put it where it waits for its turn.
 
-        A part that was saved quantized keeps its precision. Raises ValueError if the plan's owner asked for another one.
+        A part that was saved quantized keeps its precision. Raises ValueError if the plan's owner asked for another one; but a
+        text encoder may have other bits than the transformer, so it is refused only where full precision was asked for.
         """
         self._quantize(part)
         if self.plan.kept == "everything":
@@ -56,6 +59,20 @@ class Offload:
         else:
             part.to("cpu")
 
+    def own(self, controlnet: str | Path | SanaControlNet | None) -> str | Path | SanaControlNet | None:
+        """A ControlNet that is to be given to `take`; a copy if it came loaded and must stay as it is for others who use it.
+
+        It must if the plan quantizes it or moves it about, and if it belongs to another pipeline whose plan does.
+        """
+        if not isinstance(controlnet, SanaControlNet):
+            return controlnet
+        belongs_to_another = hasattr(controlnet, "offload")
+        if self.plan.transformer == "full" and self.plan.kept == "everything" and not belongs_to_another:
+            return controlnet
+        alone = copy.copy(controlnet)  # with the same weights
+        vars(alone).pop("offload", None)  # of the other pipeline, with all its parts
+        return copy.deepcopy(alone)
+
     def _quantize(self, part: nn.Module) -> None:
         if not isinstance(part, SanaTransformer | SanaControlNet | TextEncoder):
             return
@@ -63,7 +80,7 @@ class Offload:
         wanted = self.plan.text_encoder if is_text else self.plan.transformer
         if found == "full":
             (quantize_layers if is_text else quantize_blocks)(part, wanted)
-        elif self.plan.asked and found != wanted:
+        elif self.plan.asked and found != wanted and (not is_text or wanted == "full"):
             name = type(part).__name__
             raise ValueError(f"precision={wanted}: the {name} was saved as {found}; take a folder in full precision")
 
@@ -71,13 +88,20 @@ class Offload:
         """Have these parts on the device, and none of the others that leave it."""
         for part in self._leaving:
             if part in self._present and part not in parts:
-                self._present.remove(part)
                 self._send_away(part)
+                self._present.remove(part)
         for part in parts:
             if part in self._leaving and part not in self._present:
-                self._present.add(part)
                 if part not in self._mapped:
-                    part.to(self.device)
+                    self._fetch(part)
+                self._present.add(part)
+
+    def _fetch(self, part: nn.Module) -> None:
+        try:
+            part.to(self.device)
+        except BaseException:  # such as too little memory: some of its weights are there by now
+            part.to("cpu")
+            raise
 
     def _send_away(self, part: nn.Module) -> None:
         if (mapped := self._mapped.get(part)) is None:

@@ -217,13 +217,16 @@ def decode_values(
 ) -> Iterator[Tensor]:
     """Decode scaled latents (B, C, h, w), as many at once as memory bounds: values (b, 3, H, W) in [0, 1], float32.
 
+    The latents may be on any device; the values are on the autoencoder's.
+
     `tile_size` and `tile_overlap`: as in `DCAutoencoder.decode`; None: tiles only where a picture is large.
 
     Raises NotFiniteError, and ValueError for tiles of another size than `DCAutoencoder.decode` takes.
     """
     bring(autoencoder)
+    weight = autoencoder.decoder.conv_in.weight
     own_size, at_once = _split(latents.shape[-2] * latents.shape[-1] * autoencoder.compression**2, tile_of(autoencoder))
-    for chunk in latents.to(autoencoder.decoder.conv_in.weight.dtype).split(at_once):
+    for chunk in latents.to(weight.device, weight.dtype).split(at_once):
         decoded = autoencoder.decode(chunk, tile_size=tile_size or own_size, tile_overlap=tile_overlap).float()
         check_finite(decoded, autoencoder.decoder, "decoder of the autoencoder")
         yield (decoded / 2 + 0.5).clamp(0, 1)

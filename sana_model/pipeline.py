@@ -117,7 +117,7 @@ class TextToImage(nn.Module):
             text_encoder=text_encoder,
             flow_shift=flow_shift,
             variant=variant,
-            controlnet=controlnet,
+            controlnet=offload.own(controlnet),
             on_part=offload.take,
             **overrides,
         )

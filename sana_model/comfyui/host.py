@@ -17,18 +17,20 @@ def device() -> torch.device:
     return comfy.model_management.get_torch_device()
 
 
+def offload_device() -> torch.device:
+    """Where ComfyUI keeps the models that it has taken off its device."""
+    import comfy.model_management
+
+    return comfy.model_management.unet_offload_device()
+
+
 class Movable:
     """Modules that ComfyUI moves to its device and back, together with those of its own nodes."""
 
     def __init__(self, *modules: nn.Module):
-        import comfy.model_management
         from comfy.model_patcher import ModelPatcher
 
-        self.patcher: Any = ModelPatcher(
-            nn.ModuleList(modules),
-            load_device=device(),
-            offload_device=comfy.model_management.unet_offload_device(),
-        )
+        self.patcher: Any = ModelPatcher(nn.ModuleList(modules), load_device=device(), offload_device=offload_device())
 
 
 def load(*movables: Movable | None) -> None:
@@ -38,6 +40,21 @@ def load(*movables: Movable | None) -> None:
     patchers = [movable.patcher for movable in movables if movable is not None]
     if patchers:
         comfy.model_management.load_models_gpu(patchers, force_full_load=True)
+
+
+def make_room() -> None:
+    """Take all of ComfyUI's models off its device, for a pipeline that moves its own parts: ComfyUI knows nothing of those."""
+    import comfy.model_management
+
+    comfy.model_management.unload_all_models()
+
+
+def bring_part(movable: Movable | None) -> None:
+    """Bring one part of a pipeline to ComfyUI's device. None: the pipeline's own plan does that, so only make room for it."""
+    if movable is None:
+        make_room()
+    else:
+        load(movable)
 
 
 class StepProgress:
@@ -59,6 +76,7 @@ class StepProgress:
             latent_channels=len(factors),
             latent_rgb_factors=factors.tolist(),
             latent_rgb_factors_bias=bias.tolist(),
+            latent_rgb_factors_reshape=None,
             taesd_decoder_name=None,
         )
         self.previewer = latent_preview.get_previewer(device, latent_format)

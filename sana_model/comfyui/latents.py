@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sana_model.arguments import nearest_multiple
-from sana_model.comfyui.host import load
+from sana_model.comfyui.host import bring_part
 from sana_model.comfyui.loaders import CATEGORY
 from sana_model.comfyui.model import MODEL, Model
 from sana_model.comfyui.tensors import from_pictures, to_masks, to_pictures
@@ -65,7 +65,7 @@ class SanaEncode:
         assert start is not None
         unit = pipeline.autoencoder.compression * pipeline.transformer.config.patch_size
         start = start.resized(*(nearest_multiple(side, unit) for side in start.size))
-        load(model.loaded.autoencoder)
+        bring_part(model.loaded.autoencoder)
         latents = encode_pictures(pipeline.autoencoder, start.images).float() / model.loaded.latent_scale
         latent = {"samples": latents.cpu()}
         fitted = from_pictures(start.images)
@@ -98,9 +98,9 @@ class SanaDecode:
         }
 
     def decode(self, samples: dict[str, Any], model: Model, tile_size: int, overlap: int) -> tuple[Tensor]:
-        load(model.loaded.autoencoder)
-        autoencoder = model.loaded.pipeline.autoencoder
-        weight = autoencoder.decoder.conv_in.weight
-        latents = samples["samples"].to(weight.device) * model.loaded.latent_scale
-        decoded = decode_values(autoencoder, latents, tile_size=tile_size or None, tile_overlap=overlap or None)
+        bring_part(model.loaded.autoencoder)
+        latents = samples["samples"] * model.loaded.latent_scale
+        decoded = decode_values(
+            model.loaded.pipeline.autoencoder, latents, tile_size=tile_size or None, tile_overlap=overlap or None
+        )
         return (torch.cat([values.permute(0, 2, 3, 1).cpu() for values in decoded]),)

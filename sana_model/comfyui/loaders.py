@@ -7,7 +7,7 @@ from typing import Any, get_args
 import torch
 
 from sana_model.comfyui import files
-from sana_model.comfyui.host import device
+from sana_model.comfyui.host import device, make_room, offload_device
 from sana_model.comfyui.model import CONTROLNET, MODEL, Loaded, LoadedControlNet, Model
 from sana_model.files.controlnet import load_controlnet
 from sana_model.files.lora import read_lora
@@ -58,9 +58,10 @@ class SanaLoader:
         }
 
     @classmethod
-    def IS_CHANGED(cls, ckpt_name: str, **others: Any) -> str:
+    def IS_CHANGED(cls, ckpt_name: str, vae_name: str = files.OWN, text_encoder_name: str = files.OWN, **others: Any) -> str:
         """Differs when the files do, such as those of a training that has gone on."""
-        return files.stamp(files.find_checkpoint(ckpt_name))
+        parts = (files.find_part(vae_name, (files.VAE,)), files.find_part(text_encoder_name, (files.TEXT_ENCODERS,)))
+        return " ".join(files.stamp(path) for path in (files.find_checkpoint(ckpt_name), *parts))
 
     def load(
         self,
@@ -71,15 +72,19 @@ class SanaLoader:
         vae_name: str = files.OWN,
         text_encoder_name: str = files.OWN,
     ) -> tuple[Model]:
+        if memory != "fast":
+            make_room()
         pipeline = TextToImage.from_pretrained(
             files.find_checkpoint(ckpt_name),
             dtype=DTYPES[dtype],
             autoencoder=files.find_part(vae_name, (files.VAE,)),
             text_encoder=files.find_part(text_encoder_name, (files.TEXT_ENCODERS,)),
-            device=device(),
+            device=device() if memory != "fast" or precision == "fp8" else None,  # fast: ComfyUI moves the parts, not we
             memory=memory,
             precision=None if precision == "auto" else precision,
         )
+        if memory == "fast":
+            pipeline.to(offload_device())
         return (Model(Loaded(pipeline)),)
 
 

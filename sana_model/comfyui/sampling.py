@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sana_model.arguments import MAX_SEED
-from sana_model.comfyui.host import StepProgress, load
+from sana_model.comfyui.host import StepProgress, bring_part, load
 from sana_model.comfyui.loaders import CATEGORY
 from sana_model.comfyui.model import CONDITIONING, CONTROLNET, MODEL, Conditioning, ControlPictures, LoadedControlNet, Model
 from sana_model.comfyui.tensors import to_pictures
@@ -59,7 +59,7 @@ class SanaTextEncode:
 
     def encode(self, model: Model, text: str, negative: str, complex_human_instruction: bool) -> tuple[Conditioning]:
         pipeline = model.loaded.pipeline
-        load(model.loaded.text_encoder)
+        bring_part(model.loaded.text_encoder)
         captions = pipeline.encode_prompts([text], use_instruction=complex_human_instruction)
         if (cut := pipeline.describe_cut([text])) is not None:
             warnings.warn(cut, stacklevel=1)
@@ -151,7 +151,7 @@ class SanaSampler:
             sprints=pipeline.transformer.config.guidance_embeds,
         )
         control = prepare_control(conditioning.control, model, known.shape)
-        load(loaded.transformer)
+        (bring_part if control is None else load)(loaded.transformer)  # with a ControlNet room was made before it came
         numbers = latent_image.get("batch_index", range(len(known)))
         with model.adapted():
             drawn = draw_latents(
@@ -211,7 +211,7 @@ def prepare_control(pictures: ControlPictures | None, model: Model, shape: Seque
     controlnet = pipeline.controlnet if pictures.controlnet is None else pictures.controlnet.controlnet
     guide = GuidePictures.check(pictures.images, shape[0], pipeline.autoencoder, controlnet)
     assert guide is not None and controlnet is not None
-    load(model.loaded.autoencoder)
+    bring_part(model.loaded.autoencoder)
     factor = pipeline.autoencoder.compression
     latents = guide.encode(shape[2] * factor, shape[3] * factor)
     if pictures.controlnet is not None:

@@ -147,7 +147,11 @@ def save_transformer(
 def nvlabs_transformer(
     model: SanaTransformer, null_caption_embeds: Tensor | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of NVlabs' weights file, by their names, and the configuration that we put into it."""
+    """The tensors of NVlabs' weights file, by their names, and the configuration that we put into it.
+
+    Raises ValueError if the model is quantized.
+    """
+    note_precision(model, "nvlabs")
     weights = export(model.state_dict(), key_maps.TRANSFORMER_NVLABS)
     weights[key_maps.NVLABS_POSITIONS] = positions_for_nvlabs(model.config, model.head.weight.dtype)
     kept = _kept_tensors(model, null_caption_embeds)

@@ -13,16 +13,21 @@ GROUP = 32
 LARGEST_INT8, LARGEST_FP8 = 127.0, 448.0
 HOPPER = (9, 0)
 """The compute capability from which on GPUs multiply 8-bit floats with a scale for each row."""
+HAS_VNNI = torch.cpu._is_vnni_supported()
+"""Whether this CPU adds products of 8-bit numbers in 32 bits (AVX-512 VNNI). Others add pairs of them in 16 bits first, which
+saturate."""
+EXACT_WIDTH = 2**24 // 127**2
+"""So many products of 8-bit numbers have a sum that float32 holds exactly."""
 
 
 def quantize_rows(values: Tensor, largest: float) -> tuple[Tensor, Tensor]:
     """Scale each row of (rows, in) to values of at most `largest`: float32 (rows, in), and scales (rows, 1) of the old dtype.
 
-    A row of zeros gets the scale 1.
+    A row of zeros gets the scale 1, and a row with a NaN the scale NaN, so that what is made of it is NaN too.
     """
     peak = values.abs().amax(dim=-1, keepdim=True).float() / largest
-    scale = torch.where(peak > 0, peak, 1.0).to(values.dtype)
-    scale = torch.where(scale > 0, scale, torch.finfo(values.dtype).tiny)  # a row of very small float16 numbers
+    scale = torch.where(peak == 0, 1.0, peak).to(values.dtype)
+    scale = torch.where(scale == 0, torch.finfo(values.dtype).tiny, scale)  # a row of very small float16 numbers
     return (values.float() / scale.float()).clamp_(-largest, largest), scale
 
 
@@ -73,7 +78,8 @@ def from_fp8(weight: Tensor, scale: Tensor) -> Tensor:
 def w8a8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """(..., in) times int8 (out, in) with scales (out, 1): (..., out), of x's dtype. The tokens of x are quantized here.
 
-    The products and sums are whole numbers, and exact. Where the device has no such product, `w8a8_reference` gives the same.
+    The products and sums are whole numbers, and exact: on a CPU without AVX-512 VNNI they are computed in float32, in parts,
+    which takes longer. Where the device has no such product, `w8a8_reference` gives the same.
     """
     tokens = x.flatten(0, -2)
     scaled, token_scale = quantize_rows(tokens, LARGEST_INT8)
@@ -82,7 +88,7 @@ def w8a8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -
         product = _onednn_product(numbers, weight, scale, x.dtype)
         product = product.mul_(token_scale.to(product.dtype))
     else:
-        sums = _int_mm(numbers, weight)
+        sums = _float_mm(numbers, weight) if x.device.type == "cpu" and not HAS_VNNI else _int_mm(numbers, weight)
         product = sums.float().mul_(token_scale.float()).mul_(scale.float().t())
     product = product if bias is None else product.add_(bias)
     return product.to(x.dtype).unflatten(0, x.shape[:-1])
@@ -97,15 +103,15 @@ def w8a8_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None
 
 
 def _has_onednn() -> bool:
-    allowed = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    allowed = HAS_VNNI and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
     return bool(allowed) and not torch.compiler.is_compiling()  # torch.compile chooses its own kernels
 
 
 def _onednn_product(numbers: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Whole `numbers` (tokens, in) times int8 (out, in) times scales (out, 1), in bfloat16 or float32: one call of oneDNN.
 
-    The numbers go in as uint8 with the zero point 128, which AVX-512 VNNI multiplies; with int8, torch 2.13 crashed on an EPYC.
-    float16 would overflow before the tokens' scales come in.
+    The numbers go in as uint8 with the zero point 128, which AVX-512 VNNI multiplies (CPUs without it would saturate); with
+    int8, torch 2.13 crashed on an EPYC. float16 would overflow before the tokens' scales come in.
     """
     packed = torch.ops.onednn.qlinear_prepack(weight, list(numbers.shape))  # a percent of the product's time; no copy is kept
     zeros = torch.zeros(len(weight), dtype=torch.int32)
@@ -114,6 +120,14 @@ def _onednn_product(numbers: Tensor, weight: Tensor, scale: Tensor, dtype: torch
     return torch.ops.onednn.qlinear_pointwise(
         shifted, 1.0, 128, packed, scale.float().flatten(), zeros, None, 1.0, 0, out, "none", [], ""
     )
+
+
+def _float_mm(numbers: Tensor, weight: Tensor) -> Tensor:
+    """What `_int_mm` gives, by products in float32 of parts whose sums are exact."""
+    sums = torch.zeros(len(numbers), len(weight), dtype=torch.int32, device=numbers.device)
+    for part, rows in zip(numbers.split(EXACT_WIDTH, 1), weight.split(EXACT_WIDTH, 1), strict=True):
+        sums += (part @ rows.float().t()).to(torch.int32)
+    return sums
 
 
 def _int_mm(numbers: Tensor, weight: Tensor) -> Tensor:

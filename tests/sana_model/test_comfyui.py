@@ -200,6 +200,14 @@ def test_a_memory_mode_draws_what_the_pipeline_draws_in_it(comfy: FakeComfy) -> 
     (images,) = run(graph, "5", {})
     small = TextToImage.from_pretrained("zoo://pipeline", memory="small", precision="int8")
     assert_same(images, small([PROMPT], 64, 64, seed=0, num_steps=2))
+    assert comfy.unloaded == 4  # ComfyUI's models made room at each node but that of the empty latent
+
+
+def test_what_comfyui_moves_is_not_on_its_device_before(comfy: FakeComfy) -> None:
+    comfy.device = "meta"
+    (loaded,) = NODE_CLASS_MAPPINGS["SanaOnRayLoader"]().load("zoo://pipeline", "auto")
+    pipeline = loaded.loaded.pipeline
+    assert {tensor.device.type for tensor in (*pipeline.parameters(), *pipeline.buffers())} == {"cpu"} and not comfy.unloaded
 
 
 def test_the_instruction_can_be_left_out(comfy: FakeComfy, model: TextToImage) -> None:
@@ -242,6 +250,11 @@ def test_what_comfyui_keeps_can_be_chosen_and_is_found(comfy: FakeComfy) -> None
     assert loader.IS_CHANGED(ckpt_name="ours", dtype="auto") == before
     (comfy.models_dir / "sana/ours/pipeline.json").write_text("{} ")
     assert loader.IS_CHANGED(ckpt_name="ours", dtype="auto") != before
+    for part in ({"vae_name": "dc-ae.safetensors"}, {"text_encoder_name": "gemma"}):
+        before = loader.IS_CHANGED(ckpt_name="ours", **part)
+        kind, name = ("vae", "dc-ae.safetensors") if "vae_name" in part else ("text_encoders", "gemma/config.json")
+        (comfy.models_dir / kind / name).write_text("{} ")
+        assert loader.IS_CHANGED(ckpt_name="ours", **part) != before
 
 
 def test_wrong_files_and_latents_are_named(comfy: FakeComfy) -> None:

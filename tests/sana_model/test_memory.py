@@ -1,11 +1,14 @@
 """A pipeline that fits a small machine: precision of its weights, and parts that take turns."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from sana_model import pictures
 from sana_model.files.tensors import write_safetensors
 from sana_model.memory import MemoryPlan, count_moments, plan_memory
 from sana_model.nn.autoencoder import DCAutoencoder
@@ -14,6 +17,8 @@ from sana_model.nn.controlnet import SanaControlNet
 from sana_model.nn.quantized import precision_of, quantized_layers, stored_bytes
 from sana_model.nn.text_encoder import TextEncoder
 from sana_model.nn.transformer import SanaTransformer
+from sana_model.offload import Offload, bring
+from sana_model.pictures import decode_pictures, decode_values
 from sana_model.pipeline import TextToImage
 from tests.support.peers import FAMILIES, TINY, scramble
 from tests.support.tiny_gemma import tiny_gemma
@@ -50,6 +55,58 @@ def test_parts_that_take_turns_draw_the_same_picture(folder):
         in_turn.to(torch.bfloat16)
 
 
+def test_a_callback_that_decodes_does_not_leave_the_transformer_away(folder):
+    pipeline = TextToImage.from_pretrained(folder, memory="small", precision="full")
+    there = []
+    pipeline.transformer.register_forward_pre_hook(lambda *_: there.append(pipeline.transformer in pipeline.offload._present))
+    pipeline(PROMPTS, 64, 64, num_steps=3, seed=0, on_estimate=lambda _, x0: decode_pictures(pipeline.autoencoder, x0))
+    assert there == [True, True, True]
+
+
+def test_latents_follow_the_autoencoder_to_its_device(folder, monkeypatch):
+    autoencoder = DCAutoencoder.from_pretrained(folder)
+    Offload(plan_memory("small", None, "cuda"), torch.device("meta")).take(autoencoder)  # in place of a GPU
+    monkeypatch.setattr(pictures, "check_finite", lambda *_: None)  # there are no values on it
+    (values,) = decode_values(autoencoder, torch.zeros(1, TINY.in_channels, 2, 2))
+    assert values.device.type == "meta"
+
+
+class TwoHalves(nn.Module):
+    """A part of which each half fits onto a device or does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.room = ["cpu", "cpu"], 1
+
+    def to(self, device: Any) -> "TwoHalves":  # type: ignore[override]
+        for half in range(2):
+            if torch.device(device).type != "cpu" and half >= self.room:
+                raise torch.OutOfMemoryError
+            self.places[half] = torch.device(device).type
+        return self
+
+
+def test_a_part_that_does_not_fit_goes_away_whole_and_may_come_again():
+    offload, part = Offload(plan_memory("small", None, "cuda"), torch.device("cuda")), TwoHalves()
+    offload.take(part)
+    with pytest.raises(torch.OutOfMemoryError):
+        bring(part)
+    assert part.places == ["cpu", "cpu"]
+    part.room = 2
+    bring(part)
+    assert part.places == ["cuda", "cuda"]
+
+
+def test_a_controlnet_that_two_pipelines_get_stays_as_it_is(folder):
+    controlnet = SanaControlNet.from_pretrained(folder)
+    first = TextToImage.from_pretrained(folder, controlnet=controlnet, memory="small")
+    second = TextToImage.from_pretrained(folder, controlnet=first.controlnet, memory="small")
+    assert [precision_of(one) for one in (controlnet, first.controlnet, second.controlnet)] == ["full", "w8a8", "w8a8"]
+    assert first.controlnet.offload is first.offload and second.controlnet.offload is second.offload
+    assert same_picture(draw(first), draw(second))
+    assert TextToImage.from_pretrained(folder, controlnet=controlnet).controlnet is controlnet
+
+
 def same_picture(ours: np.ndarray, other: np.ndarray) -> bool:
     """Whether pictures are the same up to rounding, which depends on where in memory the weights begin."""
     return int(np.abs(ours.astype(int) - other).max()) <= 2
@@ -64,6 +121,8 @@ def test_what_is_saved_quantized_draws_the_same_and_is_smaller(folder, tmp_path,
     found = [precision_of(getattr(again, part)) for part in parts]
     assert found == [precision_of(getattr(quantized, part)) for part in parts] and "full" not in found
     assert np.array_equal(draw(again), draw(quantized))
+    asked = TextToImage.from_pretrained(tmp_path, precision=found[0])  # of the transformer: the text encoder keeps its own
+    assert precision_of(asked.text_encoder) == found[2]
     assert stored_bytes(again.transformer) < 0.6 * stored_bytes(SanaTransformer.from_pretrained(folder))
 
 
@@ -82,6 +141,11 @@ def test_another_precision_than_the_files_is_refused_and_so_are_layouts_of_other
     for layout in ("diffusers", "nvlabs"):
         with pytest.raises(ValueError, match=f"layout={layout} has no place for w8a8 weights"):
             pipeline.save_pretrained(tmp_path / "other", layout=layout)
+    controlnet = SanaControlNet.from_pretrained(folder)
+    with pytest.raises(ValueError, match="layout=nvlabs has no place for w8a8 weights"):
+        controlnet.save_pretrained(tmp_path / "both.pth", layout="nvlabs", transformer=pipeline.transformer)
+    with pytest.raises(ValueError, match="precision=full: the TextEncoder was saved as int8"):
+        Offload(plan_memory("fast", "full", "cpu"), torch.device("cpu")).take(pipeline.text_encoder)
     pipeline.save_pretrained(tmp_path / "whole")
     with pytest.raises(ValueError, match="precision=int4: the SanaTransformer was saved as w8a8"):
         TextToImage.from_pretrained(tmp_path / "whole", precision="int4")

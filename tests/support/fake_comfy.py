@@ -1,7 +1,7 @@
 """A stand-in for ComfyUI: the few functions that our nodes call, with its signatures, and its way to run a graph.
 
 ComfyUI is no package, so it cannot be installed for tests. What is here was read in Comfy-Org/ComfyUI of October 2025, in the
-modules that `install` names, and in `execution.py`.
+modules that `install` names, and in `execution.py`. The previewer reads `latent_rgb_factors_reshape` as newer ones do.
 """
 
 import sys
@@ -29,13 +29,16 @@ class InterruptProcessingException(Exception):
 class FakeComfy:
     """What the nodes have shown, and whether the user has cancelled.
 
-    cancel_at: the progress at which the user cancels; None: not at all.
+    cancel_at: the progress at which the user cancels; None: not at all. device: where ComfyUI computes. unloaded: so often its
+    models were taken off it.
     """
 
     models_dir: Path
     progress: list[tuple[int, int]] = field(default_factory=list)
     previews: list[Image.Image] = field(default_factory=list)
     cancel_at: int | None = None
+    device: str = "cpu"
+    unloaded: int = 0
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         """Put the modules where the nodes import them."""
@@ -65,6 +68,9 @@ class FakeComfy:
             for patcher in models:
                 patcher.model.to(patcher.load_device)
 
+        def unload_all_models() -> None:
+            self.unloaded += 1
+
         modules: dict[str, dict[str, Any]] = {
             "folder_paths": {
                 "models_dir": str(self.models_dir),
@@ -76,9 +82,10 @@ class FakeComfy:
             "comfy": {},
             "comfy.utils": {"ProgressBar": lambda total, node_id=None: SimpleNamespace(update_absolute=self._show)},
             "comfy.model_management": {
-                "get_torch_device": lambda: torch.device("cpu"),
+                "get_torch_device": lambda: torch.device(self.device),
                 "unet_offload_device": lambda: torch.device("cpu"),
                 "load_models_gpu": load_models_gpu,
+                "unload_all_models": unload_all_models,
                 "throw_exception_if_processing_interrupted": throw_exception_if_processing_interrupted,
             },
             "comfy.model_patcher": {"ModelPatcher": FakePatcher},
@@ -109,8 +116,10 @@ class FakePreviewer:
         assert latent_format.taesd_decoder_name is None
         self.factors = torch.tensor(latent_format.latent_rgb_factors)
         self.bias = torch.tensor(latent_format.latent_rgb_factors_bias)
+        self.reshape = latent_format.latent_rgb_factors_reshape
 
     def decode_latent_to_preview_image(self, preview_format: str, x0: Tensor) -> tuple[str, Image.Image, int]:
+        x0 = x0 if self.reshape is None else self.reshape(x0)
         colors = x0[0].movedim(0, -1) @ self.factors + self.bias
         return "JPEG", Image.fromarray(((colors + 1) / 2).clamp(0, 1).mul(255).byte().numpy()), 512
 
