@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from jobs.benchmark.config import FittingConfig
 from jobs.benchmark.inputs import make_text_encoder, make_transformer_inputs
 from jobs.benchmark.tiling import RETURN_FREED
 from jobs.benchmark.timing import measure_seconds
+from jobs.benchmark.turns import in_turns
 from jobs.common.text_table import format_table
 from pipelines.evaluate.shapes import AttributeJudge
 from pipelines.workers.clip import ClipModel
@@ -123,12 +125,9 @@ def print_times(config: FittingConfig) -> None:
     for precision in PRECISIONS:
         models[precision], inputs = _random_transformer(config, depth=config.depth)
         quantize_blocks(models[precision], precision)
-    seconds: dict[str, list[float]] = defaultdict(list)
+    forwards = {name: partial(measure_seconds, partial(model, *inputs), torch.device("cpu")) for name, model in models.items()}
     with torch.inference_mode():
-        for index in tqdm(range(config.repeats + 1), desc="forward", leave=False):
-            for name, model in models.items():
-                taken = measure_seconds(lambda model=model: model(*inputs), torch.device("cpu"))  # type: ignore[misc]
-                seconds[name] += [taken] if index else []
+        seconds = in_turns(forwards, config.repeats, label="forward", warm_up=True)
     medians = {name: float(np.median(values)) for name, values in seconds.items()}
     rows = [[name, f"{1000 * value:.0f} ms", f"{medians['bfloat16'] / value:.2f}x"] for name, value in medians.items()]
     print(f"\na forward at {config.size} px, {config.depth} blocks\n{format_table(['', 'median', 'speed'], rows)}", flush=True)

@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow as pa
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from jobs.benchmark.config import JudgingConfig
+from jobs.benchmark.turns import in_turns
 from jobs.common.text_table import format_table
 from pipelines.evaluate.metric import Metric
 from pipelines.evaluate.registry import metric_class
@@ -45,17 +45,18 @@ def model_alone(metric: Metric[Any], ready: list[Row], batch_size: int) -> None:
         metric.judge(ready[start : start + batch_size])
 
 
-def time_in_turns(ways: Sequence[Callable[[], object]], repeats: int, name: str) -> tuple[list[float], list[float]]:
+def time_ways(ways: Sequence[Callable[[], object]], repeats: int, name: str) -> tuple[list[float], list[float]]:
     """The medians of each way's seconds, and of the CPU seconds of this process with all its threads."""
-    wall: list[list[float]] = [[] for _ in ways]
-    cpu: list[list[float]] = [[] for _ in ways]
-    for _ in tqdm(range(repeats), desc=name, leave=False):
-        for number, way in enumerate(ways):
-            started, worked = time.perf_counter(), time.process_time()
-            way()
-            wall[number].append(time.perf_counter() - started)
-            cpu[number].append(time.process_time() - worked)
-    return [statistics.median(seconds) for seconds in wall], [statistics.median(seconds) for seconds in cpu]
+    measured = in_turns({number: partial(_seconds, way) for number, way in enumerate(ways)}, repeats, label=name)
+    wall, cpu = zip(*(zip(*rounds, strict=True) for rounds in measured.values()), strict=True)
+    return list(map(statistics.median, wall)), list(map(statistics.median, cpu))
+
+
+def _seconds(way: Callable[[], object]) -> tuple[float, float]:
+    """Seconds that a call takes, and CPU seconds."""
+    started, worked = time.perf_counter(), time.process_time()
+    way()
+    return time.perf_counter() - started, time.process_time() - worked
 
 
 def benchmark_judging(config: JudgingConfig) -> None:
@@ -73,7 +74,7 @@ def benchmark_judging(config: JudgingConfig) -> None:
         if refused := worker.process(pictures).rejects:  # warms up too
             raise ValueError(f"{name} refuses {len(refused)} of {pictures.num_rows} pictures: {refused[0]['detail']}")
         ready = [as_judged(row, worker.metric.prepare(row)) for row in pictures.to_pylist()]
-        wall, cpu = time_in_turns(
+        wall, cpu = time_ways(
             [
                 partial(worker.process, pictures),
                 partial(bare_loop, worker.metric, pictures.to_pylist(), settings.batch_size),

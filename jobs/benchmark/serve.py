@@ -2,18 +2,18 @@
 
 import asyncio
 import statistics
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import httpx
 import torch
-from tqdm import tqdm
 
 from jobs.benchmark.config import ServeBenchmarkConfig
+from jobs.benchmark.timing import measure_seconds
+from jobs.benchmark.turns import in_turns
 from jobs.common.ray import start_ray
 from jobs.serve import serving
-from pipelines.draw.config import read_size
+from pipelines.draw.config import DrawConfig, read_size
 from pipelines.serve.batches import Ticket
 from pipelines.serve.drawing import BatchDrawer
 from pipelines.serve.metrics import PainterMetrics
@@ -33,29 +33,25 @@ def benchmark_serve(config: ServeBenchmarkConfig) -> None:
         drawer = BatchDrawer(config.to_serve(), PainterMetrics("loop"))
         draw_bare(drawer, config, 1)
         ask_all(address, config, config.batch_size)
-        ratios, rates = [], []
-        for _ in tqdm(range(config.repeats), desc="turns"):
-            bare = count / measure(lambda: draw_bare(drawer, config, config.num_batches))
-            served = count / measure(lambda: ask_all(address, config, count))
-            ratios.append(served / bare)
-            rates.append((bare, served))
-        bare, served = (statistics.median(column) for column in zip(*rates, strict=True))
+        ways = {
+            "bare": partial(draw_bare, drawer, config, config.num_batches),
+            "served": partial(ask_all, address, config, count),
+        }
+        measures = {name: partial(measure_seconds, way, torch.device("cpu")) for name, way in ways.items()}
+        seconds = in_turns(measures, config.repeats, label="turns")
+    bare, served = (count / statistics.median(taken) for taken in seconds.values())
+    ratios = [bare_s / served_s for bare_s, served_s in zip(*seconds.values(), strict=True)]
     print(f"bare loop  {bare:8.2f} pictures/s, batches of {config.batch_size}, {config.steps} steps")
     print(f"served     {served:8.2f} pictures/s, {config.clients} clients")
     print(f"ratio      {statistics.median(ratios):8.2f} (from {min(ratios):.2f} to {max(ratios):.2f})")
 
 
-def measure(run: Callable[[], None]) -> float:
-    """Seconds that a call takes."""
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
-
-
 def draw_bare(drawer: BatchDrawer, config: ServeBenchmarkConfig, num_batches: int) -> None:
     """Draw batches, one after another."""
     width, height = read_size(config.size)
-    settings = Settings(height=height, width=width, num_steps=config.steps, guidance_scale=4.5, negative_prompt="")
+    settings = Settings(
+        height=height, width=width, num_steps=config.steps, guidance_scale=DrawConfig.guidance_scale, negative_prompt=""
+    )
     loop = asyncio.new_event_loop()
     for _ in range(num_batches):
         order = Order(prompt=PROMPT, seeds=list(range(config.batch_size)), settings=settings)

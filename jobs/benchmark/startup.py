@@ -5,12 +5,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import pyarrow as pa
-from tqdm import tqdm
 
 from jobs.benchmark.config import StartupConfig
+from jobs.benchmark.turns import in_turns
 from jobs.common.commands import COMMANDS
 from jobs.common.text_table import format_table
 from pipelines.tables.identity import Identity
@@ -25,20 +26,11 @@ def benchmark_startup(config: StartupConfig) -> None:
         names = config.commands or list(COMMANDS)
         commands = {f"{name} --help": [f"jobs.{name}", "--help"] for name in names}
         commands["status of a dataset"] = ["jobs.status", "--dataset_uri", folder]
-        seconds = time_in_turns(commands, config.repeats)
+        measures = {name: partial(cpu_seconds, [sys.executable, "-m", *words]) for name, words in commands.items()}
+        taken = in_turns(measures, config.repeats, label="rounds", warm_up=True)  # which fills the file cache
+    seconds = {name: statistics.median(values) for name, values in taken.items()}
     print(format_table(["command", "CPU seconds"], [[name, f"{value:.2f}"] for name, value in seconds.items()]))
     print(f"\n  most: {max(seconds.values()):.2f}")
-
-
-def time_in_turns(commands: Mapping[str, Sequence[str]], repeats: int) -> dict[str, float]:
-    """Medians by name. All run in turns, so that a busy minute slows all alike; a first round fills the file cache."""
-    taken: dict[str, list[float]] = {name: [] for name in commands}
-    for number in tqdm(range(repeats + 1), desc="rounds", leave=False):
-        for name, arguments in commands.items():
-            seconds = cpu_seconds([sys.executable, "-m", *arguments])
-            if number:
-                taken[name].append(seconds)
-    return {name: statistics.median(values) for name, values in taken.items()}
 
 
 def cpu_seconds(command: Sequence[str]) -> float:

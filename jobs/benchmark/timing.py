@@ -4,12 +4,12 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
+from jobs.benchmark.turns import in_turns
 from jobs.common.text_table import format_table
 
 
@@ -48,11 +48,8 @@ def time_entry(entry: Entry, device: torch.device) -> Timing:
         run()
     flops = [count_flops(run) for run in entry.forward or (entry.ours, entry.peer)]
     flops = [3 * count for count in flops] if entry.forward else flops
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in tqdm(range(entry.repeats), desc=entry.name, leave=False):
-        for run, kept in zip((entry.ours, entry.peer), seconds, strict=True):
-            kept.append(measure_seconds(run, device))
-    ours_s, peer_s = (statistics.median(kept) for kept in seconds)
+    ways = {way: partial(measure_seconds, run, device) for way, run in (("ours", entry.ours), ("peer", entry.peer))}
+    ours_s, peer_s = map(statistics.median, in_turns(ways, entry.repeats, label=entry.name).values())
     peak = measure_mm_peak(entry.dtype, device)
     return Timing(
         name=entry.name,

@@ -9,14 +9,15 @@ import platform
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import diffusers
 import torch
-from tqdm import tqdm
 
 from jobs.benchmark.config import TrainStepConfig
 from jobs.benchmark.model import make_peer_autoencoder, make_text, make_transformers, training_forwards
 from jobs.benchmark.timing import measure_seconds, readable
+from jobs.benchmark.turns import in_turns
 from pipelines.train.engine.config import OptimConfig
 from pipelines.train.engine.optim import make_optimizer
 from sana_model.nn.config import AUTOENCODER_PRESETS, PRESETS
@@ -94,14 +95,11 @@ def _trainings(device: torch.device, dtype: torch.dtype, size: int, depth: int, 
 
 def time_parts(parts: list[Part], device: torch.device, repeats: int, *, label: str) -> list[tuple[float, float]]:
     """Medians in seconds of each part, (ours, the recipe's), after a warm-up; in turns: what disturbs one disturbs all."""
-    kept: list[tuple[list[float], list[float]]] = [([], []) for _ in parts]
-    for number in tqdm(range(repeats + 1), desc=label, leave=False):
-        for part, times in zip(parts, kept, strict=True):
-            for run, own in zip((part.ours, part.recipe), times, strict=True):
-                taken = measure_seconds(run, device) if run is not None else 0.0
-                if number:  # the first is the warm-up
-                    own.append(taken)
-    return [(statistics.median(ours), statistics.median(recipe)) for ours, recipe in kept]
+    runs = {(number, way): run for number, part in enumerate(parts) for way, run in enumerate((part.ours, part.recipe))}
+    measures = {place: partial(measure_seconds, run, device) for place, run in runs.items() if run is not None}
+    taken = in_turns(measures, repeats, label=label, warm_up=True)
+    ours, recipe = ([statistics.median(taken.get((number, way), [0.0])) for number in range(len(parts))] for way in (0, 1))
+    return list(zip(ours, recipe, strict=True))
 
 
 def format_parts(parts: list[Part], seconds: list[tuple[float, float]], batch_size: int) -> str:
