@@ -61,6 +61,11 @@ def steps_skipped(num_steps: int, strength: float) -> float:
     return round((1 - strength) * num_steps, 6)  # a rounding error must not add a step of no length
 
 
+def steps_taken(num_steps: int, strength: float | None) -> int:
+    """How many of N steps a drawing takes that starts from a picture; `strength` None: it starts from noise alone."""
+    return num_steps if strength is None else num_steps - int(steps_skipped(num_steps, strength))
+
+
 def cut_sigmas(sigmas: Tensor, strength: float) -> Tensor:
     """Cut a grid for drawing from a picture (img2img): keep the last `strength` of its steps, (M + 1,) with M <= N.
 

@@ -97,13 +97,13 @@ def find_drawing(config: SampleConfig, source: PipelineSource | None = None, *, 
 def steps_of_batch(config: SampleConfig) -> int:
     """The steps of one batch: with a picture to start from as many as `cut_sigmas` leaves."""
     from sana_model.pictures import default_strength
-    from sana_model.solver import steps_skipped
+    from sana_model.solver import steps_taken
 
     steps, start = config.draw.num_steps or 0, config.start
     if start is None:
         return steps
     strength = default_strength(with_mask=start.mask is not None) if start.strength is None else start.strength
-    return steps - int(steps_skipped(steps, strength))
+    return steps_taken(steps, strength)
 
 
 def rows_to_draw(prompts: PromptSet, config: SampleConfig, first: int, count: int) -> pa.Table:

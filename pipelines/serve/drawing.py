@@ -19,7 +19,7 @@ from pipelines.serve.orders import Abandoned, ModelFacts, Order, Preview, Refuse
 from pipelines.serve.previews import PreviewMaker
 from sana_model.arguments import nearest_multiple
 from sana_model.pictures import default_strength
-from sana_model.solver import steps_skipped
+from sana_model.solver import steps_taken
 
 POLICY = "content_policy_violation"
 
@@ -105,7 +105,7 @@ class BatchDrawer:
     def _draw_allowed(self, batch: list[Ticket]) -> list[bytes | Refused]:
         sampler = self._sampler_of(batch)
         counts = [ticket.order.num_previews for ticket in batch]
-        num_steps = steps_of(sampler.config.num_steps or 0, batch[0].order.settings.strength)
+        num_steps = steps_taken(sampler.config.num_steps or 0, batch[0].order.settings.strength)
         if any(counts) and not self._parts_take_turns:
             on_preview = partial(_tell_preview, batch, num_steps)
             sampler.on_estimate = PreviewMaker(sampler.pipeline.autoencoder, num_steps, counts, on_preview)
@@ -133,11 +133,6 @@ class BatchDrawer:
         masks = [mask for start in starts for mask in start.masks]
         start = StartFiles(settings.strength, images, masks) if images else None
         return self._sampler.with_settings(replace(draw, batch_size=len(batch)), start)
-
-
-def steps_of(num_steps: int, strength: float | None) -> int:
-    """The steps of a drawing; `strength`: of a picture to start from, None without one."""
-    return num_steps if strength is None else num_steps - int(steps_skipped(num_steps, strength))
 
 
 def _tell_preview(batch: list[Ticket], num_steps: int, place: int, step: int, content: bytes) -> None:

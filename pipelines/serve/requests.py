@@ -8,7 +8,7 @@ from typing import Annotated, Literal, TypeVar
 from PIL import Image, ImageChops
 from pydantic import BaseModel, Field, ValidationError
 
-from pipelines.draw.config import read_size
+from pipelines.draw.config import DrawConfig, read_size
 from pipelines.draw.start import PictureFile
 from pipelines.serve.config import ServeConfig
 from pipelines.serve.errors import ApiError
@@ -131,7 +131,7 @@ def make_order(
             height=height,
             width=width,
             num_steps=request.steps,
-            guidance_scale=4.5 if request.guidance is None else request.guidance,
+            guidance_scale=DrawConfig.guidance_scale if request.guidance is None else request.guidance,
             negative_prompt=request.negative_prompt,
             starts=image is not None,
             masked=mask is not None,

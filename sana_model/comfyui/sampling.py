@@ -19,7 +19,7 @@ from sana_model.flow import noise_source
 from sana_model.guidance import Caption
 from sana_model.nn.controlnet import Control
 from sana_model.pictures import GuidePictures, StartLatents
-from sana_model.solver import SCM, SOLVERS, steps_skipped
+from sana_model.solver import SCM, SOLVERS, steps_taken
 
 AUTO = "auto"
 """Name of the sampler that is the model's own."""
@@ -165,7 +165,7 @@ class SanaSampler:
                 guidance_scale=cfg,
                 control=control,
                 start=start_latents(known, latent_image.get("noise_mask"), denoise),
-                on_estimate=StepProgress(num_steps - int(steps_skipped(num_steps, denoise)), pipeline.device, loaded.colors),
+                on_estimate=StepProgress(steps_taken(num_steps, denoise), pipeline.device, loaded.colors),
             )
         return ({**latent_image, "samples": (drawn / loaded.latent_scale).cpu()},)
 
