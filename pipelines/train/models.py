@@ -106,6 +106,13 @@ def load_start(config: TrainConfig) -> TextToImage:
     return TextToImage(transformer, autoencoder, text_encoder, flow_shift=companions.flow_shift)
 
 
+def load_start_transformer(config: TrainConfig) -> SanaTransformer:
+    """Load the transformer of `load_start` alone, as far as `init` names one. Raises as `load_start`."""
+    if config.init is None:
+        return load_start(config).transformer
+    return SanaTransformer.from_pretrained(config.init, **config.transformer_overrides).float()
+
+
 def check_shape(found: SanaConfig, preset: str) -> None:
     """Raise ValueError if a transformer's weights do not have the shapes of a preset."""
     expected = PRESETS[preset]

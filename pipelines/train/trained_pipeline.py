@@ -15,7 +15,7 @@ from pipelines.train.engine.deepspeed import Engine
 from pipelines.train.engine.ema import EMA
 from pipelines.train.engine.lora import adapters_in, merge_lora, save_lora
 from pipelines.train.loop.record import PIPELINE_DIR
-from pipelines.train.models import TrainModels, load_start
+from pipelines.train.models import TrainModels, load_start_transformer
 from pipelines.workers.images import image_grid
 from sana_model.nn.finite import NotFiniteError
 from sana_model.nn.transformer import SanaTransformer
@@ -100,7 +100,7 @@ class TrainedPipeline:
             with tempfile.TemporaryDirectory() as folder:
                 save_lora(Path(folder), weights, self.config.lora)
                 upload_folder(folder, f"{output_uri}/{LORA_DIR}")
-            pipeline = self._around(with_weights(load_start(self.config).transformer, self.config, adapters_in(weights)))
+            pipeline = self._around(with_weights(load_start_transformer(self.config), self.config, adapters_in(weights)))
         else:
             pipeline = None
         if pipeline is not None:
