@@ -1,5 +1,6 @@
 """Starts, damages, mends and removes a cluster. Its state is a file in its folder, so that any process can do each of these."""
 
+import hashlib
 import json
 import os
 import secrets
@@ -182,7 +183,8 @@ class Cluster:
 
     @property
     def _redis(self) -> Redis:
-        return Redis(self.network.gateway, self.folder / "redis", self.token)
+        password = hashlib.sha256(f"redis {self.token}".encode()).hexdigest()  # not the token: `ray start` shows it to `ps`
+        return Redis(self.network.gateway, self.folder / "redis", password)
 
     def _check(self, host: int) -> None:
         if not 0 <= host < self.config.num_hosts:
