@@ -51,7 +51,7 @@ test-kernels: install .venv-triton/installed
 	PYTHONPATH=.venv-triton $(BIN)/python -m pytest -m "not gpu" tests/sana_model/kernels $(PYTEST_OPTIONS)
 
 test-cluster: install
-	$(BIN)/python -m pytest -m cluster tests/cluster $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest -m "cluster and not slow" tests/cluster $(PYTEST_OPTIONS)
 
 test-image: install
 	$(BIN)/python -m infra.images $(OPTIONS)

@@ -31,7 +31,7 @@ DISTURBED = [
     (INGEST, POWER_OFF),
     (CAPTION, POWER_OFF),
     (CAPTION_NEXT, CUT),
-    (EMBED, POWER_OFF),
+    pytest.param(EMBED, POWER_OFF, marks=pytest.mark.slow),  # what INGEST and EXTRACT show, once more
     (EXTRACT, POWER_OFF),
     (TRAIN, POWER_OFF),
     (TRAIN, CUT),

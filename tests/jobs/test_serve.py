@@ -71,15 +71,12 @@ def address(local_ray: None) -> Iterator[str]:
     serve.shutdown()
 
 
-def assert_same_picture(one: bytes, other: bytes) -> None:
-    """Drawn in the same way, and equal but for rounding: in bfloat16 a few edges differ where sums have another order.
-
-    Pictures of two seeds differ by over 100 somewhere.
-    """
+def assert_same_picture(one: bytes, other: bytes, most: int = 1) -> None:
+    """Drawn in the same way, and equal but for rounding, at most `most`: another process or batch may add in another order."""
     images = [Image.open(BytesIO(content)) for content in (one, other)]
     assert images[0].info == images[1].info
     first, second = (np.asarray(image, np.int16) for image in images)
-    assert np.abs(first - second).max() <= 16 and np.abs(first - second).mean() < 1
+    assert np.abs(first - second).max() <= most
 
 
 def test_openai_s_client_draws_what_jobs_draw_draws(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,4 +161,4 @@ def test_many_clients_and_a_replica_that_is_killed(local_ray: None, tmp_path: Pa
     serve.shutdown()
     assert killed.is_set()
     for content, file in zip(drawn, files, strict=True):
-        assert_same_picture(content, file.read_bytes())
+        assert_same_picture(content, file.read_bytes(), most=2)

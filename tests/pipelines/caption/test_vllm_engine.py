@@ -65,7 +65,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Iterat
     shutil.rmtree(SOCKETS)
 
 
-@pytest.mark.parametrize("model", ["zoo://captioner-a", "zoo://captioner-b"])
+@pytest.mark.parametrize("model", ["zoo://captioner-a", pytest.param("zoo://captioner-b", marks=pytest.mark.slow)])
 def test_both_engines_say_the_same_and_a_poisoned_row_costs_itself(dataset: str, model: str) -> None:
     names = [f"{engine}-{model[-1]}" for engine in ("vllm", "transformers")]
     config = replace(CONFIG, name=names[0], model=model)

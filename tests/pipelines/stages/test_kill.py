@@ -42,6 +42,7 @@ def copy_table(table: Table, copy: Table) -> None:
             write_file(f"{other.uri}/{path}", read_file(f"{one.uri}/{path}"))
 
 
+@pytest.mark.slow
 def test_a_cheap_stage_survives_the_death_of_its_driver_and_actors(tmp_path: Path) -> None:
     uri = str(tmp_path / "data")
     table = stage_table("cheap", uri)
