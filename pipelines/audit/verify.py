@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipelines.audit.comparisons import check_counts, check_ids, difference, find_duplicates, some
 from pipelines.audit.kept_files import check_kept_files
@@ -34,7 +35,7 @@ from pipelines.audit.status import FoundTable, expected_shards, find_stale, find
 from pipelines.audit.violations import Violation, file_of, mend_or_move, move, remake
 from pipelines.tables.captions import read_captions
 from pipelines.tables.errors import DamagedShardError
-from pipelines.tables.identity import MANIFEST
+from pipelines.tables.identity import MANIFEST, LaterVersionError
 from pipelines.tables.schema import ABOUT_CAPTIONS, IMAGES_PATH, ORIGINAL_CAPTIONER
 from pipelines.tables.table import FACTS_KEY, REBUILD, Table
 
@@ -203,7 +204,7 @@ def _check_manifest(found: FoundTable, stale: list[str]) -> Iterator[Violation]:
     if table.deletion_begun():
         yield Violation(f"{table.path}/{REBUILD}", "the deletion of the table was broken off", "start its stage again")
     elif found.problem and found.is_later:
-        yield Violation(file, "was written by a later version of this program", "use that version, or a later one")
+        yield Violation(file, "was written by a later version of this program", LaterVersionError.remedy)
     elif found.problem:
         yield mend_or_move(table, MANIFEST, found.problem, afterwards=TAKES_OVER)
     elif manifest is None:
@@ -290,6 +291,9 @@ def _read_through(
             for batch in parquet.iter_batches(BATCH_ROWS):
                 for name, values in columns.items():
                     values += batch[name].to_pylist()
+                if found.path.split("/")[0] in ("scores", "image_scores") and (unfit := _not_finite(batch)):
+                    problem = f"has scores that are not finite for {some(unfit)}"
+                    violations.append(remake(found.table, shard, file, problem))
                 if table.path == IMAGES_PATH and (changed := _changed_images(batch)):
                     problem = f"has other bytes than its id says for {some(changed)}"
                     violations.append(remake(found.table, shard, file, problem))
@@ -300,6 +304,13 @@ def _read_through(
         violations.append(remake(found.table, shard, file, f"is damaged ({reason})"))
         return None
     return columns
+
+
+def _not_finite(batch: pa.RecordBatch) -> list[str]:
+    """The ids of rows with a number that is not finite."""
+    floats = [column for column in batch.columns if pa.types.is_floating(column.type)]
+    bad = {row for column in floats for row in pc.indices_nonzero(pc.invert(pc.is_finite(column))).to_pylist()}
+    return [batch["id"][row].as_py() for row in sorted(bad)]
 
 
 def _changed_images(batch: pa.RecordBatch) -> list[str]:

@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 from pipelines.ingest.columns import unique_names
 from pipelines.ingest.sidecars import load_json
-from pipelines.tables.encodings import MARKS, decode_caption, decode_text
+from pipelines.tables.encodings import MARKS, decode_caption, decode_text, find_wide
 from pipelines.tables.rejects import RowRefused
 from pipelines.tables.schema import Row
 
@@ -25,7 +25,9 @@ _URL = re.compile(r' *"?[a-z][a-z0-9+.-]*://', re.IGNORECASE)  # a line that beg
 
 
 def read_table(file: BinaryIO, path: str, text_encoding: str | None = None) -> Iterator[Row]:
-    """The rows of a text file: CSV, TSV or JSON lines, by the ending of its path. A byte order mark tells its encoding.
+    """The rows of a text file: CSV, TSV or JSON lines, by the ending of its path.
+
+    A byte order mark tells its encoding. Without one it is UTF-8, or UTF-16 by the zero bytes of its first characters.
 
     A row that cannot be parsed has LIST_ERROR alone. A value that cannot be read is None, and is in VALUE_ERRORS.
 
@@ -34,7 +36,7 @@ def read_table(file: BinaryIO, path: str, text_encoding: str | None = None) -> I
     """
     head = file.read(4)
     file.seek(0)
-    encoding = next((name for mark, name in MARKS if head.startswith(mark)), "utf-8")
+    encoding = next((name for mark, name in MARKS if head.startswith(mark)), (b"\0" in head and find_wide(head)) or "utf-8")
     text = io.TextIOWrapper(file, encoding, errors="surrogateescape" if encoding == "utf-8" else "replace", newline="")
     lines, lower = _iter_lines(text), path.lower()
     if lower.endswith((".csv", ".tsv")):

@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import pyarrow.compute as pc
+
 from pipelines.score.config import ImageFilter
 from pipelines.score.selection import Caption
 from pipelines.storage.files import list_folder
 from pipelines.tables.captions import captions_table, read_captions
+from pipelines.tables.errors import DamagedShardError
 from pipelines.tables.schema import IMAGE_SCORES, ORIGINAL_CAPTIONER, SCORES, image_scores_path, scores_path
-from pipelines.tables.table import Table
+from pipelines.tables.table import REMAKE, Table
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,10 @@ class Candidates:
 
 
 def read_scores(table: Table, shard: str, column: str) -> dict[str, float]:
-    """The numbers in a column of a shard by id. Raises as `Table.read_shard`."""
+    """The numbers in a column of a shard by id. Raises as `Table.read_shard`, and where one of them is not finite."""
     rows = table.read_shard(shard, ["id", column])
+    if num_bad := pc.sum(pc.invert(pc.is_finite(rows[column]))).as_py():
+        raise DamagedShardError(f"{table.shard_uri(shard)} has {num_bad} scores that are not finite: {REMAKE}")
     return dict(zip(rows["id"].to_pylist(), rows[column].to_pylist(), strict=True))
 
 

@@ -165,7 +165,15 @@ def _plan_generations(source: Table, output: Table, ticket: Ticket | None) -> li
     except FileNotFoundError:
         generations = []
     known = {shard for generation in generations for shard in generation}
-    if new := [shard for shard in source.list_shards() if shard not in known]:
+    there = source.list_shards()
+    new = [shard for shard in there if shard not in known]
+    gone = known.difference(there)
+    if gone and (new or known.difference(output.list_shards())):
+        maker = MADE_BY[source.path.split("/")[0]]
+        raise MissingTableError(
+            f"{source.uri} has no shard {min(gone)}, which it had when {output.uri} was begun: run jobs.{maker} again"
+        )
+    if new:
         generations.append(new)
         output.write_json(GENERATIONS, {"generations": generations}, ticket=ticket)
     return generations

@@ -75,12 +75,12 @@ def _find_unmarked(content: bytes) -> str | None:
         return "iso2022_jp_2"
     if b"\0" not in content:
         return None
-    if not (wide := _find_wide(content)):
+    if not (wide := find_wide(content)):
         raise RowRefused(UNKNOWN_ENCODING, "it holds zero bytes, as no text does")
     return wide
 
 
-def _find_wide(content: bytes) -> str:
+def find_wide(content: bytes) -> str:
     """UTF-16 without a mark, by the zero bytes of its ASCII characters; empty if it is not that."""
     halves = content[0::2], content[1::2]
     zeros = [half.count(0) for half in halves]

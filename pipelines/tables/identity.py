@@ -8,7 +8,7 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dat
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, ClassVar
 
 from pipelines.tables.schema import form_of
 from sana_model.files.redact import redact_values
@@ -81,7 +81,9 @@ class Manifest:
 
 
 class LaterVersionError(ValueError):
-    """A manifest has fields that this version does not know."""
+    """A manifest has fields that this version does not know, or is of a form that it does not know."""
+
+    remedy: ClassVar = "use that version, or a later one"
 
 
 def to_manifest(content: Any) -> Manifest:
@@ -95,6 +97,8 @@ def to_manifest(content: Any) -> Manifest:
     for name in ("config", "models", "inputs", "rejects_by_reason", "figures"):
         if not isinstance(value := getattr(manifest, name), dict):
             raise ValueError(f"its {name} are {value!r}")
+    if manifest.schema_version > (known := form_of(manifest.stage)):
+        raise LaterVersionError(f"a later version wrote it: it is of form {manifest.schema_version}, this one knows {known}")
     return manifest
 
 

@@ -222,7 +222,8 @@ class Table:
             return parse(fields)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             reason = error if isinstance(error, ValueError) else repr(error)
-            raise DamagedFileError(f"{self.uri}/{name} is not what this version wrote ({reason}): {MEND_FILE}") from error
+            remedy = getattr(error, "remedy", MEND_FILE)
+            raise DamagedFileError(f"{self.uri}/{name} is not what this version wrote ({reason}): {remedy}") from error
 
     def write_report(self, html: str) -> None:
         """Write a page as `report.html` in the table's folder. Raises StorageError."""

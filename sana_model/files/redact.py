@@ -20,6 +20,8 @@ MARKER_WORDS = frozenset(
 """Before the word "token"; such tokens are parts of a vocabulary."""
 HARMLESS_ENDS = frozenset(("path", "file", "folder", "variable", "mode", "name", "type", "id", "ids", "url", "uri"))
 """Last words of names whose values tell where a secret is, or what kind it is."""
+FOLDER_VARIABLES = frozenset(("PWD", "OLDPWD"))
+"""Variables that every shell sets, to the folders where it is and was. All messages are full of these paths."""
 NAME = r"[\w.-]*?(?:token|signature|sig|passw(?:or)?d|pwd|secret|credential|api[_-]?key|access[_-]?key(?:[_-]?id)?)"
 
 PASSWORDS = (
@@ -138,4 +140,8 @@ def is_secret_name(name: str) -> bool:
 
 
 def _environment_secrets() -> set[str]:
-    return {value for name, value in os.environ.items() if len(value) >= SHORTEST_SECRET and is_secret_name(name)}
+    return {
+        value
+        for name, value in os.environ.items()
+        if len(value) >= SHORTEST_SECRET and name not in FOLDER_VARIABLES and is_secret_name(name)
+    }

@@ -55,7 +55,7 @@ def make_row(index: int, bucket: str = "64x64") -> Row:
 
 
 def make_table(
-    folder: Path,
+    folder: Path | str,
     shards: Mapping[str, Sequence[Row]],
     *,
     complete: bool = True,
@@ -80,7 +80,7 @@ def _captions_of(rows: Sequence[Row], captioner: str) -> dict[str, tuple[str, fl
     return {row_id: (entry["caption"], entry["clip_score"]) for row_id, entry in entries if entry["captioner"] == captioner}
 
 
-def add_captioner(folder: Path, captioner: str, shards: Captions) -> None:
+def add_captioner(folder: Path | str, captioner: str, shards: Captions) -> None:
     """Write the captions of a captioner, and their scores. Rows are in the order of `shards`."""
     fixed = {"num_tokens": 4, "finish_reason": "stop", "flags": []}
     captions = {
@@ -92,7 +92,7 @@ def add_captioner(folder: Path, captioner: str, shards: Captions) -> None:
     add_scores(folder, captioner, shards)
 
 
-def add_scores(folder: Path, captioner: str, shards: Captions) -> None:
+def add_scores(folder: Path | str, captioner: str, shards: Captions) -> None:
     """Write the scores of a captioner's captions, whose table is there already."""
     scores = {
         name: [{"id": row_id, "clip_score": score} for row_id, (_, score) in entries.items() if score is not None]

@@ -16,7 +16,7 @@ from pipelines.workers.images import EXTENSIONS
 
 TARS = (".tar", ".tar.gz", ".tgz")
 URL_NAMES = ("url", "image_url", "uri")
-PATH_NAMES = ("file_name", "filename", "image_path", "path", "key", "__key__", "image")
+PATH_NAMES = ("file_name", "filename", "image_path", "path", "key", "__key__", "image", "file")
 PARTIAL_RANK = 200
 MAX_PARTS = 4
 """Parts of a path, the file's name among them, that are compared where keys are matched by file name."""
@@ -59,12 +59,12 @@ def key_forms(key: str, match: Match) -> list[Form]:
         return [Form("id", 0, key.lower()), Form("file_name", 1, key)]
     if match == "url" or (match == "auto" and key.startswith(("http://", "https://"))):
         return [Form("url", 0, key)]
+    paths = [key, key.replace("\\", "/")] if "\\" in key else [key]  # as Windows writes them
     if match == "file_name":
-        return [*([_place(key)] if _is_whole(key) else []), *name_forms(key)]
+        return [*([_place(key)] if _is_whole(key) else []), *(form for path in paths for form in name_forms(path))]
     if _is_whole(key):
         return [_place(key)]
-    parts = path_parts(key)
-    return [Form("file_name", len(parts), "/".join(parts))] if parts else []
+    return [Form("file_name", len(parts), "/".join(parts)) for parts in map(path_parts, paths) if parts]
 
 
 def place_forms(uri: str, path: str, match: Match, *, min_parts: int) -> list[Form]:

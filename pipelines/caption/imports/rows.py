@@ -159,7 +159,11 @@ class EntryReader:
         if not forms and beside:
             keys, forms = [("", beside[0])], beside[1]
         if not forms:
-            yield Fault(place, "", "no_key", f"no key among {', '.join(map(str, row))}"[:1000])
+            yield Fault(place, "", "no_key", _explain_no_key(row, columns)[:1000])
+            return
+        if not columns.captions:
+            named = f"none of caption_keys ({', '.join(self.config.caption_keys)})"
+            yield Fault(place, keys[0][1], "no_caption_key", f"{named} is among {', '.join(map(str, row))}"[:1000])
             return
         found = [(name, caption) for name in columns.captions if (caption := first_caption(row[name]))]
         caption_key, caption = found[0] if found else ("", None)
@@ -197,13 +201,14 @@ class EntryReader:
         if config.key_column:
             column = there.get(config.key_column.lower())
             return _Columns([("file_name", column)] if column else [], captions, score)
-        kinds: list[tuple[str, Sequence[str]]] = [("id", ID_NAMES), ("url", URL_NAMES), ("file_name", PATH_NAMES)]
-        keys = [
+        ids = [("id", there[name]) for name in ID_NAMES if name in there and config.match in ("auto", "id")]
+        names_of: list[tuple[str, Sequence[str]]] = [("url", URL_NAMES), ("file_name", PATH_NAMES)]
+        others = [
             (kind, next(there[name] for name in usual if name in there))
-            for kind, usual in kinds
+            for kind, usual in names_of
             if config.match in ("auto", kind) and not there.keys().isdisjoint(usual)
         ]
-        return _Columns(keys, captions, score)
+        return _Columns(ids + others, captions, score)
 
     def _iter_rows(self, file: CaptionFile) -> Iterator[Row]:
         """The rows of a table: Parquet, JSON lines, CSV or TSV."""
@@ -222,7 +227,7 @@ class EntryReader:
         columns = self.columns(tuple(field.name for field in fields))
         wanted = [name for _, name in columns.keys] + [name for name in columns.captions if name in texts]
         wanted += [columns.score] if columns.score else []
-        if not columns.keys:  # what is told of these rows names all columns
+        if not columns.keys or texts.isdisjoint(columns.captions):  # what is told of these rows names all columns
             wanted = [field.name for field in fields]
         for batch in parquet.iter_batches(PARQUET_BATCH, columns=wanted):
             yield from batch.to_pylist()
@@ -259,6 +264,17 @@ def _unreadable(place: int, error: Exception) -> Fault:
     return Fault(place, "", "unreadable", f"{type(_told(error)).__name__}: {error}")
 
 
+def _explain_no_key(row: Row, columns: _Columns) -> str:
+    """Why a row names no image: nothing in it could, or its ids are those of another data set."""
+    named = [f"{name}={row[name]!r}" for kind, name in columns.keys if kind == "id" and row[name] not in (None, "")]
+    if named:
+        return (
+            f"{', '.join(named)}: an id is the hash of an image's bytes, 64 hexadecimal digits; if it names the file, give "
+            "key_column"
+        )
+    return f"no key among {', '.join(map(str, row))}"
+
+
 def _score_of(entry: Entry, value: Any, vlm: str | None) -> tuple[float | None, Fault | None]:
     """The score of a caption in NVlabs' layout: by the caption's own key, the VLM's name, or the only one there is."""
     if not isinstance(value, Mapping):
@@ -274,7 +290,7 @@ def _parse_score(entry: Entry, value: Any) -> tuple[float | None, Fault | None]:
     if value is None or value == "":
         return None, None
     try:
-        score = float(value)
+        score = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         score = math.nan
     if not abs(score) < TOO_LARGE:

@@ -158,6 +158,8 @@ class CaptionImport:
         counts = index.counts
         if not counts.matched:
             first = next(index.tell(), None)
+            if first is None:
+                raise ValueError(f"source={self.config.source!r} holds no caption: {self.found.files[0].uri} has no rows")
             raise ValueError(
                 f"none of the {counts.captions} captions of source={self.config.source!r} fits an image "
                 f"({dict(counts.not_taken)}). The first: {json.dumps(first)}. An image of the dataset: {self._first_image()}. "

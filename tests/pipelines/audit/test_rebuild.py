@@ -284,7 +284,7 @@ def test_while_a_table_is_being_deleted_nothing_is_written_into_it(
     assert table.claim(identity).fingerprint == identity.fingerprint
 
 
-@pytest.mark.parametrize("damage", ["cut", "edited", "edited by an earlier version", "of a later version"])
+@pytest.mark.parametrize("damage", ["cut", "edited", "edited by an earlier version", "of a later version", "of a later form"])
 def test_a_table_whose_manifest_was_damaged_or_edited_is_never_deleted(tmp_path: Path, damage: str) -> None:
     table = make_dataset(str(tmp_path))["captions/a"]
     identity, path = table.require().identity(), Path(table.uri, MANIFEST)
@@ -295,6 +295,8 @@ def test_a_table_whose_manifest_was_damaged_or_edited_is_never_deleted(tmp_path:
         path.write_text(text.replace("Describe.", "Tell."))
     elif damage == "of a later version":
         table.write_json(MANIFEST, from_hashed_json(text.encode()) | {"new": 1})
+    elif damage == "of a later form":
+        table.write_json(MANIFEST, from_hashed_json(text.encode()) | {"schema_version": 9})
     else:
         edit_manifest(table, config={"prompt": "Tell.", "model": "vlm"})
     before = files(tmp_path)
@@ -303,7 +305,8 @@ def test_a_table_whose_manifest_was_damaged_or_edited_is_never_deleted(tmp_path:
         table.claim(identity)
         raise AssertionError
 
-    with pytest.raises(DamagedFileError, match=r"_manifest\.json .*(not what this version wrote|was edited).*jobs\.repair"):
+    remedy = "use that version" if "later" in damage else r"jobs\.repair"
+    with pytest.raises(DamagedFileError, match=rf"_manifest\.json .*(not what this version wrote|was edited).*{remedy}"):
         track_stage(JobConfig(dataset_uri=str(tmp_path), on_stale="rebuild"), "caption", run_stage)
     assert files(tmp_path) == before
 

@@ -140,6 +140,7 @@ CASES: dict[str, tuple[Damage, list[str]]] = {
     "a cut manifest of images": (lambda tables: cut(path_of(tables[IMAGES], MANIFEST)), [f"{IMAGES}/{MANIFEST}"]),
     "an edited manifest": (lambda tables: edit_manifest(tables[A], config={}), [f"{A}/{MANIFEST}"]),
     "a later version's manifest": (lambda tables: edit_manifest(tables[A], later=1), []),
+    "a manifest of a later form": (lambda tables: edit_manifest(tables[A], schema_version=9), []),
     "a cut plan": (lambda tables: cut(path_of(tables[IMAGES], PLAN)), [f"{IMAGES}/{PLAN}"]),
     "a flipped bit of a manifest": (lambda tables: flip(path_of(tables[A], MANIFEST)), [f"{A}/{MANIFEST}"]),
     "a flipped bit of the plan": (lambda tables: flip(path_of(tables[IMAGES], PLAN), 900), [f"{IMAGES}/{PLAN}"]),

@@ -148,6 +148,12 @@ def test_an_edited_manifest(tables: Tables) -> None:
     assert {"latents/ae-64/_manifest.json", "images/_manifest.json", "captions/b/_manifest.json"} <= files
 
 
+def test_scores_that_are_no_numbers(tables: Tables) -> None:
+    rewrite(tables["scores/clip/a"], "00000", lambda rows: [{**rows[0], "clip_score": float("nan")}, *rows[1:]])
+    (found,) = find(tables)
+    assert found.file == "scores/clip/a/00000.parquet" and "has scores that are not finite for 1 id" in found.problem
+
+
 def test_an_image_whose_bytes_changed(tables: Tables) -> None:
     rewrite(tables["images"], "00000", lambda rows: [{**rows[0], "image_bytes": b"others"}, *rows[1:]])
     (found,) = find(tables)

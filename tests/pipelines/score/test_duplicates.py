@@ -21,7 +21,7 @@ from pipelines.score.verdicts import GENERATIONS, VERDICTS
 from pipelines.stages.contract import StageResult
 from pipelines.storage.errors import LeaseHeldError
 from pipelines.storage.lease import LEASE, hold
-from pipelines.tables.errors import DamagedShardError, StaleTableError
+from pipelines.tables.errors import DamagedShardError, MissingTableError, StaleTableError
 from pipelines.tables.identity import Identity
 from pipelines.tables.schema import (
     IMAGE_SCORES,
@@ -183,6 +183,18 @@ def test_what_a_run_decides_about_is_noted_under_its_lease(tmp_path: Path) -> No
     with pytest.raises(LeaseHeldError):
         run_duplicates(str(tmp_path), DuplicatesConfig())
     assert not (folder / GENERATIONS).exists()
+
+
+def test_a_shard_of_embeddings_that_is_gone_is_named(tmp_path: Path) -> None:
+    Table(str(tmp_path), IMAGES_PATH, IMAGES).claim(Identity("ingest", {}, {}, {}))
+    embeds = Table(str(tmp_path), image_embeds_path("tiny"), image_embeds_schema(4))
+    embeds.claim(Identity("embed_images", {"width": 4}, {}, {}))
+    for shard in ("00000", "00002"):
+        embeds.write_shard(shard, pa.Table.from_pylist([], embeds.schema))
+    output = Table(str(tmp_path), image_scores_path(SEMANTIC_DUPLICATES), IMAGE_SCORES)
+    output.write_json(GENERATIONS, {"generations": [["00000", "00001", "00002"]]})
+    with pytest.raises(MissingTableError, match=r"image_embeds/tiny has no shard 00001, which it had .* jobs\.embed_images"):
+        run_duplicates(str(tmp_path), SemanticConfig(clip="tiny"))
 
 
 def test_config() -> None:

@@ -50,6 +50,8 @@ def test_known_secrets_are_hidden_wherever_they_stand(monkeypatch: pytest.Monkey
     monkeypatch.setenv("MY_API_KEY", "kept in the environment")
     monkeypatch.setenv("MY_API_KEY_FILE", "/run/secrets/key")
     monkeypatch.setenv("SHORT_TOKEN", "test")
+    for folder in ("PWD", "OLDPWD"):  # of the shell, no passwords
+        monkeypatch.setenv(folder, "/run/secrets")
     told = redact("a test of /run/secrets/key: kept in the environment, given and not given", ["given", "not given", ""])
     assert told == "a test of /run/secrets/key: ***, *** and ***"
 

@@ -37,6 +37,10 @@ def make_images(dataset: str, uris: list[list[str]], metadata: dict[str, Row] | 
     return {row["source_uri"]: row["id"] for shard in rows for row in shard}
 
 
+def make_id(uri: str) -> str:
+    return str(image_row(uri)["id"])
+
+
 def write(path: Path, content: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content if isinstance(content, str) else json.dumps(content))
@@ -234,6 +238,74 @@ def test_what_does_not_arrive_is_told(tmp_path: Path) -> None:
     by_name = importer(tmp_path / "data", tmp_path / "in/a.jsonl", name="by_name", match="file_name")
     by_name.run()
     assert ("ambiguous", "x/cat.png") in told(by_name)
+
+
+def csv(*lines: str) -> str:
+    return "\n".join(lines) + "\n"
+
+
+FIRST, SECOND, THIRD = (make_id(uri) for uri in ("/p/a/cat.png", "/p/b/dog.png", "/p/c/7.png"))
+LONG = "word " * 1000
+ODD: dict[str, tuple[str, bytes | str, dict[str, str], dict[str, int]]] = {
+    "a byte order mark": ("x.csv", "\ufeff" + csv("id,caption", f"{FIRST},über"), {FIRST: "über"}, {}),
+    "UTF-16": ("x.csv", csv("id,caption", f"{FIRST},über").encode("utf-16"), {FIRST: "über"}, {}),
+    "UTF-16 without a mark": ("x.csv", csv("id,caption", f"{FIRST},über").encode("utf-16-le"), {FIRST: "über"}, {}),
+    "JSON lines in UTF-16": ("x.jsonl", json.dumps({"id": FIRST, "text": "a"}).encode("utf-16-be"), {FIRST: "a"}, {}),
+    "JSON with a mark": ("x.json", '\ufeff{"dog": "a"}', {SECOND: "a"}, {}),
+    "ids that come twice": (
+        "x.csv", csv("id,caption", f"{FIRST},one", f"{FIRST},two", f"{SECOND},", f"{SECOND},b"),
+        {FIRST: "one", SECOND: "b"}, {"repeated": 1, "empty": 1},
+    ),
+    "two columns of ids": ("x.csv", csv("id,image_id,caption", f"5,{FIRST},a", f"6,{SECOND},b"), {FIRST: "a", SECOND: "b"}, {}),
+    "ids of others beside names": ("x.csv", csv("id,file_name,caption", "7,cat.png,a"), {FIRST: "a"}, {}),
+    "ids in capitals": ("x.csv", csv("id,caption", f"{FIRST.upper()},a"), {FIRST: "a"}, {}),
+    "long and without a text": (
+        "x.csv", csv("id,caption", f"{FIRST},{LONG}", f"{SECOND}, \t ", f"{THIRD},\u200b\u2800"),
+        {FIRST: LONG.strip()}, {"empty": 2},
+    ),
+    "scores that are none": (
+        "x.csv", csv("id,text,clip_score", f"{FIRST},a,nan", f"{SECOND},b,-inf", f'{THIRD},c,"27,5"'),
+        {FIRST: "a", SECOND: "b", THIRD: "c"}, {"bad_score": 3},
+    ),
+    "a truth value as a score": (
+        "x.jsonl", json.dumps({"id": FIRST, "text": "a", "clip_score": True}), {FIRST: "a"}, {"bad_score": 1},
+    ),
+    "paths of Windows": (
+        "x.csv", csv("file,path,text", "1,a\\cat.png,a", "2,D:\\b\\dog.png,b"), {FIRST: "a"}, {"unmatched": 1},
+    ),
+    "a comma without quotes": ("x.csv", csv("id,text", f"{FIRST},a,b", f"{SECOND},c"), {SECOND: "c"}, {"unreadable": 1}),
+    "another key in a row": (
+        "x.jsonl", json.dumps({"id": FIRST, "text": "a"}) + "\n" + json.dumps({"id": SECOND, "said": "b"}),
+        {FIRST: "a"}, {"no_caption_key": 1},
+    ),
+}  # fmt: skip
+NOTHING = {
+    "": "x.csv has no rows",
+    "id,caption\n": "x.csv has no rows",
+    "id,caption\n7,a\n": r"id='7': an id is the hash of an image's bytes, 64 hexadecimal digits; .* give key_column",
+    f"id,recap\n{FIRST},a\n": r"none of caption_keys \(caption, text, .*\) is among id, recap",
+}
+"""Tables of which nothing can be taken, and what is said of them."""
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_odd_tables(tmp_path: Path, what: str) -> None:
+    name, content, expected, lost = ODD[what]
+    make_images(str(tmp_path / "data"), [["/p/a/cat.png", "/p/b/dog.png"], ["/p/c/7.png"]])
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    done = importer(tmp_path / "data", tmp_path / name)
+    done.run()
+    assert captions_of(done) == expected and done.read_counts()["not_taken"] == lost
+    assert len(told(done)) == sum(lost.values()) and not done.has_scores()
+
+
+@pytest.mark.parametrize("content", NOTHING)
+def test_tables_of_which_nothing_can_be_taken(tmp_path: Path, content: str) -> None:
+    make_images(str(tmp_path / "data"), [["/p/a/cat.png"]])
+    (tmp_path / "x.csv").write_text(content)
+    with pytest.raises(ValueError, match=NOTHING[content]):
+        importer(tmp_path / "data", tmp_path / "x.csv").run()
+    assert not (tmp_path / "data/captions/vlm/_manifest.json").exists()
 
 
 def test_settings_that_say_what_is_what(tmp_path: Path) -> None:
