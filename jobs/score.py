@@ -10,7 +10,7 @@ from jobs.common.job import JobConfig, run_job
 from jobs.common.stage_job import require_tables, track_stage
 from pipelines.score.config import ScorerConfig, SelectionConfig
 from pipelines.stages.contract import StageResult
-from pipelines.tables.captions import captions_table
+from pipelines.tables.captions import captions_table, check_scorer
 from pipelines.tables.schema import SCORES, scores_path
 from pipelines.tables.table import Table
 
@@ -36,9 +36,11 @@ def run(job: ScoreJob) -> list[StageResult]:
 
     Returns the results, that of the images first. Runs on the Ray that is connected.
     """
+    from pipelines.score.captions import STAGE
     from pipelines.workers.models import find_model
 
     scorer = job.scorer
+    check_scorer(job.dataset_uri, scorer.name, STAGE)
     for captioner in scorer.captioners:
         captions_table(job.dataset_uri, captioner).require()  # before hours go into the images
         if job.on_stale == "refuse":

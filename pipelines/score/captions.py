@@ -18,7 +18,7 @@ from pipelines.score.embeds import to_vectors
 from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
 from pipelines.stages.run import run_shards
 from pipelines.storage.lease import Leases
-from pipelines.tables.captions import captions_table, read_captions
+from pipelines.tables.captions import captions_table, check_scorer, read_captions
 from pipelines.tables.identity import Identity, value_settings
 from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.schema import SCORES, Row, image_embeds_path, image_embeds_schema, scores_path
@@ -31,12 +31,14 @@ if TYPE_CHECKING:
 
     from pipelines.workers.clip import ClipModel
 
+STAGE = "score"
+
 
 def score_identity(dataset_uri: str, config: ScorerConfig, captioner: str, model: FoundModel) -> Identity:
     """Everything that the scores of a captioner depend on."""
     embeds, captions = _embeds_table(dataset_uri, config), captions_table(dataset_uri, captioner)
     inputs = {table.path: table.require().fingerprint for table in (embeds, captions)}
-    return Identity("score", value_settings(config), {config.name: model.version}, inputs, rows_of=captions.path)
+    return Identity(STAGE, value_settings(config), {config.name: model.version}, inputs, rows_of=captions.path)
 
 
 def run_score(
@@ -58,6 +60,7 @@ def run_score(
     embeds, captions = _embeds_table(dataset_uri, config), captions_table(dataset_uri, captioner)
     for table in (captions, embeds):
         table.require()  # before any weights are fetched or hashed
+    check_scorer(dataset_uri, config.name, STAGE)
     model = model or find_model(config.model, config.revision)
     return run_shards(
         Table(dataset_uri, scores_path(config.name, captioner), SCORES),

@@ -1,6 +1,7 @@
 """The captions of a captioner, wherever they lie: in a table of its own, or in `images` if they came with the images."""
 
-from pipelines.tables.schema import CAPTIONS, IMAGES, IMAGES_PATH, ORIGINAL_CAPTIONER, captions_path
+from pipelines.storage.files import list_folder
+from pipelines.tables.schema import CAPTIONS, IMAGES, IMAGES_PATH, ORIGINAL_CAPTIONER, SCORES, captions_path, scores_path
 from pipelines.tables.table import Table
 
 
@@ -19,3 +20,20 @@ def read_captions(dataset_uri: str, captioner: str, shard: str) -> dict[str, str
     rows = captions_table(dataset_uri, captioner).read_shard(shard, ["id", "caption"])
     pairs = zip(rows["id"].to_pylist(), rows["caption"].to_pylist(), strict=True)
     return {row_id: caption for row_id, caption in pairs if caption}
+
+
+def check_scorer(dataset_uri: str, clip: str, stage: str) -> None:
+    """Check that all scores under `scores/<clip>` can be compared with those that a stage makes there.
+
+    Raises ValueError if scores of this dataset's own CLIP would stand beside imported ones, which another one may have made.
+    """
+    for name in list_folder(f"{dataset_uri.rstrip('/')}/scores/{clip}", with_files=False):
+        if name[0] in "._":
+            continue
+        table = Table(dataset_uri, scores_path(clip, name), SCORES)
+        made = table.read_manifest()
+        if made is not None and made.stage != stage:
+            raise ValueError(
+                f"{table.uri} was made by jobs.{made.stage}, and cannot be compared with scores that jobs.{stage} would put "
+                "beside it: give them another folder (captions.clip of jobs.import_captions, scorer.name of jobs.score)"
+            )

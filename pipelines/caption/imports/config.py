@@ -1,5 +1,6 @@
 """Configuration of the import of captions that others made."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -55,6 +56,8 @@ class ImportConfig:
             raise ValueError(f"name={self.name!r} is the name of the captions that came with the images: give another")
         if not self.sources or not all(self.sources):
             raise ValueError(f"source={self.source!r} names no file, folder or pattern")
+        if self.score_scale is not None and not 0 < self.score_scale < math.inf:
+            raise ValueError(f"score_scale={self.score_scale} must be positive")
 
     @property
     def sources(self) -> list[str]:

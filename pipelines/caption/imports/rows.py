@@ -91,6 +91,7 @@ class EntryReader:
                         yield file, entry
 
     def _read_file(self, file: CaptionFile, content: Any) -> Iterator[Entry | Fault]:
+        yield from _tell_repeated(content[0] if file.stem is not None and isinstance(content, tuple) else content)
         if isinstance(content, Exception):
             yield _unreadable(0, content)
         elif file.stem is not None:
@@ -233,6 +234,30 @@ class EntryReader:
             yield from batch.to_pylist()
 
 
+class _Object(dict[str, Any]):
+    """A JSON object in which keys come twice: the first of each, and the others beside it."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]):
+        super().__init__()
+        self.others: list[tuple[str, Any]] = []
+        for key, value in pairs:
+            if key in self:
+                self.others.append((key, value))
+            else:
+                self[key] = value
+
+
+def _to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else _Object(pairs)
+
+
+def _tell_repeated(content: Any) -> Iterator[Fault]:
+    """A fault for each key of a JSON file's object that came before."""
+    for key, value in content.others if isinstance(content, _Object) else ():
+        yield Fault(0, key, "repeated_key", f"the key comes again, with {value!r}"[:1000])
+
+
 def _read_json(file: CaptionFile) -> Any:
     """The content of a JSON file, or the error of reading it; of NVlabs' layout, captions and scores. None: a file of rows."""
     path = file.path.lower()
@@ -240,7 +265,8 @@ def _read_json(file: CaptionFile) -> Any:
         return None
     try:
         content = read_file(file.uri)
-        captions = json.loads(gzip.decompress(content) if path.endswith(".gz") else content)
+        text = gzip.decompress(content) if path.endswith(".gz") else content
+        captions = json.loads(text, object_pairs_hook=_to_object)
     except READ_ERRORS as error:
         return _told(error)
     if file.stem is None:

@@ -27,6 +27,7 @@ from pipelines.stages.run import run_stream
 from pipelines.stages.shards import write_output
 from pipelines.storage.files import list_folder
 from pipelines.storage.lease import Leases, Ticket, shared
+from pipelines.tables.captions import check_scorer
 from pipelines.tables.identity import MANIFEST, Identity, value_settings
 from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.schema import CAPTIONS, IMAGES, IMAGES_PATH, SCORES, Row, captions_path, scores_path
@@ -101,6 +102,7 @@ class CaptionImport:
             if set(shards).difference(self.captions.list_shards()):
                 index = stack.enter_context(self._build_index(shards))
                 if index.counts.scores:
+                    check_scorer(self.images.dataset_uri, self.config.clip, STAGE)
                     ticket = held.take(self.scores.uri).ticket
                     self.scores.claim(self.scores_identity, ticket=ticket)
                 self._write_counts(index, own)
@@ -122,6 +124,7 @@ class CaptionImport:
 
         Rejects: no_score. Raises as `run`.
         """
+        check_scorer(self.images.dataset_uri, self.config.clip, STAGE)
         shards = self.captions.list_shards()
         with shared(leases) as held, ExitStack() as stack:
             ticket = held.take(self.scores.uri).ticket

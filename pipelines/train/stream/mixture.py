@@ -7,7 +7,7 @@ from functools import cached_property
 from pipelines.score.candidates import Candidates, Filters
 from pipelines.tables.chance import uniform
 from pipelines.tables.identity import Manifest
-from pipelines.tables.schema import CAPTION_EMBEDS, LATENTS, caption_embeds_path
+from pipelines.tables.schema import CAPTION_EMBEDS, LATENTS, SCORES, caption_embeds_path
 from pipelines.tables.table import Table, absolute_uri
 from pipelines.train.stream.config import UNIT, StreamConfig, ValidationConfig, WeightedTable
 
@@ -109,6 +109,10 @@ def check_complete(source: Source) -> list[tuple[Table, Manifest]]:
     """
     found = check_finished(source.tables())
     check_inputs(found[: len(source.joined_tables())])
+    makers = {made.stage: table for table, made in found if table.schema == SCORES}
+    if len(makers) > 1:
+        told = " and ".join(f"{table.uri} by jobs.{stage}" for stage, table in makers.items())
+        raise ValueError(f"{told} cannot be compared: delete the imported scores, and let jobs.score make them")
     return found
 
 

@@ -17,7 +17,7 @@ from pipelines.reports.captions import captions_report
 from pipelines.stages.contract import Progress
 from pipelines.tables.errors import StaleTableError
 from pipelines.tables.identity import Identity
-from pipelines.tables.schema import IMAGES, IMAGES_PATH, Row
+from pipelines.tables.schema import IMAGES, IMAGES_PATH, SCORES, Row
 from pipelines.tables.table import Table
 from tests.support.html_page import check_page
 from tests.support.whole_dataset import image_row, write_table
@@ -274,6 +274,7 @@ ODD: dict[str, tuple[str, bytes | str, dict[str, str], dict[str, int]]] = {
         "x.csv", csv("file,path,text", "1,a\\cat.png,a", "2,D:\\b\\dog.png,b"), {FIRST: "a"}, {"unmatched": 1},
     ),
     "a comma without quotes": ("x.csv", csv("id,text", f"{FIRST},a,b", f"{SECOND},c"), {SECOND: "c"}, {"unreadable": 1}),
+    "keys that come twice": ("x.json", '{"cat": "a", "dog": "b", "cat": "c"}', {FIRST: "a", SECOND: "b"}, {"repeated_key": 1}),
     "another key in a row": (
         "x.jsonl", json.dumps({"id": FIRST, "text": "a"}) + "\n" + json.dumps({"id": SECOND, "said": "b"}),
         {FIRST: "a"}, {"no_caption_key": 1},
@@ -309,6 +310,8 @@ def test_tables_of_which_nothing_can_be_taken(tmp_path: Path, content: str) -> N
 
 
 def test_settings_that_say_what_is_what(tmp_path: Path) -> None:
+    own = Table(str(tmp_path / "data"), "scores/own/vlm", SCORES)
+    own.claim(Identity("score", {}, {}, {}))
     ids = make_images(str(tmp_path / "data"), URIS)
     bird = ids[URIS[1][0]]
     write_rows(tmp_path / "x.csv", [{"id": 7, "what": "bird.webp", "recaption": "a bird", "cosine": 0.31}])
@@ -317,6 +320,8 @@ def test_settings_that_say_what_is_what(tmp_path: Path) -> None:
         importer(tmp_path / "data", tmp_path / "x.csv").run()
     with pytest.raises(ValueError, match=r"at most 0.31.*give score_scale"):
         importer(tmp_path / "data", tmp_path / "x.csv", **options).run()
+    with pytest.raises(ValueError, match=r"scores/own/vlm was made by jobs\.score, .* another folder \(captions\.clip"):
+        importer(tmp_path / "data", tmp_path / "x.csv", **options, score_scale=100, clip="own").run()
     assert not (tmp_path / "data/captions/vlm/_manifest.json").exists()  # nothing was begun
     done = importer(tmp_path / "data", tmp_path / "x.csv", **options, score_scale=100)
     done.run()
@@ -336,6 +341,7 @@ def test_settings_that_say_what_is_what(tmp_path: Path) -> None:
         ({"name": "original"}, "original"),
         ({"name": "a/b"}, "name='a/b'"),
         ({"source": []}, "source="),
+        ({"score_scale": 0.0}, "score_scale=0.0 must be positive"),
     ]
     for faulty, named in faults:
         with pytest.raises(ValueError, match=named):

@@ -52,6 +52,10 @@ SPOILED: dict[str, tuple[Spoil, str]] = {
         ),
         "scores/siglip/a/_manifest.json .* it is a copy of that of scores/clip/a",
     ),
+    "scores that came with imported captions": (
+        lambda uri: scores(uri).write_manifest(replace(scores(uri).require(), stage="import_captions", schema_version=1)),
+        "scores/clip/a by jobs.import_captions and .*scores/clip/b by jobs.score cannot be compared",
+    ),
     "another captioner's scores": (
         lambda uri: copy_over(scores(uri, "b"), scores(uri)),
         "scores/clip/a/_manifest.json .* it is a copy of that of scores/clip/b",
