@@ -15,7 +15,7 @@ from jobs.common.job import run_command
 from jobs.common.status_line import StatusLine
 from jobs.common.text_table import format_table
 from pipelines.score.config import POLICIES, Policy, SelectionConfig, check_captioners, check_proportions
-from pipelines.tables.schema import ORIGINAL_CAPTIONER, SCORES, check_folder_name, scores_path
+from pipelines.tables.schema import SCORES, check_folder_name
 from pipelines.tables.table import Table, absolute_uri
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def find_captioners(dataset_uri: str, config: SelectConfig) -> tuple[str, ...]:
 
     found = config.captioners or scored_captioners(dataset_uri, config.clip)
     if not found:
-        Table(dataset_uri, scores_path(config.clip, ORIGINAL_CAPTIONER), SCORES).require()  # says what is there instead
+        Table(dataset_uri, f"scores/{config.clip}", SCORES).require()  # says what is there instead
     return found
 
 

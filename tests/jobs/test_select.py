@@ -70,7 +70,7 @@ def test_the_page(dataset: str, tmp_path: Path) -> None:
 def test_what_is_wrong_is_said_in_one_line(dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert select.main(["--dataset_uri", dataset, "--clip", "siglip"]) == 1
     told = capsys.readouterr().err
-    assert "there is no table 'scores/siglip/original'" in told and "run the stage that makes it first (jobs.score)" in told
+    assert "there is no table 'scores/siglip' in" in told and "which has scores/clip: run the stage that makes it" in told
     assert select.main(["--dataset_uri", dataset, "--clip", "clip", "--captioners", "[llava, phi]"]) == 1
     told = capsys.readouterr().err
     assert "there is no table 'scores/clip/phi'" in told and "which has scores/clip/llava, scores/clip/original" in told
