@@ -13,13 +13,12 @@ from pipelines.reports.pictures import with_pictures
 from pipelines.reports.rejects import read_rejects
 from pipelines.reports.templates import render
 from pipelines.storage.files import write_file
+from pipelines.tables.captions import IMPORT_STAGE
 from pipelines.tables.identity import Manifest
 from pipelines.tables.sampling import DEFAULT_SCOPE, LightRows, ReportScope, read_light, sample_rows
 from pipelines.tables.schema import CAPTIONS, IMAGES, IMAGES_PATH, Row, captions_path
 from pipelines.tables.table import REPORT, Table
 
-IMPORT = "import_captions"
-"""The stage of captions that were imported: no tokenizer is known for them, so their words are counted."""
 NUM_EXAMPLES = 4  # captions shown for each flag
 NUM_REPEATED = 10  # repeated captions shown
 
@@ -34,7 +33,7 @@ def captions_report(dataset_uri: str, captioner: str, *, sample: ReportScope = D
     times = Counter(light.rows["caption"].to_pylist())
     flags = Counter(pc.list_flatten(light.rows["flags"]).to_pylist())
     rows = with_pictures(dataset_uri, sample_rows(table, sample), lambda row: [row["caption"]])
-    is_imported = table.require().stage == IMPORT
+    is_imported = table.require().stage == IMPORT_STAGE  # no tokenizer is known for them, so their words are counted
     return table_page(
         "captions.html.jinja",
         table,

@@ -4,6 +4,8 @@ from pipelines.storage.files import list_folder
 from pipelines.tables.schema import CAPTIONS, IMAGES, IMAGES_PATH, ORIGINAL_CAPTIONER, SCORES, captions_path, scores_path
 from pipelines.tables.table import Table
 
+IMPORT_STAGE = "import_captions"  # makes tables of captions, and of scores, that others made
+
 
 def captions_table(dataset_uri: str, captioner: str) -> Table:
     """The table that holds the captions of a captioner: `captions/<captioner>`, or `images` for "original"."""
@@ -32,7 +34,7 @@ def check_scorer(dataset_uri: str, clip: str, stage: str) -> None:
             continue
         table = Table(dataset_uri, scores_path(clip, name), SCORES)
         made = table.read_manifest()
-        if made is not None and made.stage != stage:
+        if made is not None and (made.stage == IMPORT_STAGE) != (stage == IMPORT_STAGE):
             raise ValueError(
                 f"{table.uri} was made by jobs.{made.stage}, and cannot be compared with scores that jobs.{stage} would put "
                 "beside it: give them another folder (captions.clip of jobs.import_captions, scorer.name of jobs.score)"

@@ -27,14 +27,13 @@ from pipelines.stages.run import run_stream
 from pipelines.stages.shards import write_output
 from pipelines.storage.files import list_folder
 from pipelines.storage.lease import Leases, Ticket, shared
-from pipelines.tables.captions import check_scorer
+from pipelines.tables.captions import IMPORT_STAGE, check_scorer
 from pipelines.tables.identity import MANIFEST, Identity, value_settings
 from pipelines.tables.rejects import RowRefused, reject
 from pipelines.tables.schema import CAPTIONS, IMAGES, IMAGES_PATH, SCORES, Row, captions_path, scores_path
 from pipelines.tables.table import Table, absolute_uri, count_reasons
 from sana_model.files.redact import redact_uri
 
-STAGE = "import_captions"
 COUNTS = "_import.json"
 NOT_IMPORTED = "_not_imported.jsonl"
 NUM_SCORES = "num_scores"
@@ -73,7 +72,7 @@ class CaptionImport:
         self.on_read(f"hashing {len(self.found.files)} files")
         sources = [absolute_uri(os.path.expanduser(source)) for source in self.config.sources]
         settings = value_settings(self.config) | {"source": sources, "vlm": self.found.vlm}
-        return Identity(STAGE, settings | {"content": self.found.hash_captions()}, models={}, inputs=self.inputs)
+        return Identity(IMPORT_STAGE, settings | {"content": self.found.hash_captions()}, models={}, inputs=self.inputs)
 
     @cached_property
     def scores_identity(self) -> Identity:
@@ -81,7 +80,7 @@ class CaptionImport:
         settings = {"score_column": self.config.score_column, "score_scale": self.config.score_scale}
         settings |= {"content": self.found.hash_scores()}
         path = self.captions.path
-        return Identity(STAGE, settings, models={}, inputs={path: self.identity.fingerprint}, rows_of=path)
+        return Identity(IMPORT_STAGE, settings, models={}, inputs={path: self.identity.fingerprint}, rows_of=path)
 
     def run(self, *, on_progress: OnProgress = lambda progress: None, leases: Leases | None = None) -> StageResult:
         """Make the missing shards of captions, and those of their scores along with them.
@@ -102,7 +101,7 @@ class CaptionImport:
             if set(shards).difference(self.captions.list_shards()):
                 index = stack.enter_context(self._build_index(shards))
                 if index.counts.scores:
-                    check_scorer(self.images.dataset_uri, self.config.clip, STAGE)
+                    check_scorer(self.images.dataset_uri, self.config.clip, IMPORT_STAGE)
                     ticket = held.take(self.scores.uri).ticket
                     self.scores.claim(self.scores_identity, ticket=ticket)
                 self._write_counts(index, own)
@@ -124,7 +123,7 @@ class CaptionImport:
 
         Rejects: no_score. Raises as `run`.
         """
-        check_scorer(self.images.dataset_uri, self.config.clip, STAGE)
+        check_scorer(self.images.dataset_uri, self.config.clip, IMPORT_STAGE)
         shards = self.captions.list_shards()
         with shared(leases) as held, ExitStack() as stack:
             ticket = held.take(self.scores.uri).ticket

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from pipelines.score.candidates import Candidates, Filters
+from pipelines.tables.captions import IMPORT_STAGE
 from pipelines.tables.chance import uniform
 from pipelines.tables.identity import Manifest
 from pipelines.tables.schema import CAPTION_EMBEDS, LATENTS, SCORES, caption_embeds_path
@@ -109,10 +110,12 @@ def check_complete(source: Source) -> list[tuple[Table, Manifest]]:
     """
     found = check_finished(source.tables())
     check_inputs(found[: len(source.joined_tables())])
-    makers = {made.stage: table for table, made in found if table.schema == SCORES}
-    if len(makers) > 1:
-        told = " and ".join(f"{table.uri} by jobs.{stage}" for stage, table in makers.items())
-        raise ValueError(f"{told} cannot be compared: delete the imported scores, and let jobs.score make them")
+    scores = {made.stage == IMPORT_STAGE: table for table, made in found if table.schema == SCORES}
+    if len(scores) > 1:
+        raise ValueError(
+            f"{scores[True].uri} came with imported captions, and cannot be compared with {scores[False].uri}: delete it, "
+            "and let jobs.score make it"
+        )
     return found
 
 
