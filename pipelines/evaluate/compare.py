@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.evaluate.metric import metric_table
-from pipelines.evaluate.metric_config import FIGURES
+from pipelines.evaluate.metric_config import FIGURES, FIGURES_SETTINGS
 from pipelines.evaluate.registry import METRICS, metric_class
 from pipelines.storage.files import read_file
 from pipelines.tables.errors import MissingTableError
@@ -53,11 +53,14 @@ class Comparison:
         names: of the tables.
         figures: by the figure's name, then by the table's; a table whose metric was not run lacks it.
         settings: those that differ between the tables, by name: the values in the order of `names`, None where there is none.
+            Those of a metric begin with its name, and differ only between tables that it has judged.
+        outdated: paths of the evaluations that are left out: the pictures were drawn anew since.
     """
 
     names: Sequence[str]
     figures: Mapping[str, Mapping[str, Figure]]
     settings: Mapping[str, Sequence[Any]]
+    outdated: Sequence[str] = ()
 
 
 def compare_samples(dataset_uri: str, names: Sequence[str], *, seed: int = 0) -> Comparison:
@@ -65,32 +68,54 @@ def compare_samples(dataset_uri: str, names: Sequence[str], *, seed: int = 0) ->
 
     Intervals are by bootstrap over prompts: pictures of one prompt are drawn together, for they are alike.
 
-    Raises MissingTableError if a table is not there, or nothing was evaluated.
+    Raises MissingTableError if a table is not there, or nothing was evaluated; ValueError for damaged figures.
     """
-    manifests = [Table(dataset_uri, samples_path(name), SAMPLES).require() for name in names]
+    manifests = {name: Table(dataset_uri, samples_path(name), SAMPLES).require() for name in names}
+    drawn = {name: flatten(asdict(manifest.identity())) for name, manifest in manifests.items()}
     figures: dict[str, dict[str, Figure]] = {}
+    settings = _differing(names, drawn)
+    outdated: list[str] = []
     for metric in METRICS:
-        for name in names:
-            for figure, value in _figures(dataset_uri, name, metric, seed).items():
-                figures.setdefault(figure, {})[name] = value
+        judged: dict[str, dict[str, Any]] = {}
+        for name, manifest in manifests.items():
+            table = metric_table(dataset_uri, name, metric)
+            own = table.read_manifest()
+            values = None if own is None else _read_json(table, FIGURES)
+            if own is None or values is None:
+                continue
+            if own.inputs.get(samples_path(name)) != manifest.fingerprint:
+                outdated.append(table.path)
+                continue
+            intervals = bootstrap(metric_class(metric), table, seed=seed)
+            for figure, value in values.items():
+                figures.setdefault(figure, {})[name] = Figure(value, *intervals.get(figure, ()))
+            by = {"config": own.config, "models": own.models, "figures": _read_json(table, FIGURES_SETTINGS) or {}}
+            judged[name] = flatten(by, metric)
+        settings |= _differing(names, judged)
     if not figures:
-        raise MissingTableError(f"none of {', '.join(names)} was evaluated: run jobs.evaluate --evaluate.name {names[0]} first")
-    flat = [flatten(asdict(manifest.identity())) for manifest in manifests]
-    keys = dict.fromkeys(key for settings in flat for key in settings)
-    rows = {key: [settings.get(key) for settings in flat] for key in keys}
-    differing = {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
-    return Comparison(names=names, figures=figures, settings=differing)
+        since = f" since they were drawn anew ({', '.join(outdated)} are older)" if outdated else ""
+        raise MissingTableError(
+            f"none of {', '.join(names)} was evaluated{since}: run jobs.evaluate --evaluate.name {names[0]} first"
+        )
+    return Comparison(names=names, figures=figures, settings=settings, outdated=outdated)
 
 
-def _figures(dataset_uri: str, name: str, metric: str, seed: int) -> dict[str, Figure]:
-    """The figures of one metric, as its job wrote them, with intervals; none if it was not run."""
-    table = metric_table(dataset_uri, name, metric)
+def _differing(names: Sequence[str], settings: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The settings that are not the same for all tables that have any, by name: the values in the order of `names`."""
+    keys = dict.fromkeys(key for own in settings.values() for key in own)
+    differing = [key for key in keys if len({repr(own.get(key)) for own in settings.values()}) > 1]
+    return {key: [settings.get(name, {}).get(key) for name in names] for key in differing}
+
+
+def _read_json(table: Table, name: str) -> dict[str, Any] | None:
+    """What a metric's job wrote beside its table; None if it did not. Raises ValueError if that is damaged."""
     try:
-        values = json.loads(read_file(f"{table.uri}/{FIGURES}"))
+        content: dict[str, Any] = json.loads(read_file(f"{table.uri}/{name}"))
     except FileNotFoundError:
-        return {}
-    intervals = bootstrap(metric_class(metric), table, seed=seed)
-    return {figure: Figure(value, *intervals.get(figure, ())) for figure, value in values.items()}
+        return None
+    except ValueError as error:
+        raise ValueError(f"{table.uri}/{name} is damaged ({error}): run jobs.evaluate again, which writes it anew") from error
+    return content
 
 
 def bootstrap(metric: Any, table: Table, *, seed: int = 0) -> dict[str, tuple[float, float]]:

@@ -6,7 +6,7 @@ import zipfile
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,9 +20,11 @@ from pipelines.tables.chance import uniform
 from pipelines.tables.rejects import RowRefused
 from pipelines.tables.schema import IMAGES_PATH, Row
 from pipelines.tables.table import Table, absolute_uri
+from sana_model.files.redact import redact_values
 
 Config = TypeVar("Config", bound=FeatureConfig)
 ROWS_AT_ONCE = 1000
+SHORT_HASH = 16
 NEIGHBORS = 3
 """Of precision and recall, as published: a set needs more features than these."""
 
@@ -153,6 +155,15 @@ class FeatureMetric(Metric[Config]):
         else:
             real = TableFeatures(metric_table(table.dataset_uri, config.table_name, cls.name))
         return cls.compare(TableFeatures(table), real, config)
+
+    @classmethod
+    def figure_settings(cls, table: Table, config: Config) -> dict[str, Any]:
+        settings: dict[str, Any] = {"reference": config.reference, "max_features": config.max_features}
+        if not config.is_statistics:
+            pictures = metric_table(table.dataset_uri, config.table_name, cls.name)
+            settings["reference_fingerprint"] = pictures.require().fingerprint[:SHORT_HASH]
+        without_secrets: dict[str, Any] = redact_values(settings)
+        return without_secrets
 
 
 def frechet(drawn: FeatureSet, real: FeatureSet) -> float:

@@ -101,6 +101,11 @@ class Metric(ABC, Generic[Config]):
         return dict(zip(names, (sums / count).tolist(), strict=True)) if count else {}
 
     @classmethod
+    def figure_settings(cls, table: Table, config: Config) -> dict[str, Any]:
+        """What `summarize` goes by besides the table, in JSON's types; it is written beside the figures. By default nothing."""
+        return {}
+
+    @classmethod
     def scores(cls, table: Table) -> Iterator[tuple[str, str, float]]:
         """Figure, prompt and value of each picture, for the figures that are means over pictures: they get intervals.
 

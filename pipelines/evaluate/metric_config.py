@@ -7,6 +7,8 @@ from pipelines.stages.contract import Resources
 
 FIGURES = "metrics.json"
 """The file of a metric's figures, beside its table."""
+FIGURES_SETTINGS = "metrics_settings.json"
+"""The file of `Metric.figure_settings`, beside FIGURES."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.evaluate.metric import Metric, metric_table
-from pipelines.evaluate.metric_config import FIGURES, MetricConfig
+from pipelines.evaluate.metric_config import FIGURES, FIGURES_SETTINGS, MetricConfig
 from pipelines.evaluate.pictures import Pictures
 from pipelines.evaluate.registry import metric_class
 from pipelines.stages.contract import OnProgress, ShardOutput, StageResult
@@ -54,10 +54,16 @@ def run_metric(
 
 
 def write_figures(table: Table, metric: str, config: MetricConfig, *, lease: LeaseConfig = DEFAULT_LEASE) -> dict[str, float]:
-    """Compute a metric's figures over its finished table, write them beside it as FIGURES, and return them."""
-    figures = metric_class(metric).summarize(table, config)
+    """Compute a metric's figures over its finished table, write them beside it as FIGURES, and return them.
+
+    What they depend on besides the table is written as FIGURES_SETTINGS.
+    """
+    kind = metric_class(metric)
+    figures = kind.summarize(table, config)
     with Leases(lease) as leases:
-        table.write_file(FIGURES, (json.dumps(figures, indent=2) + "\n").encode(), ticket=leases.take(table.uri).ticket)
+        ticket = leases.take(table.uri).ticket
+        for name, content in ((FIGURES_SETTINGS, kind.figure_settings(table, config)), (FIGURES, figures)):
+            table.write_file(name, (json.dumps(content, indent=2) + "\n").encode(), ticket=ticket)
     return figures
 
 

@@ -52,13 +52,20 @@ def comparison_page(dataset_uri: str, comparison: Comparison, pairs: Sequence[Pa
         "about": "The same prompts, drawn in different ways: what the metrics say, and what one sees.",
         "dataset_uri": dataset_uri,
         "facts": {"Tables": len(comparison.names), "Made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")},
-        "notice": "",
+        "notice": outdated_note(comparison),
         "origin": "",
     }
     settings = [[name, *values] for name, values in comparison.settings.items()]
     return render(
         "comparison.html.jinja", head=head, names=comparison.names, columns=columns, rows=rows, settings=settings, pairs=pairs
     )
+
+
+def outdated_note(comparison: Comparison) -> str:
+    """Which evaluations are left out, and what to do; empty if none is."""
+    if not comparison.outdated:
+        return ""
+    return f"left out, because their pictures were drawn anew since: {', '.join(comparison.outdated)}; run jobs.evaluate again"
 
 
 def vote_page(names: Sequence[str], pairs: Sequence[Pair]) -> str:

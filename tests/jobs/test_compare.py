@@ -11,7 +11,7 @@ import pytest
 
 from jobs import compare
 from jobs.common.exit_codes import ExitCode
-from pipelines.evaluate.compare import FIGURES, PUBLISHED, bootstrap, compare_samples
+from pipelines.evaluate.compare import FIGURES, FIGURES_SETTINGS, PUBLISHED, bootstrap, compare_samples
 from pipelines.evaluate.dpg.config import DpgConfig
 from pipelines.evaluate.dpg.questions import ScoreSums
 from pipelines.evaluate.geneval.config import GenEvalConfig
@@ -41,6 +41,8 @@ def dataset(tmp_path: Path) -> str:
 
 def write_scores(uri: str, name: str, scores: list[tuple[str, float]], *, shards: int = 1) -> Table:
     table = metric_table(uri, name, "clip_score")
+    drawn = Table(uri, f"samples/{name}", SAMPLES).read_manifest()
+    table.claim(Identity("evaluate", {}, {}, {} if drawn is None else {f"samples/{name}": drawn.fingerprint}))
     for shard, part in enumerate(np.array_split(np.arange(len(scores)), shards)):
         rows = [{"id": f"{at:06d}", "prompt": scores[at][0], "clip_score": scores[at][1]} for at in part]
         table.write_shard(f"{shard:05d}", pa.Table.from_pylist(rows, table.schema))
@@ -69,6 +71,25 @@ def test_a_page_a_table_and_a_vote(dataset: str, capsys: pytest.CaptureFixture[s
     assert len(content) == 6 and content[5]["prompt"] == "</script><b>5 | 6"
     assert all(len(entry["pictures"]) == 2 and entry["pictures"][0].startswith("data:image/png") for entry in content)
     assert "night" in capsys.readouterr().out
+
+
+def test_tables_that_were_judged_differently_are_told_and_figures_of_earlier_pictures_left_out(
+    dataset: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, reference in zip(NAMES, ("mine", "yours"), strict=True):
+        settings = json.dumps({"reference": reference, "max_features": 10}).encode()
+        metric_table(dataset, name, "clip_score").write_file(FIGURES_SETTINGS, settings)
+    differing = compare_samples(dataset, NAMES).settings
+    assert dict(differing) == {"config.guidance_scale": [4.5, 5.5], "clip_score.figures.reference": ["mine", "yours"]}
+    night = Table(dataset, "samples/night", SAMPLES)
+    night.write_manifest(replace(night.require(), fingerprint="another"))
+    assert compare.main(["--dataset_uri", dataset, "--names", "[night, day]"]) == ExitCode.DONE
+    told = "their pictures were drawn anew since: evaluations/night/clip_score; run jobs.evaluate again"
+    assert told in capsys.readouterr().out and told in Path(dataset, "comparisons/night-day/index.html").read_text()
+    assert set(compare_samples(dataset, NAMES).figures["clip_score"]) == {"day"}
+    metric_table(dataset, "day", "clip_score").write_file(FIGURES, b"{")
+    with pytest.raises(ValueError, match=r"clip_score/metrics\.json is damaged .*: run jobs\.evaluate again"):
+        compare_samples(dataset, NAMES)
 
 
 def test_intervals_are_by_prompts_and_depend_on_no_shard(tmp_path: Path) -> None:

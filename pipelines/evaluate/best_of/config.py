@@ -34,9 +34,10 @@ class BestOfConfig(MetricsConfig):
     def __post_init__(self) -> None:
         check_folder_name("name", self.name)
         super().__post_init__()
-        if self.judge not in JUDGES:
-            why = "compares sets of pictures" if self.judge in METRICS else "is no metric"
-            raise ValueError(f"judge={self.judge} {why}: take one of {', '.join(JUDGES)}")
+        for setting, name in [("judge", self.judge), *(("metrics", name) for name in self.metrics)]:
+            if name not in JUDGES:
+                why = "judges no single picture" if name in METRICS else "is no metric"
+                raise ValueError(f"{setting}: {name} {why}: take one of {', '.join(JUDGES)}")
         if self.keep < 1:
             raise ValueError(f"keep={self.keep} must be at least 1")
 

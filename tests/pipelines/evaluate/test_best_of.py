@@ -67,9 +67,11 @@ def test_every_judge_ranks_a_picture(judge: str) -> None:
 def test_metrics_of_sets_rank_no_picture_and_are_refused_as_judges() -> None:
     for name in set(METRICS) - set(JUDGES):
         assert metric_class(name).rank({}) == ()
-        with pytest.raises(ValueError, match=f"judge={name} compares sets of pictures: take one of clip_score"):
+        with pytest.raises(ValueError, match=f"judge: {name} judges no single picture: take one of clip_score"):
             BestOfConfig(name="x", judge=name)
-    with pytest.raises(ValueError, match="judge=clip is no metric"):
+        with pytest.raises(ValueError, match=f"metrics: {name} judges no single picture"):
+            BestOfConfig(name="x", metrics=("shapes", name))
+    with pytest.raises(ValueError, match="judge: clip is no metric"):
         BestOfConfig(name="x", judge="clip")
     for config, candidates, told in [
         (BestOfConfig(name="x", keep=4), 3, "keep=4 of sample.images_per_prompt=3: draw more"),
