@@ -121,7 +121,8 @@ def _read_json(table: Table, name: str) -> dict[str, Any] | None:
 def bootstrap(metric: Any, table: Table, *, seed: int = 0) -> dict[str, tuple[float, float]]:
     """The 95 % intervals of those of a metric's figures that are means over pictures, or means of such, by prompts.
 
-    They are those of `Metric.scores` and `Metric.means_of`; the prompts of each are drawn by themselves.
+    They are those of `Metric.scores` and `Metric.means_of`; the prompts of each are drawn by themselves. A figure over a single
+    prompt has none: nothing tells how much prompts differ.
     """
     sums: dict[str, dict[str, list[float]]] = {}
     for figure, prompt, value in metric.scores(table):
@@ -134,8 +135,12 @@ def bootstrap(metric: Any, table: Table, *, seed: int = 0) -> dict[str, tuple[fl
         generator = np.random.default_rng([seed, zlib.crc32(figure.encode())])
         drawn = [totals[generator.integers(0, len(totals), len(totals))].sum(0) for _ in range(NUM_RESAMPLES)]
         means[figure] = np.array([total / count for total, count in drawn])
-    means |= {mean: np.mean([means[name] for name in names], 0) for mean, names in metric.means_of(means).items() if names}
-    ends = {figure: np.percentile(drawn, [2.5, 97.5]) for figure, drawn in means.items()}
+    single = {figure for figure, by_prompt in sums.items() if len(by_prompt) < 2}
+    for mean, names in metric.means_of(means).items():
+        if names:
+            means[mean] = np.mean([means[name] for name in names], 0)
+            single |= {mean} if single.intersection(names) else set()
+    ends = {figure: np.percentile(drawn, [2.5, 97.5]) for figure, drawn in means.items() if figure not in single}
     return {figure: (float(low), float(high)) for figure, (low, high) in ends.items()}
 
 

@@ -55,7 +55,9 @@ def comparison_page(dataset_uri: str, comparison: Comparison, pairs: Sequence[Pa
         "notice": outdated_note(comparison),
         "origin": "",
     }
-    settings = [[name, *values] for name, values in comparison.settings.items()]
+    settings = [
+        [name, *("" if value is None else str(value) for value in values)] for name, values in comparison.settings.items()
+    ]
     return render(
         "comparison.html.jinja", head=head, names=comparison.names, columns=columns, rows=rows, settings=settings, pairs=pairs
     )

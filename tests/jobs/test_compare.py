@@ -104,6 +104,7 @@ def test_intervals_are_by_prompts_and_depend_on_no_shard(tmp_path: Path) -> None
     assert once == pytest.approx(often, abs=1e-4)
     mean, error = np.mean([*scores.values()]), 1.96 * np.std([*scores.values()]) / 10
     assert once == pytest.approx((mean - error, mean + error), abs=0.2)
+    assert bootstrap(metric, write_scores(str(tmp_path), "single", [("one prompt", 20.0), ("one prompt", 30.0)])) == {}
 
 
 def test_the_score_of_geneval_has_the_interval_of_a_mean_over_tasks_whose_prompts_are_others(tmp_path: Path) -> None:
