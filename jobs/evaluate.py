@@ -67,9 +67,14 @@ def _run_metric(job: EvaluateJob, metric: str, config: "MetricConfig", shared: L
     check_local(job, section)
     kind = metric_class(metric)
     reference = kind.reference(job.dataset_uri, config)
-    if reference is not None:
-        judge_pictures(job, reference, metric, config, section=section)
     drawn = sampled_pictures(job.dataset_uri, job.evaluate.name)
+    if reference is not None:
+        if reference.name == drawn.name:
+            raise ValueError(
+                f"evaluate.name={drawn.name} is the name of the reference too, whose features would stand in the same table: "
+                f"give {section}.reference_name"
+            )
+        judge_pictures(job, reference, metric, config, section=section)
     result = judge_pictures(job, drawn, metric, config, shared=shared, section=section)
     figures = write_figures(result.table, metric, config, lease=job.lease)
     html = evaluation_report(job.dataset_uri, drawn, metric, figures, reference=reference)

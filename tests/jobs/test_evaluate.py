@@ -74,6 +74,13 @@ def test_a_metric_that_fails_stops_no_other_and_decides_the_exit_code(
     (tmp_path / "real").mkdir()
     for row in rows[:4]:
         (tmp_path / f"real/{row['id']}.png").write_bytes(row["image_bytes"])
+    (tmp_path / "real").rename(tmp_path / "night")
+    namesake = CmmdConfig(model="zoo://clip", reference=f"{uri}/night")
+    with pytest.raises(ValueError, match=r"name of the reference too.*give evaluate\.cmmd\.reference_name"):
+        evaluate.run(
+            evaluate.EvaluateJob(dataset_uri=uri, evaluate=EvaluateConfig(name="night", metrics=("cmmd",), cmmd=namesake))
+        )
+    (tmp_path / "night").rename(tmp_path / "real")
     mended = EvaluateConfig(
         name="night",
         metrics=("clip_score", "cmmd", "shapes"),
