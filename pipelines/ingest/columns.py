@@ -30,14 +30,21 @@ def unique_schema(schema: pa.Schema) -> pa.Schema:
 def find_column(
     schema: pa.Schema, given: str | None, names: tuple[str, ...], fits: Callable[[pa.DataType], bool]
 ) -> str | None:
-    """Find the given column, or the first of `names` (in any case), whose type `fits`; None if there is none.
+    """The first of `find_columns`; None if there is none."""
+    return next(iter(find_columns(schema, given, names, fits)), None)
+
+
+def find_columns(
+    schema: pa.Schema, given: str | None, names: tuple[str, ...], fits: Callable[[pa.DataType], bool]
+) -> list[str]:
+    """Find the given column, or those of `names` (in any case, in this order), whose type `fits`.
 
     Args:
         schema: whose names are unique.
     """
     there = {given: given} if given in schema.names else {name.lower(): name for name in schema.names}
     wanted = [there[name] for name in ((given,) if given else [name.lower() for name in names]) if name in there]
-    return next((name for name in wanted if fits(schema.field(name).type)), None)
+    return [name for name in dict.fromkeys(wanted) if fits(schema.field(name).type)]
 
 
 def holds_images(kind: pa.DataType) -> bool:

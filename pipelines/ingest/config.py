@@ -75,8 +75,8 @@ class IngestConfig:
         source_kind: which files to take where there are several kinds; auto: the kind that is there.
         image_column: of Parquet files; found by its name unless given.
         caption_column: of Parquet files and lists; found by its name, one of `caption_keys`, unless given.
-        caption_keys: names, in any case, of JSON keys and columns that hold captions; the first that is there is used. Where it
-            holds a list of texts, the first text is the caption, and the metadata keeps the whole list.
+        caption_keys: names, in any case, of JSON keys and columns that hold captions; of each row the first that is not empty
+            is used. Where it holds a list of texts, the first text is the caption, and the metadata keeps the whole list.
         url_column: of lists; found by its name unless given. Columns beside these become the images' metadata.
         base_uri: what the keys of a list are relative to; the folder of the list unless given. A list may name any file below
             these two folders, and no other of this machine.

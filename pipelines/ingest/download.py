@@ -16,7 +16,7 @@ from pipelines.ingest.config import DownloadConfig
 from pipelines.ingest.memory import SHARD_FULL, Memory
 from pipelines.ingest.names import DATA, decode_data, find_allowed
 from pipelines.ingest.sources import Source
-from pipelines.ingest.web import PASSING_REASONS, PRIVATE_ADDRESS, FetchError, WebDownloads
+from pipelines.ingest.web import NO_SUCH_HOST, PASSING_REASONS, PRIVATE_ADDRESS, SILENT_HOST, FetchError, WebDownloads
 from pipelines.storage.errors import StorageError
 from pipelines.storage.objects import read_object
 from pipelines.storage.retry import call
@@ -30,7 +30,8 @@ NUM_THREADS = 16
 
 def retryable_reasons(config: DownloadConfig) -> set[str]:
     """Reject reasons of downloads that may succeed at another time, or with these settings."""
-    return PASSING_REASONS | {SHARD_FULL} | ({PRIVATE_ADDRESS} if config.allow_private else set())
+    passing = PASSING_REASONS | {NO_SUCH_HOST, SILENT_HOST, SHARD_FULL}
+    return passing | ({PRIVATE_ADDRESS} if config.allow_private else set())
 
 
 def fetch_named(source: Source, named: Sequence[tuple[str, str]]) -> list[bytes | RowRefused]:
@@ -52,9 +53,10 @@ def fetch_named(source: Source, named: Sequence[tuple[str, str]]) -> list[bytes 
 def fetch_all(uris: Sequence[str], config: DownloadConfig, max_bytes: int, max_total: int) -> list[bytes | RowRefused]:
     """Fetch the content of each URI. Return it, or the reason why it could not be fetched, in the order of `uris`.
 
-    Reasons: http_<status>, timeout, download_failed, too_many_redirects, too_many_bytes, robots_tag, bad_url, private_address,
-    unsupported_encoding; for keys of a file system missing_source, too_many_bytes, unreadable, bad_url, and download_failed
-    where it cannot be connected to; shard_full for what comes when all contents together have more than `max_total` bytes.
+    Reasons: http_<status>, timeout, download_failed, no_such_host, silent_host, too_many_redirects, too_many_bytes, robots_tag,
+    bad_url, private_address, unsupported_encoding; for keys of a file system missing_source, too_many_bytes, unreadable,
+    bad_url, and download_failed where it cannot be connected to; shard_full for what comes when all contents together have more
+    than `max_total` bytes.
 
     Raises StorageError if a file system does not answer.
     """

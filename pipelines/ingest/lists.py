@@ -11,11 +11,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import chain, islice
+from itertools import islice
 
 import pyarrow as pa
 
-from pipelines.ingest.columns import URL_COLUMNS, find_column, holds_captions, is_binary
+from pipelines.ingest.columns import URL_COLUMNS, find_column, find_columns, holds_captions, is_binary
 from pipelines.ingest.download import fetch_named
 from pipelines.ingest.image_names import without_query
 from pipelines.ingest.names import DATA
@@ -36,6 +36,7 @@ from pipelines.tables.text import clean
 
 COPIES = "_lists"  # folder of the copies, in that of the images
 PIECE_ROWS = 100_000
+MAX_PIECE_BYTES = 2**31
 ROW_GROUP = 1000  # about the rows of a shard
 LIST_ROWS = pa.schema(
     [
@@ -52,7 +53,7 @@ def copy_list(source: Source, part: Part, ticket: Ticket | None = None) -> int:
     """Copy a list into the dataset; returns its number of rows.
 
     Raises:
-        ValueError: it cannot be read, or has no column of URLs.
+        ValueError: it cannot be read, has no column of URLs, or holds whole images, and too many.
     """
     uri = source.uri_of(part.path)
     rows = _read_list(source, part.path)
@@ -63,6 +64,11 @@ def copy_list(source: Source, part: Part, ticket: Ticket | None = None) -> int:
             while group:
                 groups.append(pa.Table.from_pylist(group, LIST_ROWS))
                 count += len(group)
+                if sum(table.nbytes for table in groups) > MAX_PIECE_BYTES:
+                    raise ValueError(
+                        f"{uri}: {PIECE_ROWS} rows, or fewer, hold over {MAX_PIECE_BYTES} bytes: a list names images; put "
+                        "those of data: URLs into files, tars or a Parquet column of bytes"
+                    )
                 group = list(islice(rows, min(ROW_GROUP, -count % PIECE_ROWS)))
             copied = write_sealed(pa.concat_tables(groups), ROW_GROUP, folder=COPIES, name=name)
             if ticket is not None:
@@ -180,22 +186,23 @@ def _read_list(source: Source, path: str) -> Iterator[Row]:
         if without_query(path).lower().endswith(".parquet"):
             table = TableFile(file)
             schema = table.schema
-            url_column, caption_column = _find_columns(schema, source, path)
+            url_column, caption_columns = _find_columns(schema, source, path)
             names = [field.name for field in schema if not is_binary(field.type)]
-            names += [name for name in (url_column, caption_column) if name and name not in names]
+            names += [name for name in (url_column, *caption_columns) if name not in names]
             records = ((row, errors) for _, row, errors in table.iter_rows(names, 0, None, batch=ROW_GROUP))
         else:
-            rows = read_table(file, without_query(path), source.text_encoding)
-            first = list(islice(rows, ROW_GROUP))
-            if not first:
+            with open_file(source.uri_of(path)) as first:  # read twice: the rows themselves may be large
+                schema, problem = _schema_of(read_table(first, without_query(path), source.text_encoding))
+            if not schema.names and problem is None:
                 return
-            url_column, caption_column = _find_columns(_schema_of(first), source, path)
-            records = ((row, row.pop(VALUE_ERRORS, {})) for row in chain(first, rows))
+            url_column, caption_columns = _find_columns(schema, source, path, problem)
+            rows = read_table(file, without_query(path), source.text_encoding)
+            records = ((row, row.pop(VALUE_ERRORS, {})) for row in rows)
         for record, errors in records:
-            yield _read_record(source, record, errors, url_column, caption_column)
+            yield _read_record(source, record, errors, url_column, caption_columns)
 
 
-def _read_record(source: Source, record: Row, errors: ValueErrors, url_column: str, caption_column: str | None) -> Row:
+def _read_record(source: Source, record: Row, errors: ValueErrors, url_column: str, caption_columns: Sequence[str]) -> Row:
     """A row of LIST_ROWS from a row of a list, and the errors of its values."""
     max_bytes = source.max_text_bytes
     urls = record.pop(url_column, None)
@@ -206,19 +213,25 @@ def _read_record(source: Source, record: Row, errors: ValueErrors, url_column: s
     if url and len(url) > (limit := MAX_LINE if url[: len(DATA)].lower() == DATA else max_bytes):
         errors = errors | {url_column: f"{len(url)} characters, over {limit}"}
         url = None
-    found = take_caption(record, caption_column, max_bytes, source.text_encoding)
+    found = take_caption(record, caption_columns, max_bytes, source.text_encoding)
     not_taken = found["not_taken"]
     for column in errors.keys() - {url_column, LIST_ERROR}:
-        not_taken[UNKNOWN_ENCODING if column == caption_column else BAD_VALUE] += 1
+        not_taken[UNKNOWN_ENCODING if column in caption_columns else BAD_VALUE] += 1
     metadata = to_json(record | ({VALUE_ERRORS: errors} if errors else {}), max_bytes)
     return {"url": url, **found, "metadata": metadata}
 
 
-def _schema_of(records: list[Row]) -> pa.Schema:
-    """The schema of some records: all keys whose value is text, null or a list, in any of them. Records may have different
-    keys."""
+def _schema_of(records: Iterable[Row]) -> tuple[pa.Schema, str | None]:
+    """The schema of the first records: all keys whose value is text, null or a list, in any of them, for records may have
+    different keys. And why one of the lines before them is no record, if so."""
     keys: dict[str, pa.DataType] = {}
+    problem: str | None = None
+    count = 0
     for record in records:
+        problem = problem or record.get(LIST_ERROR)
+        count += LIST_ERROR not in record
+        if count > ROW_GROUP:
+            break
         for name, value in record.items():
             if value is None or isinstance(value, str):
                 keys[name] = pa.string()
@@ -226,20 +239,23 @@ def _schema_of(records: list[Row]) -> pa.Schema:
                 keys.setdefault(name, pa.list_(pa.string()))
     keys.pop(LIST_ERROR, None)
     keys.pop(VALUE_ERRORS, None)
-    return pa.schema([(name, kind) for name, kind in keys.items() if name.encode(errors="replace").decode() == name])
+    names = [(name, kind) for name, kind in keys.items() if name.encode(errors="replace").decode() == name]
+    return pa.schema(names), problem
 
 
-def _find_columns(schema: pa.Schema, source: Source, path: str) -> tuple[str, str | None]:
-    """Find the column of URLs, and the column of captions if there is one. Raises ValueError if a column is missing."""
+def _find_columns(schema: pa.Schema, source: Source, path: str, problem: str | None = None) -> tuple[str, list[str]]:
+    """Find the column of URLs, and those that may hold captions. Raises ValueError if a column is missing; `problem`: of the
+    first line that could not be read, if there is one."""
     url_column = find_column(schema, source.url_column, URL_COLUMNS, holds_captions)
-    caption_column = find_column(schema, source.caption_column, source.caption_keys, holds_captions)
+    caption_columns = find_columns(schema, source.caption_column, source.caption_keys, holds_captions)
     uri, there = source.uri_of(path), ", ".join(schema.names)
     if url_column is None:
         wanted = source.url_column or " or ".join(URL_COLUMNS)
-        raise ValueError(f"{uri} has no column of URLs named {wanted}: set url_column. There are: {there}")
-    if source.caption_column and caption_column is None:
+        also = f". A line could not be read: {problem}" if problem else ""
+        raise ValueError(f"{uri} has no column of URLs named {wanted}: set url_column. There are: {there or 'none'}{also}")
+    if source.caption_column and not caption_columns:
         raise ValueError(f"{uri} has no column of text named caption_column={source.caption_column!r}. There are: {there}")
-    return url_column, caption_column
+    return url_column, [name for name in caption_columns if name != url_column]
 
 
 def _text(value: object) -> str | None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from itertools import groupby, islice
 from typing import Any, BinaryIO
 
-from pipelines.ingest.columns import IMAGE_COLUMNS, find_column, holds_captions, holds_images, is_binary
+from pipelines.ingest.columns import IMAGE_COLUMNS, find_column, find_columns, holds_captions, holds_images, is_binary
 from pipelines.ingest.download import fetch_named
 from pipelines.ingest.not_taken import BAD_VALUE, BINARY_COLUMN, UNKNOWN_ENCODING
 from pipelines.ingest.parquet_rows import TableFile
@@ -21,21 +21,21 @@ FETCHED_AT_ONCE = 64  # images whose rows hold a path
 BATCH = 4  # rows decoded at once: an image may have many megabytes, and larger batches are hardly faster
 
 
-def open_images(file: BinaryIO, source: Source, part: Part) -> tuple[TableFile, str, str | None]:
-    """A file with images, its image column, and its caption column if there is one.
+def open_images(file: BinaryIO, source: Source, part: Part) -> tuple[TableFile, str, list[str]]:
+    """A file with images, its image column, and the columns that may hold a row's caption.
 
     Raises as `TableFile`; ValueError if a column is missing.
     """
     table = TableFile(file)
     image = find_column(table.schema, source.image_column, IMAGE_COLUMNS, holds_images)
-    caption = find_column(table.schema, source.caption_column, source.caption_keys, holds_captions)
+    captions = find_columns(table.schema, source.caption_column, source.caption_keys, holds_captions)
     uri, there = source.uri_of(part.path), ", ".join(f"{field.name} ({field.type})" for field in table.schema)
     if image is None:
         names = source.image_column or " or ".join(IMAGE_COLUMNS)
         raise ValueError(f"{uri} has no column of image bytes named {names}: set image_column. There are: {there}")
-    if source.caption_column and caption is None:
+    if source.caption_column and not captions:
         raise ValueError(f"{uri} has no column of text named caption_column={source.caption_column!r}. There are: {there}")
-    return table, image, caption
+    return table, image, [name for name in captions if name != image]
 
 
 def read_parquet(source: Source, part: Part) -> Iterator[Row]:
@@ -57,17 +57,17 @@ def _read_cells(source: Source, part: Part) -> Iterator[tuple[bytes | str | RowR
     """For each row of a part its image: bytes, a path, or why there is none; and the rest of the row."""
     uri = source.uri_of(part.path)
     with open_file(uri) as file:
-        table, image_column, caption_column = open_images(file, source, part)
+        table, image_column, caption_columns = open_images(file, source, part)
         columns = [field.name for field in table.schema if not is_binary(field.type)]
-        columns += [name for name in (image_column, caption_column) if name and name not in columns]
+        columns += [name for name in (image_column, *caption_columns) if name not in columns]
         bytes_beside = len(table.schema) - len(columns)
         not_taken = Counter({BINARY_COLUMN: bytes_beside} if bytes_beside and part.start == 0 else {})
         for index, row, errors in table.iter_rows(columns, part.start, part.stop, batch=BATCH):
             content = _content_of(row.pop(image_column), errors.get(image_column), source.max_bytes)
-            found = take_caption(row, caption_column, source.max_text_bytes, source.text_encoding)
+            found = take_caption(row, caption_columns, source.max_text_bytes, source.text_encoding)
             not_taken.update(found["not_taken"])
             for column in errors.keys() - {image_column}:
-                not_taken[UNKNOWN_ENCODING if column == caption_column else BAD_VALUE] += 1
+                not_taken[UNKNOWN_ENCODING if column in caption_columns else BAD_VALUE] += 1
             metadata = to_json(row | ({VALUE_ERRORS: errors} if errors else {}), source.max_text_bytes)
             yield content, found | {"metadata": metadata, "not_taken": not_taken, "source_uri": f"{uri}#{index}"}
             not_taken = Counter()

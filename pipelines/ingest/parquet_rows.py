@@ -17,6 +17,8 @@ from pipelines.tables.schema import Row
 
 ROWS_PER_BYTE = 8  # of a file: a footer that claims more rows is wrong, or made to do harm
 BATCH_BYTES = 2**26  # of a column, decoded at once
+UNPACKED_BYTES, UNPACKED_RATIO = 2**28, 200
+"""A row group may unpack to so many bytes, or to so many times the size of its file, whichever is more."""
 PROBE_ROWS = 2**16
 PROBE_BYTES = 2**20  # read at once: a dictionary is at the beginning of its column
 
@@ -31,7 +33,7 @@ class TableFile:
     """
 
     def __init__(self, file: BinaryIO):
-        self.file, size = file, file.seek(0, io.SEEK_END)
+        self.file, self.size = file, file.seek(0, io.SEEK_END)
         with naming_damage():
             self.parquet = pq.ParquetFile(file)
             self.names = self.parquet.schema_arrow.names
@@ -41,8 +43,8 @@ class TableFile:
             self.group_rows = [self.parquet.metadata.row_group(group).num_rows for group in groups]
             self.num_rows = self.parquet.metadata.num_rows
         is_wrong = self.num_rows != sum(self.group_rows) or min(self.group_rows, default=0) < 0
-        if is_wrong or self.num_rows > ROWS_PER_BYTE * size:
-            raise pa.ArrowInvalid(f"its footer claims {self.num_rows} rows, in {size} bytes")
+        if is_wrong or self.num_rows > ROWS_PER_BYTE * self.size:
+            raise pa.ArrowInvalid(f"its footer claims {self.num_rows} rows, in {self.size} bytes")
 
     def iter_rows(
         self, columns: Sequence[str], start: int, stop: int | None, *, batch: int
@@ -111,6 +113,8 @@ class TableFile:
     def _fitting_batch(self, group: int, asked: Sequence[str], batch: int) -> int:
         """The number of rows that are decoded at once, so that a large value that comes often fills no memory."""
         row_group = self.parquet.metadata.row_group(group)
+        if row_group.total_byte_size > max(UNPACKED_BYTES, UNPACKED_RATIO * self.size):
+            raise pa.ArrowInvalid(f"{self.size} bytes unpack to {row_group.total_byte_size}: made to do harm")
         if row_group.total_byte_size * batch <= BATCH_BYTES:
             return batch
         longest = 1

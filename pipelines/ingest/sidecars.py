@@ -57,7 +57,7 @@ def read_sidecars(
         else:
             found = {"caption": texts[ending], "caption_key": ending}
     if not found["caption"]:
-        found = take_caption(metadata, find_caption(metadata, caption_keys), max_bytes, encoding)
+        found = take_caption(metadata, find_captions(metadata, caption_keys), max_bytes, encoding)
         not_taken += found["not_taken"]
         named = {name.lower() for name, value in metadata.items() if isinstance(value, dict | list) and value}
         if found["caption_key"] is None and not found["not_taken"] and named & {key.lower() for key in caption_keys}:
@@ -120,12 +120,12 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> Row:
     return found
 
 
-def find_caption(metadata: Row, caption_keys: Sequence[str]) -> str | None:
-    """The key of an object that holds its caption: the first of `caption_keys`, in any case, with a text or a list of texts."""
+def find_captions(metadata: Row, caption_keys: Sequence[str]) -> list[str]:
+    """The keys of an object that may hold its caption: those of `caption_keys`, in any case, with a text or a list of texts."""
     there = {name.lower(): name for name in reversed(metadata)}
     there |= {name: name for name in metadata}
     named = [there[key] for key in (name if name in there else name.lower() for name in caption_keys) if key in there]
-    return next((name for name in named if _holds_captions(metadata[name])), None)
+    return [name for name in named if _holds_captions(metadata[name])]
 
 
 def _holds_captions(value: object) -> bool:
@@ -133,16 +133,23 @@ def _holds_captions(value: object) -> bool:
     return all(isinstance(text, str) for text in texts)
 
 
-def take_caption(row: Row, key: str | None, max_bytes: int, encoding: str | None) -> Row:
+def _has_text(value: object) -> bool:
+    """Whether there is something to be seen in a text, in a list of texts, or in texts as bytes."""
+    texts = value if isinstance(value, list) else [value]
+    return any(bool(text.strip()) if isinstance(text, bytes) else isinstance(text, str) and clean(text) for text in texts)
+
+
+def take_caption(row: Row, keys: Sequence[str], max_bytes: int, encoding: str | None) -> Row:
     """Take the caption out of a row, as `caption` and `caption_key`. Of a list of captions it is the first; the list stays.
 
     Texts as bytes are decoded. One in an unknown encoding, or a larger one, is none, and counted in `not_taken`.
 
     Args:
-        key: where the caption is; None: the row has none.
+        keys: where the caption may be; the first that is not empty has it.
         max_bytes: of a text.
         encoding: as in `decode_caption`.
     """
+    key = next((key for key in keys if _has_text(row.get(key))), next(iter(keys), None))
     value = row.pop(key, None) if key else None
     if key and value is not None and not isinstance(value, str | bytes | list):
         row[key] = value
@@ -171,7 +178,7 @@ def to_json(metadata: Mapping[str, Any], max_bytes: int) -> str | None:
     A value that is nested deeper than MAX_DEPTH becomes a text that says so: it could be written, and not read again. So do
     the largest values, if all together have more than `max_bytes`.
     """
-    present = {name: value for name, value in metadata.items() if value is not None}
+    present = {name: _fitting(name, value, max_bytes) for name, value in metadata.items() if value is not None}
     try:
         content = _write_json(present)
     except RecursionError:
@@ -183,6 +190,16 @@ def to_json(metadata: Mapping[str, Any], max_bytes: int) -> str | None:
     return content if present else None
 
 
+def _fitting(name: str, value: Any, max_bytes: int) -> Any:
+    """A value, unless it is a text that is larger than all may be together: writing it takes several times its size."""
+    is_large = isinstance(value, str) and len(value) > max_bytes
+    return _left_out(len(name) + len(value) + 2) if is_large else value
+
+
+def _left_out(size: int) -> str:
+    return f"<{size} bytes, left out>"
+
+
 def _without_largest(values: Row, max_bytes: int) -> Row:
     sizes = {name: len(name) + len(json.dumps(value)) for name, value in values.items()}
     kept: Row = {}
@@ -191,7 +208,7 @@ def _without_largest(values: Row, max_bytes: int) -> Row:
         if max_bytes < 0:
             break  # even the names are too much
         is_small = sizes[name] <= max_bytes
-        kept[name] = values[name] if is_small else f"<{sizes[name]} bytes, left out>"
+        kept[name] = values[name] if is_small else _left_out(sizes[name])
         max_bytes -= sizes[name] if is_small else 0
     return kept
 

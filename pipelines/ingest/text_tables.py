@@ -17,6 +17,8 @@ VALUE_ERRORS = "value_errors"  # key of a row in which values could not be read,
 MAX_LINE = 2**22  # characters: a row may hold a whole image, as a URL that begins with "data:"
 MAX_FIELD = 2**20  # characters of a field that goes over several lines
 LINE_ENDS = "\r\n"
+MAX_COLUMNS = 10_000  # of a table: a row that lacks them all tells so for each
+_EXCEL = re.compile(r"sep=(.)[\r\n]*$", re.IGNORECASE)  # a first line that Excel writes and obeys
 _OPENING = re.compile(r' *"')
 _QUOTED = re.compile(r'(?:[^"]|"")*+')  # what stands between the quotes of a field
 _ESCAPED = re.compile(r'(?:[^"\\]|\\.)*+', re.DOTALL)  # the same where a quote in it is \"
@@ -111,13 +113,19 @@ def read_csv(lines: Iterator[str | None], *, is_tsv: bool) -> Iterator[Row]:
     for line in source:
         if line is not None and not line.strip(LINE_ENDS):
             continue
+        if not names and line is not None and (told := _EXCEL.match(line)):
+            delimiter = told[1]
+            continue
         if not names and line is not None and delimiter not in line:
             delimiter = next((other for other in "\t;|" if other in line), delimiter)
         try:
             fields = _read_record(line, source, delimiter, len(names), is_tsv)
         except ValueError as error:
-            yield {LIST_ERROR: str(error)}
+            yield dict.fromkeys(names) | {LIST_ERROR: str(error)}
             continue
+        if not names and len(fields) > MAX_COLUMNS:
+            yield {LIST_ERROR: f"{len(fields)} columns, over {MAX_COLUMNS}"}
+            return
         if not names:
             names = unique_names(_decode_name(name).strip() for name in fields)
             continue

@@ -2,9 +2,11 @@
 
 import asyncio
 import re
+import socket
 import zlib
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from urllib.parse import quote, urljoin
 
@@ -21,6 +23,14 @@ from sana_model.files.retry import TRANSIENT_STATUS, Backoff, parse_retry_after
 PASSING_REASONS = {"download_failed", "timeout", *(f"http_{status}" for status in TRANSIENT_STATUS)}
 """Reasons of failures that may pass by themselves."""
 PRIVATE_ADDRESS = "private_address"
+NO_SUCH_HOST = "no_such_host"
+SILENT_HOST = "silent_host"
+NO_HOST_ERRORS = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
+"""What looking up a name that does not exist, or has no address, ends with. A resolver that fails ends with others."""
+CONNECT_SECONDS = 10.0
+"""Seconds that a connection may take, at most: three lost packets of its beginning are sent again in that time."""
+SILENT_ATTEMPTS, SILENT_SECONDS = 16, 15.0
+"""A host is silent if so many attempts in a row, of any of its URLs, over so many seconds got no answer at all."""
 LONGEST_WAIT = 60.0  # seconds between two attempts, even if the server asks for more
 CHUNK = 2**16
 UNCOUNTED = 2**20  # bytes of each download that need no reservation: most images are smaller
@@ -31,6 +41,7 @@ NOT_SENDABLE = re.compile(r"[^!-~]+")  # in a request's first line: spaces, cont
 OPT_OUTS = {"noai", "noimageai", "noindex", "noimageindex", "none"}
 RULES_WITH_VALUE = {"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"}
 AGENT = re.compile(r"[a-z*][\w.*-]*")
+MAX_CODINGS = 4
 UNKNOWN_CODINGS = {"br", "zstd", "compress", "x-compress", "dcb", "dcz"}
 IMAGE_HEADS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF")
 
@@ -43,6 +54,34 @@ class FetchError(RowRefused):
         self.retry_after = retry_after
 
 
+class Host:
+    """What is known of a host and port: whose turn it is, and whether it answers. Times are those of the event loop."""
+
+    def __init__(self, connections: int):
+        self.turn = asyncio.Semaphore(connections)
+        self.last_answer = self.silent_since = float("-inf")
+        self.unanswered = 0  # attempts in a row
+
+    def note_answer(self, now: float) -> None:
+        self.last_answer, self.unanswered = now, 0
+
+    def note_failure(self, begun: float) -> None:
+        """Note that an attempt failed; it counts if nothing was answered, to nobody, since it began."""
+        if self.last_answer < begun:
+            self.silent_since = self.silent_since if self.unanswered else begun
+            self.unanswered += 1
+
+    def check(self, now: float) -> None:
+        """Raise FetchError if the host is silent: not each of its URLs is waited for then."""
+        seconds = now - self.silent_since
+        if self.unanswered >= SILENT_ATTEMPTS and seconds >= SILENT_SECONDS:
+            raise FetchError(
+                SILENT_HOST,
+                f"no answer to the last {self.unanswered} attempts at this host, over {seconds:.0f} s: it was not asked for "
+                "this URL; --ingest.retry_rejects true asks again",
+            )
+
+
 class WebDownloads:
     """The downloads of one HTTP session. Each event loop needs an object of its own."""
 
@@ -53,12 +92,13 @@ class WebDownloads:
         """Fetch each URL: its content, or why there is none."""
         # These limits are ours and not the connector's, so that waiting for a turn does not count towards the timeout.
         self.turn = asyncio.Semaphore(self.config.connections)
-        self.turns_of_host: dict[str, asyncio.Semaphore] = defaultdict(
-            lambda: asyncio.Semaphore(self.config.connections_per_host)
-        )
+        self.hosts: dict[str, Host] = defaultdict(lambda: Host(self.config.connections_per_host))
+        self.loop = asyncio.get_running_loop()
+        # Names are looked up in threads. With fewer, what waits for its name would take time from downloads that could go on.
+        self.loop.set_default_executor(ThreadPoolExecutor(self.config.connections, "look up"))
         async with aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, socket_factory=None if self.config.allow_private else public_socket),
-            timeout=aiohttp.ClientTimeout(total=None),  # see `_fetch_once`
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),  # see `_fetch_once`
             headers={"User-Agent": self.config.user_agent, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"},
             cookie_jar=aiohttp.DummyCookieJar(),  # what one row's server says must not change another row's answer
             auto_decompress=False,  # we ask for no compression, and a few KB could unfold into gigabytes
@@ -80,35 +120,47 @@ class WebDownloads:
         except RowRefused as error:
             return error.bare()
 
-    async def _fetch_in_turn(self, url: URL, host: str) -> bytes:
-        async with self.turns_of_host[host], self.turn:
+    async def _fetch_in_turn(self, url: URL, name: str) -> bytes:
+        host = self.hosts[name]
+        async with host.turn, self.turn:
             self.memory.check()
-            content = await self._fetch_once(url)
+            host.check(self.loop.time())
+            content = await self._fetch_once(url, host)
             self.memory.keep(len(content))
             return content
 
-    async def _fetch_once(self, url: URL) -> bytes:
+    async def _fetch_once(self, url: URL, host: Host) -> bytes:
+        begun = self.loop.time()
         try:
             async with asyncio.timeout(self.config.timeout) as clock:
-                return await self._follow(url, clock)
+                return await self._follow(url, host, clock)
+        except aiohttp.ConnectionTimeoutError as error:
+            host.note_failure(begun)
+            raise FetchError("timeout", f"no connection within {CONNECT_SECONDS:g} s") from error
         except TimeoutError as error:
+            host.note_failure(begun)
             raise FetchError("timeout", f"nothing whole within {self.config.timeout:g} s") from error
         except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError, ValueError) as error:
             raise FetchError("bad_url", f"{type(error).__name__}: {error}") from error
         except aiohttp.ClientResponseError as error:  # its text has the first bytes of what came
             raise FetchError("download_failed", f"{type(error).__name__}: what came is no answer of HTTP") from error
         except (aiohttp.ClientError, OSError) as error:
-            if isinstance(getattr(error, "os_error", None), PrivateAddressError):
+            cause = getattr(error, "os_error", None)
+            if isinstance(cause, PrivateAddressError):
                 raise _private(url) from error
+            if isinstance(cause, socket.gaierror) and cause.errno in NO_HOST_ERRORS:
+                raise FetchError(NO_SUCH_HOST, f"{type(error).__name__}: {error}") from error
+            host.note_failure(begun)
             raise FetchError("download_failed", f"{type(error).__name__}: {error}") from error
 
-    async def _follow(self, url: URL, clock: asyncio.Timeout) -> bytes:
-        """Ask for a URL, and for those that it is redirected to."""
+    async def _follow(self, url: URL, host: Host, clock: asyncio.Timeout) -> bytes:
+        """Ask for a URL, whose host it tells of an answer, and for those that it is redirected to."""
         cookies: dict[str, str] = {}  # some servers send everybody away once, to see whether cookies come back
         for _ in range(self.config.max_redirects + 1):
             if not self.config.allow_private and is_spelled_private(url.raw_host or ""):
                 raise _private(url)
             async with self.session.get(url, allow_redirects=False, cookies=cookies) as response:
+                host.note_answer(self.loop.time())
                 location = response.headers.get("Location") or response.headers.get("URI")
                 if response.status not in REDIRECTS or not location:
                     self._check(response)
@@ -148,12 +200,12 @@ class WebDownloads:
     @asynccontextmanager
     async def _reserved(self, count: int, clock: asyncio.Timeout) -> AsyncIterator[None]:
         """Hold memory. The time of waiting for it does not count."""
-        loop, until = asyncio.get_running_loop(), clock.when()
+        until = clock.when()
         assert until is not None
-        left = until - loop.time()
+        left = until - self.loop.time()
         clock.reschedule(None)
         taken = await self.memory.take(count)
-        clock.reschedule(loop.time() + left)
+        clock.reschedule(self.loop.time() + left)
         try:
             yield
         finally:
@@ -203,6 +255,8 @@ def decompress(content: bytes, codings: Iterable[str], max_bytes: int) -> bytes:
     Raises FetchError: too_many_bytes, download_failed (it ends too early or is damaged), unsupported_encoding.
     """
     names = [name.strip().lower() for coding in codings for name in coding.split(",")]
+    if len(names) > MAX_CODINGS:
+        raise FetchError("unsupported_encoding", f"{len(names)} codings, one in another")
     for name in reversed(names):
         if content.startswith(IMAGE_HEADS):
             return content

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from pipelines.tables.rejects import RowRefused
+from pipelines.workers.whole import check_whole
 from sana_model.pixels import to_8_bits
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
@@ -132,6 +133,7 @@ def open_image(image_bytes: bytes, limits: ImageLimits | None = None) -> Image.I
         raise _unidentified(image_bytes) from error
     if limits is not None:
         _check_limits(*image.size, limits)
+        check_whole(image_bytes, image.format)
     if image.format in ("JPEG", "MPO"):
         _check_scans(image_bytes.count(b"\xff\xda"), image.width * image.height)
     return image

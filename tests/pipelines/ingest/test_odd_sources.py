@@ -381,6 +381,82 @@ NOTHING_VANISHES = {
         [(None, None), (None, "a photo")],
         {"files without an ending": 1, "files with other endings": 1},
     ),
+    "a caption that is empty, and another that is not": Case(
+        beside(b'{"caption": " \\u200b", "text": [""], "prompt": "real"}'),
+        [(None, "real")],
+        check=lambda rows: json.loads(rows[0]["metadata"]) == {"caption": " \u200b", "text": [""]},
+    ),
+    "captions in several columns of Parquet": Case(
+        parquet(image=[b"1", b"2", b"3"], caption=[None, "two", ""], text=["one", "zwei", None], prompt=[b"", b"", b"three"]),
+        [(None, "one"), (None, "two"), (None, "three")],
+    ),
+    "captions under several keys of JSON lines": Case(
+        text_list(
+            "jsonl", '{"url": "1.jpg", "caption": "one"}\n{"url": "2.jpg", "text": "two"}\n{"url": "3.jpg", "text": ""}\n'
+        ),
+        [(None, "one"), (None, "two"), (None, None)],
+        UNLISTED,
+        LIST,
+    ),
+    "a thousand broken lines before the first good one": Case(
+        text_list("csv", "url,text\n" + '1.jpg,"x"y\n' * 1001 + "2.jpg,two\n"),
+        [("no_url", None)] * 1001 + [(None, "two")],
+        UNLISTED,
+        LIST,
+    ),
+    "the line in which Excel names its delimiter": Case(
+        text_list("csv", "\ufeffsep=;\nurl;text\n1.jpg;one, two\n"), [(None, "one, two")], UNLISTED, LIST
+    ),
+    "old Macintosh line ends, and others within a caption": Case(
+        text_list("csv", "url,text\r1.jpg,o\u2028n\x0be\r2.jpg,two\r"),
+        [(None, "o\u2028n\x0be"), (None, "two")],
+        UNLISTED,
+        LIST,
+    ),
+    "JSON lines that are one array": Case(
+        text_list("jsonl", '[\n{"url": "1.jpg", "text": "one"},\n{"url": "2.jpg", "text": "two"}\n]\n'),
+        [("no_url", None), ("no_url", None), (None, "two"), ("no_url", None)],
+        UNLISTED,
+        LIST,
+    ),
+    "URLs of JSON lines that are no texts": Case(
+        text_list(
+            "jsonl", "".join(f'{{"url": {url}}}\n' for url in ('"1.jpg"', "5", "{}", "true", '""', "null", '"\\u0000"', "[[]]"))
+        ),
+        [(None, None)] + [("no_url", None)] * 7,
+        UNLISTED,
+        LIST,
+    ),
+    "folders that are named like images and side files": Case(
+        lambda folder: files(**{"a.jpg": IMAGE, "a.txt/b.jpg": OTHER, "c.jpg/d.jpg": IMAGE + b"d", "e.json/f.txt": b"lone"})(
+            folder
+        ),
+        [(None, None)] * 3,
+        {"side files without an image": 1},
+    ),
+    "names with line breaks, blanks and dashes": Case(
+        files(**{"a\nb.jpg": IMAGE, "a\nb.txt": b"cap", " .jpg": OTHER, " .txt": b"blank", "-rf.jpg": IMAGE + b"r"}),
+        [(None, "blank"), (None, None), (None, "cap")],
+    ),
+    "hard links in a tar in a circle, and to what comes later": Case(
+        tars(
+            a__tar=tar(
+                ("a.jpg", {"type": tarfile.LNKTYPE, "linkname": "b.jpg"}),
+                ("b.jpg", {"type": tarfile.LNKTYPE, "linkname": "a.jpg"}),
+                ("c.jpg", {"type": tarfile.LNKTYPE, "linkname": "d.jpg"}),
+                ("d.jpg", IMAGE),
+            )
+        ),
+        [("dead_link", None)] * 2 + [(None, None)] * 2,
+    ),
+    "files that are no tar": Case(
+        tars(a__tar=b"", b__tar=b"PK\3\4" + bytes(2000), c__tar=b"<html>" * 300, d__tar=GOOD_TAR),
+        [("unreadable", None)] * 3 + [(None, "good")],
+    ),
+    "files that are no Parquet": Case(
+        lambda folder: (files(**{"a.parquet": b"", "b.parquet": b"url,text\n"})(folder), parquet(image=[b"1"])(folder)),
+        [("unreadable", None)] * 2 + [(None, None)],
+    ),
     "a caption of JSON that is no text": Case(
         beside(b'{"caption": {"en": "one"}, "captions": [{"raw": "two"}]}'),
         [(None, None)],
@@ -641,6 +717,19 @@ def forty_times(name: str, **columns: Any) -> Callable[[Path], None]:
     return write
 
 
+def zeros(**columns: str | bytes) -> Callable[[Path], None]:
+    """A Parquet file of one row whose values hardly take any place in it."""
+    values = {name: pa.array([value]) for name, value in ({"image": b"1"} | columns).items()}
+    return lambda folder: pq.write_table(pa.table(values), folder / "x.parquet", compression="zstd", use_dictionary=False)
+
+
+def hollow(folder: Path) -> None:
+    files(**{"a.jpg": IMAGE})(folder)
+    for name in ("a.txt", "b.jpg"):
+        with (folder / name).open("wb") as file:
+            file.truncate(10 * 2**30)
+
+
 CLAIMS = {
     "pipes, devices and sockets in a folder": Case(
         special_files, [(None, None), (None, None)], {"pipes, sockets and devices": 4}
@@ -676,6 +765,13 @@ CLAIMS = {
         {"texts that are too large": 40},
         LIST,
         check=lambda rows: json.loads(rows[0]["metadata"]) == {"note": "<1048582 bytes, left out>"},
+    ),
+    "a text of 100 MB in a Parquet file of some KB": Case(
+        zeros(note="x" * 100 * 2**20), [(None, None)], check=lambda rows: "bytes, left out" in rows[0]["metadata"]
+    ),
+    "an image of 300 MB in a Parquet file of some KB": Case(zeros(image=bytes(300 * 2**20)), [("unreadable", None)]),
+    "files of 10 GB that hold nothing": Case(
+        hollow, [(None, None), ("too_many_bytes", None)], {"side files that are too large": 1}
     ),
     "a line of 5 MB": Case(
         text_list("jsonl", '{"url": "1.jpg", "x": "' + "y" * 5 * 2**20 + '"}\n{"url": "2.jpg"}\n'),
@@ -782,3 +878,14 @@ def test_no_flipped_bit_of_a_parquet_footer_ends_the_process() -> None:
     pq.write_table(pa.table({"url": ["http://a/1.jpg", None] * 2, "tags": [["x"], None] * 2}), content)
     run = subprocess.run([sys.executable, "-c", FLIPS], input=content.getvalue(), capture_output=True)
     assert run.stdout == b"alive\n", run.stderr.decode()[-500:]
+
+
+def test_a_list_of_too_many_columns_or_bytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each short row would tell a million values that it lacks; and the copy of a list is held in memory by pieces."""
+    wide = make(Case(text_list("csv", "url," + "a," * 20_000 + "\n" + "1.jpg\n" * 9), []), tmp_path / "wide")
+    with pytest.raises(ValueError, match="A line could not be read: 20002 columns, over 10000"):
+        read(wide, **LIST)
+    monkeypatch.setattr("pipelines.ingest.lists.MAX_PIECE_BYTES", 2000)
+    large = make(Case(text_list("jsonl", '{"url": "data:image/png,' + "x" * 1000 + '"}\n' * 3), []), tmp_path / "large")
+    with pytest.raises(ValueError, match="hold over 2000 bytes: a list names images; put those of data: URLs into files"):
+        read(large, **LIST)

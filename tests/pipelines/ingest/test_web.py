@@ -4,14 +4,16 @@ import asyncio
 import gzip
 import socket
 import zlib
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
 
 from pipelines.ingest.addresses import is_public
 from pipelines.ingest.config import DownloadConfig
-from pipelines.ingest.download import fetch_all
+from pipelines.ingest.download import fetch_all, retryable_reasons
 from pipelines.ingest.memory import Memory
 from pipelines.ingest.web import as_listed, opt_outs
 from pipelines.tables.rejects import RowRefused
@@ -158,6 +160,7 @@ def deflate(content: bytes, form: int) -> bytes:
         (["aws-chunked"], TIFF, TIFF),
         (["UTF-8"], TIFF, TIFF),
         (["gzip"], gzip.compress(TIFF)[:-20], "download_failed"),
+        (["gzip, " * 200 + "gzip"], gzip.compress(TIFF), "unsupported_encoding"),
         (["gzip"], gzip.compress(TIFF)[:50] + bytes(30) + gzip.compress(TIFF)[80:], "download_failed"),
         (["gzip"], gzip.compress(bytes(100_001)), "too_many_bytes"),
         (["gzip"], gzip.compress(bytes(100_000)), bytes(100_000)),
@@ -243,6 +246,37 @@ def test_names_and_redirects_that_lead_to_special_addresses(server: ImageServer,
     server.answers.clear()  # the first host is "public", and redirects to one that is not
     assert fetch([f"http://127.0.0.1:{port}/from"], replace(STRICT, connections=1)) == ["private_address"]
     assert set(server.answers) == {"/from"}
+
+
+def test_a_name_that_does_not_exist_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def lookup(host: str, *given: object, **options: object) -> list[tuple[object, ...]]:
+        asked.append(host)
+        raise socket.gaierror(socket.EAI_NONAME if host == "gone.example" else socket.EAI_AGAIN, "as resolvers say")
+
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    assert fetch(["http://gone.example/x", "http://later.example/x"]) == ["no_such_host", "download_failed"]
+    assert sorted(asked) == ["gone.example", "later.example", "later.example"]
+    assert {"no_such_host", "download_failed", "silent_host"} <= retryable_reasons(FAST)
+
+
+def test_a_host_that_never_answers_is_given_up_and_no_other(server: ImageServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its queue of connections is full, and further ones are dropped, as by a firewall. The other host is asked to the end."""
+    monkeypatch.setattr("pipelines.ingest.web.SILENT_SECONDS", 0.1)
+    config = replace(FAST, timeout=0.4, attempts=1)
+    with socket.socket() as deaf, ExitStack() as waiting:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(0)
+        for _ in range(4):
+            opened = waiting.enter_context(socket.socket())
+            opened.setblocking(False)
+            opened.connect_ex(deaf.getsockname())
+        urls = [f"http://127.0.0.1:{deaf.getsockname()[1]}/{n}" for n in range(60)]
+        found = Counter(fetch(urls, config))
+        assert found["timeout"] + found["silent_host"] == 60 and 16 <= found["timeout"] <= 16 + config.connections_per_host
+    server.answers.clear()
+    assert Counter(fetch([f"{server.url}/paused/gone?{n}" for n in range(60)], config)) == {"http_404": 60}
 
 
 def test_no_url() -> None:
