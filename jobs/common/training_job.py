@@ -106,9 +106,9 @@ def track_training(job: TrainingJobConfig, stage: str, train: Train[Result], mak
         )
     if not result.was_done or REPORT not in list_folder(output_uri):  # the job may have ended while the page was made
         html = make_report(result)
-        write_file(f"{output_uri}/{REPORT}", html.encode())
         unsent = send_or_keep(run_request, output_uri, [Entry("html", [REPORT, html])], say=line.say)
         result = replace(result, unsent=unsent)
+        write_file(f"{output_uri}/{REPORT}", html.encode())  # last: a job that ended before it makes and sends the page again
     line.clear()
     print(describe_result(job.name, result), flush=True)
     if result.unsent is not None:

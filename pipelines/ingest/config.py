@@ -21,8 +21,9 @@ class DownloadConfig:
     Args:
         connections: open at the same time.
         connections_per_host: open at the same time to one host and port.
-        timeout: of one attempt, from connecting to the last byte, seconds.
-        attempts: at one URL, if its failures may pass (no answer, timeouts, 408, 425, 429, 500, 502, 503, 504, 520 to 530).
+        timeout: of one attempt, from connecting to the last byte, seconds. Connecting may take 10 of them.
+        attempts: at one URL, if its failures may pass (no answer, timeouts, 408, 425, 429, 500, 502, 503, 504, 520 to 530). A
+            host that answered none of 16 attempts, over 15 seconds, is not waited for with each of its other URLs in a shard.
         first_wait: seconds before the second attempt; doubled after each. A server's "Retry-After" goes before it.
         max_redirects: how many redirects are followed.
         user_agent: sent to servers. Say who you are, and where you can be reached.

@@ -1,7 +1,7 @@
 """Refuses images whose end is missing or damaged, and which decoders take for whole.
 
 Such are downloads and copies that got their size first and broke off: the rest of the file is of zero bytes, in which a decoder
-sees pixels.
+sees pixels. (A good WebP may end in zero bytes, and those of BMP and TIFF may be pixels: nothing tells there.)
 """
 
 import struct
@@ -9,19 +9,14 @@ import zlib
 
 from pipelines.tables.rejects import RowRefused
 
-MAX_ZEROS = 64
-"""Zero bytes at the end of a WebP: its data are compressed, and it is padded by one byte at most."""
-
 
 def check_whole(image_bytes: bytes, format: str | None) -> None:
-    """Check the end of a JPEG or WebP, and the checksums of a PNG's pixels. `format`: Pillow's name. Raises RowRefused:
-    truncated, corrupt."""
+    """Check the end of a JPEG, and the checksums of a PNG's pixels. `format`: Pillow's name. Raises RowRefused: truncated,
+    corrupt."""
     if format in ("JPEG", "MPO"):
         scan = _find_scan(image_bytes)
         if scan is not None and image_bytes.find(b"\xff\xd9", scan) < 0:
             raise RowRefused("truncated", "no end-of-image mark after its data")
-    elif format == "WEBP" and (zeros := len(image_bytes) - len(image_bytes.rstrip(b"\0"))) >= MAX_ZEROS:
-        raise RowRefused("truncated", f"it ends in {zeros} zero bytes")
     elif format == "PNG":
         _check_png(image_bytes)
 

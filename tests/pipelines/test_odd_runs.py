@@ -31,6 +31,7 @@ from pipelines.tracking.runs import RunRequest
 from pipelines.tracking.unsent import UNSENT, Entry, read_unsent, write_unsent
 from pipelines.train.config import GridConfig
 from pipelines.train.engine.checkpoint_store import CheckpointStore
+from pipelines.train.loop.driver_run import DriverRun
 from pipelines.train.loop.outputs import TrainOutputs
 from pipelines.train.loop.task import TrainTask
 from pipelines.workers.images import to_png
@@ -194,3 +195,16 @@ def test_what_mlflow_did_not_get_is_kept_beside_the_training(tmp_path: Path, mon
     assert run.info.status == "RUNNING" and [entry.dataset.digest for entry in run.inputs.dataset_inputs] == ["beef"]
     pictures = [Path(one.path).name for one in client.list_artifacts(run.info.run_id, "images") if one.path.endswith(".png")]
     assert len(pictures) == 1 and "step%10" in pictures[0].replace("+", "%")
+
+
+def test_the_end_of_a_training_waits_before_it_is_sent(tmp_path: Path) -> None:
+    """Whatever ends the driver meanwhile: the next start finds a finished training, and tells MLflow of its end."""
+    tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
+    request, out = RunRequest.make("train", {}, tracking=tracking, output_dir=tmp_path, key="a"), str(tmp_path / "out")
+    request.connect()
+    DriverRun(request, out, print).keep(Entry("metrics", {"seconds": 2.0}, 4), Entry("end", "FINISHED"))
+    (run,) = mlflow.MlflowClient(tracking.uri).search_runs(["1"])
+    assert run.info.status == "RUNNING" and (tmp_path / "out" / UNSENT).exists()
+    assert DriverRun(request, out, print).send() is None
+    (run,) = mlflow.MlflowClient(tracking.uri).search_runs(["1"])
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"seconds": 2.0}) and not (tmp_path / "out" / UNSENT).exists()

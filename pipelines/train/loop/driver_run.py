@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pipelines.storage.errors import StorageError
 from pipelines.tracking.faults import describe, is_passing, tell_waiting
 from pipelines.tracking.runs import RunEnd, RunRequest
-from pipelines.tracking.unsent import Entry, send_or_keep
+from pipelines.tracking.unsent import Entry, read_unsent, send_or_keep, write_unsent
 from pipelines.train.loop.desk import OnNotice
 
 
@@ -46,6 +46,14 @@ class DriverRun:
         """End the run. What cannot be sent waits, and the reason is said."""
         if (problem := self.send(Entry("end", status))) is not None:
             self.say(problem)
+
+    def keep(self, *entries: Entry) -> None:
+        """Let these entries wait in the output folder too, for `send`: whatever ends this process, the next start has them."""
+        if self.request is not None:
+            try:
+                write_unsent(self.output_uri, [*read_unsent(self.output_uri), *entries])
+            except StorageError as error:
+                self.say(f"entries for MLflow at {self.request.uri} are lost: {error}")
 
     def send(self, *entries: Entry) -> str | None:
         """Send what waits in the output folder, and then these entries. Returns why something waits still; None if nothing."""

@@ -23,6 +23,7 @@ from pipelines.train.loop.config import LoopConfig
 from pipelines.train.loop.desk import OnLook, OnNotice, OnTrainProgress, ToJudge, open_desk
 from pipelines.train.loop.driver_run import DriverRun
 from pipelines.train.loop.record import GRIDS_DIR, TrainingRecord, write_config
+from pipelines.train.loop.rendezvous import OneAddressConfig
 from pipelines.train.loop.task import TrainTask
 
 Work = Callable[[TrainTask[Any]], dict[str, Any]]
@@ -157,14 +158,16 @@ class Launch:
             run.end("KILLED" if isinstance(error, TrainingStopped) else end_status(error))
             raise
         figures["startup_seconds"] = figures.pop("started_at") - start
-        fields = _to_fields(record.finish({**figures, "seconds": time.time() - start}))
-        return fields | {"unsent": run.send(*unsent, *_last_entries(fields))}
+        figures["seconds"] = time.time() - start
+        run.keep(*unsent, *_last_entries(record, figures))  # first: once the record is finished, no later start knows them
+        return _to_fields(record.finish(figures)) | {"unsent": run.send()}
 
 
-def _last_entries(fields: Mapping[str, Any]) -> list[Entry]:
+def _last_entries(record: TrainingRecord, figures: Mapping[str, Any]) -> list[Entry]:
     """What MLflow is told of a finished training."""
-    metrics = {name: fields[name] for name in ("loss_start", "loss_end", "startup_seconds", "seconds")}
-    return [Entry("metrics", metrics, fields["num_steps"]), Entry("tables", fields["inputs"]), Entry("end", "FINISHED")]
+    metrics = {name: figures[name] for name in ("loss_start", "loss_end", "startup_seconds", "seconds")}
+    tables = dict(record.identity.inputs)
+    return [Entry("metrics", metrics, record.identity.config["num_steps"]), Entry("tables", tables), Entry("end", "FINISHED")]
 
 
 def _to_fields(record: TrainingRecord) -> dict[str, Any]:
@@ -198,6 +201,7 @@ def _fit(task: TrainTask[Any], work: Work) -> Result:
     name = f"train-{uuid.uuid4().hex[:12]}"
     trainer = TorchTrainer(
         partial(work, task),  # type: ignore[arg-type]  # it may return a value, whatever Ray's annotation says
+        torch_config=OneAddressConfig(),
         scaling_config=ScalingConfig(
             num_workers=config.num_workers,
             use_gpu=resources.num_gpus > 0,
