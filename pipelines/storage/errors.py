@@ -23,6 +23,12 @@ class NotAFolderError(StorageError):
     error_kind: ClassVar[ErrorKind] = "wrong_input"
 
 
+class BadNameError(StorageError):
+    """No file or folder of the storage can have this name."""
+
+    error_kind: ClassVar[ErrorKind] = "wrong_input"
+
+
 class LeaseHeldError(ValueError):
     """Another writer is at work on the table."""
 

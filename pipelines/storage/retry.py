@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from pipelines.storage.errors import NotAFolderError, StorageError
+from pipelines.storage.errors import BadNameError, NotAFolderError, StorageError
 from sana_model.files import retry
 from sana_model.files.redact import redact
 from sana_model.files.retry import causes, describe, is_transient
@@ -22,6 +22,8 @@ ADVICE = {
     errno.EPERM: "permission denied: let this user read and write there, or choose another folder",
 }
 NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")  # botocore's
+
+NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
 
 T = TypeVar("T")
 
@@ -37,6 +39,7 @@ def call(operation: Callable[[], T], action: str, uri: str) -> T:
     Raises:
         FileNotFoundError: as the operation raised it.
         NotAFolderError: a file lies where a folder is needed.
+        BadNameError: the storage takes no such name.
         StorageError: any other failure of the storage.
     """
     try:
@@ -46,6 +49,8 @@ def call(operation: Callable[[], T], action: str, uri: str) -> T:
     except NotADirectoryError as error:
         raise NotAFolderError(f"{redact(_find_file(uri))} is a file: give the folder of a dataset or of a training") from error
     except Exception as error:
+        if _is_bad_name(error):
+            raise BadNameError(f"{redact(uri)} is no name that this storage takes: {describe(error)}") from error
         if is_transient(error):
             reason = f"gave up after {retry.STORAGE_ATTEMPTS} attempts, at last {describe(error)}"
         elif advice := _advice(error):
@@ -59,6 +64,11 @@ def _find_file(uri: str) -> str:
     """The file that a local path goes through as if it were a folder; the path itself if there is none."""
     path = Path(uri.removeprefix("file://"))
     return str(next((part for part in (path, *path.parents) if part.is_file()), path))
+
+
+def _is_bad_name(error: BaseException) -> bool:
+    invalid = type(error).__name__ == "ParamValidationError"  # botocore's, such as for a bucket with a colon
+    return invalid or (isinstance(error, OSError) and error.errno in NO_NAME)
 
 
 def _advice(error: BaseException) -> str | None:

@@ -141,9 +141,7 @@ def cut_files() -> Iterator[Hostile]:
             if place < len(content) - 12:  # a PNG that lacks but its last mark is whole
                 yield Hostile(f"cut_{place:05}.{ending}", content[:place], CUT)
     yield Hostile("progressive_cut.jpg", progressive[: len(progressive) // 2], ("truncated",))
-    smooth = {
-        ending: encode(gradient(200, 300), format) for ending, format in (("jpg", "JPEG"), ("png", "PNG"), ("webp", "WEBP"))
-    }
+    smooth = {ending: encode(gradient(200, 300), format) for ending, format in (("jpg", "JPEG"), ("png", "PNG"))}
     for ending, content in smooth.items():  # a download that got its size first, and broke off
         yield Hostile(f"zeros.{ending}", content[: len(content) // 2] + bytes(10_000), ("truncated", "corrupt"))
 

@@ -886,6 +886,6 @@ def test_a_list_of_too_many_columns_or_bytes_is_refused(tmp_path: Path, monkeypa
     with pytest.raises(ValueError, match="A line could not be read: 20002 columns, over 10000"):
         read(wide, **LIST)
     monkeypatch.setattr("pipelines.ingest.lists.MAX_PIECE_BYTES", 2000)
-    large = make(Case(text_list("jsonl", '{"url": "data:image/png,' + "x" * 1000 + '"}\n' * 3), []), tmp_path / "large")
+    large = make(Case(text_list("jsonl", ('{"url": "data:image/png,' + "x" * 1000 + '"}\n') * 3), []), tmp_path / "large")
     with pytest.raises(ValueError, match="hold over 2000 bytes: a list names images; put those of data: URLs into files"):
         read(large, **LIST)

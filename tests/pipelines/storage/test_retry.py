@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ParamValidationError
 
-from pipelines.storage.errors import NotAFolderError, StorageError
+from pipelines.storage.errors import BadNameError, NotAFolderError, StorageError
 from pipelines.storage.retry import call
 from sana_model.files import retry
 from sana_model.files.retry import Backoff
@@ -61,6 +62,8 @@ def test_a_file_in_place_of_a_folder_is_the_user_s_to_mend(tmp_path: Path) -> No
         (FileNotFoundError("gone"), FileNotFoundError, "^gone$"),
         (OSError(28, "No space left on device"), StorageError, r"cannot write /a/b: the disk is full: .*\(OSError: "),
         (PermissionError("AccessDenied"), StorageError, "cannot write /a/b: access denied"),
+        (OSError(36, "File name too long"), BadNameError, "^/a/b is no name that this storage takes: .*too long"),
+        (ParamValidationError(report="Invalid bucket name"), BadNameError, "is no name that .*: .*Invalid bucket name"),
         (OSError("odd"), StorageError, "cannot write /a/b: the storage refuses it"),
         (KeyError("a fault of ours"), KeyError, "a fault of ours"),
     ],
