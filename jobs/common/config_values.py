@@ -143,6 +143,8 @@ def read_mapping(file: str) -> dict[Any, Any]:
         raise ConfigFault(f"there is no file {file}: --config takes a YAML file")
     if path.is_dir():
         raise ConfigFault(f"{file} is a folder: --config takes a YAML file")
+    if path.is_char_device() or path.is_block_device():
+        raise ConfigFault(f"{file} is a device: --config takes a YAML file")
     try:
         text = read_text(file)
         check_yaml(text)

@@ -1,4 +1,6 @@
-"""Refuses YAML that would unfold into far more than it is: anchors within anchors, or brackets without end."""
+"""Refuses YAML that would unfold into far more than it is: anchors within anchors, or brackets without end; and what would be
+lost in silence: the first of two values of one name.
+"""
 
 from typing import Any
 
@@ -16,8 +18,35 @@ class OversizedYAMLError(yaml.YAMLError):
 def check_yaml(text: str) -> None:
     """Raise OversizedYAMLError if a text has too many values or levels, before anything is made of it.
 
-    Raises other yaml.YAMLErrors if it is no YAML.
+    Raises other yaml.YAMLErrors if it is no YAML, as which a name that is given twice counts too.
     """
+    _check_size(text)
+    _check_names(yaml.compose(text, Loader=LOADER))
+
+
+def _check_names(root: yaml.Node | None) -> None:
+    """Raise yaml.MarkedYAMLError if a mapping gives a name twice: YAML's readers take the last one, and tell nobody."""
+    waiting, seen = [root], set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+            continue
+        lines: dict[str, int] = {}
+        for name, value in node.value:
+            waiting.append(value)
+            if not isinstance(name, yaml.ScalarNode):
+                continue
+            if name.value in lines and name.value != "<<":
+                problem = f"{name.value} is given twice, first in line {lines[name.value]}"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=name.start_mark)
+            lines[name.value] = name.start_mark.line + 1
+
+
+def _check_size(text: str) -> None:
     sizes: dict[str, int] = {}  # of the nodes with an anchor
     open_nodes: list[tuple[str | None, int]] = []  # anchor, and number of values before it
     count = 0

@@ -124,6 +124,12 @@ REFUSED: dict[str, tuple[str | bytes, list[str], str]] = {
         [],
         "train.yaml holds too much: with its aliases written out it has more than",
     ),
+    "a name twice": (TRAIN + "name: a\nname: b\n", [], "this is no YAML: name is given twice, first in line"),
+    "a section twice": (
+        TRAIN + "tracking: {uri: a}\nlease: {}\ntracking:\n  experiment: b\n",
+        [],
+        "tracking is given twice, first in line",
+    ),
     "nested without end": ("a: " + "[" * 20_000, [], "train.yaml, line 1: this is no YAML: exceeded maximum nesting depth"),
 }
 

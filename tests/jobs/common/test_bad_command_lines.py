@@ -54,6 +54,7 @@ ROWS = [
     ("ingest", "--config tab.yaml", ["tab.yaml, line 3: this is no YAML"]),
     ("ingest", "--config nowhere.yaml", ["there is no file nowhere.yaml"]),
     ("ingest", "--config folder", ["folder is a folder: --config takes a YAML file"]),
+    ("ingest", "--config /dev/zero", ["/dev/zero is a device: --config takes a YAML file"]),
     ("ingest", "--config=", ["an unset variable?"]),
     ("ingest", "--config", ["--config needs the name of a YAML file"]),
     ("ingest", "--ingest nowhere.yaml --dataset_uri x", ["--ingest takes a section", "no file 'nowhere.yaml'"]),

@@ -63,7 +63,7 @@ def test_a_file_in_place_of_a_folder_is_the_user_s_to_mend(tmp_path: Path) -> No
         (OSError(28, "No space left on device"), StorageError, r"cannot write /a/b: the disk is full: .*\(OSError: "),
         (PermissionError("AccessDenied"), StorageError, "cannot write /a/b: access denied"),
         (OSError(36, "File name too long"), BadNameError, "^/a/b is no name that this storage takes: .*too long"),
-        (ParamValidationError(report="Invalid bucket name"), BadNameError, "is no name that .*: .*Invalid bucket name"),
+        (ParamValidationError(report="Invalid bucket name"), BadNameError, "(?s)is no name that .*: .*Invalid bucket name"),
         (OSError("odd"), StorageError, "cannot write /a/b: the storage refuses it"),
         (KeyError("a fault of ours"), KeyError, "a fault of ours"),
     ],
