@@ -8,6 +8,7 @@ from jobs.common.job import JobConfig, run_job
 from jobs.common.stage_job import track_stage
 from pipelines.ingest.config import IngestConfig
 from pipelines.stages.contract import StageResult
+from pipelines.tables.table import REPORT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +35,16 @@ def run(job: IngestJob) -> StageResult:
         make_report=lambda: images_report(job.dataset_uri),
     )
     print(f"{'':<22} {describe_captions(result)}", flush=True)
+    print(f"{'':<22} {describe_rejects(result)}the page: {result.table.uri}/{REPORT}", flush=True)
     if not_taken := describe_not_taken(result.figures):
         print(f"{'':<22} not taken: {not_taken}", flush=True)
     return result
+
+
+def describe_rejects(result: StageResult) -> str:
+    """Why images were refused, and where each is told; empty if none was."""
+    reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(result.rejects_by_reason.items()))
+    return f"refused: {reasons}; which, and why, is on " if reasons else ""
 
 
 def describe_captions(result: StageResult) -> str:

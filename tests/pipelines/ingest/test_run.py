@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from ray import cloudpickle
 
-from jobs.ingest import describe_captions
+from jobs.ingest import describe_captions, describe_rejects
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.plan import ShardSize, SharedPlan, pack, write_plan
 from pipelines.ingest.readers import SOURCE_ROWS
@@ -210,6 +210,7 @@ def test_parquet_source_and_too_many_rejects(tmp_path, local_ray, without_ray):
     result = run_ingest(str(tmp_path / "dataset"), replace(config, max_reject_share=0.5))
     assert result.rejects_by_reason == {"not_an_image": 1, "duplicate": 1}
     assert describe_captions(result) == "3 of 3 images came with a caption, by key: text 3"
+    assert describe_rejects(result) == "refused: duplicate 1, not_an_image 1; which, and why, is on "
     assert "found under text (3)" in check_page(images_report(str(tmp_path / "dataset"))).text
     captions = images_of(tmp_path / "dataset").read_shard("00000", ["caption"])["caption"].to_pylist()
     assert captions == ["caption 0", "caption 1", "caption 2"]
