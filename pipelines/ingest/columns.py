@@ -44,7 +44,7 @@ def find_columns(
     """
     there = {given: given} if given in schema.names else {name.lower(): name for name in schema.names}
     wanted = [there[name] for name in ((given,) if given else [name.lower() for name in names]) if name in there]
-    return [name for name in dict.fromkeys(wanted) if fits(schema.field(name).type)]
+    return [name for name in dict.fromkeys(wanted) if name is not None and fits(schema.field(name).type)]
 
 
 def holds_images(kind: pa.DataType) -> bool:

@@ -7,10 +7,12 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import ray
 import torch.distributed as dist
 from ray.train._internal.base_worker_group import BaseWorkerGroup
+from ray.train.backend import BackendConfig
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
 
@@ -30,14 +32,15 @@ class OneAddressConfig(TorchConfig):
 class OneAddress(_TorchBackend):
     """Ray Train's torch backend, but for the store."""
 
-    def on_start(self, worker_group: BaseWorkerGroup, backend_config: TorchConfig) -> None:
+    def on_start(self, worker_group: BaseWorkerGroup, backend_config: BackendConfig) -> None:
         """Join all workers into torch's default process group: nccl if they have GPUs, gloo otherwise."""
+        assert isinstance(backend_config, TorchConfig)
         has_gpus = worker_group.get_resources_per_worker().get("GPU", 0) > 0
         backend = backend_config.backend or ("nccl" if has_gpus else "gloo")
         address, port = worker_group.execute_single(0, _listen)
         worker_group.execute(_set_torch_distributed_env_vars)
         size, seconds = len(worker_group), backend_config.timeout_s
-        joins = [
+        joins: list[Any] = [
             worker_group.execute_single_async(rank, _join, backend, rank, size, address, port, seconds) for rank in range(size)
         ]
         ray.get(joins)
