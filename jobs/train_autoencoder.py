@@ -11,10 +11,10 @@ from jobs.common.job import run_job
 from jobs.common.metric_job import judge_pictures
 from jobs.common.stage_job import LazyRun
 from jobs.common.training_job import TrainingJobConfig, track_training
-from pipelines.evaluate.reconstruction_config import ReconstructionConfig
+from pipelines.evaluate.reconstruction_config import SMALLEST_SIZE, ReconstructionConfig
 from pipelines.tables.schema import IMAGES_PATH
 from pipelines.tables.table import absolute_uri
-from pipelines.train_autoencoder.config import TrainAutoencoderConfig
+from pipelines.train_autoencoder.config import TrainAutoencoderConfig, check_side
 
 if TYPE_CHECKING:
     from pipelines.evaluate.pictures import Pictures
@@ -40,6 +40,13 @@ class TrainAutoencoderJob(TrainingJobConfig):
     name: str = "dc-ae"
     judge_sizes: tuple[int, ...] | None = None
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bad := [size for size in self.judge_sizes or () if size < SMALLEST_SIZE]:
+            raise ValueError(f"judge_sizes={bad[0]} must be at least {SMALLEST_SIZE} pixels, SSIM's window")
+        if self.train.preset is not None:
+            check_side(self.train.new_shape(), "judge_sizes", *self.sizes)
 
     @property
     def sizes(self) -> tuple[int, ...]:

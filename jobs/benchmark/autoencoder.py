@@ -1,6 +1,8 @@
 """A training step of DC-AE compared with the same step of diffusers' `AutoencoderDC`: images per second, on random weights."""
 
+import gc
 import platform
+import statistics
 from collections.abc import Callable
 from functools import partial
 
@@ -10,49 +12,88 @@ from torch import Tensor, nn
 
 from jobs.benchmark.config import AutoencoderStepConfig
 from jobs.benchmark.model import make_peer_autoencoder
-from jobs.benchmark.timing import Entry, time_entry
+from jobs.benchmark.timing import measure_seconds, readable
+from jobs.benchmark.turns import in_turns
 from jobs.common.text_table import format_table
 from pipelines.train.engine.config import OptimConfig
 from pipelines.train.engine.optim import make_optimizer
 from pipelines.train_autoencoder.parts import TrainableAutoencoder, keep_first
 from sana_model.nn.autoencoder import DCAutoencoder
 
-Step = Callable[[Tensor], None]
+Decode = Callable[[Tensor], Tensor]
+Passes = Callable[[Tensor], None]
 
 
 def benchmark_autoencoder(config: AutoencoderStepConfig) -> None:
-    """Print, for each size, the images per second of forward pass, L1, backward pass and AdamW, both ways timed in turns."""
+    """Print, for each size, the images per second of a step of all weights: forward pass, L1, backward pass and AdamW.
+
+    The passes of both are timed in turns. AdamW, which does the same for both, is timed once, so that one model's states are
+    held and not two.
+    """
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    print(f"f32c32-sana-1.1, {config.dtype}, {place}, {torch.get_num_threads()} CPU threads, batches of {config.batch_size}")
-    ours, peer = make_steps(device, dtype)
-    rows = []
-    for size in config.sizes:
-        image = torch.rand(config.batch_size, 3, size, size, device=device, dtype=dtype) * 2 - 1
-        runs = partial(ours, image), partial(peer, image)
-        entry = Entry(name=f"{size} px", ours=runs[0], peer=runs[1], dtype=dtype, repeats=config.repeats)
-        timing = time_entry(entry, device)
-        rates = [f"{config.batch_size / seconds:.3g}" for seconds in (timing.ours_s, timing.peer_s)]
-        rows.append([timing.name, *rates, f"{timing.ratio:.2f}x"])
-    print(format_table(["", "ours, images/s", "diffusers", "ratio"], rows))
+    print(f"f32c32-sana-1.1, {config.dtype}, {place}, {torch.get_num_threads()} CPU threads")
+    models = make_models(device, dtype)
+    passes = {way: make_passes(*model) for way, model in models.items()}
+    medians = {
+        (size, count): _time_passes(passes, (size, count), config.repeats, device, dtype)
+        for size, count in zip(config.sizes, config.batch_sizes, strict=True)
+    }
+    ours = models["ours"][0]
+    del models, passes
+    gc.collect()
+    update_s = time_update(ours, config.repeats, device)
+    rows = [_format_row(size, count, both["ours"], both["diffusers"], update_s) for (size, count), both in medians.items()]
+    print(f"AdamW takes {readable(update_s)}, whatever the images; a step is the passes and AdamW.")
+    columns = ["", "passes: ours", "diffusers", "ratio", "step: ours, images/s", "diffusers", "ratio"]
+    print(format_table(columns, rows))
 
 
-def make_steps(device: torch.device, dtype: torch.dtype) -> tuple[Step, Step]:
-    """A training step of all weights, ours and diffusers'."""
-    model = TrainableAutoencoder(DCAutoencoder.from_preset("dc-ae-f32c32-sana-1.1"), ("all",)).to(device, dtype).train()
-    peer = make_peer_autoencoder(model.config.scaling_factor).to(device, dtype).train()
-    channels = model.config.latent_channels
+def make_models(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[nn.Module, Decode]]:
+    """Both models, each with the function that encodes and decodes an image."""
+    ours = TrainableAutoencoder(DCAutoencoder.from_preset("dc-ae-f32c32-sana-1.1"), ("all",)).to(device, dtype).train()
+    peer = make_peer_autoencoder(ours.config.scaling_factor).to(device, dtype).train()
+    channels = ours.config.latent_channels
     keep, noise = keep_first(channels, channels, device).to(dtype), torch.zeros(1, 1, 1, 1, device=device, dtype=dtype)
-    return make_step(model, lambda image: model(image, keep, noise)[0]), make_step(peer, lambda image: peer(image).sample)
+    return {"ours": (ours, lambda image: ours(image, keep, noise)[0]), "diffusers": (peer, lambda image: peer(image).sample)}
 
 
-def make_step(model: nn.Module, decode_again: Callable[[Tensor], Tensor]) -> Step:
-    """A step with L1 and AdamW."""
-    optimizer = make_optimizer(model.parameters(), OptimConfig())
+def make_passes(model: nn.Module, decode_again: Decode) -> Passes:
+    """Forward pass, L1 and backward pass; the gradients are dropped."""
 
-    def step(image: Tensor) -> None:
-        optimizer.zero_grad()
+    def run(image: Tensor) -> None:
         F.l1_loss(decode_again(image), image).backward()
-        optimizer.step()
+        model.zero_grad()
 
-    return step
+    return run
+
+
+def _time_passes(
+    passes: dict[str, Passes], shape: tuple[int, int], repeats: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, float]:
+    """Median seconds of each model's passes over a batch. `shape`: side of the images in pixels, and their number."""
+    size, count = shape
+    image = torch.rand(count, 3, size, size, device=device, dtype=dtype) * 2 - 1
+    ways = {way: partial(measure_seconds, partial(run, image), device) for way, run in passes.items()}
+    measured = in_turns(ways, repeats, label=f"{size} px", warm_up=True)
+    return {way: statistics.median(seconds) for way, seconds in measured.items()}
+
+
+def time_update(model: nn.Module, repeats: int, device: torch.device) -> float:
+    """Median seconds of AdamW over all weights."""
+    optimizer = make_optimizer(model.parameters(), OptimConfig())
+    for weight in model.parameters():
+        weight.grad = torch.full_like(weight, 1e-3)
+    optimizer.step()  # makes its states
+    return statistics.median(measure_seconds(optimizer.step, device) for _ in range(repeats))
+
+
+def _format_row(size: int, count: int, ours_s: float, peer_s: float, update_s: float) -> list[str]:
+    steps = ours_s + update_s, peer_s + update_s
+    return [
+        f"{size} px, {count} images",
+        *(readable(seconds) for seconds in (ours_s, peer_s)),
+        f"{peer_s / ours_s:.2f}x",
+        *(f"{count / seconds:.3g}" for seconds in steps),
+        f"{steps[1] / steps[0]:.2f}x",
+    ]

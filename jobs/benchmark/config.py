@@ -74,15 +74,22 @@ class AutoencoderStepConfig:
         device: "cpu" or "cuda".
         sizes: image sides in pixels.
         dtype: float32 or bfloat16.
-        batch_size: images of a step.
+        batch_sizes: images of a step, for each size.
         repeats: timings of each size.
     """
 
     device: str = "cpu"
     sizes: list[int] = field(default_factory=lambda: [128, 256])
     dtype: str = "float32"
-    batch_size: int = 1
+    batch_sizes: list[int] = field(default_factory=lambda: [4, 1])
     repeats: int = 5
+
+    def __post_init__(self) -> None:
+        if len(self.batch_sizes) != len(self.sizes) or not self.sizes or min(*self.batch_sizes, *self.sizes, self.repeats) < 1:
+            raise ValueError(
+                f"sizes={self.sizes}, batch_sizes={self.batch_sizes}, repeats={self.repeats}: give each size a batch size, all "
+                "of them at least 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

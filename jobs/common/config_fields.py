@@ -91,6 +91,8 @@ def _describe_list(arguments: tuple[Any, ...]) -> str:
         kind = "whole numbers" if arguments[0] is int else "numbers"
         exact = len(arguments) if Ellipsis not in arguments and len(arguments) > 1 else 0
         return f"a list of {f'{exact} ' if exact else ''}{kind} such as [1, 2]"
+    if arguments and get_origin(arguments[0]) is Literal:
+        return f"a list of some of {', '.join(map(str, get_args(arguments[0])))}"
     return "a list of sections" if arguments and section_of(arguments[0]) else "a list such as [a, b]"
 
 

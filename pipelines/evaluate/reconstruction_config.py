@@ -5,6 +5,9 @@ from typing import ClassVar, Literal
 
 from pipelines.evaluate.metric_config import MetricConfig
 
+SMALLEST_SIZE = 11
+"""Side in pixels of SSIM's window."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructionConfig(MetricConfig):
@@ -34,5 +37,5 @@ class ReconstructionConfig(MetricConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.size < 11:
-            raise ValueError(f"size={self.size} must be at least 11 pixels, SSIM's window")
+        if self.size < SMALLEST_SIZE:
+            raise ValueError(f"size={self.size} must be at least {SMALLEST_SIZE} pixels, SSIM's window")

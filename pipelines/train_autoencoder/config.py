@@ -154,6 +154,11 @@ class AdversarialConfig:
         for name, least in (("start_step", 0), ("warm_start_steps", 0), ("layers", 1), ("width", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.warm_start_steps > self.start_step:
+            raise ValueError(
+                f"warm_start_steps={self.warm_start_steps} must be at most start_step={self.start_step}: they are the steps "
+                "before it in which the discriminator alone learns; raise start_step"
+            )
 
     @property
     def smallest_crop(self) -> int:
@@ -221,6 +226,16 @@ class PictureConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
 
 
+def check_side(shape: AutoencoderConfig, name: str, *sides: int) -> None:
+    """Raise ValueError if pictures with one of these sides, in pixels, have no whole latents. `name`: the setting's."""
+    factor = shape.compression
+    if bad := [side for side in sides if side < 1 or side % factor]:
+        raise ValueError(
+            f"{name}: {bad[0]} pixels do not divide by {factor}, the autoencoder's factor: take a multiple, such as "
+            f"{max(round(bad[0] / factor), 1) * factor}"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainAutoencoderConfig(LoopConfig):
     """A training of a DC-AE on images tables.
@@ -264,6 +279,8 @@ class TrainAutoencoderConfig(LoopConfig):
             raise ValueError(
                 f"parts={self.parts} with preset={self.preset}: a new autoencoder is trained as a whole; give init"
             )
+        if self.preset is not None:
+            self.check_shape(self.new_shape())
         if not self.parts:
             raise ValueError("parts=[] is empty: there is nothing to train")
         if self.engine.zero_stage == 3:
@@ -319,10 +336,7 @@ class TrainAutoencoderConfig(LoopConfig):
                     f"shape.{name}={wanted}, and init={self.init} has {there}: leave shape.{name} out to go on from it, or "
                     "begin anew with a preset"
                 )
-        for size in {*self.data.sizes, self.picture_size}:
-            if size % found.compression:
-                raise ValueError(
-                    f"crops of {size} pixels do not divide by {found.compression}, the autoencoder's factor: take a multiple"
-                )
+        check_side(found, "data.sizes", *self.data.sizes)
+        check_side(found, "validation.size", self.picture_size)
         if bad := [count for count in self.latent_channels if not 0 < count <= found.latent_channels]:
             raise ValueError(f"latent_channels={bad[0]} must be from 1 to {found.latent_channels}, which the autoencoder has")

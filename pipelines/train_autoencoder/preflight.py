@@ -240,6 +240,12 @@ def _look_at_settings(result: AutoencoderPreflight) -> None:
         result.problems.append(
             f"the decoder has batch norms, with statistics in {training.engine.dtype}: engine.dtype=fp32 keeps them exact"
         )
+    adversarial = training.losses.adversarial
+    if adversarial is not None and adversarial.start_step >= training.num_steps:
+        result.problems.append(
+            f"losses.adversarial.start_step={adversarial.start_step} is not below num_steps={training.num_steps}: the "
+            "autoencoder never gets this loss"
+        )
     if not training.holds_out:
         result.problems.append("no images are held out, so PSNR is not measured: set data.held_out_share")
 

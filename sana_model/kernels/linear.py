@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from sana_model.kernels.reuse import is_recorded
+
 SMALLEST_WEIGHT = 1 << 14  # elements; with a smaller weight the call costs more than the product
 
 
@@ -24,8 +26,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear` of (..., in), (out, in), (out,) -> (..., out); on CPUs by oneDNN where that is faster and allowed."""
     if torch.compiler.is_compiling() or not _served(x, weight):  # torch.compile chooses its own kernels
         return F.linear(x, weight, bias)
-    needs_grad = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    if torch.is_grad_enabled() and needs_grad:
+    if is_recorded(x, weight, bias):
         return _OneDnnLinear.apply(x, weight, bias)
     return _product(x, weight, bias)
 

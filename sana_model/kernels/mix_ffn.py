@@ -1,6 +1,5 @@
 """The middle of the Mix-FFN: SiLU, depth-wise 3x3 convolution, gate."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,7 +24,7 @@ def silu_depthwise_gate(expanded: Tensor, weight: Tensor, bias: Tensor) -> Tenso
 
 def plain_silu_depthwise_gate(expanded: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`silu_depthwise_gate` in torch's own operations."""
-    active = F.silu(expanded, inplace=not torch.is_grad_enabled()).permute(0, 3, 1, 2)
+    active = F.silu(expanded, inplace=not reuse.is_recorded(expanded)).permute(0, 3, 1, 2)
     mixed = F.conv2d(active, weight, bias, padding=1, groups=len(weight)).permute(0, 2, 3, 1)
     x, gate = mixed.chunk(2, dim=-1)
     return reuse.multiply(F.silu(gate), x)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sana_model.kernels.reuse import is_recorded
+
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(B, C, H, W), (C_out, C, 3, 3), (C_out,) to (B, C_out, 2H, 2W): equals `upsample_conv_reference` up to rounding.
@@ -21,7 +23,7 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         F.conv2d(padded[:, :, i // 2 : i // 2 + height + 1, i % 2 : i % 2 + width + 1], kernel, bias)
         for i, kernel in enumerate(_make_phase_kernels(weight))
     )
-    if torch.is_grad_enabled():
+    if is_recorded(x, weight, bias):
         pixels = [phase.permute(0, 2, 3, 1) for phase in phases]  # the channels of a pixel lie side by side
         blocks = torch.stack(pixels, dim=3).unflatten(3, (2, 2))  # (B, H, W, row, column, C_out)
         return blocks.transpose(2, 3).reshape(batch_size, 2 * height, 2 * width, len(weight)).permute(0, 3, 1, 2)

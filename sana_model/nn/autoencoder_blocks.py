@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from sana_model.kernels import reuse
 from sana_model.kernels.linear import Linear
 from sana_model.kernels.linear_attention import relu_linear_attention
+from sana_model.kernels.rms_norm import rms_norm
 from sana_model.kernels.upsample_conv import upsample_conv
 from sana_model.nn.config import ATTENTION_HEAD_DIM, DecoderVariant, Variant
 from sana_model.nn.transformer_blocks import MixFFN
@@ -27,7 +28,7 @@ class ChannelRMSNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return reuse.rms_norm(x.permute(0, 2, 3, 1), self.weight, self.bias, 1e-5).permute(0, 3, 1, 2)
+        return rms_norm(x.permute(0, 2, 3, 1), self.weight, self.bias, 1e-5).permute(0, 3, 1, 2)
 
 
 class ResBlock(nn.Module):
@@ -41,7 +42,9 @@ class ResBlock(nn.Module):
         self.activation = F.relu if batch_norm else F.silu
 
     def forward(self, x: Tensor) -> Tensor:
-        return reuse.add(self.norm(self.conv2(self.activation(self.conv1(x), inplace=True))), x)
+        hidden = self.conv1(x)
+        hidden = self.conv2(self.activation(hidden, inplace=not reuse.is_recorded(hidden)))
+        return reuse.add(self.norm(hidden), x)
 
 
 class MultiScaleAttention(nn.Module):
@@ -125,8 +128,12 @@ def space_to_channel(x: Tensor, channels: int) -> Tensor:
     Equals `pixel_unshuffle` and a mean over groups of channels, but takes the mean first, while it is a mean over pixels.
     """
     rows, columns = _REST_OF_BLOCK[4 * x.shape[1] // channels]
-    x = F.avg_pool2d(x, (2 // rows, 2 // columns)).unflatten(2, (-1, rows)).unflatten(4, (-1, columns))
-    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).permute(0, 3, 1, 2)
+    blocks = x.permute(0, 2, 3, 1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (B, H/2, row, W/2, column, C)
+    if columns == 1:  # not `mean` or `avg_pool2d`: their gradients take several times as long on CPUs
+        blocks = blocks[:, :, :, :, :1].lerp(blocks[:, :, :, :, 1:], 0.5)
+    if rows == 1:
+        blocks = blocks[:, :, :1].lerp(blocks[:, :, 1:], 0.5)
+    return blocks.permute(0, 1, 3, 5, 2, 4).flatten(3).permute(0, 3, 1, 2)
 
 
 def add_channel_to_space(up: Tensor, x: Tensor) -> Tensor:

@@ -89,6 +89,13 @@ def test_a_dry_run_starts_nothing_and_tells_all(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
 
 
+@pytest.mark.parametrize(("size", "told"), [(100, "judge_sizes: 100 pixels do not divide by 8"), (8, "at least 11 pixels")])
+def test_sizes_that_cannot_be_judged_are_told_before_the_training(size: int, told: str) -> None:
+    training = tiny_training(data=CropConfig(sizes=(32,), held_out_share=0.3))
+    with pytest.raises(ValueError, match=told):
+        TrainAutoencoderJob(dataset_uri="x", train=training, judge_sizes=(size,))
+
+
 def test_the_published_phases_follow_each_other() -> None:
     jobs = {}
     for path in sorted(CONFIGS.glob("*.yaml")):

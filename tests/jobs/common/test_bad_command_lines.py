@@ -13,6 +13,7 @@ from jobs.ingest import IngestJob
 from jobs.lineage import LineageConfig
 from jobs.status import StatusConfig
 from jobs.train import TrainJob
+from jobs.train_autoencoder import TrainAutoencoderJob
 from jobs.verify import VerifyConfig
 
 CONFIGS = {
@@ -23,6 +24,7 @@ CONFIGS = {
     "lineage": LineageConfig,
     "status": StatusConfig,
     "train": TrainJob,
+    "train_autoencoder": TrainAutoencoderJob,
     "verify": VerifyConfig,
 }
 FILES = {
@@ -82,6 +84,7 @@ ROWS = [
     ("ingest", GIVEN + "--lease.seconds x", ["--lease.seconds takes a number, not 'x'"]),
     ("ingest", GIVEN + "--ingest.retry_rejects maybe", ["--ingest.retry_rejects takes true or false, not 'maybe'"]),
     ("verify", "--dataset_uri x --tables a", ["--tables takes a list such as [a, b], not 'a'"]),
+    ("train_autoencoder", "--dataset_uri x --train.parts [head]", ["--train.parts takes a list of some of all, encoder,"]),
     ("caption", "--dataset_uri x --captioner 5", ["--captioner takes a section", "there is no file '5'"]),
     (
         "caption",

@@ -5,7 +5,7 @@ import torch
 
 from pipelines.train.engine.config import EngineConfig
 from pipelines.train_autoencoder.adversary import WATCHED_STEPS, BalanceWatch
-from pipelines.train_autoencoder.config import AdversarialConfig, CropConfig, LossConfig
+from pipelines.train_autoencoder.config import AdversarialConfig, CropConfig, LossConfig, PictureConfig, ShapeConfig
 from pipelines.train_autoencoder.parts import TrainableAutoencoder, describe_parts
 from sana_model.nn.autoencoder import DCAutoencoder
 from sana_model.nn.discriminator import PatchDiscriminator
@@ -18,6 +18,10 @@ ADAPTIVE = AdversarialConfig(adaptive=True, layers=1)
     ("changes", "told"),
     [
         ({"data": CropConfig(sizes=(8,)), "losses": LossConfig(adversarial=AdversarialConfig())}, "needs crops of 24 pixels"),
+        ({"data": CropConfig(sizes=(60,))}, "data.sizes: 60 pixels do not divide by 8, .* such as 64"),
+        ({"validation": PictureConfig(size=4)}, "validation.size: 4 pixels do not divide by 8, .* such as 8"),
+        ({"shape": ShapeConfig(widths=(16, 32))}, "must have the same length"),
+        ({"latent_channels": (4, 33)}, "latent_channels=33 must be from 1 to"),
         ({"init": "x", "preset": "tiny"}, "give one: an autoencoder to go on from, or a shape"),
         ({"parts": ("decoder",)}, "a new autoencoder is trained as a whole"),
         ({"init": "x", "parts": ()}, "there is nothing to train"),
@@ -36,6 +40,11 @@ ADAPTIVE = AdversarialConfig(adaptive=True, layers=1)
 def test_what_cannot_be_is_told(changes: dict[str, object], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         tiny_training(**changes)
+
+
+def test_a_discriminator_cannot_learn_before_the_first_step() -> None:
+    with pytest.raises(ValueError, match="warm_start_steps=3 must be at most start_step=2"):
+        AdversarialConfig(start_step=2, warm_start_steps=3)
 
 
 @pytest.mark.parametrize("layers", [1, 3])

@@ -197,7 +197,7 @@ def test_a_decoder_that_was_trained_further_makes_no_latents_stale(
             "latent_channels=16, and init=",
         ),
         ({"init": "zoo://pipeline/autoencoder", "latent_channels": (4, 9)}, "latent_channels=9 must be from 1 to 8"),
-        ({"init": "zoo://pipeline/autoencoder", "data": CropConfig(sizes=(20,))}, "crops of 20 pixels do not divide by 8"),
+        ({"init": "zoo://pipeline/autoencoder", "data": CropConfig(sizes=(20,))}, "data.sizes: 20 pixels do not divide by 8"),
         ({"init": "zoo://nothing"}, "nothing"),
         ({"data": CropConfig(sizes=(64,))}, "no image of .* is large enough for crops of 64 pixels"),
         ({"validation": PictureConfig(size=800)}, "has no picture of 800 pixels to measure on"),
