@@ -95,7 +95,7 @@ def _pictures(job: TrainAutoencoderJob, name: str) -> "Pictures":
     from pipelines.train_autoencoder.stream import find_sources
 
     data, other = job.train.data, job.train.validation.dataset_uri
-    uri = absolute_uri(other or data.sources[0].dataset_uri or job.dataset_uri)
+    uri = absolute_uri(other or data.all_sources[0].dataset_uri or job.dataset_uri)
     pictures = table_pictures(job.dataset_uri, name, f"{uri}/{IMAGES_PATH}")
     if other is not None:
         return pictures
@@ -121,7 +121,7 @@ def make_report(job: TrainAutoencoderJob, result: "TrainAutoencoderResult", judg
     rows = [(size, when, *(f"{figures[name]:.4g}" for name in names)) for size, when, figures in judged]
     comparison = [("picture, before, after, difference to after (four times as strong)", f"{job.output_uri}/{COMPARISON}")]
     return training_report(
-        job.train.data.sources[0].dataset_uri or job.dataset_uri,
+        job.train.data.all_sources[0].dataset_uri or job.dataset_uri,
         IMAGES_PATH,
         result.losses,
         result.grids,

@@ -54,7 +54,7 @@ class CropConfig:
     """Which crops of which images are drawn.
 
     Args:
-        sources: the images tables.
+        sources: the images tables; empty: that of the training's own dataset.
         sizes: sides of the square crops in pixels; each step has one of them, drawn by chance.
         scale: the least and the largest side of a crop before it is resized, as a share of the image's shorter side.
         flip: mirror every other crop.
@@ -68,7 +68,7 @@ class CropConfig:
 
     NO_VALUE: ClassVar = ("decode_processes", "prefetch")
 
-    sources: tuple[ImageSource, ...] = (ImageSource(),)
+    sources: tuple[ImageSource, ...] = ()
     sizes: tuple[int, ...] = (256,)
     scale: tuple[float, float] = (0.5, 1.0)
     flip: bool = True
@@ -82,8 +82,6 @@ class CropConfig:
     def __post_init__(self) -> None:
         for name in self.image_filters:
             check_folder_name("image_filters", name)
-        if not self.sources:
-            raise ValueError("sources=[] is empty: name a dataset at least, or leave it out for the training's own")
         if not self.sizes or min(self.sizes) < 1:
             raise ValueError(f"sizes={self.sizes} must be one or more sides of crops in pixels")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
@@ -95,6 +93,11 @@ class CropConfig:
         for name, least in (("shuffle_shards", 1), ("prefetch", 1), ("decode_processes", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+
+    @property
+    def all_sources(self) -> tuple[ImageSource, ...]:
+        """The images tables, at least one."""
+        return self.sources or (ImageSource(),)
 
 
 @dataclass(frozen=True, kw_only=True)

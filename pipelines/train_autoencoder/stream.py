@@ -68,7 +68,7 @@ class CropSource:
 
 def find_sources(dataset_uri: str, config: CropConfig) -> list[CropSource]:
     """The images tables that a training draws from. Raises ValueError if one is named twice."""
-    uris = [absolute_uri(source.dataset_uri or dataset_uri) for source in config.sources]
+    uris = [absolute_uri(source.dataset_uri or dataset_uri) for source in config.all_sources]
     if twice := next((uri for uri in uris if uris.count(uri) > 1), None):
         raise ValueError(f"data.sources names {twice} twice: name it once, with a larger times")
     return [
@@ -77,7 +77,7 @@ def find_sources(dataset_uri: str, config: CropConfig) -> list[CropSource]:
             source.times,
             Filters(uri, dict(config.image_filters)) if config.image_filters else None,
         )
-        for uri, source in zip(uris, config.sources, strict=True)
+        for uri, source in zip(uris, config.all_sources, strict=True)
     ]
 
 

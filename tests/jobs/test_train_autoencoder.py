@@ -96,6 +96,19 @@ def test_sizes_that_cannot_be_judged_are_told_before_the_training(size: int, tol
         TrainAutoencoderJob(dataset_uri="x", train=training, judge_sizes=(size,))
 
 
+@pytest.mark.parametrize("name", ["phase3", "small"])
+def test_a_printed_configuration_is_the_same_again(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["--config", f"{CONFIGS}/{name}.yaml"]
+    with pytest.raises(SystemExit):
+        parse_config(TrainAutoencoderJob, [*line, "--print_config"], prog="", description="")
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    first, second = (
+        parse_config(TrainAutoencoderJob, given, prog="", description="") for given in (line, ["--config", str(printed)])
+    )
+    assert first == second
+
+
 def test_the_published_phases_follow_each_other() -> None:
     jobs = {}
     for path in sorted(CONFIGS.glob("*.yaml")):
