@@ -33,17 +33,23 @@ from sana_model.pipeline import TextToImage
 PRECISIONS: tuple[Precision, ...] = ("w8a8", "int8", "int4")
 GUIDANCE_SCALE = 4.0
 DRAW = """
-import re, sys, torch
+import re, sys, threading, time, torch
 from sana_model.pipeline import TextToImage
-def peak_kib():
-    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read()).group(1))
+def kib(name):
+    return int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read()).group(1))
 import sana_model.files.models
-before = peak_kib()
+before, own_before, own = kib("VmHWM"), kib("RssAnon"), 0
+def watch():
+    global own
+    while True:
+        own = max(own, kib("RssAnon"))
+        time.sleep(0.02)
+threading.Thread(target=watch, daemon=True).start()
 folder, memory, precision, size, steps = *sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5])
 model = TextToImage.from_pretrained(folder, memory=memory, precision=precision or None)
-loaded = peak_kib()
+loaded = kib("VmHWM")
 model(["w1 w2 w3"], size, size, num_steps=steps, seed=0)
-print((loaded - before) / 1024, (peak_kib() - before) / 1024)
+print((loaded - before) / 1024, (kib("VmHWM") - before) / 1024, (own - own_before) / 1024)
 """
 
 
@@ -136,6 +142,9 @@ def print_times(config: FittingConfig) -> None:
 def print_memory(config: FittingConfig, folder: Path) -> None:
     """Bytes on disk and peak memory of drawing one picture, each way in a process of its own.
 
+    Resident memory includes the weights' files, which are mapped: the system drops their pages where memory is short. The last
+    column is what it cannot drop.
+
     Weights of fewer bits are saved first, and loaded from there, but in one way, which makes them while it loads.
     """
     _random_pipeline(config).save_pretrained(folder / "full")
@@ -158,11 +167,11 @@ def print_memory(config: FittingConfig, folder: Path) -> None:
         disk = sum(file.stat().st_size for file in place.rglob("*.safetensors")) / 2**20
         rows.append([title, f"{disk:.0f}", *(f"{peak:.0f}" for peak in _drawing_peaks(config, place, memory, precision))])
         print(" ".join(rows[-1]), flush=True)
-    print(format_table(["", "on disk", "loaded", "drawing"], rows), flush=True)
+    print(format_table(["", "on disk", "resident: loaded", "drawing", "not in files"], rows), flush=True)
 
 
 def _drawing_peaks(config: FittingConfig, folder: Path, memory: MemoryMode, precision: Precision | None) -> Sequence[float]:
-    """MiB at the peak of loading, and of drawing too, above what the libraries take."""
+    """MiB above what the libraries take: resident at the peak of loading, of all, and at the peak outside of mapped files."""
     arguments = [str(folder), memory, precision or "", str(config.size), str(config.steps)]
     environment = {**os.environ, **RETURN_FREED}
     run = subprocess.run([sys.executable, "-c", DRAW, *arguments], capture_output=True, text=True, env=environment)
