@@ -4,12 +4,14 @@ import base64
 import json
 import time
 from collections.abc import AsyncIterator
+from io import BytesIO
 from typing import Any
+
+from PIL import Image
 
 from pipelines.serve.config import ServeConfig
 from pipelines.serve.errors import ApiError
 from pipelines.serve.orders import Event, Finished, ModelFacts, Order, Preview, Refused
-from sana_model.files.png import read_facts
 
 
 def pictures_json(order: Order, pictures: list[bytes]) -> dict[str, Any]:
@@ -72,5 +74,5 @@ def _text(content: bytes) -> str:
 
 
 def _size(picture: bytes) -> str:
-    settings = read_facts(picture)["settings"]
-    return f"{settings['width']}x{settings['height']}"
+    with Image.open(BytesIO(picture)) as opened:  # reads the header alone
+        return f"{opened.width}x{opened.height}"

@@ -12,6 +12,8 @@ from sana_model.files.redact import redact_values
 
 KEYWORD = "sana"
 """Of the text chunk; also the key in `Image.info`."""
+COMPRESSION = 1
+"""zlib's level. A photograph of 1024 px takes 90 ms, and 295 at PNG's usual level 6, which makes it 9 % smaller."""
 
 
 def set_facts(image: Image.Image, facts: dict[str, Any]) -> None:
@@ -50,7 +52,7 @@ def to_png(image: Image.Image) -> bytes:
     if KEYWORD in image.info:
         text.add_itxt(KEYWORD, image.info[KEYWORD])
     buffer = BytesIO()
-    image.save(buffer, "PNG", pnginfo=text)
+    image.save(buffer, "PNG", pnginfo=text, compress_level=COMPRESSION)
     return buffer.getvalue()
 
 
