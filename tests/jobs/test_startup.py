@@ -49,3 +49,9 @@ def test_the_benchmark_prints_a_line_for_each_command(capsys: pytest.CaptureFixt
     rows = {line.rpartition("  ")[0].strip(): line.split()[-1] for line in capsys.readouterr().out.splitlines() if line}
     assert {"status --help", "plan --help", "status of a dataset"} <= rows.keys()
     assert float(rows["plan --help"]) > 0
+
+
+def test_a_python_without_the_project_s_packages_says_how_to_get_them() -> None:
+    run = subprocess.run([sys.executable, "-S", "-m", "jobs.draw", "a star"], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "run `make install` once" in run.stderr and "Traceback" not in run.stderr
