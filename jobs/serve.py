@@ -98,9 +98,14 @@ def serving(job: ServeJob, has_keys: bool) -> Iterator[str]:
 
 
 def start_proxy(host: str, port: int, logging_config: "LoggingConfig") -> None:
-    """Start Ray Serve with its HTTP proxy. Raises ValueError if the address is taken, RayStartError if no proxy starts."""
+    """Start Ray Serve with its HTTP proxy.
+
+    Raises ValueError if the address is taken, or if Serve runs on this cluster already, at another one; RayStartError if no
+    proxy starts.
+    """
     from ray import serve
     from ray.exceptions import RayActorError
+    from ray.serve.context import _get_global_client  # Serve has no public way to the address that it listens on
 
     if not on_cluster():
         check_address(host, port)
@@ -112,11 +117,17 @@ def start_proxy(host: str, port: int, logging_config: "LoggingConfig") -> None:
                 logging_config=logging_config,
                 controller_options={"runtime_env": {"env_vars": PATIENCE}},
             )
-            return
+            break
         except (TimeoutError, RayActorError) as error:  # the controller goes on, and the next call finds it
             if not attempts_left:
                 reason = str(error).splitlines()[0]
                 raise RayStartError(f"Ray Serve's proxy did not start: {reason}: is the machine busy? try again") from error
+    running = _get_global_client().http_config
+    if (running.host, running.port) != (host, port):
+        raise ValueError(
+            f"host={host}, port={port}: Ray Serve runs on this cluster already, and has one address alone: "
+            f"give --host {running.host} --port {running.port}, or end it by `serve shutdown`"
+        )
 
 
 def check_address(host: str, port: int) -> None:

@@ -12,6 +12,7 @@ from sana_model.comfyui.model import CONTROLNET, MODEL, Loaded, LoadedControlNet
 from sana_model.files.controlnet import load_controlnet
 from sana_model.files.lora import read_lora
 from sana_model.memory import MemoryMode, Precision
+from sana_model.nn.quantized import precision_of, quantize_blocks
 from sana_model.pipeline import TextToImage
 
 PRECISIONS = ("auto", *get_args(Precision))
@@ -119,7 +120,7 @@ class SanaLoraLoader:
 
 
 class SanaControlNetLoader:
-    """A ControlNet, which must fit the model."""
+    """A ControlNet, which must fit the model, in the model's precision."""
 
     DESCRIPTION = "Loads a ControlNet for a Sana. A checkpoint that holds both needs no such node."
     CATEGORY, FUNCTION = CATEGORY, "load_controlnet"
@@ -146,4 +147,7 @@ class SanaControlNetLoader:
         path = files.find_part(control_net_name, (files.CONTROLNETS, files.CHECKPOINTS))
         assert path is not None
         dtype, heads = transformer.head.weight.dtype, transformer.config.num_cross_heads
-        return (LoadedControlNet(load_controlnet(path, dtype=dtype, num_cross_heads=heads)),)
+        controlnet = load_controlnet(path, dtype=dtype, num_cross_heads=heads)
+        if precision_of(controlnet) == "full":
+            quantize_blocks(controlnet, precision_of(transformer))
+        return (LoadedControlNet(controlnet),)

@@ -15,10 +15,11 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
+from ray.serve.schema import LoggingConfig
 
 from jobs.common.config import parse_config
 from jobs.draw import main as draw
-from jobs.serve import ServeJob, check_address, is_loopback, main, read_arguments, run, serving, shown_host
+from jobs.serve import ServeJob, check_address, is_loopback, main, read_arguments, run, serving, shown_host, start_proxy
 from tests.support.http_server import free_port
 from tests.support.served import kill_a_painter
 
@@ -99,6 +100,12 @@ def test_openai_s_client_draws_what_jobs_draw_draws(address: str, tmp_path: Path
     assert caught.value.type == "invalid_request_error"
 
 
+def test_a_cluster_s_serve_has_one_address(address: str) -> None:
+    port, there = free_port(), address.rpartition(":")[2]
+    with pytest.raises(ValueError, match=f"port={port}: .* already, .* give --host 127.0.0.1 --port {there}, or"):
+        start_proxy("127.0.0.1", port, LoggingConfig())
+
+
 @pytest.mark.slow
 def test_a_full_queue_a_client_that_leaves_and_a_lost_replica(address: str) -> None:
     def ask(seed: int, steps: int = 4, timeout: float = 120.0) -> httpx.Response:
@@ -144,6 +151,7 @@ def test_many_clients_and_a_replica_that_is_killed(local_ray: None, tmp_path: Pa
     assert draw([CIRCLE, *words, "--out", str(tmp_path)]) == 0
     files = [Path(line) for line in capsys.readouterr().out.splitlines()]
     assert len(files) == count
+    serve.shutdown()  # of the tests before, which has another port
     job = parse_config(ServeJob, ["--resources.num_actors=2", f"--port={free_port()}"], prog="serve", description="")
     killed = threading.Event()
 

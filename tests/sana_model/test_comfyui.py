@@ -19,6 +19,7 @@ from sana_model.comfyui import files
 from sana_model.comfyui.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 from sana_model.comfyui.tensors import from_pictures
 from sana_model.nn.controlnet import SanaControlNet
+from sana_model.nn.quantized import precision_of
 from sana_model.nn.transformer import SanaTransformer
 from sana_model.pipeline import TextToImage
 from sana_model.previews import fit_colors
@@ -201,6 +202,13 @@ def test_a_memory_mode_draws_what_the_pipeline_draws_in_it(comfy: FakeComfy) -> 
     small = TextToImage.from_pretrained("zoo://pipeline", memory="small", precision="int8")
     assert_same(images, small([PROMPT], 64, 64, seed=0, num_steps=2))
     assert comfy.unloaded == 4  # ComfyUI's models made room at each node but that of the empty latent
+
+
+def test_a_controlnet_has_the_precision_of_its_model(comfy: FakeComfy, model: TextToImage) -> None:
+    save_controlnet(model, comfy.models_dir / "controlnet")
+    loaded = NODE_CLASS_MAPPINGS["SanaOnRayLoader"]().load("zoo://pipeline", "auto", precision="int8")
+    (controlnet,) = NODE_CLASS_MAPPINGS["SanaOnRayControlNetLoader"]().load_controlnet(*loaded, "sana_controlnet")
+    assert precision_of(controlnet.controlnet) == "int8"
 
 
 def test_what_comfyui_moves_is_not_on_its_device_before(comfy: FakeComfy) -> None:
