@@ -122,7 +122,9 @@ def start_proxy(host: str, port: int, logging_config: "LoggingConfig") -> None:
             if not attempts_left:
                 reason = str(error).splitlines()[0]
                 raise RayStartError(f"Ray Serve's proxy did not start: {reason}: is the machine busy? try again") from error
-    running = _get_global_client().http_config
+    client = _get_global_client()
+    assert client is not None
+    running = client.http_config
     if (running.host, running.port) != (host, port):
         raise ValueError(
             f"host={host}, port={port}: Ray Serve runs on this cluster already, and has one address alone: "
