@@ -158,6 +158,9 @@ def read_lora_argument(text: str) -> LoraFileConfig:
 def run(job: DrawJob) -> ExitCode:
     """Draw, and print each file; or print what it would take."""
     config = job.to_sample()
+    given = job.prompts if isinstance(job.prompts, list) else []
+    if len(given) > 1 and all(text.isascii() and " " not in text for text in given):
+        note(f"{len(given)} prompts of one word each: a prompt of several words needs quotes around it")
     try:
         if job.dry_run:
             if is_checkpoint(job.model):

@@ -101,6 +101,8 @@ def test_prompts_of_the_command_line_a_file_and_another_program(tmp_path: Path, 
 def test_a_dry_run_counts_the_weights_and_fetches_nothing(model: TextToImage, capsys: Any) -> None:
     assert main([CIRCLE, "--count=5", "--dry_run"]) == 0
     assert "20 steps, pictures at once: 4, times: 2" in capsys.readouterr().out
+    assert main(["red", "star", "--dry_run"]) == 0
+    assert "note: 2 prompts of one word each" in capsys.readouterr().err
     parts = estimate_drawing(config_of(CIRCLE)).parts
     modules = {"transformer": model.transformer, "text encoder": model.text_encoder.model, "autoencoder": model.autoencoder}
     for name, module in modules.items():
