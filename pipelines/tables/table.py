@@ -270,7 +270,7 @@ class Table:
             return ", where nothing is: is this the dataset? (jobs.ingest begins one)"
         group, folder = self.path.split("/")[0], self.path.rpartition("/")[0]
         names = list_folder(f"{self.dataset_uri}/{folder}", with_files=False) if folder else []
-        others = [f"{folder}/{name}" for name in names if name[0] not in "._"]
+        others = [path for name in names if name[0] not in "._" and (path := f"{folder}/{name}") != self.path]
         there = f", which has {', '.join(others)}" if others else ""
         maker = f" (jobs.{MADE_BY[group]})" if group in MADE_BY else ""
         return f"{there}: run the stage that makes it first{maker}"
