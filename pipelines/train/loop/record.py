@@ -22,6 +22,9 @@ AUTOENCODER_DIR = "autoencoder"
 COMPARISON = "comparison.png"
 """File of fixed pictures, as they are, as an autoencoder gave them back before and after its training, and the difference."""
 
+GOES_ON = ("config.num_steps:", "config.data.captioners:", "config.data.clip:", "inputs.captions/", "inputs.scores/")
+"""Differences with which a training may go on from another one's checkpoint: it draws the same samples in the same order."""
+
 
 @dataclass(frozen=True)
 class TrainingRecord:
@@ -47,10 +50,11 @@ class TrainingRecord:
                 lines = describe_differences(found.identity, now)
                 differences = "\n".join(f"  {line}" for line in lines)
                 advice = "Give this one another output folder, put the setting back, or delete the folder."
-                if len(lines) == 1 and now.config["num_steps"] > found.identity.config["num_steps"]:
+                longer = now.config["num_steps"] >= found.identity.config["num_steps"]
+                if longer and all(line.startswith(GOES_ON) for line in lines):
                     advice = (
-                        "To train longer, give this one another output folder (--name) and let it go on from the last "
-                        f"checkpoint: --train.resume_from {_last_checkpoint(output_uri)}"
+                        "To train longer, or go on with other captions, give this one another output folder (--name), more "
+                        f"steps, and the last checkpoint: --train.resume_from {_last_checkpoint(output_uri)}"
                     )
                 raise StaleTableError(f"{output_uri} holds a training with other settings:\n{differences}\n{advice}")
         record._write()

@@ -24,6 +24,9 @@ def test_a_longer_training_is_told_to_go_on_from_the_last_checkpoint(tmp_path: P
         with pytest.raises(StaleTableError, match=f"config.num_steps: 5 -> {num_steps}") as error:
             TrainingRecord.claim(str(tmp_path), replace(BEFORE, config={**BEFORE.config, "num_steps": num_steps}))
         assert told.format(tmp_path) in str(error.value)
+    other = replace(BEFORE, config={"num_steps": 5, "data": {"caption_dropout": 0.1, "captioners": ["a"]}})
+    with pytest.raises(StaleTableError, match=r"other captions, .*--train\.resume_from .*/step-000005"):
+        TrainingRecord.claim(str(tmp_path), replace(other, inputs={**BEFORE.inputs, "captions/a": "5678"}))
 
 
 def test_a_finished_training_of_an_earlier_version_is_kept(tmp_path: Path) -> None:
