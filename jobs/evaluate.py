@@ -82,7 +82,9 @@ def _run_metric(job: EvaluateJob, metric: str, config: "MetricConfig", shared: L
     if shared.run is not None:
         shared.run.log_metrics(figures)
         shared.run.log_html(html, f"{metric}.html")
-    print("  ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
+    print(
+        "  ".join(f"{name} {value:.4g}" for name, value in figures.items()) or "no picture was judged: no figures", flush=True
+    )
     return result
 
 

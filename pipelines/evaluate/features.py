@@ -96,6 +96,10 @@ class StoredFeatures:
             if isinstance(error, FileNotFoundError):
                 raise
             raise ValueError(f"{self.uri} is no .npz of statistics: {error}") from error
+        if broken := [
+            name for name, values in found.items() if values.dtype.kind not in "fiu" or not np.isfinite(values).all()
+        ]:
+            raise ValueError(f"{self.uri} holds in {broken[0]} what is no finite number: make the statistics anew")
         if "feats" not in found and not {"mu", "sigma"} <= found.keys():
             raise ValueError(f"{self.uri} holds neither mu and sigma (pytorch-fid, clean-fid) nor feats (clean-fid's for KID)")
         return found

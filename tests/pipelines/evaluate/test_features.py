@@ -75,6 +75,8 @@ def bad_statistics(folder: Path) -> Iterator[tuple[str, str]]:
     yield "odd.npz", r"mu is \(3,\), sigma \(2, 2\)"
     np.savez(folder / "pickle.npz", mu=np.array([{}], object), sigma=np.zeros((1, 1)))
     yield "pickle.npz", "is no .npz of statistics"
+    np.savez(folder / "nan.npz", mu=np.full(64, np.nan), sigma=np.eye(64))
+    yield "nan.npz", "in mu what is no finite number"
     np.savez(folder / "narrow.npz", mu=np.zeros(3), sigma=np.eye(3))
     yield "narrow.npz", "features of 3 numbers, the pictures of 64"
 
