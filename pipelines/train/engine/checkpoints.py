@@ -9,6 +9,7 @@ A training of several models, each with its optimizer, has a checkpoint of each 
 
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -177,6 +178,10 @@ class Checkpoint:
         """Read the JSON files and compare sizes. Raises BadCheckpointError if a file is missing or has another size."""
         found = find_files(uri)
         if f"{part_name(0)}.json" not in found:
+            if inside := sorted(
+                name.rpartition("/")[0] for name in found if re.search(rf"\bstep-\d+/{part_name(0)}.json$", name)
+            ):
+                raise BadCheckpointError(f"{uri} is no checkpoint, but holds {len(inside)}: the last is {uri}/{inside[-1]}")
             raise UnfinishedCheckpointError(f"{uri} is not whole: {part_name(0)}.json is missing, it was never finished")
         first = _read_part(f"{uri}/{part_name(0)}.json")
         if first["world_size"] > MOST_RANKS:

@@ -11,7 +11,7 @@ from pipelines.storage.errors import StorageError
 from pipelines.tables.identity import Identity
 from pipelines.train.engine.checkpoint_places import list_checkpoints
 from pipelines.train.engine.checkpoint_store import TO_JUDGE, CheckpointStore
-from pipelines.train.engine.checkpoints import Checkpoint, Snapshot, UnfinishedCheckpointError, read_weights
+from pipelines.train.engine.checkpoints import BadCheckpointError, Checkpoint, Snapshot, UnfinishedCheckpointError, read_weights
 from pipelines.train.engine.judgements import BestCheckpoint, Judgement, write_best, write_judgements
 from pipelines.train.loop.record import TrainingRecord
 from sana_model.files import retry
@@ -81,6 +81,8 @@ def test_a_checkpoint_counts_when_all_parts_are_there(tmp_path: Path) -> None:
     stores[0].write(make_snapshot(3, rank=0, world_size=2))
     stores[0].wait()
     assert torch.equal(read_weights(stores[0].uri(3))["w"], -(torch.arange(6.0) + 3).view(2, 3))
+    with pytest.raises(BadCheckpointError, match=r"is no checkpoint, but holds 1: the last is .*step-000003$"):
+        Checkpoint.open(str(tmp_path))
 
 
 def test_the_best_the_newest_and_every_fourth_stay(tmp_path: Path) -> None:
