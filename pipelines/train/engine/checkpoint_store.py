@@ -89,6 +89,16 @@ class CheckpointStore:
         problem = self.wait()
         return problem if self._num_failed >= MAX_FAILED_WRITES else None
 
+    def prune(self) -> None:
+        """Remove checkpoints that need not be kept. For one rank, once all have waited: `write` cannot count the newest yet.
+
+        A storage that refuses is told, and they stay.
+        """
+        try:
+            self._prune()
+        except StorageError as error:
+            self.say(f"checkpoints that are no longer wanted stay: {error}")
+
     def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()

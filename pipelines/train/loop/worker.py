@@ -290,6 +290,8 @@ class TrainingLoop(ABC, Generic[Config]):
             raise TrainingError(
                 f"the last checkpoint could not be written: {problem}; run it again to resume from the one before"
             )
+        if self.rank == 0:
+            self.store.prune()
         self.outputs.log_checkpoint(self.store.last_written)
         if self.stopped:
             return {"stopped": self.step}

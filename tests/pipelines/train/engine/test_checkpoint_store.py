@@ -113,6 +113,18 @@ def test_the_best_judged_one_stays_and_those_that_are_not_judged_yet(tmp_path: P
     assert steps() == [2, 7] and without.unjudged() == []
 
 
+def test_what_the_slowest_rank_made_old_is_removed_at_the_end(tmp_path: Path) -> None:
+    """Rank 0 has written its part of the last checkpoint before rank 1, and nothing is written after that."""
+    stores = [CheckpointStore(str(tmp_path), keep_last=1, say=print) for _ in range(2)]
+    for step in (1, 2):
+        for rank, store in enumerate(stores):
+            store.write(make_snapshot(step, rank=rank, world_size=2))
+            store.wait()
+    assert len(list_checkpoints(str(tmp_path))) == 2
+    stores[0].prune()
+    assert list_checkpoints(str(tmp_path)) == [stores[0].uri(2)]
+
+
 def test_the_newest_is_that_of_the_highest_step(tmp_path: Path) -> None:
     """Whatever the length of its name."""
     store = CheckpointStore(str(tmp_path), keep_last=2, say=print)
