@@ -22,9 +22,14 @@ def no_tracking_of_another_file() -> None:
 
 
 @pytest.fixture(autouse=True)
-def linear_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine with ZeRO stage 3 replaces `linear` for the rest of the process by one that rounds a bfloat16 sum once more."""
-    monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
+def linear_of_torch() -> Iterator[None]:
+    """An engine with ZeRO stage 3 replaces `linear` for the rest of the process by one that rounds a bfloat16 sum once more.
+
+    Not by `monkeypatch`: set up first of all, it would undo a test's changes after those of the test's other fixtures.
+    """
+    linear = torch.nn.functional.linear
+    yield
+    torch.nn.functional.linear = linear
 
 
 @pytest.fixture(scope="session")
