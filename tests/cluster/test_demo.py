@@ -9,7 +9,7 @@ from pipelines.storage.files import read_file
 from pipelines.tables.table import REPORT
 from tests.support.cluster.faults import Jobs
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]  # 6 minutes; its commands run one by one in test_faults.py
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]  # 6 minutes; test_faults.py runs its data stages and training one by one
 
 SMALL = "--world.num_images 40 --world.num_prompts 4 --ingest.rows_per_shard 20 --draw.num_steps 4 --train.num_steps 4"
 

@@ -9,7 +9,6 @@ A training of several models, each with its optimizer, has a checkpoint of each 
 
 import hashlib
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from pipelines.storage.files import find_files, is_local, read_file, remove_file, write_file
 from pipelines.storage.retry import call
+from pipelines.train.engine.checkpoint_places import CHECKPOINTS_DIR, list_checkpoints
 from pipelines.train.engine.deepspeed import WHOLE, Engine
 from pipelines.train.engine.ema import EMA
 from sana_model.files.filesystems import open_filesystem
@@ -178,10 +178,8 @@ class Checkpoint:
         """Read the JSON files and compare sizes. Raises BadCheckpointError if a file is missing or has another size."""
         found = find_files(uri)
         if f"{part_name(0)}.json" not in found:
-            if inside := sorted(
-                name.rpartition("/")[0] for name in found if re.search(rf"\bstep-\d+/{part_name(0)}.json$", name)
-            ):
-                raise BadCheckpointError(f"{uri} is no checkpoint, but holds {len(inside)}: the last is {uri}/{inside[-1]}")
+            if inside := list_checkpoints(uri) or list_checkpoints(f"{uri}/{CHECKPOINTS_DIR}"):
+                raise BadCheckpointError(f"{uri} is no checkpoint, but holds {len(inside)}: the last is {inside[0]}")
             raise UnfinishedCheckpointError(f"{uri} is not whole: {part_name(0)}.json is missing, it was never finished")
         first = _read_part(f"{uri}/{part_name(0)}.json")
         if first["world_size"] > MOST_RANKS:

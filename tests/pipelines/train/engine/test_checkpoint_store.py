@@ -73,7 +73,8 @@ def test_storage_that_refuses_writes(proxy: FaultyProxy) -> None:
 
 
 def test_a_checkpoint_counts_when_all_parts_are_there(tmp_path: Path) -> None:
-    stores = [CheckpointStore(str(tmp_path), keep_last=1, say=print) for _ in range(2)]
+    root = tmp_path / "checkpoints"
+    stores = [CheckpointStore(str(root), keep_last=1, say=print) for _ in range(2)]
     stores[1].write(make_snapshot(3, rank=1, world_size=2))
     stores[1].wait()
     with pytest.raises(UnfinishedCheckpointError, match=r"rank-00000\.json is missing"):
@@ -81,8 +82,9 @@ def test_a_checkpoint_counts_when_all_parts_are_there(tmp_path: Path) -> None:
     stores[0].write(make_snapshot(3, rank=0, world_size=2))
     stores[0].wait()
     assert torch.equal(read_weights(stores[0].uri(3))["w"], -(torch.arange(6.0) + 3).view(2, 3))
-    with pytest.raises(BadCheckpointError, match=r"is no checkpoint, but holds 1: the last is .*step-000003$"):
-        Checkpoint.open(str(tmp_path))
+    for folder in (tmp_path, root):
+        with pytest.raises(BadCheckpointError, match=r"is no checkpoint, but holds 1: the last is .*/checkpoints/step-000003$"):
+            Checkpoint.open(str(folder))
 
 
 def test_the_best_the_newest_and_every_fourth_stay(tmp_path: Path) -> None:
