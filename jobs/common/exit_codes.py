@@ -14,7 +14,7 @@ class ExitCode(IntEnum):
     TOO_MANY_REJECTS = 3  # look at the table's rejects, then fix the source or raise max_reject_share
     TRAINING_FAILED = 4  # the loss is not finite, or workers were lost more often than max_failures allows
     FAULT = 5  # a lost node, no memory, a store or server that is down, another writer, a bug: try again, which resumes
-    STOPPED = 143  # SIGTERM, as from `ray job stop` or a node that is taken away
+    STOPPED = 143  # SIGTERM, as from `ray job stop` or a node that is taken away; or Ctrl-C
 
 
 CODES: dict[ErrorKind, ExitCode] = {

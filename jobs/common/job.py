@@ -10,7 +10,7 @@ from jobs.common.commands import COMMANDS, program
 from jobs.common.config import parse_config, secrets_of
 from jobs.common.exit_codes import ExitCode, exit_code
 from jobs.common.output import hiding
-from jobs.common.ray import JobStopped, RayConfig, start_ray, stop_on_sigterm
+from jobs.common.ray import STOPPED, JobStopped, RayConfig, start_ray, stop_on_sigterm
 from jobs.common.resources import check_local
 from pipelines.storage.errors import is_expected
 from pipelines.storage.lease import LeaseConfig
@@ -83,6 +83,9 @@ def run_parsed(job: Job, run: Callable[[Job], object], *, look_first: Callable[[
                         check_local(job)
                     run(job)
         except JobStopped:
+            return ExitCode.STOPPED
+        except KeyboardInterrupt:
+            print(STOPPED.decode(), end="", file=sys.stderr)
             return ExitCode.STOPPED
         except Exception as error:
             return report_error(error, expected=is_expected(error))

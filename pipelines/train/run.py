@@ -85,7 +85,7 @@ def run_train(
         TrackingError: MLflow will never take the run.
         LeaseHeldError: another job is training there.
         StorageError: `output_dir` cannot be written.
-        TrainingStopped: SIGTERM came and a checkpoint was saved; the next call resumes from it.
+        TrainingStopped: SIGTERM or Ctrl-C came and a checkpoint was saved; the next call resumes from it.
         TrainingInputError: models, tables and configuration do not fit together, as the workers found.
         TrainingError: the training failed; the next call resumes from the last checkpoint.
     """

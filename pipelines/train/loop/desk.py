@@ -18,6 +18,8 @@ from pipelines.stages.placement import on_this_node
 
 POLL_SECONDS = 0.5
 """Pause between two looks of the driver at the desk."""
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+"""Signals that end a training of this process with a checkpoint: of `ray job stop`, and Ctrl-C."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,12 +98,14 @@ class Desk:
 def open_desk(
     on_progress: OnTrainProgress, on_notice: OnNotice, *, on_stop: Callable[[], None], on_look: OnLook = lambda to_judge: None
 ) -> Iterator[Any]:
-    """Start the desk and yield the actor's handle. Within, SIGTERM makes the workers save a checkpoint and end.
+    """Start the desk and yield the actor's handle. Within, SIGTERM and Ctrl-C make the workers save a checkpoint and end.
+
+    A second Ctrl-C does not wait for them: it raises KeyboardInterrupt.
 
     Args:
         on_progress: called with each new progress.
         on_notice: called with each new notice.
-        on_stop: called soon after SIGTERM, since `ray job stop` may kill this process before the workers have ended.
+        on_stop: called soon after such a signal, since `ray job stop` may kill this process before the workers have ended.
         on_look: called with each look at the desk.
 
     All four are called from one other thread.
@@ -115,6 +119,7 @@ def open_desk(
             last_look = ended.wait(POLL_SECONDS)
             if stopping.is_set() and not told_of_stop:
                 told_of_stop = True
+                on_notice("stops: the workers save a checkpoint first")
                 on_stop()
             progress, notices, to_judge = ray.get(desk.look.remote(num_heard))
             num_heard += len(notices)
@@ -126,18 +131,20 @@ def open_desk(
             on_look(to_judge)
 
     def ask_to_stop(signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGINT and stopping.is_set():
+            raise KeyboardInterrupt
         stopping.set()
-        desk.ask_to_stop.remote("SIGTERM came")
+        desk.ask_to_stop.remote(f"{signal.Signals(signum).name} came")
 
     thread = threading.Thread(target=watch, name="training-progress", daemon=True)
     thread.start()
     in_main_thread = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGTERM, ask_to_stop) if in_main_thread else None
+    previous = {one: signal.signal(one, ask_to_stop) for one in STOPPING} if in_main_thread else {}
     try:
         yield desk
     finally:
-        if in_main_thread:
-            signal.signal(signal.SIGTERM, previous)
+        for one, handler in previous.items():
+            signal.signal(one, handler)
         ended.set()
         thread.join()
         ray.kill(desk)

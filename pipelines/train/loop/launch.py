@@ -194,12 +194,19 @@ def _figures(ended: Result) -> dict[str, Any]:
     return figures
 
 
+class _Trainer(TorchTrainer):
+    """Leaves Ctrl-C to `open_desk`: Ray Train's own handler ends the workers without a checkpoint, and says nothing."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        pass
+
+
 def _fit(task: TrainTask[Any], work: Work) -> Result:
     """Run the workers with Ray Train until they end. Raises TrainingError if they fail for good."""
     config = task.config
     resources = config.resources
     name = f"train-{uuid.uuid4().hex[:12]}"
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         partial(work, task),  # type: ignore[arg-type]  # it may return a value, whatever Ray's annotation says
         torch_config=OneAddressConfig(),
         scaling_config=ScalingConfig(

@@ -9,7 +9,7 @@ import pytest
 
 from jobs import caption, duplicates, embed_captions, embed_images, evaluate, extract, import_captions, score, score_images
 from jobs.common.exit_codes import ExitCode
-from jobs.common.job import JobConfig
+from jobs.common.job import JobConfig, TableJobConfig, run_parsed
 from jobs.common.ray import JobStopped, stop_on_sigterm
 from jobs.common.stage_job import track_stage
 from pipelines.stages.contract import OnProgress, StageResult
@@ -53,6 +53,11 @@ def test_a_signal_that_was_lost_on_its_way_stops_the_job_at_its_next_progress(tm
 
     with stop_on_sigterm(), pytest.raises(JobStopped):
         track_stage(job, "x", lose)
+
+
+def test_ctrl_c_ends_a_job_as_sigterm_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_parsed(TableJobConfig(dataset_uri=str(tmp_path)), lambda job: signal.raise_signal(signal.SIGINT)) == 143
+    assert "run the same command again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def test_other_settings_are_refused(world: World, straight: TrainResult) -> None
 
 @dataclass(frozen=True)
 class Disturbed:
-    """A training in three starts: stopped by SIGTERM, then killed, then to its end; and what was seen on the way."""
+    """A training in three starts: stopped by Ctrl-C, then killed, then to its end; and what was seen on the way."""
 
     stopped: TrainingStopped
     stopped_status: str
@@ -184,10 +184,10 @@ def disturbed(world: World) -> Disturbed:
     config = replace(world.config, keep_checkpoints=20)
     sent: list[int] = []
 
-    def terminate_driver(progress: TrainProgress) -> None:
+    def interrupt_driver(progress: TrainProgress) -> None:
         if progress.step >= 30 and not sent:
             sent.append(progress.step)
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
 
     def kill_worker(progress: TrainProgress) -> None:
         if progress.step >= 70:
@@ -205,7 +205,7 @@ def disturbed(world: World) -> Disturbed:
         return client.get_run(run_id).info.status, {path.name for path in (world.folder / "disturbed/checkpoints").iterdir()}
 
     with pytest.raises(TrainingStopped) as stopped:
-        world.train("disturbed", config, on_progress=terminate_driver)
+        world.train("disturbed", config, on_progress=interrupt_driver)
     stopped_status, first = state()
     with pytest.raises(TrainingError) as killed:
         world.train("disturbed", config, on_progress=kill_worker)
@@ -218,7 +218,7 @@ def disturbed(world: World) -> Disturbed:
     return Disturbed(stopped.value, stopped_status, killed.value, killed_status, checkpoints, notices, result)
 
 
-def test_sigterm_to_the_driver_ends_it_at_once_with_a_checkpoint(disturbed: Disturbed) -> None:
+def test_ctrl_c_ends_it_at_once_with_a_checkpoint(disturbed: Disturbed) -> None:
     assert 30 <= disturbed.stopped_step < 160
     assert f"step-{disturbed.stopped_step:06d}" in disturbed.checkpoints[0] and disturbed.stopped_status == "KILLED"
 
