@@ -124,7 +124,10 @@ def curve(points: Sequence[tuple[float, float]], *, title: str, x_label: str, y_
     if len(y) > 60:
         panel.paths.append((_path(x, y, x_axis, y_axis), "fine"))
     panel.paths.append((_path(x, smooth, x_axis, y_axis), "bold"))
-    note = f"{len(y):,} steps · first {number(smooth[0])} · last {number(smooth[-1])}" + (" (averaged)" if len(y) > 60 else "")
+    if len(y) == 1:  # a line through one point is not seen
+        panel.dots.append((x_axis(x[0]), y_axis(y[0]), f"{x_label} {number(x[0])}: {number(y[0])}"))
+        return _draw(title, x_label, y_label, x_axis, [panel], f"one value: {number(y[0])}")
+    note = f"{len(y):,} values · first {number(smooth[0])} · last {number(smooth[-1])}" + (" (averaged)" if len(y) > 60 else "")
     return _draw(title, x_label, y_label, x_axis, [panel], note)
 
 

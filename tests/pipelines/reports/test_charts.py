@@ -33,3 +33,4 @@ def test_curve_draws_its_points_in_order() -> None:
     (path,) = re.findall(r'class="bold" d="M([^"]*)"', chart)
     (x1, y1), (x2, y2) = (map(float, point.split()) for point in path.split("L"))
     assert x1 < x2 and y1 < y2  # pixels grow downwards
+    assert "<circle" not in chart and "<circle" in curve([(2, 1.0)], title="loss", x_label="step", y_label="loss")
