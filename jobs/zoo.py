@@ -28,6 +28,7 @@ def draw_scenes(config: ScenesConfig) -> None:
     from pipelines.shapes.drawing import write_folder
 
     write_folder(config.output_dir, config.first, config.num_rows)
+    print(f"{config.num_rows:,} scenes are in {config.output_dir}")
 
 
 def make_text_encoder(config: TinyTextEncoderConfig) -> None:

@@ -111,6 +111,7 @@ def track_training(job: TrainingJobConfig, stage: str, train: Train[Result], mak
         write_file(f"{output_uri}/{REPORT}", html.encode())  # last: a job that ended before it makes and sends the page again
     line.clear()
     print(describe_result(job.name, result), flush=True)
+    print(f"{'':<22} the page: {output_uri}/{REPORT}", flush=True)
     if result.unsent is not None:
         raise StorageError(f"the training is finished, but {result.unsent}; the same command sends them, once MLflow answers")
     return result

@@ -116,7 +116,8 @@ def _from_uri(uri: str) -> Path:
         if not name.endswith("/")  # an object store's mark of a folder
     ]
     if not found:
-        raise FileNotFoundError(f"nothing at {redact(uri)!r}")
+        unsure = ", or it cannot be reached from here" if uri.startswith(("http://", "https://")) else ""
+        raise FileNotFoundError(f"nothing at {redact(uri)!r}{unsure}")
     try:
         relative = {name: check_inside(_relative(name, root)) for name in found}
     except ValueError as error:

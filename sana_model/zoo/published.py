@@ -153,6 +153,6 @@ def find_published(path: str | Path) -> PublishedModel | None:
 
 def name_near(path: str) -> str:
     """What somebody may have meant by a path that is not there: "; did you mean ...?"; "" if nothing is near."""
-    ids = {model.id.lower(): f"hf://{model.id}" for model in PUBLISHED}
+    ids = {name.lower(): f"hf://{model.id}" for model in PUBLISHED for name in (model.id, model.id.rpartition("/")[2])}
     near = get_close_matches(path.lower(), [*BY_SHORT, *ids], n=1, cutoff=0.85)
     return f"; did you mean {ids.get(near[0], near[0])}?" if near else ""

@@ -13,7 +13,7 @@ from sana_model.files.kinds import is_sprint
 from sana_model.files.places import resolve
 from sana_model.files.published_configs import diffusers_transformer_config, transformer_config_from_diffusers
 from sana_model.nn.transformer import SanaTransformer
-from sana_model.zoo.published import PUBLISHED, PublishedModel, find_published
+from sana_model.zoo.published import PUBLISHED, PublishedModel, find_published, name_near
 from tests.support.golden import PLAIN, SANA_1_5, golden, inputs, nvlabs_weights
 from tests.support.peers import assert_close
 
@@ -46,6 +46,7 @@ def test_names_are_found_and_unique() -> None:
         assert found is not None and found.id == "Efficient-Large-Model/Sana_1600M_1024px_BF16", path
     nested = find_published(f"models/{name}_ControlNet_HED/checkpoints/Sana_600M_512px.pth")
     assert nested is not None and nested.short == "sana-0.6b-512"  # a file's own name counts before its folder's
+    assert name_near("dc-ae-f32c32-sana-1.2") == "; did you mean hf://mit-han-lab/dc-ae-f32c32-sana-1.1?"
     assert find_published("mine.pth") is None and find_published("zoo://pipeline") is None
 
 
