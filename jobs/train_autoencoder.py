@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
 Judged = tuple[int, str, dict[str, float]]
 """Size of the pictures, "before" or "after", and the figures."""
+ABOUT_FIGURES = (
+    "On all pictures that are held out. psnr (dB) and ssim: how near what is given back is to the picture; higher is better, "
+    "ssim up to 1. sharpness: its high-frequency energy as a share of the picture's; below 1 it is blurred, above 1 noisy. "
+    "perceptual, rfd and rfid: distances of features; lower is better."
+)
+"""What the figures of the judgement are, for a person who reads the page."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +68,27 @@ def run(job: TrainAutoencoderJob) -> "TrainAutoencoderResult":
 
     train = partial(run_train_autoencoder, job.dataset_uri, job.train)
     return track_training(job, "train_autoencoder", train, lambda result: make_report(job, result, judge(job, result)))
+
+
+def check_judging(job: TrainAutoencoderJob) -> None:
+    """Raise what else would end the job only when the trained autoencoder is judged.
+
+    Raises ValueError if a size of `judge_sizes` does not fit `init`; without `dry_run`, which fetches nothing, also
+    FileNotFoundError, ConnectionError or ValueError if a model of `reconstruction` is not there.
+    """
+    from pipelines.evaluate.reconstruction import Reconstruction
+    from pipelines.train.preflight.models import known_autoencoder
+    from pipelines.workers.models import find_model, naming
+
+    if job.judge_sizes and job.train.init is not None:
+        with naming("train.init"):
+            shape = known_autoencoder(job.train.init)
+        if shape is not None:
+            check_side(shape, "judge_sizes", *job.sizes)
+    for name in Reconstruction.more_models if job.sizes and not job.dry_run else ():
+        if (path := getattr(job.reconstruction, name)) is not None:
+            with naming(f"reconstruction.{name}"):
+                find_model(path, getattr(job.reconstruction, f"{name}_revision"))
 
 
 def judge(job: TrainAutoencoderJob, result: "TrainAutoencoderResult") -> list[Judged]:
@@ -128,7 +155,13 @@ def make_report(job: TrainAutoencoderJob, result: "TrainAutoencoderResult", judg
         facts=facts,
         config=to_dict(job.train),
         sections=[
-            Section(title="Before and after", columns=("pixels", "", *names), rows=rows, pictures=comparison),
+            Section(
+                title="Before and after",
+                text=ABOUT_FIGURES if judged else "",
+                columns=("pixels", "", *names),
+                rows=rows,
+                pictures=comparison,
+            ),
         ],
         about="The autoencoder learns to give pictures back from their latents.",
         y_label="loss (sum of its parts)",
@@ -137,7 +170,8 @@ def make_report(job: TrainAutoencoderJob, result: "TrainAutoencoderResult", judg
 
 
 def look_first(job: TrainAutoencoderJob) -> bool:
-    """Show the preflight of a dry run; True if that was all."""
+    """Check what only the judgement needs, and show the preflight of a dry run; True if that was all."""
+    check_judging(job)
     if job.dry_run:
         from pipelines.train_autoencoder.preflight import format_preflight, run_preflight
 

@@ -245,7 +245,7 @@ class TrainAutoencoderConfig(LoopConfig):
 
     Args:
         init: the autoencoder to start from: a folder, or a zoo://, hf:// or fsspec URI; ours, diffusers' or efficientvit's
-            weights. Or the short name of a published model (`python -m jobs.zoo published`). None: a new one of `preset`.
+            weights. `python -m jobs.zoo published` lists the published ones. None: a new one of `preset`.
         preset: without `init`, the shape of a new autoencoder, such as dc-ae-f32c32-sana-1.1.
         shape: fields that replace those of the preset; with `init`, what its shape must be.
         parts: the weights that are trained.
@@ -276,6 +276,8 @@ class TrainAutoencoderConfig(LoopConfig):
             raise ValueError(
                 f"init={self.init}, preset={self.preset}: give one: an autoencoder to go on from, or a shape to begin with"
             )
+        if not self.parts:
+            raise ValueError("parts=[] is empty: there is nothing to train")
         if self.preset is not None and self.preset not in AUTOENCODER_PRESETS:
             raise ValueError(f"preset={self.preset} is none of {', '.join(AUTOENCODER_PRESETS)}")
         if self.preset is not None and not (self.trains("encoder") and self.trains("decoder")):
@@ -284,8 +286,6 @@ class TrainAutoencoderConfig(LoopConfig):
             )
         if self.preset is not None:
             self.check_shape(self.new_shape())
-        if not self.parts:
-            raise ValueError("parts=[] is empty: there is nothing to train")
         if self.engine.zero_stage == 3:
             raise ValueError("engine.zero_stage=3: an autoencoder's weights are few; take 0, 1 or 2")
         if self.keep_best == "validation_loss" and not self.holds_out:

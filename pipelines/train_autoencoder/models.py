@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 from pipelines.train_autoencoder.config import TrainAutoencoderConfig
+from pipelines.workers.models import naming
 from sana_model.nn.autoencoder import DCAutoencoder
 
 
@@ -15,7 +16,8 @@ def load_start(config: TrainAutoencoderConfig) -> DCAutoencoder:
     crops or channels do not fit it.
     """
     if config.init is not None:
-        model = DCAutoencoder.from_pretrained(config.init, dtype=torch.float32)
+        with naming("init"):
+            model = DCAutoencoder.from_pretrained(config.init, dtype=torch.float32)
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)

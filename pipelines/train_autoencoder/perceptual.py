@@ -79,8 +79,9 @@ def load_vision_model(path: str, revision: str | None) -> tuple[Any, int | None]
     place, options = pretrained(path, revision)
     try:
         model = AutoModel.from_pretrained(place, trust_remote_code=False, dtype=torch.float32, **options)
-    except OSError as error:
-        raise FileNotFoundError(f"losses.perceptual.model={path} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError) as error:
+        kind = ValueError if isinstance(error, ValueError) else FileNotFoundError
+        raise kind(f"losses.perceptual.model={path} cannot be loaded: {str(error).splitlines()[0]}") from error
     model = getattr(model, "vision_model", None) or getattr(model, "vision_tower", None) or model
     if getattr(model, "main_input_name", None) != "pixel_values":
         raise ValueError(f"losses.perceptual.model={path} is a {type(model).__name__}: it sees no pictures")

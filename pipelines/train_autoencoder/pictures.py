@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import pyarrow as pa
 import torch
 from PIL import Image
 from torch import Tensor
@@ -44,28 +45,44 @@ def read_pictures(dataset_uri: str, config: TrainAutoencoderConfig) -> list[np.n
             elif len(pictures) < wanted:
                 pictures.append(picture)
     if not pictures:
-        names = ", ".join(source.table.uri for source in sources)
-        raise ValueError(
-            f"{names} has no picture of {config.picture_size} pixels to measure on: raise data.held_out_share, lower "
-            "validation.size, or give validation.dataset_uri"
-        )
+        raise _nothing_to_measure(sources, config)
     return pictures
 
 
+def check_pictures(dataset_uri: str, config: TrainAutoencoderConfig) -> None:
+    """Raise as `read_pictures`, without reading a picture: whether those that fit can be decoded is not known."""
+    sources = picture_sources(dataset_uri, config)
+    if not any(rows.num_rows for source in sources for rows in _shown(source, config, COLUMNS[:3])):
+        raise _nothing_to_measure(sources, config)
+
+
+def _nothing_to_measure(sources: Sequence[CropSource], config: TrainAutoencoderConfig) -> ValueError:
+    names = ", ".join(source.table.uri for source in sources)
+    advice = "give another validation.dataset_uri" if config.validation.dataset_uri else "raise data.held_out_share"
+    return ValueError(
+        f"{names} has no picture of {config.picture_size} pixels to measure on: {advice}, or lower validation.size"
+    )
+
+
 def _read(source: CropSource, config: TrainAutoencoderConfig) -> Iterator[np.ndarray]:
+    for rows in _shown(source, config, COLUMNS):
+        for image_bytes in rows["image_bytes"]:
+            try:
+                yield center_square(image_bytes.as_py(), config.picture_size)
+            except RowRefused:
+                continue
+
+
+def _shown(source: CropSource, config: TrainAutoencoderConfig, columns: list[str]) -> Iterator[pa.Table]:
+    """These columns (id, width and height among them) of each shard's pictures that are to be measured on and large enough."""
     share = config.data.held_out_share if config.validation.dataset_uri is None else 0.0
     size, upscale = config.picture_size, config.data.max_upscale
     source.table.require()
     for shard in source.table.list_shards():
-        rows = source.table.read_shard(shard, COLUMNS)
+        rows = source.table.read_shard(shard, columns)
         chosen = source.chosen(shard, rows["id"].to_pylist(), held_out_share=share, held_out=share > 0)
-        for shorter, image_bytes, shown in zip(shorter_sides(rows), rows["image_bytes"], chosen, strict=True):
-            if not shown or not fits(shorter, size, largest=1.0, max_upscale=upscale):
-                continue
-            try:
-                yield center_square(image_bytes.as_py(), size)
-            except RowRefused:
-                continue
+        large = (fits(shorter, size, largest=1.0, max_upscale=upscale) for shorter in shorter_sides(rows))
+        yield rows.filter(pa.array([shown and fit for shown, fit in zip(chosen, large, strict=True)], pa.bool_()))
 
 
 def to_crops(pictures: Sequence[np.ndarray]) -> Tensor:

@@ -4,10 +4,14 @@ Forward and backward passes of the real modules run on fake tensors, which have 
 `pipelines/train/preflight/memory.py`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,7 +34,9 @@ from pipelines.train.preflight.run import ASSUMED_MFU, GIB
 from pipelines.train_autoencoder.config import PerceptualConfig, TrainAutoencoderConfig
 from pipelines.train_autoencoder.parts import TrainableAutoencoder, describe_parts
 from pipelines.train_autoencoder.perceptual import load_perceptual
+from pipelines.train_autoencoder.run import check_tables
 from pipelines.train_autoencoder.stream import COLUMNS, find_sources, shorter_sides
+from pipelines.workers.models import is_hub_id, naming
 from sana_model.nn.autoencoder import DCAutoencoder
 from sana_model.nn.config import AUTOENCODER_PRESETS, AutoencoderConfig
 from sana_model.nn.discriminator import PatchDiscriminator
@@ -92,10 +98,8 @@ def find_shape(training: TrainAutoencoderConfig, problems: list[str]) -> Autoenc
     """The autoencoder's shape, without fetching weights from a hub."""
     if training.init is None:
         return training.new_shape()
-    try:
+    with naming("init"):
         known = known_autoencoder(training.init)
-    except FileNotFoundError:
-        known = None
     if known is not None:
         return known
     if "://" in training.init and not training.init.startswith(("zoo://", "file://")):
@@ -109,6 +113,10 @@ def _meta_perceptual(config: PerceptualConfig | None, problems: list[str]) -> nn
     if config is None:
         return None
     if config.kind == "lpips":
+        if find_spec("lpips") is None:
+            problems.append('losses.perceptual.kind=lpips needs its package on each worker: pip install "sana-on-ray[lpips]"')
+        if "://" not in config.model and not Path(config.model).exists():
+            problems.append(f"losses.perceptual.model={config.model} is not there (yet)")
         layers: list[nn.Module] = []
         before = 3
         for channels in VGG_16:
@@ -116,10 +124,24 @@ def _meta_perceptual(config: PerceptualConfig | None, problems: list[str]) -> nn
             before = channels or before
         return nn.Sequential(*layers).requires_grad_(False).to("meta")
     try:
-        return load_perceptual(config).to("meta")
-    except (FileNotFoundError, ValueError, OSError):
-        problems.append(f"losses.perceptual.model={config.model} is not on this machine: its memory is not counted")
+        return load_perceptual(_on_this_machine(config)).to("meta")
+    except (OSError, ValueError) as error:
+        problems.append(f"the memory of the perceptual loss is not counted: {error}")
         return None
+
+
+def _on_this_machine(config: PerceptualConfig) -> PerceptualConfig:
+    """The same with the local folder of its model; raises FileNotFoundError if the model would have to be fetched."""
+    path = config.model
+    with naming("losses.perceptual.model"):
+        if is_hub_id(path):
+            try:
+                path = snapshot_download(path, revision=config.revision, local_files_only=True)
+            except LocalEntryNotFoundError as error:
+                raise FileNotFoundError(f"{path} is not on this machine (yet)") from error
+        elif "://" in path and not path.startswith(("zoo://", "file://")):
+            raise FileNotFoundError(f"{path} is not on this machine")
+    return replace(config, model=path, revision=None)
 
 
 def _count(training: TrainAutoencoderConfig, model: TrainableAutoencoder, perceptual: nn.Module | None) -> tuple[Memory, float]:
@@ -188,25 +210,26 @@ def _perceive(perceptual: Any, decoded: Tensor, image: Tensor) -> Tensor:
 
 
 def _look_at_tables(dataset_uri: str, result: AutoencoderPreflight) -> None:
-    """Add lines about the images tables, and how many images are too small."""
+    """Add lines about the images tables, how many images are too small, and what the training will refuse."""
     training = result.training
     largest = max(training.data.sizes)
     needed = largest / (training.data.scale[1] * training.data.max_upscale)
-    num_images = num_passes = 0
+    num_images = 0
+    all_there = True
     sources = find_sources(dataset_uri, training.data)
     for source in sources:
         try:
             manifest = source.manifest
         except MissingTableError:
             result.dataset.append(f"{source.table.uri} does not exist yet")
-            num_passes += training.num_workers  # it may have as many
+            all_there = False
             continue
         try:
             source.check_complete()
         except (MissingTableError, ValueError) as error:
             result.problems.append(f"the training will refuse {source.table.uri} until this is mended: {error}")
+            all_there = False
         shards = source.table.list_shards()
-        num_passes += len(shards) * source.times
         num_images += manifest.num_rows * source.times
         line = f"{source.table.uri}: {manifest.num_rows:,} images in {len(shards)} shards, {source.times} times an epoch"
         if shards:
@@ -214,15 +237,17 @@ def _look_at_tables(dataset_uri: str, result: AutoencoderPreflight) -> None:
             sides = shorter_sides(rows)
             small = sum(side < needed for side in sides) / max(len(sides), 1)
             line += f"; in the first of them {small:.1%} are too small for crops of {largest} pixels"
-            if small > 0.5:
+            if 0.5 < small < 1:
                 result.problems.append(
                     f"{source.table.uri}: {small:.0%} of the images looked at are too small for crops of {largest} pixels, and "
                     "are passed over: take smaller data.sizes or a larger data.max_upscale"
                 )
         result.dataset.append(line)
-    if num_passes < training.num_workers:
-        names = ", ".join(source.table.uri for source in sources)
-        result.problems.append(f"{names}: {num_passes} shards an epoch for {training.num_workers} workers")
+    if all_there:
+        try:
+            check_tables(dataset_uri, training)
+        except (MissingTableError, ValueError) as error:
+            result.problems.append(f"the training will refuse this: {error}")
     if num_images:
         epochs = training.num_steps * training.global_batch_size / num_images
         result.dataset.append(f"the training draws each image about {epochs:,.1f} times")

@@ -12,7 +12,7 @@ from pipelines.train.loop.launch import Launch, TrainingResult
 from pipelines.train.loop.record import AUTOENCODER_DIR
 from pipelines.train.loop.task import TrainTask
 from pipelines.train_autoencoder.config import TrainAutoencoderConfig
-from pipelines.workers.models import model_version
+from pipelines.workers.models import find_model, find_place, naming
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +46,13 @@ def train_autoencoder_identity(dataset_uri: str, config: TrainAutoencoderConfig)
     settings["data"] = settings["data"] | {"sources": [source.times for source in sources]}  # `inputs` says which they are
     models = {}
     if (init := settings.pop("init")) is not None:
-        models["init"] = model_version(init)
+        with naming("init"):
+            models["init"] = find_place(init).version
     if (perceptual := config.losses.perceptual) is not None:
-        models["perceptual"] = model_version(perceptual.model, perceptual.revision)
+        with naming("losses.perceptual.model"):
+            is_file = perceptual.kind == "lpips"
+            found = find_place(perceptual.model) if is_file else find_model(perceptual.model, perceptual.revision)
+        models["perceptual"] = found.version
         settings["losses"]["perceptual"] = {
             name: value for name, value in settings["losses"]["perceptual"].items() if name not in ("model", "revision")
         }
@@ -100,16 +104,15 @@ def run_train_autoencoder(
 def check_tables(dataset_uri: str, config: TrainAutoencoderConfig) -> None:
     """Check on the driver what needs no worker.
 
-    Raises MissingTableError if a table is missing; ValueError if one is empty, there are more workers than shards, or no image
-    is large enough.
+    Raises MissingTableError if a table is missing; ValueError if one is empty, there are more workers than shards, no image is
+    large enough, or there is no picture to measure on.
     """
-    from pipelines.train_autoencoder.pictures import picture_sources
+    from pipelines.train_autoencoder.pictures import check_pictures
     from pipelines.train_autoencoder.stream import CropStream, find_sources
 
     sizes = {"micro_batch_size": config.micro_batch_size, "world_size": config.num_workers}
     CropStream(find_sources(dataset_uri, config.data), config.data, seed=config.seed, **sizes)
-    for source in picture_sources(dataset_uri, config):
-        source.table.require()
+    check_pictures(dataset_uri, config)
 
 
 def _with_absolute_paths(config: TrainAutoencoderConfig) -> TrainAutoencoderConfig:

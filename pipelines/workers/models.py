@@ -7,6 +7,8 @@ and the configuration that its workers get names that very version: a hub that m
 import hashlib
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,6 +141,16 @@ def pick_device(device: str | None) -> "torch.device":
 def model_version(path: str, revision: str | None = None) -> str:
     """The version of a model: `FoundModel.version`. Raises as `find_model`."""
     return find_model(path, revision).version
+
+
+@contextmanager
+def naming(setting: str) -> Iterator[None]:
+    """Within, a FileNotFoundError, ConnectionError or ValueError about a model begins with the setting that names it."""
+    try:
+        yield
+    except (FileNotFoundError, ConnectionError, ValueError) as error:
+        kind = next(one for one in (FileNotFoundError, ConnectionError, ValueError) if isinstance(error, one))
+        raise kind(f"{setting}: {error}") from error
 
 
 def _hash_files(place: Path) -> str:

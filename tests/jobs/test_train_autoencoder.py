@@ -1,8 +1,10 @@
 """jobs.train_autoencoder: a training on Ray with its judgement and page, what a dry run tells, and the published phases."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
@@ -15,7 +17,8 @@ from pipelines.evaluate.metric_config import FIGURES
 from pipelines.evaluate.reconstruction_config import ReconstructionConfig
 from pipelines.tables.chance import is_held_out
 from pipelines.tracking.config import TrackingConfig
-from pipelines.train_autoencoder.config import CropConfig, LossConfig, PictureConfig
+from pipelines.train_autoencoder.config import CropConfig, LossConfig, PerceptualConfig, PictureConfig
+from pipelines.train_autoencoder.preflight import run_preflight
 from sana_model.nn.autoencoder import DCAutoencoder
 from tests.support.autoencoder_world import make_images, tiny_training
 
@@ -55,6 +58,7 @@ def test_a_training_is_judged_before_and_after_by_resolution(tmp_path: Path, cap
             table = metric_table(str(tmp_path), f"tuned-{when}-{size}", "reconstruction")
             judged = [row_id for shard in table.list_shards() for row_id in table.read_shard(shard, ["id"])["id"].to_pylist()]
             assert judged == [row_id for row_id in ids if is_held_out(row_id, 0.3)] and judged
+    assert f"the page: {tmp_path}/tuned/report.html" in told
     page = (tmp_path / "tuned" / "report.html").read_text()
     assert "Before and after" in page and "The autoencoder learns to give pictures back" in page
     assert json.loads((tmp_path / "tuned" / "training.json").read_text())["stage"] == "train_autoencoder"
@@ -94,6 +98,47 @@ def test_sizes_that_cannot_be_judged_are_told_before_the_training(size: int, tol
     training = tiny_training(data=CropConfig(sizes=(32,), held_out_share=0.3))
     with pytest.raises(ValueError, match=told):
         TrainAutoencoderJob(dataset_uri="x", train=training, judge_sizes=(size,))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ("--judge_sizes [60]", "error: judge_sizes: 60 pixels do not divide by 8"),
+        ("--reconstruction.inception nowhere", "error: reconstruction.inception: no file or folder 'nowhere'"),
+        ("--train.init zoo://nothing --judge_sizes [64]", "error: train.init: the zoo holds no 'nothing'"),
+    ],
+)
+def test_what_would_end_the_job_when_it_judges_is_told_before_ray_starts(
+    settings: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(ray, "init")
+    start = ["--train.preset", "null", "--train.shape.widths", "null", "--train.init", "zoo://pipeline/autoencoder"]
+    config = ["--config", str(CONFIGS / "shapes.yaml"), "--dataset_uri", str(tmp_path), *start, *settings.split()]
+    assert main(config) == 1 and capsys.readouterr().err.startswith(told)
+
+
+def test_a_dry_run_tells_what_the_training_will_refuse(tmp_path: Path) -> None:
+    make_images(tmp_path, [6, 6])
+
+    def problems(**changes: Any) -> str:
+        return "\n".join(run_preflight(str(tmp_path), tiny_training(**changes), device_gib=80).problems)
+
+    for changes, told in (
+        (
+            {"data": CropConfig(sizes=(24,), held_out_share=1e-6)},
+            "will refuse this: .* has no picture of 24 pixels to measure on",
+        ),
+        ({"data": CropConfig(sizes=(24,), held_out_share=0.999)}, "will refuse this: .* has no image to train on"),
+        ({"num_workers": 4, "global_batch_size": 8}, "will refuse this: num_workers=4 need a shard each"),
+        ({"losses": LossConfig(perceptual=PerceptualConfig(model="zoo://pipeline/text_encoder"))}, "it sees no pictures"),
+        ({"losses": LossConfig(perceptual=PerceptualConfig(model="someone/vit"))}, "someone/vit is not on this machine"),
+        ({"losses": LossConfig(perceptual=PerceptualConfig(model="vgg.pth", kind="lpips"))}, "model=vgg.pth is not there"),
+    ):
+        assert re.search(told, problems(**changes)), changes
+    assert problems(data=CropConfig(sizes=(24,), held_out_share=0.3)) == ""
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"init: .*empty holds no \.safetensors file"):
+        problems(init=str(tmp_path / "empty"))
 
 
 @pytest.mark.parametrize("name", ["phase3", "small"])

@@ -24,7 +24,7 @@ ADAPTIVE = AdversarialConfig(adaptive=True, layers=1)
         ({"latent_channels": (4, 33)}, "latent_channels=33 must be from 1 to"),
         ({"init": "x", "preset": "tiny"}, "give one: an autoencoder to go on from, or a shape"),
         ({"parts": ("decoder",)}, "a new autoencoder is trained as a whole"),
-        ({"init": "x", "parts": ()}, "there is nothing to train"),
+        ({"parts": ()}, "there is nothing to train"),
         ({"engine": EngineConfig(zero_stage=3)}, "take 0, 1 or 2"),
         (
             {
