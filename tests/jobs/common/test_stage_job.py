@@ -56,7 +56,10 @@ def test_a_signal_that_was_lost_on_its_way_stops_the_job_at_its_next_progress(tm
 
 
 def test_ctrl_c_ends_a_job_as_sigterm_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_parsed(TableJobConfig(dataset_uri=str(tmp_path)), lambda job: signal.raise_signal(signal.SIGINT)) == 143
+    def interrupted(job: TableJobConfig) -> None:
+        raise KeyboardInterrupt
+
+    assert run_parsed(TableJobConfig(dataset_uri=str(tmp_path)), interrupted) == ExitCode.STOPPED
     assert "run the same command again" in capsys.readouterr().err
 
 
