@@ -51,8 +51,8 @@ def train_autoencoder_identity(dataset_uri: str, config: TrainAutoencoderConfig)
     if (perceptual := config.losses.perceptual) is not None:
         with naming("losses.perceptual.model"):
             is_file = perceptual.kind == "lpips"
-            found = find_place(perceptual.model) if is_file else find_model(perceptual.model, perceptual.revision)
-        models["perceptual"] = found.version
+            network = find_place(perceptual.model) if is_file else find_model(perceptual.model, perceptual.revision)
+        models["perceptual"] = network.version
         settings["losses"]["perceptual"] = {
             name: value for name, value in settings["losses"]["perceptual"].items() if name not in ("model", "revision")
         }
