@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from jobs.common.checkpoints import find_source
+from jobs.common.drawing import require_drawing
 from jobs.common.job import JobConfig, run_job
 from jobs.common.metric_job import judge_pictures
 from jobs.common.stage_job import LazyRun, track_stage
@@ -106,7 +107,7 @@ def _cost(job: BestOfJob, drawn: StageResult, judged: Mapping[str, StageResult])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_job(BestOfJob, run, argv, name="best_of")
+    return run_job(BestOfJob, run, argv, name="best_of", look_first=lambda job: require_drawing(job.sample))
 
 
 if __name__ == "__main__":

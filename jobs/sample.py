@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jobs.common.checkpoints import find_source
+from jobs.common.drawing import require_drawing
 from jobs.common.job import JobConfig, report_error, run_job
 from jobs.common.stage_job import track_stage
 from pipelines.draw.config import SampleConfig
@@ -57,6 +58,7 @@ def run(job: SampleJob) -> StageResult:
         ),
         log=log_grid,
     )
+    print(f"{'':<22} the first pictures: {result.table.uri}/{GRID}", flush=True)
     if num_cut := int(result.figures.get(CUT_PROMPTS, 0)):
         print(f"{num_cut} of {result.num_rows} prompts are longer than the pipeline's max_tokens: cut there", flush=True)
     if job.from_picture is not None:
@@ -113,12 +115,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         return report_error(error, expected=is_expected(error))
 
-    def refuse_unread(job: SampleJob) -> bool:
+    def look_first(job: SampleJob) -> bool:
         if job.from_picture is not None and not any(argument.startswith(FROM_PICTURE) for argument in arguments):
             raise ValueError(f"from_picture={job.from_picture} stands in a YAML file: give it on the command line")
-        return False
+        return require_drawing(job.sample)
 
-    return run_job(SampleJob, run, arguments, name="sample", look_first=refuse_unread)
+    return run_job(SampleJob, run, arguments, name="sample", look_first=look_first)
 
 
 if __name__ == "__main__":

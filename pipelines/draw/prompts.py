@@ -83,7 +83,9 @@ def read_prompt_set(prompts: list[str] | str) -> PromptSet:
 def names_file(text: str) -> bool:
     """Whether a text is taken for the name of a file, a folder or a set, and not for a prompt."""
     try:
-        return text.strip().lower() in SETS or "://" in text or bool(FILE_NAME.fullmatch(text)) or Path(text).is_file()
+        if text.strip().lower() in SETS or "://" in text or FILE_NAME.fullmatch(text):
+            return True
+        return bool(text.strip()) and Path(text).exists()
     except (OSError, ValueError):  # longer than any name
         return False
 
@@ -124,7 +126,9 @@ def _read_folder(folder: str) -> PromptSet:
     """DPG-Bench's layout: a prompt in each .txt file, whose name is the prompt's id."""
     names = sorted(name for name in find_files(folder) if name.lower().endswith(".txt"))
     if not names:
-        raise ValueError(f"prompts={folder!r} is a folder without .txt files")
+        raise ValueError(
+            f"prompts={folder!r} is a folder without .txt files; a prompt that has the name of a folder is given as [prompt]"
+        )
     ids = [str(PurePosixPath(name).with_suffix("")) for name in names]
     texts = [" ".join(read_text(f"{folder.rstrip('/')}/{name}").split()) for name in names]
     return _of_rows([{"id": name, "prompt": text} for name, text in zip(ids, texts, strict=True)], folder)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jobs import best_of
 from jobs.common import job as job_module
 from jobs.common.config import parse_config
 from jobs.sample import SampleJob, main, take_from_picture
@@ -70,7 +71,33 @@ def test_pictures_from_a_picture_are_drawn_again_from_one_of_them(
     (again,) = rows_of(tmp_path / "data", "again")
     assert again["prompt"] == "a blue square" and again["seed"] == 9
     assert np.abs(pixels(again) - pixels(first[4])).max() <= 1 < np.abs(pixels(again) - pixels(first[5])).max()
-    assert "note:" not in capsys.readouterr().err, "the same version of the pipeline"
+    told = capsys.readouterr()
+    assert "note:" not in told.err, "the same version of the pipeline"
+    assert f"the first pictures: {tmp_path}/data/samples/again/grid.png" in told.out
+    assert (tmp_path / "data/samples/again/grid.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "prompts", "told"),
+    [
+        ("zoo://pipeline", "absent.txt", "there is no file 'absent.txt'"),
+        ("zoo://pipeline", "blank.txt", "prompts='blank.txt' holds no prompt"),
+        ("zoo://pipelin", "[a cat]", "the zoo holds no 'pipelin'"),
+        ("train/checkpoints/step-000010", "[a cat]", "step-000010"),
+    ],
+)
+def test_prompts_and_a_pipeline_that_are_not_there_are_told_before_ray_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pipeline: str, prompts: str, told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(job_module, "start_ray", lambda config: pytest.fail("Ray starts"))
+    (tmp_path / "blank.txt").write_text("\n  \n")
+    drawn = ["--dataset_uri", "data", "--sample.name", "x", "--sample.pipeline", pipeline, "--sample.prompts", prompts]
+    for command, more in ((main, []), (best_of.main, ["--sample.images_per_prompt", "2", "--best_of.name", "best"])):
+        assert command([*drawn, *more]) == 1
+        error = capsys.readouterr().err
+        assert told in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "data").exists()
 
 
 def test_the_settings_of_a_picture_stand_between_the_yaml_and_the_command_line(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_a_ray_that_does_not_start_is_told_in_a_line(
     monkeypatch.setattr("ray.init", too_slow)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("ray.shutdown", lambda: None)
-    arguments = ["--dataset_uri", "d", "--sample.name", "n", "--sample.pipeline", "p", "--sample.prompts", "a"]
+    arguments = ["--dataset_uri", "d", "--sample.name", "n", "--sample.pipeline", "zoo://pipeline", "--sample.prompts", "a"]
     assert sample.main(arguments) == ExitCode.FAULT and len(attempts) == 2
     told = capsys.readouterr().err
     assert told.startswith("error: Ray did not start here, twice: The current node timed out") and len(told.splitlines()) == 1

@@ -72,6 +72,16 @@ def test_a_folder_with_a_prompt_in_each_file(tmp_path: Path) -> None:
     assert found.prompts == ["a cat and a dog", "a bird"] and found.ids == ["a", "b"]
 
 
+def test_a_folder_whose_name_is_one_word_is_no_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cats").mkdir()
+    for name in ("cats", "cats/"):
+        with pytest.raises(ValueError, match=rf"{name}' is a folder without \.txt files.*given as \[prompt\]"):
+            read_prompt_set(name)
+    (tmp_path / "cats/a.txt").write_text("a cat")
+    assert read_prompt_set("cats").prompts == ["a cat"] and read_prompt_set(["cats"]).prompts == ["cats"]
+
+
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     bad = {
         "x.json": ("{", "x.json is no JSON"),
