@@ -84,7 +84,11 @@ def track_stage(
             metrics.update(progress)
             line.show(describe_progress(name, progress))
 
-        with StageMetrics(job.dataset_uri, name) as metrics, telling_what_is_awaited(job, name, line.say, section):
+        with (
+            StageMetrics(job.dataset_uri, name) as metrics,
+            telling_what_is_awaited(job, name, line.say, section),
+            line.running(f"{name:<22} finds its inputs and models"),
+        ):
             result = _run_rebuilding(job, name, lambda leases: run_stage(on_progress, leases), line)
         if make_report is not None and (run is not None or _lacks_report(result)):
             _publish_report(make_report(), result, run)

@@ -1,12 +1,18 @@
 """One line that shows how far a stage is, and one that says what it did."""
 
+import shutil
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from pipelines.stages.contract import Progress, StageResult
 
 CLEAR_LINE = "\r\x1b[2K"
 PRINT_EVERY = 10.0  # seconds between progress lines in a log file
+BEAT = 1.0  # seconds between two lines on a terminal while nothing new comes
+BEAT_IN_LOG = 60.0  # the same in a log file
 
 
 class StatusLine:
@@ -15,31 +21,66 @@ class StatusLine:
     def __init__(self) -> None:
         self.printed = 0.0
         self.is_terminal = sys.stderr.isatty()
+        self.text = ""
+        self.lock = threading.RLock()  # of the text and the terminal, which `running` writes from a thread of its own
 
     def show(self, text: str) -> None:
-        now = time.monotonic()
-        if not self.is_terminal and now - self.printed < PRINT_EVERY:
-            return
+        with self.lock:
+            self.text = text
+            now = time.monotonic()
+            if self.is_terminal or now - self.printed >= PRINT_EVERY:
+                self._print(text, now)
+
+    def _print(self, text: str, now: float) -> None:
         self.printed = now
+        if self.is_terminal:
+            text = text[: shutil.get_terminal_size().columns - 1]  # a line that wraps could not be erased
         start, end = (CLEAR_LINE, "") if self.is_terminal else ("", "\n")
         print(f"{start}{text}", end=end, file=sys.stderr, flush=True)
 
+    @contextmanager
+    def running(self, text: str) -> Iterator[None]:
+        """Within, show the last text again with the seconds since the beginning whenever nothing new has come for a while.
+
+        Args:
+            text: what is shown until the first `show`.
+        """
+        begun, ended = time.monotonic(), threading.Event()
+        self.text, pause = text, BEAT if self.is_terminal else BEAT_IN_LOG
+
+        def beat() -> None:
+            while not ended.wait(BEAT):
+                with self.lock:
+                    now = time.monotonic()
+                    if now - max(begun, self.printed) >= pause:
+                        self._print(f"{self.text}  {now - begun:.0f} s", now)
+
+        thread = threading.Thread(target=beat, name="status-line", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
     def say(self, text: str) -> None:
         """Print a line that stays."""
-        self.clear()
-        print(text, file=sys.stderr, flush=True)
+        with self.lock:
+            self.clear()
+            print(text, file=sys.stderr, flush=True)
 
     def clear(self) -> None:
         """Erase the line, on a terminal."""
-        if self.is_terminal:
-            print(CLEAR_LINE, end="", file=sys.stderr, flush=True)
+        with self.lock:
+            if self.is_terminal:
+                print(CLEAR_LINE, end="", file=sys.stderr, flush=True)
 
 
 def describe_progress(name: str, progress: Progress) -> str:
     """The text of the line while a stage runs."""
     return (
         f"{name:<22} {progress.done_shards}/{progress.num_shards} shards  {progress.num_rows} rows  "
-        f"{progress.rows_per_second:.1f} rows/s  {progress.num_rejects} rejects"
+        f"{_rate(progress.rows_per_second)} rows/s  {progress.num_rejects} rejects"
     )
 
 
@@ -51,4 +92,9 @@ def describe_result(name: str, result: StageResult, *, is_due: bool = False) -> 
     if result.was_done:
         return f"{name:<22} {counts}: {'made along with another' if is_due else 'all there already, nothing to do'}"
     found = f" ({result.found_shards} were there already)" if result.found_shards else ""
-    return f"{name:<22} {counts}{found}, {result.seconds:.0f} s, {result.rows_per_second:.1f} rows/s"
+    return f"{name:<22} {counts}{found}, {result.seconds:.0f} s, {_rate(result.rows_per_second)} rows/s"
+
+
+def _rate(rows_per_second: float) -> str:
+    """One digit behind the point; two digits that count, where that would be 0.0."""
+    return f"{rows_per_second:.2g}" if 0 < rows_per_second < 0.1 else f"{rows_per_second:.1f}"

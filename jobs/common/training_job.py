@@ -96,7 +96,11 @@ def track_training(job: TrainingJobConfig, stage: str, train: Train[Result], mak
         )
         line.show(describe_progress(job.name, progress))
 
-    with TrainMetrics(job.dataset_uri, job.name) as metrics, telling_what_is_awaited(job, job.name, line.say):
+    with (
+        TrainMetrics(job.dataset_uri, job.name) as metrics,
+        telling_what_is_awaited(job, job.name, line.say),
+        line.running(f"{job.name:<22} looks at its data and starts its workers"),
+    ):
         result = train(
             output_dir=output_uri,
             run_request=run_request,
