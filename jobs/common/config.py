@@ -71,6 +71,8 @@ def _make_parser(config_class: type, prog: str, description: str) -> ArgumentPar
     parser = ArgumentParser(prog=prog, description=description, epilog=EPILOG, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", action="config", help="a YAML file; overrides come after it, such as --part.field value")
     parser.add_class_arguments(config_class, as_group=False)
+    needed = [f"--{name} {name.rpartition('.')[2].upper()}" for name in required_fields(config_class)]
+    parser.usage = "\n           ".join([f"{prog} [--config FILE.yaml]", *needed, "[--SETTING VALUE ...]"])
     for action in parser._actions:
         if action.help == "Path to a configuration file.":
             action.help = f"a YAML file with the fields of {action.dest} alone"

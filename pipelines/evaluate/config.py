@@ -99,7 +99,8 @@ class EvaluateConfig(MetricsConfig):
 
     Args:
         name: of the table under samples/, and of the folder under evaluations/ that gets a table for each metric.
-        metrics: names of the metrics to run, one after the other; each has its settings in the section of its name.
+        metrics: names of the metrics to run, one after the other; each has its settings in the section of its name: clip_score,
+            inception, cmmd, dino, geneval, dpg, image_reward, hps, pick_score, aesthetic, verifier, reconstruction, shapes.
     """
 
     name: str

@@ -1,6 +1,5 @@
 """What the configurations of the metrics that ask a VLM share."""
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -9,8 +8,8 @@ from pipelines.evaluate.metric_config import MetricConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class VlmMetricConfig(MetricConfig, ABC):
-    """A VLM that is asked about each picture.
+class VlmMetricConfig(MetricConfig):  # no ABC: jsonargparse would list none of its settings in --help
+    """A VLM that is asked about each picture. A subclass makes `judge`.
 
     Args:
         model: the VLM, any that can caption: a local folder, hub id or URI; for engine=http the name that the server knows it
@@ -32,9 +31,9 @@ class VlmMetricConfig(MetricConfig, ABC):
         assert self.judge  # it checks the engine's settings
 
     @property
-    @abstractmethod
     def judge(self) -> CaptionerConfig:
         """The VLM as `caption` runs it."""
+        raise NotImplementedError
 
     def as_captioner(self, **own: Any) -> CaptionerConfig:
         """Make `judge`, with the settings of `own` that each metric has for itself: engine, batch size."""
