@@ -14,6 +14,7 @@ from pipelines.evaluate.config import EvaluateConfig
 from pipelines.stages.contract import StageResult
 from pipelines.storage.errors import is_expected
 from pipelines.tables.schema import samples_path
+from pipelines.tables.table import REPORT
 from sana_model.files.redact import redact
 
 if TYPE_CHECKING:
@@ -82,9 +83,8 @@ def _run_metric(job: EvaluateJob, metric: str, config: "MetricConfig", shared: L
     if shared.run is not None:
         shared.run.log_metrics(figures)
         shared.run.log_html(html, f"{metric}.html")
-    print(
-        "  ".join(f"{name} {value:.4g}" for name, value in figures.items()) or "no picture was judged: no figures", flush=True
-    )
+    told = "  ".join(f"{name} {value:.4g}" for name, value in figures.items()) or "no picture was judged: no figures"
+    print(f"{told}\n{'':<22} the page: {result.table.uri}/{REPORT}", flush=True)
     return result
 
 

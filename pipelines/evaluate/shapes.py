@@ -27,9 +27,11 @@ CAPTIONS_PER_CALL = 512
 
 
 class ShapesJudge(Metric[ShapesJudgeConfig]):
-    """What each picture of one object shows, as a caption; pictures whose prompts ask for something else are left alone.
+    """What each picture of one object shows, as a CLIP of the drawn Shapes world reads it. Its figures are shares from 0 to 1:
+    `accuracy.<attribute>` of the pictures that show it as asked, `accuracy.all` of those that show shape, color and background
+    as asked. Pictures whose prompts ask for something else than one object are left out.
 
-    Figures: `accuracy.<attribute>` and `accuracy.all`, see `attribute_accuracy`.
+    See `attribute_accuracy`.
     """
 
     name: ClassVar = "shapes"

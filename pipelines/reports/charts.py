@@ -24,12 +24,16 @@ FOCUS = "focus"
 
 @dataclass
 class Axis:
-    """Maps the values from `low` to `high` linearly to the pixels from `start` to `end`."""
+    """Maps the values from `low` to `high` linearly to the pixels from `start` to `end`.
+
+    whole: only whole values have ticks.
+    """
 
     low: float
     high: float
     start: float
     end: float
+    whole: bool = False
 
     def __call__(self, value: float) -> float:
         """The pixel of a value. A value outside the range gives the pixel of the nearest end."""
@@ -38,7 +42,7 @@ class Axis:
 
     def ticks(self, count: int = 5) -> list[tuple[float, str]]:
         """(pixel, text) of about `count` round values in the range."""
-        rough = (self.high - self.low) / count
+        rough = max((self.high - self.low) / count, 1.0 if self.whole else 0.0)
         magnitude = 10.0 ** math.floor(math.log10(rough))
         step = next(factor * magnitude for factor in (1, 2, 5, 10) if factor * magnitude >= rough * 0.999)
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
@@ -90,7 +94,7 @@ def histograms(series: Mapping[str, ArrayLike], *, title: str, x_label: str, col
     panels = []
     for index, (name, values) in enumerate(arrays.items()):
         top = TOP + index * (height + PANEL_GAP) + (NAME_HEIGHT if name else 0)
-        y_axis = Axis(0, highest, top + height, top)
+        y_axis = Axis(0, highest, top + height, top, whole=True)
         bars = [
             (x_axis(low) + 0.5, y_axis(count), max(x_axis(high) - x_axis(low) - 1, 0.5), y_axis(0) - y_axis(count), tip)
             for low, high, count in zip(edges[:-1], edges[1:], counts[name].tolist(), strict=True)

@@ -45,11 +45,9 @@ def evaluation_report(
     light = read_light(table, ["id", *kind.numbers()], sample)
     intervals = bootstrap(kind, table)
     worst, best = read_judged(table, pictures, metric, sample)
-    galleries = (
-        {"Best": best, "Worst": worst}
-        if best
-        else {"Drawn": worst, "Reference": _read_reference(reference, len(worst), sample)}
-    )
+    galleries = {"Best": best, "Worst": worst} if best else {"Drawn": worst}
+    if reference is not None and not best:
+        galleries["Reference"] = _read_reference(reference, len(worst), sample)
     return render(
         "evaluation.html.jinja",
         head=page_head(
@@ -73,7 +71,8 @@ def evaluation_report(
 def read_judged(table: Table, pictures: Pictures, metric: str, sample: ReportScope) -> tuple[list[Row], list[Row]]:
     """The worst pictures of a few shards, the worst first, and the best ones, the best first.
 
-    If the metric ranks none: the first ones, and no best. Each has `prompt`, `picture` and `told`, what the metric says of it.
+    If the metric ranks none, or all alike: the first ones, and no best. Each has `prompt`, `picture` and `told`: what the
+    metric says of it.
     """
     kind = metric_class(metric)
     shards = table.list_shards()
@@ -84,7 +83,7 @@ def read_judged(table: Table, pictures: Pictures, metric: str, sample: ReportSco
             rows.append({**row, "shard": shard, "rank": kind.rank(row)})
     rows.sort(key=lambda row: (row["rank"], row["id"]))
     half = min(sample.num_images // 2, len(rows) // 2)
-    ranked = any(row["rank"] for row in rows)
+    ranked = any(row["rank"] for row in rows) and rows[0]["rank"] != rows[-1]["rank"]
     best = rows[len(rows) - half :][::-1] if half else rows
     worst, best = (rows[:half], best) if ranked else (rows[: max(half, 1)], [])
     shown = [*worst, *best]
@@ -109,10 +108,8 @@ def _picture(content: bytes | None, alt: str) -> Picture:
     return no_picture("not there any more") if content is None else thumbnail(content, alt)
 
 
-def _read_reference(reference: Pictures | None, limit: int, sample: ReportScope) -> list[Row]:
-    """A few of the pictures that were compared with; none if only their statistics are known."""
-    if reference is None:
-        return []
+def _read_reference(reference: Pictures, limit: int, sample: ReportScope) -> list[Row]:
+    """A few of the pictures that were compared with."""
     found: list[Row] = []
     for shard in islice(reference.shards, sample.picture_shards):
         if len(found) == limit:

@@ -1,6 +1,7 @@
 """jobs.evaluate: several metrics in one MLflow run; one that fails stops no other."""
 
 import json
+import re
 from pathlib import Path
 
 import mlflow
@@ -29,6 +30,20 @@ def write_samples(uri: str) -> list[Row]:
     rows, _ = drawn_rows(6)
     samples.write_shard("00000", pa.Table.from_pylist(rows, SAMPLES))
     return rows
+
+
+def test_the_help_begins_with_what_is_required_and_names_every_metric_with_its_settings(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        evaluate.main(["--help"])
+    told = capsys.readouterr().out
+    usage = told.partition("\n\n")[0]
+    assert "--dataset_uri" in usage and "--evaluate.name" in usage and "--evaluate.clip_score" not in usage
+    metrics = told.partition("--evaluate.metrics [ITEM,...]\n")[2].partition("  --")[0]
+    assert set(METRICS) <= set(re.findall(r"\w+", metrics))
+    for name in METRICS:
+        assert f"  --evaluate.{name}.model MODEL\n" in told, name
 
 
 @pytest.mark.usefixtures("local_ray", "without_ray")
@@ -66,8 +81,10 @@ def test_a_metric_that_fails_stops_no_other_and_decides_the_exit_code(
     with pytest.raises(FileNotFoundError, match="gone") as failed:
         evaluate.run(evaluate.EvaluateJob(dataset_uri=uri, evaluate=broken))
     assert exit_code(failed.value) == 1  # type: ignore[arg-type]
-    told = capsys.readouterr().err
+    printed = capsys.readouterr()
+    told = printed.err
     assert "evaluate night clip_score failed: no file or folder" in told and "failed: clip_score; done: shapes" in told
+    assert f"the page: {uri}/evaluations/night/shapes/report.html" in printed.out
     figures = json.loads((tmp_path / "evaluations/night/shapes" / FIGURES).read_text())
     assert figures["accuracy.all"] > 0.5
     assert metric_table(uri, "night", "shapes").require().num_rows == 6

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from pipelines.reports.charts import bin_edges, curve, histograms
+from pipelines.reports.charts import Axis, bin_edges, curve, histograms
 
 
 def test_histogram_counts_every_finite_value_once() -> None:
@@ -19,6 +19,13 @@ def test_histogram_counts_every_finite_value_once() -> None:
         counts = [int(count.replace(",", "")) for count in re.findall(r"to [^<]*: ([\d,]+)</title>", chart)]
         assert sum(counts) == np.isfinite(values).sum()
     assert len(bin_edges(np.arange(500))) < 40
+
+
+def test_counts_have_ticks_at_whole_numbers() -> None:
+    for highest, expected in ((1, ["0", "1"]), (2, ["0", "1", "2"]), (2000, ["0", "500", "1,000", "1,500", "2,000"])):
+        assert [text for _, text in Axis(0, highest, 100, 0, whole=True).ticks()] == expected
+    assert [text for _, text in Axis(0, 2, 100, 0).ticks()] == ["0", "0.5", "1", "1.5", "2"]
+    assert ">0.5</text>" not in histograms({"": [81.0, 85.0]}, title="t", x_label="x")
 
 
 def test_integers_lie_in_the_middle_of_their_bins() -> None:

@@ -61,6 +61,18 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Pictures:
     return sampled_pictures(uri, "night")
 
 
+def test_pictures_that_are_all_right_are_not_called_the_worst(pictures: Pictures) -> None:
+    samples: Any = pictures.read_shard
+    uri = samples.__self__.dataset_uri
+    alike = replace(pictures, name="alike")
+    table = metric_table(uri, "alike", "shapes")
+    rows = [{"id": f"{at:06d}", "prompt": "a red circle", "asked": "a red circle", "seen": "a red circle"} for at in range(4)]
+    table.write_manifest(replace(table.claim(Identity("evaluate", {"metric": "shapes"}, {}, {})), complete=True))
+    table.write_shard("00000", pa.Table.from_pylist(rows, table.schema))
+    page = check_page(evaluation_report(uri, alike, "shapes", {"accuracy.all": 1.0}), table)
+    assert "Drawn" in page.text and "Best" not in page.text and "Worst" not in page.text and "Reference" not in page.text
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_every_metric_has_a_page(pictures: Pictures, metric: str) -> None:
     samples: Any = pictures.read_shard
