@@ -55,7 +55,9 @@ def run(config: CompareConfig) -> None:
     write_file(f"{output}/vote.html", vote_page(config.names, pairs).encode())
     if note := outdated_note(comparison):
         print(note, flush=True)
-    print(f"{format_table(columns, rows)}\n\n{output}/index.html\n{output}/comparison.md\n{output}/vote.html", flush=True)
+    vote = f"a blind vote between {config.names[0]} and {config.names[1]}"
+    files = [["the page", "index.html"], ["its tables in Markdown", "comparison.md"], [vote, "vote.html"]]
+    print(f"{format_table(columns, rows)}\n", *(f"{what}: {output}/{file}" for what, file in files), sep="\n", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

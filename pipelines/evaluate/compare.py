@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -55,12 +55,14 @@ class Comparison:
         settings: those that differ between the tables, by name: the values in the order of `names`, None where there is none.
             Those of a metric begin with its name, and differ only between tables that it has judged.
         outdated: paths of the evaluations that are left out: the pictures were drawn anew since.
+        by_tiny_models: the figures that a tiny model of the zoo gave: no published figure compares with them.
     """
 
     names: Sequence[str]
     figures: Mapping[str, Mapping[str, Figure]]
     settings: Mapping[str, Sequence[Any]]
     outdated: Sequence[str] = ()
+    by_tiny_models: Collection[str] = ()
 
 
 def compare_samples(dataset_uri: str, names: Sequence[str], *, seed: int = 0) -> Comparison:
@@ -75,6 +77,7 @@ def compare_samples(dataset_uri: str, names: Sequence[str], *, seed: int = 0) ->
     figures: dict[str, dict[str, Figure]] = {}
     settings = _differing(names, drawn)
     outdated: list[str] = []
+    by_tiny_models: set[str] = set()
     for metric in METRICS:
         judged: dict[str, dict[str, Any]] = {}
         for name, manifest in manifests.items():
@@ -86,6 +89,8 @@ def compare_samples(dataset_uri: str, names: Sequence[str], *, seed: int = 0) ->
             if own.inputs.get(samples_path(name)) != manifest.fingerprint:
                 outdated.append(table.path)
                 continue
+            if str(own.config.get("model")).startswith("zoo://"):
+                by_tiny_models.update(values)
             intervals = bootstrap(metric_class(metric), table, seed=seed)
             for figure, value in values.items():
                 figures.setdefault(figure, {})[name] = Figure(value, *intervals.get(figure, ()))
@@ -97,7 +102,7 @@ def compare_samples(dataset_uri: str, names: Sequence[str], *, seed: int = 0) ->
         raise MissingTableError(
             f"none of {', '.join(names)} was evaluated{since}: run jobs.evaluate --evaluate.name {names[0]} first"
         )
-    return Comparison(names=names, figures=figures, settings=settings, outdated=outdated)
+    return Comparison(names=names, figures=figures, settings=settings, outdated=outdated, by_tiny_models=by_tiny_models)
 
 
 def _differing(names: Sequence[str], settings: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Any]]:
@@ -145,11 +150,15 @@ def bootstrap(metric: Any, table: Table, *, seed: int = 0) -> dict[str, tuple[fl
 
 
 def figures_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Columns and cells: a row for each samples table and each published model, a column for each figure."""
+    """Columns and cells: a row for each samples table and each published model, a column for each figure.
+
+    Figures that tiny models gave have no published ones beside them.
+    """
     figures = list(comparison.figures)
     rows = [[name, *(str(comparison.figures[figure].get(name, "")) for figure in figures)] for name in comparison.names]
     for model, published in PUBLISHED.items():
-        cells = [f"{published[figure]:g}" if figure in published else "" for figure in figures]
+        comparable = published.keys() - set(comparison.by_tiny_models)
+        cells = [f"{published[figure]:g}" if figure in comparable else "" for figure in figures]
         if any(cells):
             rows.append([f"{model} (published)", *cells])
     return ["", *figures], rows

@@ -11,7 +11,7 @@ import pytest
 
 from jobs import compare
 from jobs.common.exit_codes import ExitCode
-from pipelines.evaluate.compare import FIGURES, FIGURES_SETTINGS, PUBLISHED, bootstrap, compare_samples
+from pipelines.evaluate.compare import FIGURES, FIGURES_SETTINGS, PUBLISHED, bootstrap, compare_samples, figures_table
 from pipelines.evaluate.dpg.config import DpgConfig
 from pipelines.evaluate.dpg.questions import ScoreSums
 from pipelines.evaluate.geneval.config import GenEvalConfig
@@ -70,7 +70,16 @@ def test_a_page_a_table_and_a_vote(dataset: str, capsys: pytest.CaptureFixture[s
     content = json.loads(re.findall(r'id="content">(.*?)</script>', vote)[0])
     assert len(content) == 6 and content[5]["prompt"] == "</script><b>5 | 6"
     assert all(len(entry["pictures"]) == 2 and entry["pictures"][0].startswith("data:image/png") for entry in content)
-    assert "night" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"the page: {folder}/index.html" in told and f"a blind vote between night and day: {folder}/vote.html" in told
+
+
+def test_no_published_figure_stands_beside_one_of_a_tiny_model(dataset: str) -> None:
+    table = metric_table(dataset, "night", "clip_score")
+    manifest = table.require()
+    table.write_manifest(replace(manifest, config=manifest.config | {"model": "zoo://clip"}))
+    comparison = compare_samples(dataset, NAMES)
+    assert set(comparison.by_tiny_models) == {"clip_score", "fid"} and len(figures_table(comparison)[1]) == len(NAMES)
 
 
 def test_tables_that_were_judged_differently_are_told_and_figures_of_earlier_pictures_left_out(
