@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import torch
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
+"""Ends of a file's name; what has one is no hub id."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 NOT_HASHED = (".lock", ".md", ".gitattributes", ".gitignore")
 
@@ -36,7 +38,7 @@ def is_hub_id(path: str) -> bool:
     """
     if "://" in path or Path(path).exists() or published_address(path) is not None:
         return False
-    if not HUB_ID.fullmatch(path):
+    if not HUB_ID.fullmatch(path) or path.endswith(WEIGHTS):
         raise FileNotFoundError(
             f"no file or folder {path!r}, and no id of the Hugging Face hub either: that is owner/name (short names "
             f"of published models: python -m jobs.zoo published){name_near(path)}"
@@ -185,8 +187,9 @@ def hub_commit(model: str, revision: str | None) -> str:
         ref = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=model, repo_type="model"), "refs", revision)
         if not ref.exists():
             raise ValueError(
-                f"the Hugging Face hub cannot be asked which commit of {model!r} is {revision!r} ({error}), and the local "
-                "cache does not hold it: set the revision to a commit, or the model to a local folder"
+                f"there is no file or folder {model!r} here, and the Hugging Face hub cannot be asked which commit of "
+                f"{model!r} is {revision!r} ({error}), nor does the local cache hold it: set the revision to a commit, or the "
+                "model to a local folder"
             ) from error
         commit = ref.read_text().strip()
     return str(commit)

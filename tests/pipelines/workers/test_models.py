@@ -191,3 +191,7 @@ def test_what_is_neither_a_place_nor_an_id_is_refused() -> None:
     assert is_hub_id("acme/vlm") and not is_hub_id("zoo://clip") and not is_hub_id("pipelines")
     with pytest.raises(FileNotFoundError, match="no file or folder 'data/train/pipeline', and no id of the Hugging Face hub"):
         model_version("data/train/pipeline")
+    with pytest.raises(
+        FileNotFoundError, match=r"no file or folder 'weights/inception\.pth', and no id of the Hugging Face hub"
+    ):
+        model_version("weights/inception.pth")
