@@ -40,7 +40,7 @@ class CompareConfig:
 def run(config: CompareConfig) -> None:
     """Write the pages, print the figures, and where the pages are."""
     from pipelines.evaluate.compare import compare_samples, figures_table, to_markdown
-    from pipelines.reports.comparison import comparison_page, outdated_note, read_pairs, vote_page
+    from pipelines.reports.comparison import comparison_page, missing_note, read_pairs, vote_page
     from pipelines.storage.files import write_file
 
     uri = absolute_uri(config.dataset_uri)
@@ -53,8 +53,10 @@ def run(config: CompareConfig) -> None:
     write_file(f"{output}/index.html", comparison_page(uri, comparison, pairs).encode())
     write_file(f"{output}/comparison.md", markdown.encode())
     write_file(f"{output}/vote.html", vote_page(config.names, pairs).encode())
-    if note := outdated_note(comparison):
+    if note := missing_note(comparison):
         print(note, flush=True)
+    if not pairs:
+        print(f"{' and '.join(config.names)} share no prompt: there are no pictures to put side by side", flush=True)
     vote = f"a blind vote between {config.names[0]} and {config.names[1]}"
     files = [["the page", "index.html"], ["its tables in Markdown", "comparison.md"], [vote, "vote.html"]]
     print(f"{format_table(columns, rows)}\n", *(f"{what}: {output}/{file}" for what, file in files), sep="\n", flush=True)

@@ -52,7 +52,7 @@ def comparison_page(dataset_uri: str, comparison: Comparison, pairs: Sequence[Pa
         "about": "The same prompts, drawn in different ways: what the metrics say, and what one sees.",
         "dataset_uri": dataset_uri,
         "facts": {"Tables": len(comparison.names), "Made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")},
-        "notice": outdated_note(comparison),
+        "notice": missing_note(comparison),
         "origin": "",
     }
     settings = [
@@ -63,11 +63,17 @@ def comparison_page(dataset_uri: str, comparison: Comparison, pairs: Sequence[Pa
     )
 
 
-def outdated_note(comparison: Comparison) -> str:
-    """Which evaluations are left out, and what to do; empty if none is."""
-    if not comparison.outdated:
-        return ""
-    return f"left out, because their pictures were drawn anew since: {', '.join(comparison.outdated)}; run jobs.evaluate again"
+def missing_note(comparison: Comparison) -> str:
+    """Which evaluations are left out or not there, and what to do; empty if none is."""
+    notes = []
+    if comparison.outdated:
+        told = ", ".join(comparison.outdated)
+        notes.append(f"left out, because their pictures were drawn anew since: {told}; run jobs.evaluate again")
+    judged = {name for by_table in comparison.figures.values() for name in by_table}
+    judged |= {path.split("/")[1] for path in comparison.outdated}
+    if bare := [name for name in comparison.names if name not in judged]:
+        notes.append(f"not judged yet: {', '.join(bare)}; run jobs.evaluate --evaluate.name {bare[0]}")
+    return "; ".join(notes)
 
 
 def vote_page(names: Sequence[str], pairs: Sequence[Pair]) -> str:

@@ -74,6 +74,19 @@ def test_a_page_a_table_and_a_vote(dataset: str, capsys: pytest.CaptureFixture[s
     assert f"the page: {folder}/index.html" in told and f"a blind vote between night and day: {folder}/vote.html" in told
 
 
+def test_a_table_that_was_not_judged_and_shares_no_prompt_is_told(dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
+    other = Table(dataset, "samples/other", SAMPLES)
+    other.write_manifest(replace(other.claim(Identity("sample", {}, {}, {})), complete=True))
+    other.write_shard("00000", pa.Table.from_pylist([drawn_rows(1)[0][0] | {"prompt": "another"}], SAMPLES))
+    assert compare.main(["--dataset_uri", dataset, "--names", "[night, other]"]) == ExitCode.DONE
+    told = capsys.readouterr().out
+    assert (
+        "not judged yet: other; run jobs.evaluate --evaluate.name other" in told and "night and other share no prompt" in told
+    )
+    folder = Path(dataset, "comparisons/night-other")
+    assert "not judged yet: other" in (folder / "index.html").read_text()
+
+
 def test_no_published_figure_stands_beside_one_of_a_tiny_model(dataset: str) -> None:
     table = metric_table(dataset, "night", "clip_score")
     manifest = table.require()
