@@ -184,6 +184,8 @@ def name_section(root: type, values: Any, error: ValueError) -> str:
     Args:
         values: of the whole configuration, as the parser holds them.
     """
+    while "Union subtypes" in str(error) and isinstance(inner := error.__cause__ or error.__context__, ValueError):
+        error = inner  # what jsonargparse says of a section that may be absent hides what its dataclass said
     message, trace, refused = str(error), error.__traceback__, None
     while trace is not None:
         if trace.tb_frame.f_code.co_name == "__post_init__":

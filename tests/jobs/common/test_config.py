@@ -26,6 +26,17 @@ class Inner:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Optional:
+    """Settings with a section that may be absent.
+
+    Args:
+        maybe: the section.
+    """
+
+    maybe: Inner | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Outer:
     """Outer settings.
 
@@ -83,6 +94,12 @@ def test_a_value_without_a_name_is_answered_with_the_name(config_file: str, caps
         told = refused(capsys, *arguments)
         assert "'data' needs a name before it, such as: test --name data" in told and len(told.splitlines()) == 1
     assert parse("--name", "x", "--many", "[]", "--inner.resources.num_gpus=1").inner.resources.num_gpus == 1
+
+
+def test_an_optional_section_is_refused_in_the_words_of_its_dataclass(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_config(Optional, ["--maybe.scale", "-1"], prog="test", description="")
+    assert capsys.readouterr().err.startswith("error: maybe.scale=-1.0 must be positive (test --help")
 
 
 def test_print_config_and_help(config_file: str, capsys: pytest.CaptureFixture[str]) -> None:
