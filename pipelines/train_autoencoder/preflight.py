@@ -237,7 +237,7 @@ def _look_at_tables(dataset_uri: str, result: AutoencoderPreflight) -> None:
             sides = shorter_sides(rows)
             small = sum(side < needed for side in sides) / max(len(sides), 1)
             line += f"; in the first of them {small:.1%} are too small for crops of {largest} pixels"
-            if 0.5 < small < 1:
+            if small > 0.5:
                 result.problems.append(
                     f"{source.table.uri}: {small:.0%} of the images looked at are too small for crops of {largest} pixels, and "
                     "are passed over: take smaller data.sizes or a larger data.max_upscale"
