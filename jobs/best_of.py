@@ -11,7 +11,7 @@ from jobs.common.job import JobConfig, run_job
 from jobs.common.metric_job import judge_pictures
 from jobs.common.stage_job import LazyRun, track_stage
 from jobs.common.text_table import format_table
-from pipelines.draw.config import SampleConfig
+from pipelines.draw.config import GRID, SampleConfig
 from pipelines.evaluate.best_of.config import BestOfConfig
 from pipelines.stages.contract import StageResult
 
@@ -46,7 +46,7 @@ class BestOfJob(JobConfig):
 
 def run(job: BestOfJob) -> StageResult:
     """Draw, judge and choose, in one MLflow run, on the Ray that is connected; print what it cost and what it gained."""
-    from pipelines.draw.sample import run_sample
+    from pipelines.draw.sample import run_sample, write_grid
     from pipelines.evaluate.best_of.figures import best_of_figures
     from pipelines.evaluate.best_of.run import NO_PICTURE, run_best_of
     from pipelines.evaluate.pictures import sampled_pictures
@@ -76,12 +76,16 @@ def run(job: BestOfJob) -> StageResult:
         )
         figures = best_of_figures(job.dataset_uri, sample.name, best_of)
         kept.table.write_file(FIGURES, (json.dumps(figures, indent=2) + "\n").encode())
+        grid = write_grid(kept.table) if kept.num_rows else None
         if shared.run is not None:
+            if grid is not None:
+                shared.run.log_image(grid, "kept")
             for size, values in figures.items():
                 shared.run.log_metrics({f"best_of.{name}": value for name, value in values.items()}, step=size)
     if num_without := int(kept.figures.get(NO_PICTURE, 0)):
         print(f"{num_without} prompts have no picture: {best_of.judge} refused all their candidates", flush=True)
-    print("\n".join([_gain(figures, best_of.keep), *_cost(job, drawn, judged)]), flush=True)
+    where = [f"the first kept pictures: {kept.table.uri}/{GRID}"] if kept.num_rows else []
+    print("\n".join([_gain(figures, best_of.keep), *_cost(job, drawn, judged), *where]), flush=True)
     return kept
 
 

@@ -10,14 +10,13 @@ from jobs.common.checkpoints import find_source
 from jobs.common.drawing import require_drawing
 from jobs.common.job import JobConfig, report_error, run_job
 from jobs.common.stage_job import track_stage
-from pipelines.draw.config import SampleConfig
+from pipelines.draw.config import GRID, SampleConfig
 from pipelines.stages.contract import StageResult
 from pipelines.storage.errors import is_expected
 
 if TYPE_CHECKING:
     from pipelines.tracking.runs import TrackedRun
 
-GRID = "grid.png"
 FROM_PICTURE = "--from_picture"
 
 
@@ -40,14 +39,11 @@ class SampleJob(JobConfig):
 
 def run(job: SampleJob) -> StageResult:
     """Run the stage in an MLflow run, on the Ray that is connected; the table gets a grid of the first pictures."""
-    from pipelines.draw.sample import read_pictures, run_sample
+    from pipelines.draw.sample import run_sample, write_grid
     from pipelines.draw.sampler import CUT_PROMPTS
-    from pipelines.workers.images import image_grid, to_png
 
     def log_grid(run: "TrackedRun", result: StageResult) -> None:
-        grid = image_grid(read_pictures(result.table)[1])
-        result.table.write_file(GRID, to_png(grid))
-        run.log_image(grid, "samples", job.step)
+        run.log_image(write_grid(result.table), "samples", job.step)
 
     source = find_source(job.sample.pipeline)
     result = track_stage(

@@ -54,6 +54,7 @@ def test_the_best_candidates_of_each_prompt_are_kept_and_a_lost_shard_is_chosen_
     assert figures["1"]["clip_score"] == pytest.approx(sum(scores.values()) / 12)
     assert figures["4"]["clip_score"] == pytest.approx(sum(scores[name] for name in own) / 3)
     told = capsys.readouterr().out
+    assert f"the first kept pictures: {uri}/samples/best/grid.png" in told and (tmp_path / "samples/best/grid.png").exists()
     assert "1 of 4" in told and "drawn: 12 pictures, 4 of each prompt: 4 times the compute of 1" in told
     (tmp_path / "samples/best/00001.parquet").unlink()
     again = best_of.run(job)
