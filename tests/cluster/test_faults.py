@@ -29,10 +29,9 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 POWER_OFF, CUT = FAULTS
 DISTURBED = [
     (INGEST, POWER_OFF),
-    (CAPTION, POWER_OFF),
     (CAPTION_NEXT, CUT),
-    pytest.param(EMBED, POWER_OFF, marks=pytest.mark.slow),  # what INGEST and EXTRACT show, once more
     (EXTRACT, POWER_OFF),
+    *(pytest.param(stage, POWER_OFF, marks=pytest.mark.slow) for stage in (CAPTION, EMBED)),  # what INGEST and EXTRACT show
     (TRAIN, POWER_OFF),
     (TRAIN, CUT),
 ]
