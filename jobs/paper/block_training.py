@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from jobs.common.text_table import format_table
 from jobs.learning import sample_asked
@@ -58,7 +59,7 @@ class Scenes:
         scenes, images = [scene for scene, _ in drawn], np.stack([pixels for _, pixels in drawn])
         pipeline = TextToImage.from_pretrained("zoo://pipeline", dtype=torch.float32)
         clip, moments = ClipModel("zoo://clip"), Moments()
-        for start in range(0, len(images), BATCH):
+        for start in tqdm(range(0, len(images), BATCH), desc="scenes", leave=False):
             moments.add(clip.embed_images([Image.fromarray(pixels) for pixels in images[start : start + BATCH]]).numpy())
         latents = encode_world(pipeline.autoencoder, World(images, scenes))
         asked = sample_asked(SHAPES, FIRST_PROMPT, config.num_prompts)
