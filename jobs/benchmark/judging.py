@@ -1,7 +1,5 @@
 """Metrics: pictures a second that the evaluate stage's worker judges, against a bare loop over the same model."""
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -11,6 +9,7 @@ import torch
 from PIL import Image
 
 from jobs.benchmark.config import JudgingConfig
+from jobs.benchmark.timing import Clocks, measure_clocks
 from jobs.benchmark.turns import in_turns
 from jobs.common.text_table import format_table
 from pipelines.evaluate.metric import Metric
@@ -45,18 +44,10 @@ def model_alone(metric: Metric[Any], ready: list[Row], batch_size: int) -> None:
         metric.judge(ready[start : start + batch_size])
 
 
-def time_ways(ways: Sequence[Callable[[], object]], repeats: int, name: str) -> tuple[list[float], list[float]]:
-    """The medians of each way's seconds, and of the CPU seconds of this process with all its threads."""
-    measured = in_turns({number: partial(_seconds, way) for number, way in enumerate(ways)}, repeats, label=name)
-    wall, cpu = zip(*(zip(*rounds, strict=True) for rounds in measured.values()), strict=True)
-    return list(map(statistics.median, wall)), list(map(statistics.median, cpu))
-
-
-def _seconds(way: Callable[[], object]) -> tuple[float, float]:
-    """Seconds that a call takes, and CPU seconds."""
-    started, worked = time.perf_counter(), time.process_time()
-    way()
-    return time.perf_counter() - started, time.process_time() - worked
+def time_ways(ways: Sequence[Callable[[], object]], repeats: int, name: str) -> list[Clocks]:
+    """The medians of each way's seconds."""
+    measures = {number: partial(measure_clocks, way, torch.device("cpu")) for number, way in enumerate(ways)}
+    return [Clocks.medians(rounds) for rounds in in_turns(measures, repeats, label=name).values()]
 
 
 def benchmark_judging(config: JudgingConfig) -> None:
@@ -74,7 +65,7 @@ def benchmark_judging(config: JudgingConfig) -> None:
         if refused := worker.process(pictures).rejects:  # warms up too
             raise ValueError(f"{name} refuses {len(refused)} of {pictures.num_rows} pictures: {refused[0]['detail']}")
         ready = [as_judged(row, worker.metric.prepare(row)) for row in pictures.to_pylist()]
-        wall, cpu = time_ways(
+        worker_s, loop_s, model_s = time_ways(
             [
                 partial(worker.process, pictures),
                 partial(bare_loop, worker.metric, pictures.to_pylist(), settings.batch_size),
@@ -83,8 +74,8 @@ def benchmark_judging(config: JudgingConfig) -> None:
             config.repeats,
             name,
         )
-        speeds = [config.num_pictures / seconds for seconds in wall]
-        ratios = [speeds[0] / speeds[1], speeds[0] / speeds[2], cpu[1] / cpu[0]]
+        speeds = [config.num_pictures / seconds.wall for seconds in (worker_s, loop_s, model_s)]
+        ratios = [loop_s.wall / worker_s.wall, model_s.wall / worker_s.wall, loop_s.cpu / worker_s.cpu]
         rows.append([name, *(f"{speed:.1f}" for speed in speeds), *(f"{ratio:.1%}" for ratio in ratios)])
     columns = ["pictures/s", "the stage's worker", "bare loop", "model alone", "worker/loop", "worker/model", "by CPU seconds"]
     print(format_table(columns, rows))

@@ -2,9 +2,10 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -82,11 +83,27 @@ def measure_mm_peak(dtype: torch.dtype, device: torch.device, size: int = 2048, 
 
 
 def measure_seconds(run: Callable[[], object], device: torch.device) -> float:
+    return measure_clocks(run, device).wall
+
+
+class Clocks(NamedTuple):
+    """Seconds that a call takes by the clock, and CPU seconds of this process with all its threads, which other work on the
+    machine changes least."""
+
+    wall: float
+    cpu: float
+
+    @classmethod
+    def medians(cls, measured: Iterable["Clocks"]) -> "Clocks":
+        return cls(*map(statistics.median, zip(*measured, strict=True)))
+
+
+def measure_clocks(run: Callable[[], object], device: torch.device) -> Clocks:
     _wait(device)
-    start = time.perf_counter()
+    start = Clocks(time.perf_counter(), time.process_time())
     run()
     _wait(device)
-    return time.perf_counter() - start
+    return Clocks(time.perf_counter() - start.wall, time.process_time() - start.cpu)
 
 
 def _wait(device: torch.device) -> None:
