@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 Judged = tuple[int, str, dict[str, float]]
 """Size of the pictures, "before" or "after", and the figures."""
 ABOUT_FIGURES = (
-    "On all pictures that are held out. psnr (dB) and ssim: how near what is given back is to the picture; higher is better, "
-    "ssim up to 1. sharpness: its high-frequency energy as a share of the picture's; below 1 it is blurred, above 1 noisy. "
-    "perceptual, rfd and rfid: distances of features; lower is better."
+    "On all pictures that are held out; smaller ones are enlarged. psnr (dB) and ssim: how near what is given back is to the "
+    "picture; higher is better, ssim up to 1. sharpness: its high-frequency energy as a share of the picture's; below 1 it is "
+    "blurred, above 1 noisy. perceptual, rfd and rfid: distances of features; lower is better."
 )
 """What the figures of the judgement are, for a person who reads the page."""
 

@@ -14,6 +14,7 @@ from jobs.common.ray import STOPPED, JobStopped, RayConfig, start_ray, stop_on_s
 from jobs.common.resources import check_local
 from pipelines.storage.errors import is_expected
 from pipelines.storage.lease import LeaseConfig
+from pipelines.tables.errors import TrainingStopped
 from pipelines.tables.table import absolute_uri
 from pipelines.tracking.config import TrackingConfig
 from sana_model.files.redact import redact
@@ -118,5 +119,6 @@ def report_error(error: Exception, *, expected: bool) -> ExitCode:
     if not expected:
         print(redact(traceback.format_exc()), file=sys.stderr)
         return ExitCode.FAULT
-    print(redact(f"error: {error}"), file=sys.stderr)
+    label = "" if isinstance(error, TrainingStopped) else "error: "  # a training that was asked to stop did what it should
+    print(redact(f"{label}{error}"), file=sys.stderr)
     return exit_code(error)
