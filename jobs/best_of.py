@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from jobs.common.checkpoints import find_source
-from jobs.common.drawing import require_drawing
+from jobs.common.drawing import GRID, require_drawing, write_grid
 from jobs.common.job import JobConfig, run_job
 from jobs.common.metric_job import judge_pictures
 from jobs.common.stage_job import LazyRun, track_stage
 from jobs.common.text_table import format_table
-from pipelines.draw.config import GRID, SampleConfig
+from pipelines.draw.config import SampleConfig
 from pipelines.evaluate.best_of.config import BestOfConfig
 from pipelines.stages.contract import StageResult
 
@@ -46,7 +46,7 @@ class BestOfJob(JobConfig):
 
 def run(job: BestOfJob) -> StageResult:
     """Draw, judge and choose, in one MLflow run, on the Ray that is connected; print what it cost and what it gained."""
-    from pipelines.draw.sample import run_sample, write_grid
+    from pipelines.draw.sample import run_sample
     from pipelines.evaluate.best_of.figures import best_of_figures
     from pipelines.evaluate.best_of.run import NO_PICTURE, run_best_of
     from pipelines.evaluate.pictures import sampled_pictures

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jobs.common.checkpoints import find_source
-from jobs.common.drawing import require_drawing
+from jobs.common.drawing import GRID, require_drawing, write_grid
 from jobs.common.job import JobConfig, report_error, run_job
 from jobs.common.stage_job import track_stage
-from pipelines.draw.config import GRID, SampleConfig
+from pipelines.draw.config import SampleConfig
 from pipelines.stages.contract import StageResult
 from pipelines.storage.errors import is_expected
 
@@ -39,7 +39,7 @@ class SampleJob(JobConfig):
 
 def run(job: SampleJob) -> StageResult:
     """Run the stage in an MLflow run, on the Ray that is connected; the table gets a grid of the first pictures."""
-    from pipelines.draw.sample import run_sample, write_grid
+    from pipelines.draw.sample import run_sample
     from pipelines.draw.sampler import CUT_PROMPTS
 
     def log_grid(run: "TrackedRun", result: StageResult) -> None:

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
+from jobs.common.drawing import GRID
 from jobs.common.timings import Timings, print_section
 from jobs.demo.config import DemoJob
 from jobs.demo.figures import CaptionFigures, caption_figures
-from pipelines.draw.config import GRID
 from pipelines.evaluate.metric import iter_shards, metric_table
 from pipelines.evaluate.shapes import accuracy_figures, asks_for_color, read_judgements
 from pipelines.reports.runs import Link, Section, demo_report

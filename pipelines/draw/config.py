@@ -10,9 +10,6 @@ from pipelines.tables.schema import check_folder_name
 from sana_model.memory import MemoryMode, Precision
 from sana_model.zoo.published import HED_WEIGHTS
 
-GRID = "grid.png"
-"""The file beside a samples table with a sheet of its first pictures."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class DrawConfig:

@@ -8,7 +8,7 @@ from io import BytesIO
 import pyarrow as pa
 from PIL import Image
 
-from pipelines.draw.config import GRID, SampleConfig
+from pipelines.draw.config import SampleConfig
 from pipelines.draw.control import ControlFiles
 from pipelines.draw.prompts import PromptSet
 from pipelines.draw.sampler import PipelineSource, Sampler, find_drawing, rows_to_draw
@@ -87,15 +87,6 @@ def _read_prompts_shard(prompts: PromptSet, config: SampleConfig, shard: str) ->
     """The pictures to draw for a shard."""
     size = config.draw.rows_per_shard
     return rows_to_draw(prompts, config, int(shard) * size, size)
-
-
-def write_grid(table: Table) -> Image.Image:
-    """Put a sheet of the first pictures of a samples table beside it, as GRID, and return it."""
-    from pipelines.workers.images import image_grid, to_png
-
-    grid = image_grid(read_pictures(table)[1])
-    table.write_file(GRID, to_png(grid))
-    return grid
 
 
 def read_pictures(table: Table, limit: int = 64) -> tuple[list[str], list[Image.Image]]:
