@@ -1,6 +1,7 @@
 """Perceptual distances of two images: LPIPS, or the features of any vision model of transformers."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the top-level name wants torchvision
 
 from pipelines.train_autoencoder.config import PerceptualConfig
-from pipelines.workers.models import pretrained
+from pipelines.workers.models import naming, pretrained
 from sana_model.files.places import resolve
 from sana_model.files.tensors import read_weights_file
 
@@ -117,7 +118,11 @@ class Lpips(nn.Module):
             import lpips
         except ImportError as error:
             raise ValueError('losses.perceptual.kind=lpips needs its package: pip install "sana-on-ray[lpips]"') from error
-        vgg = read_weights_file(resolve(weights))
+        with naming("losses.perceptual.model"):
+            file = resolve(weights)
+            if Path(file).is_dir():
+                raise ValueError(f"{weights} is a folder: give the file of VGG-16's weights in it")
+            vgg = read_weights_file(file)
         features = {name.removeprefix("features."): value for name, value in vgg.items() if name.startswith("features.")}
         self.network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
         state = self.network.net.state_dict()  # "slice2.5.weight" is "features.5.weight"

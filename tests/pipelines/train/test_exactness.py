@@ -66,7 +66,7 @@ def plain_loop(config: TrainConfig, dataset: Path) -> Iterator[float]:
         yield total
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_losses_are_those_of_a_plain_loop(tmp_path: Path, dataset: Path, config: TrainConfig, num_workers: int) -> None:
     config = replace(config, num_workers=num_workers)
     expected = list(plain_loop(config, dataset))
