@@ -1,11 +1,12 @@
 """What a job's actors reserve, held against what Ray has: nothing waits for ever for a GPU that is not there."""
 
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
+
+from jobs.common.background import repeating
 
 WAITING_SECONDS = 30.0
 """Pause between two lines about what a cluster lacks."""
@@ -100,22 +101,15 @@ def telling_what_is_awaited(config: Any, name: str, say: Callable[[str], None], 
     if not on_cluster():
         yield
         return
-    ended = threading.Event()
 
-    def watch() -> None:
+    def tell() -> None:
         import ray
 
-        while not ended.wait(WAITING_SECONDS):
-            for told in describe_lacking(find_needs(config, section), ray.cluster_resources()):
-                say(f"{name:<22} waits for {told}")
+        for told in describe_lacking(find_needs(config, section), ray.cluster_resources()):
+            say(f"{name:<22} waits for {told}")
 
-    thread = threading.Thread(target=watch, name="awaited-resources", daemon=True)
-    thread.start()
-    try:
+    with repeating(tell, WAITING_SECONDS, "awaited-resources"):
         yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def describe_lacking(needs: Iterator[Need], total: Mapping[str, float]) -> Iterator[str]:

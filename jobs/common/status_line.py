@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from jobs.common.background import repeating
 from pipelines.stages.contract import Progress, StageResult
 
 CLEAR_LINE = "\r\x1b[2K"
@@ -45,23 +46,17 @@ class StatusLine:
         Args:
             text: what is shown until the first `show`.
         """
-        begun, ended = time.monotonic(), threading.Event()
-        self.text, pause = text, BEAT if self.is_terminal else BEAT_IN_LOG
+        begun, pause = time.monotonic(), BEAT if self.is_terminal else BEAT_IN_LOG
+        self.text = text
 
         def beat() -> None:
-            while not ended.wait(BEAT):
-                with self.lock:
-                    now = time.monotonic()
-                    if now - max(begun, self.printed) >= pause:
-                        self._print(f"{self.text}  {now - begun:.0f} s", now)
+            with self.lock:
+                now = time.monotonic()
+                if now - max(begun, self.printed) >= pause:
+                    self._print(f"{self.text}  {now - begun:.0f} s", now)
 
-        thread = threading.Thread(target=beat, name="status-line", daemon=True)
-        thread.start()
-        try:
+        with repeating(beat, BEAT, "status-line"):
             yield
-        finally:
-            ended.set()
-            thread.join()
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
